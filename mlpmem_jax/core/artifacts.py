@@ -1,0 +1,474 @@
+"""Artifacts: directories of TensorStore arrays and one manifest, written shard by shard, readable once sealed.
+
+    DIRECTORY/
+      manifest.json        what made it, what is in it, checksums; the last thing written when it is sealed
+      shards/000012.json   one small record per complete shard; folded into the manifest when it is sealed
+      ARRAY/               a zarr3 array, cut along axis 0 in shards, one file each
+      FILE                 small side files (a tokenizer, say)
+
+A shard's record is written only after its data is durable, so a stage that was killed redoes incomplete shards and
+no others. Nothing that varies between runs (times, hosts, process counts) is stored: a restarted stage ends with
+the same bytes. Every inner chunk carries a CRC-32C that TensorStore checks at each read.
+
+Any place that TensorStore can address works: a local path, gs://bucket/path, s3://bucket/path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from mlpmem_jax.core.errors import ArtifactError
+
+FORMAT = "mlpmem_jax artifact"
+VERSION = 1
+MANIFEST = "manifest.json"
+_LIBRARIES = ("jax", "numpy", "tensorstore", "tokenizers", "scann")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """One array of an artifact.
+
+    Attributes:
+      shape: global shape. Axis 0 is cut in shards of `rows_per_shard`.
+      dtype: NumPy name, "bfloat16" included.
+      rows_per_shard: rows of axis 0 that one process writes whole.
+      read_chunk: shape of the unit that one range read fetches; it divides the shard's shape.
+
+    An array of shape [number of shards, capacity] with `rows_per_shard` 1 may be ragged: a shard then stores any
+    number of entries up to the capacity, and what it does not store takes no space.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    rows_per_shard: int
+    read_chunk: tuple[int, ...]
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.shape[0] // self.rows_per_shard)
+
+    def to_json(self) -> dict:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, fields: Mapping) -> ArraySpec:
+        return cls(tuple(fields["shape"]), fields["dtype"], fields["rows_per_shard"], tuple(fields["read_chunk"]))
+
+
+def _absolute(path) -> str:
+    """TensorStore's file driver takes absolute paths alone; URLs stay as they are."""
+    path = str(path).rstrip("/")
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _kvstore_spec(path: str) -> dict | str:
+    return path + "/" if "://" in path else {"driver": "file", "path": path + "/"}
+
+
+def _open_array(path: str, name: str, spec: ArraySpec, create: bool) -> ts.TensorStore:
+    shard_shape = (spec.rows_per_shard, *spec.shape[1:])
+    # A zarr3 shard must be a whole number of inner chunks.
+    shard_shape = tuple(-(-size // chunk) * chunk for size, chunk in zip(shard_shape, spec.read_chunk, strict=True))
+    codecs: list[dict] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if np.issubdtype(np.dtype(spec.dtype), np.integer):  # floating point rows hardly compress, token ids do
+        codecs.append({"name": "zstd", "configuration": {"level": 1}})
+    codecs.append({"name": "crc32c"})
+    store = {"driver": "zarr3", "kvstore": _kvstore_spec(f"{path}/{name}")}
+    if create:
+        store["metadata"] = {
+            "shape": list(spec.shape),
+            "data_type": spec.dtype,
+            "fill_value": 0,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard_shape)}},
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {"chunk_shape": list(spec.read_chunk), "codecs": codecs},
+                }
+            ],
+        }
+    return ts.open(store, create=create, open=True).result()
+
+
+def _fingerprint(manifest: Mapping) -> str:
+    content = {key: value for key, value in manifest.items() if key != "fingerprint"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _encode(content: Mapping) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_manifest(path: str) -> dict | None:
+    """The manifest of the artifact at `path`, sealed or not; None when there is none.
+
+    Raises:
+      ArtifactError: the file is not a manifest of this project, is of a newer version, or is corrupt.
+    """
+    file = epath.Path(path) / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ArtifactError(f"{file}: not valid JSON ({error}); delete {path} and run its stage again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{file}: expected a manifest with format {FORMAT!r}; this folder is not an artifact")
+    if manifest["version"] > VERSION:
+        raise ArtifactError(
+            f"{file}: has version {manifest['version']}, this installation reads up to {VERSION}; upgrade mlpmem_jax"
+        )
+    if _fingerprint(manifest) != manifest.get("fingerprint"):
+        raise ArtifactError(
+            f"{file}: its content does not match its fingerprint (edited or corrupt); "
+            f"restore it, or delete {path} and run its stage again"
+        )
+    return manifest
+
+
+def _differences(found, wanted, prefix="") -> list[str]:
+    """Human-readable differences between two trees of dictionaries."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return [
+            line
+            for key in sorted({*found, *wanted})
+            for line in _differences(found.get(key, "(absent)"), wanted.get(key, "(absent)"), f"{prefix}{key}.")
+        ]
+    return [] if found == wanted else [f"{prefix[:-1]}: {found!r} there, {wanted!r} now"]
+
+
+def _check_same_origin(path: str, manifest: Mapping, kind: str, config: Mapping, inputs: Mapping) -> None:
+    wanted = json.loads(json.dumps({"kind": kind, "config": config, "inputs": inputs}))
+    found = {key: manifest[key] for key in wanted}
+    if lines := _differences(found, wanted):
+        raise ArtifactError(
+            f"{path}: was made by another config: {'; '.join(lines[:6])}{' ...' if len(lines) > 6 else ''}. "
+            "Choose another config.workdir, restore these values, or delete that folder to make it anew"
+        )
+
+
+class Artifact:
+    """A sealed artifact, open for reading. Make one with `open_artifact`."""
+
+    def __init__(self, path: str, manifest: Mapping):
+        self.path = path
+        self.kind: str = manifest["kind"]
+        self.config: dict = manifest["config"]
+        self.inputs: dict = manifest["inputs"]
+        self.summary: dict = manifest["summary"]
+        self.fingerprint: str = manifest["fingerprint"]
+        self.arrays = {name: ArraySpec.from_json(fields) for name, fields in manifest["arrays"].items()}
+        self._shards: list[dict] = manifest["shards"]
+        self._files: dict[str, str] = manifest["files"]
+        self._stores: dict[str, ts.TensorStore] = {}
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._shards)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of all shard files and side files; directories of parameters included."""
+        return _tree_bytes(epath.Path(self.path))
+
+    def shard_extra(self, shard: int) -> dict:
+        """What the writer stored beside the shard."""
+        return self._shards[shard]["extra"]
+
+    def shard_length(self, name: str, shard: int) -> int:
+        """Number of entries that the shard of a ragged array stores."""
+        return self._shards[shard]["arrays"][name]["shape"][-1]
+
+    def _store(self, name: str) -> ts.TensorStore:
+        if name not in self._stores:
+            try:
+                self._stores[name] = _open_array(self.path, name, self.arrays[name], create=False)
+            except ValueError as error:
+                raise self._corrupt(name, error) from error
+        return self._stores[name]
+
+    def _corrupt(self, name: str, error: Exception) -> ArtifactError:
+        return ArtifactError(
+            f"{self.path}/{name}: could not be read as written: {str(error).split(' [')[0]}. The data are corrupt or "
+            f"incomplete; delete {self.path} and run the stage that makes it again"
+        )
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop of axis 0.
+
+        Raises:
+          ArtifactError: the stored bytes do not match their checksum, or are missing.
+        """
+        try:
+            return self._store(name)[start:stop].read().result()
+        except ValueError as error:
+            raise self._corrupt(name, error) from error
+
+    def read_async(self, name: str, start: int, stop: int) -> ts.Future:
+        """Like `read`, but returns TensorStore's future; errors are TensorStore's own."""
+        return self._store(name)[start:stop].read()
+
+    def read_ragged(self, name: str, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Entries start to stop of one shard of a ragged array.
+
+        Raises:
+          ArtifactError: the stored bytes do not match their checksum, or are missing.
+        """
+        length = self.shard_length(name, shard)
+        stop = length if stop is None else min(stop, length)
+        try:
+            return self._store(name)[shard, start:stop].read().result()
+        except ValueError as error:
+            raise self._corrupt(name, error) from error
+
+    def read_file(self, name: str) -> bytes:
+        """A side file, checked against the manifest.
+
+        Raises:
+          ArtifactError: it is missing or differs from what was written.
+        """
+        file = epath.Path(self.path) / name
+        content = file.read_bytes() if file.exists() else b""
+        if hashlib.sha256(content).hexdigest() != self._files.get(name):
+            raise ArtifactError(
+                f"{file}: missing or not what was written; delete {self.path} and run the stage that makes it again"
+            )
+        return content
+
+    def check_sizes(self) -> None:
+        """Compares the size of every shard file with the manifest.
+
+        Raises:
+          ArtifactError: a file is missing or truncated.
+        """
+        for index, shard in enumerate(self._shards):
+            for name, record in shard["arrays"].items():
+                if (found := _shard_bytes(self.path, name, self.arrays[name], index)) != record["bytes"]:
+                    raise ArtifactError(
+                        f"{_shard_file(self.path, name, self.arrays[name], index)}: expected {record['bytes']} bytes, "
+                        f"found {found}; delete {self.path} and run the stage that makes it again"
+                    )
+
+
+def _tree_bytes(folder: epath.Path) -> int:
+    return sum(_tree_bytes(entry) if entry.is_dir() else entry.stat().length for entry in folder.iterdir())
+
+
+def _shard_file(path: str, name: str, spec: ArraySpec, shard: int) -> epath.Path:
+    return epath.Path(path) / name / "c" / "/".join([str(shard)] + ["0"] * (len(spec.shape) - 1))
+
+
+def _shard_bytes(path: str, name: str, spec: ArraySpec, shard: int) -> int:
+    file = _shard_file(path, name, spec, shard)
+    return file.stat().length if file.exists() else 0  # a shard of nothing but zeros has no file
+
+
+class ArtifactWriter:
+    """Writes an artifact, or goes on with an unfinished one. Make one with `ArtifactWriter.create`."""
+
+    def __init__(self, path: str, manifest: dict):
+        self.path = path
+        self._manifest = manifest
+        self._specs = {name: ArraySpec.from_json(fields) for name, fields in manifest["arrays"].items()}
+        self._kvstore = ts.KvStore.open(_kvstore_spec(path)).result()
+        self._stores: dict[str, ts.TensorStore] = {}
+
+    @classmethod
+    def create(
+        cls, path, kind: str, config: Mapping, inputs: Mapping[str, str], arrays: Mapping[str, ArraySpec]
+    ) -> ArtifactWriter:
+        """Starts an artifact, or opens the unfinished one that the same config began.
+
+        Args:
+          path: directory, local or of an object store.
+          kind: what it is, e.g. "datastore".
+          config: the part of the resolved config that its content depends on.
+          inputs: fingerprints of the artifacts it is made from, by name.
+          arrays: its arrays; all must have the same number of shards.
+
+        Raises:
+          ArtifactError: the directory holds something else, or was made by another config.
+        """
+        path = _absolute(path)
+        if len({spec.num_shards for spec in arrays.values()}) > 1:
+            raise ValueError(f"arrays of {path} differ in their number of shards")
+        manifest = read_manifest(path)
+        if manifest is None:
+            if epath.Path(path).exists() and any(epath.Path(path).iterdir()):
+                raise ArtifactError(f"{path}: is not empty and holds no {MANIFEST}; choose another config.workdir")
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "kind": kind,
+                "sealed": False,
+                "config": json.loads(json.dumps(config)),
+                "inputs": dict(inputs),
+                "arrays": {name: spec.to_json() for name, spec in arrays.items()},
+            }
+            manifest["fingerprint"] = _fingerprint(manifest)
+            writer = cls(path, manifest)
+            writer._write(MANIFEST, _encode(manifest))
+            return writer
+        _check_same_origin(path, manifest, kind, config, inputs)
+        if manifest["sealed"]:
+            raise ArtifactError(f"{path}: is finished and sealed already; nothing may be written to it")
+        return cls(path, manifest)
+
+    @property
+    def num_shards(self) -> int:
+        return max((spec.num_shards for spec in self._specs.values()), default=0)
+
+    def _write(self, name: str, content: bytes) -> None:
+        try:
+            self._kvstore.write(name, content).result()
+        except (ValueError, OSError) as error:
+            raise self._write_error(name, error) from error
+
+    def _write_error(self, name: str, error: Exception) -> ArtifactError:
+        return ArtifactError(
+            f"{self.path}/{name}: could not be written: {str(error).split(' [')[0]}. What was complete before is kept: "
+            "make room (or fix access) and run the same command again"
+        )
+
+    def incomplete_shards(self) -> list[int]:
+        """Indices of the shards that are not durable yet, in order."""
+        folder = epath.Path(self.path) / "shards"
+        complete = {int(file.stem) for file in folder.iterdir() if file.suffix == ".json"} if folder.exists() else set()
+        return [index for index in range(self.num_shards) if index not in complete]
+
+    def write_shard(self, index: int, arrays: Mapping[str, np.ndarray], extra: Mapping | None = None) -> None:
+        """Writes one shard of every array and returns when it is durable.
+
+        Args:
+          index: which shard.
+          arrays: by name, the rows of this shard; of a ragged array [1, entries].
+          extra: small JSON values to keep beside the shard.
+
+        Raises:
+          ArtifactError: it could not be written, a full disk for instance.
+        """
+        if set(arrays) != set(self._specs):
+            raise ValueError(f"shard needs the arrays {sorted(self._specs)}, got {sorted(arrays)}")
+        pending, records = [], {}
+        try:
+            for name, rows in arrays.items():
+                spec = self._specs[name]
+                if name not in self._stores:
+                    self._stores[name] = _open_array(self.path, name, spec, create=True)
+                start = index * spec.rows_per_shard
+                rows = np.ascontiguousarray(rows, dtype=np.dtype(spec.dtype))
+                expected = min(spec.rows_per_shard, spec.shape[0] - start)
+                if len(rows) != expected or rows.ndim != len(spec.shape):
+                    raise ValueError(f"{name}: shard {index} is {rows.shape}, expected {expected} rows of {spec}")
+                if rows.size:
+                    region = self._stores[name][start : start + len(rows)]
+                    region = region[:, : rows.shape[1]] if rows.ndim == 2 else region
+                    pending.append(region.write(rows))
+                digest = hashlib.sha256(rows.tobytes()).hexdigest()
+                records[name] = {"checksum": digest, "shape": list(rows.shape)}
+            for future in pending:
+                future.result()
+        except (ValueError, OSError) as error:
+            if not pending:
+                raise
+            raise self._write_error(f"shard {index}", error) from error
+        for name, record in records.items():
+            record["bytes"] = _shard_bytes(self.path, name, self._specs[name], index)
+        self._write(f"shards/{index:06d}.json", _encode({"arrays": records, "extra": dict(extra or {})}))
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Writes a small side file durably; it is checksummed when the artifact is sealed."""
+        self._write(name, content)
+
+    def seal(self, summary: Mapping, files: tuple[str, ...] = ()) -> Artifact:
+        """Makes the artifact readable. Call it in one process, when every shard is complete.
+
+        Args:
+          summary: figures about the content, JSON values that do not vary between runs.
+          files: names of the side files that belong to it.
+
+        Raises:
+          ArtifactError: shards are incomplete.
+        """
+        if missing := self.incomplete_shards():
+            raise ArtifactError(f"{self.path}: shards {missing[:8]} are incomplete; run its stage again")
+        records = [
+            json.loads((epath.Path(self.path) / "shards" / f"{index:06d}.json").read_bytes())
+            for index in range(self.num_shards)
+        ]
+        manifest = {
+            **self._manifest,
+            "sealed": True,
+            "shards": records,
+            "files": {name: hashlib.sha256((epath.Path(self.path) / name).read_bytes()).hexdigest() for name in files},
+            "summary": json.loads(json.dumps(summary)),
+            "libraries": library_versions(_LIBRARIES),
+        }
+        manifest["fingerprint"] = _fingerprint(manifest)
+        self._write(MANIFEST, _encode(manifest))
+        _remove_shard_records(self.path)
+        return Artifact(self.path, manifest)
+
+
+def library_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions by package name; absent packages are left out."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _remove_shard_records(path: str) -> None:
+    folder = epath.Path(path) / "shards"
+    if folder.exists():
+        folder.rmtree()
+
+
+def open_artifact(path, kind: str) -> Artifact:
+    """Opens a sealed artifact.
+
+    Raises:
+      ArtifactError: there is none, it is unfinished, corrupt, truncated, newer, or of another kind.
+    """
+    path = _absolute(path)
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise ArtifactError(f"{path}: expected a finished {kind!r} artifact, found none; run the stage that makes it")
+    if manifest["kind"] != kind:
+        raise ArtifactError(f"{path}: expected an artifact of kind {kind!r}, found {manifest['kind']!r}")
+    if not manifest["sealed"]:
+        raise ArtifactError(f"{path}: is unfinished; run its stage again, it goes on where it stopped")
+    artifact = Artifact(path, manifest)
+    artifact.check_sizes()
+    return artifact
+
+
+def find_finished(path, kind: str, config: Mapping, inputs: Mapping[str, str]) -> Artifact | None:
+    """The sealed artifact at `path` if this very config and these inputs made it, None if it is still to be finished.
+
+    Raises:
+      ArtifactError: what is there was made by another config, or cannot be trusted.
+    """
+    path = _absolute(path)
+    manifest = read_manifest(path)
+    if manifest is None:
+        return None
+    _check_same_origin(path, manifest, kind, config, inputs)
+    if not manifest["sealed"]:
+        return None
+    _remove_shard_records(path)  # a kill between sealing and tidying leaves them
+    return open_artifact(path, kind)

@@ -1,0 +1,109 @@
+"""The device mesh, and the one table that maps logical array axes to mesh axes.
+
+Every parameter and activation names its logical axes ("batch", "embed", "mlp", ...). `RULES` says over which mesh
+axes each of them is sharded; another table, given in `config.mesh.rules`, is another sharding strategy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mlpmem_jax.core.errors import ConfigError
+
+AXES = ("slice", "fsdp", "tensor")
+"""Mesh axes: data parallel between slices, fully sharded data parallel, tensor parallel."""
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+RULES: Rules = {
+    "batch": ("slice", "fsdp"),
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    "position": None,
+}
+
+
+def make_mesh(slice_: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh of shape [slice, fsdp, tensor]; one of the sizes may be -1, meaning all remaining devices.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [slice_, fsdp, tensor]
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if sizes.count(-1) > 1 or len(devices) % known:
+        raise ConfigError(
+            f"config.mesh: slice x fsdp x tensor = {slice_} x {fsdp} x {tensor} does not fit {len(devices)} devices; "
+            "at most one of the sizes may be -1, and the product must divide the number of devices"
+        )
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if int(np.prod(sizes)) != len(devices):
+        raise ConfigError(
+            f"config.mesh: slice x fsdp x tensor = {' x '.join(map(str, sizes))} uses {int(np.prod(sizes))} of "
+            f"{len(devices)} devices; set one of the sizes to -1 to use them all"
+        )
+    types = (AxisType.Auto,) * len(AXES)
+    if len(devices) == jax.device_count() and devices[0].platform == "tpu":
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
+
+
+def partition_spec(logical_axes: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes.
+
+    Raises:
+      ConfigError: an axis has no rule.
+    """
+    missing = [axis for axis in logical_axes if axis is not None and axis not in rules]
+    if missing:
+        raise ConfigError(f"config.mesh.rules: no rule for the logical axes {missing}; rules exist for {sorted(rules)}")
+    return PartitionSpec(*(None if axis is None else rules[axis] for axis in logical_axes))
+
+
+def sharding(mesh: Mesh, logical_axes: tuple[str | None, ...], rules: Rules = RULES) -> NamedSharding:
+    """The NamedSharding of an array with these logical axes."""
+    return NamedSharding(mesh, partition_spec(logical_axes, rules))
+
+
+def shardings(mesh: Mesh, tree, rules: Rules = RULES):
+    """A tree of NamedSharding from a tree whose leaves are tuples of logical axis names."""
+    return jax.tree.map(lambda axes: sharding(mesh, axes, rules), tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
+    """Into how many parts the batch axis is cut."""
+    axes = rules["batch"]
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return int(np.prod([mesh.shape[axis] for axis in axes]))
+
+
+def global_batch(mesh: Mesh, batch, rules: Rules = RULES):
+    """A tree of global arrays, sharded along axis 0, from each process's own rows (NumPy arrays)."""
+
+    def place(rows):
+        axes = ("batch",) + (None,) * (rows.ndim - 1)
+        return jax.make_array_from_process_local_data(sharding(mesh, axes, rules), rows)
+
+    return jax.tree.map(place, batch)
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is sharded along axis 0 alone, in order."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+
+
+def barrier(name: str) -> None:
+    """Waits until every process of the job is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

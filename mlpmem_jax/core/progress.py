@@ -1,0 +1,107 @@
+"""Progress bars with rate and time left on a terminal, sparse plain lines in a log file, silence on request."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+import rich.console
+import rich.progress
+
+_console = rich.console.Console(stderr=True, highlight=False)
+_LOG_INTERVAL_SECONDS = 15.0
+
+
+def _is_silent() -> bool:
+    """True when MLPMEM_QUIET is set or this is not the first process of the job."""
+    if os.environ.get("MLPMEM_QUIET", "0") != "0":
+        return True
+    jax = sys.modules.get("jax")  # a process that never imported jax is alone, and must not import it for this
+    return jax is not None and jax.distributed.is_initialized() and jax.process_index() != 0
+
+
+def say(text: str) -> None:
+    """Prints one line for the user, from the first process alone."""
+    if not _is_silent():
+        _console.print(text, markup=False, soft_wrap=True)
+
+
+class _LogLines:
+    """The bar of a log file: a line every few seconds and one at the end."""
+
+    def __init__(self, total: float, description: str, unit: str, initial: float):
+        self._total, self._description, self._unit = total, description, unit
+        self._initial = self._done = initial
+        self._start = self._last = time.monotonic()
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._last < _LOG_INTERVAL_SECONDS:
+            return
+        self._last = now
+        rate = (self._done - self._initial) / (now - self._start)
+        left = (self._total - self._done) / rate if rate > 0 else float("inf")
+        say(
+            f"{self._description}: {self._done:,.0f} of {self._total:,.0f} {self._unit}, {rate:,.1f} {self._unit}/s, "
+            f"{left:,.0f} s left {note}".rstrip()
+        )
+
+    def close(self) -> None:
+        seconds = time.monotonic() - self._start
+        done = self._done - self._initial
+        rate = done / seconds if seconds > 0 else 0.0
+        say(f"{self._description}: {done:,.0f} {self._unit} in {seconds:,.1f} s ({rate:,.1f} {self._unit}/s)")
+
+
+class _Bar:
+    """The bar of a terminal, drawn by rich."""
+
+    def __init__(self, progress: rich.progress.Progress, task: rich.progress.TaskID, initial: float):
+        self._progress, self._task = progress, task
+        self._start, self._initial, self._done = time.monotonic(), initial, initial
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self._done += amount
+        rate = (self._done - self._initial) / max(time.monotonic() - self._start, 1e-9)
+        self._progress.update(self._task, advance=amount, rate=f"{rate:,.1f}", note=note)
+
+
+class _Silent:
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        """Nothing is shown."""
+
+
+@contextlib.contextmanager
+def progress(total: float, description: str, unit: str, initial: float = 0) -> Iterator[_Bar | _LogLines | _Silent]:
+    """A progress display for one long loop.
+
+    Args:
+      total: amount of work in `unit`, `initial` of which is done already.
+      description: what is being done, a few words.
+      unit: plural noun of what is counted, e.g. "positions".
+
+    Yields:
+      An object with `advance(amount, note="")`; `note` is shown beside the bar (a loss, say).
+    """
+    if _is_silent():
+        yield _Silent()
+    elif not _console.is_terminal:
+        lines = _LogLines(total, description, unit, initial)
+        yield lines
+        lines.close()
+    else:
+        columns = (
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn(f"{{task.fields[rate]}} {unit}/s"),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[note]}"),
+        )
+        with rich.progress.Progress(*columns, console=_console) as bars:
+            task = bars.add_task(description, total=total, completed=initial, rate="-", note="")
+            yield _Bar(bars, task, initial)

@@ -1,0 +1,79 @@
+"""How sharp next-token distributions are: the paper's table "Shape of the distributions".
+
+Counted per position and averaged: tokens with a probability above each threshold, and the fewest tokens that together
+hold a share of the mass.
+"""
+
+import numpy as np
+
+THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+MASSES = (0.80, 0.90, 0.95, 0.99)
+
+
+class SharpnessMean:
+    """Running mean of the counts over chunks of positions.
+
+    Attributes:
+      positions: number of positions added.
+    """
+
+    def __init__(self):
+        self.positions = 0
+        self._sums = np.zeros(len(THRESHOLDS) + len(MASSES))
+
+    def add(self, probabilities_NxM):
+        """Adds N distributions; see `tokens_above` for the layout of a row."""
+        counts_NxC = np.concatenate(
+            [tokens_above(probabilities_NxM), tokens_for_mass(probabilities_NxM)], axis=1
+        )
+        self._sums += counts_NxC.sum(axis=0)
+        self.positions += len(counts_NxC)
+
+    def summary(self):
+        """{'tokens_above': {threshold: mean}, 'tokens_for_mass': {mass: mean}, 'positions': N}, keys as strings."""
+        means = (self._sums / self.positions).tolist()
+        return {
+            "tokens_above": {f"{t:g}": mean for t, mean in zip(THRESHOLDS, means)},
+            "tokens_for_mass": {f"{m:g}": mean for m, mean in zip(MASSES, means[len(THRESHOLDS) :])},
+            "positions": self.positions,
+        }
+
+
+def tokens_above(probabilities_NxM):
+    """Number of tokens whose probability is strictly above each of THRESHOLDS, int64 [N, 7].
+
+    Args:
+      probabilities_NxM: one distribution per row; M is the vocabulary, or the most entries of a sparse distribution,
+        shorter rows filled up with zeros.
+    """
+    probabilities_NxM = np.asarray(probabilities_NxM)
+    return np.stack([(probabilities_NxM > threshold).sum(axis=1) for threshold in THRESHOLDS], axis=1)
+
+
+def tokens_for_mass(probabilities_NxM):
+    """Fewest tokens that hold each of MASSES of a row's total, int64 [N, 4]; rows as in `tokens_above`.
+
+    Shares are of the row's own total: a distribution stored in float16 does not sum to one exactly.
+    """
+    descending_NxM = -np.sort(-np.asarray(probabilities_NxM, np.float32), axis=1)
+    cumulated_NxM = np.cumsum(descending_NxM, axis=1, dtype=np.float64)
+    shares_NxM = cumulated_NxM / cumulated_NxM[:, -1:]
+    # The last share is one up to rounding: no mass may need more tokens than the row has.
+    counts_NxC = np.stack([(shares_NxM < mass - 1e-12).sum(axis=1) + 1 for mass in MASSES], axis=1)
+    return np.minimum(counts_NxC, descending_NxM.shape[1])
+
+
+def rows_of_ragged(values_M, offsets_N1):
+    """Lays ragged entries out as zero-padded rows.
+
+    Args:
+      values_M: entries of N positions, one position after the other.
+      offsets_N1: int [N + 1], start of each position's entries in values_M, relative to its first.
+
+    Returns:
+      [N, most entries of a position], dtype of values_M.
+    """
+    lengths_N = np.diff(offsets_N1)
+    rows_NxM = np.zeros((len(lengths_N), max(int(lengths_N.max(initial=0)), 1)), np.asarray(values_M).dtype)
+    rows_NxM[np.arange(rows_NxM.shape[1]) < lengths_N[:, None]] = values_M
+    return rows_NxM

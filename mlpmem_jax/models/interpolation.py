@@ -1,0 +1,102 @@
+"""Interpolation of two next-token distributions: p = lambda * p_other + (1 - lambda) * p_base.
+
+Equation 5 of the paper "MLP Memory" (arXiv 2508.01832), where `other` is the memory; with p_kNN in its place it is
+kNN-LM. Only the probabilities of the tokens that really came next are needed to score a mixture, so everything here
+works on arrays of N log-probabilities, in float64 on the host.
+"""
+
+import numpy as np
+import scipy.optimize
+
+GRID = np.linspace(0.0, 1.0, 21)
+WEIGHT_TOLERANCE = 1e-6
+
+
+def perplexity(log_probabilities_N):
+    """exp of the mean negative log-likelihood; inf when a token had probability zero.
+
+    Args:
+      log_probabilities_N: natural log-probabilities of the next tokens, any shape, -inf allowed.
+
+    Raises:
+      ValueError: on no positions, NaN, or a log-probability above zero.
+    """
+    return float(np.exp(-np.mean(_checked(log_probabilities_N, "log-probabilities"))))
+
+
+def mixture_log_probabilities(base_log_probabilities_N, other_log_probabilities_N, weight):
+    """log(weight * p_other + (1 - weight) * p_base) per position, float64, without leaving the log domain.
+
+    The weights 0 and 1 return the base and the other distribution exactly, also where the one left out is zero.
+
+    Args:
+      base_log_probabilities_N: log p_base(next token), any shape.
+      other_log_probabilities_N: log p_other(next token), same shape; -inf where the other gives it no probability.
+      weight: the interpolation weight lambda, in [0, 1].
+
+    Raises:
+      ValueError: on a weight outside [0, 1] or arrays of different shapes.
+    """
+    base_N = np.asarray(base_log_probabilities_N, np.float64)
+    other_N = np.asarray(other_log_probabilities_N, np.float64)
+    if base_N.shape != other_N.shape:
+        raise ValueError(f"the two distributions score different positions: {base_N.shape} and {other_N.shape}")
+    if not 0.0 <= weight <= 1.0:
+        raise ValueError(f"an interpolation weight lies in [0, 1], got {weight}")
+    if weight == 0.0:
+        return base_N
+    if weight == 1.0:
+        return other_N
+    return np.logaddexp(other_N + np.log(weight), base_N + np.log1p(-weight))
+
+
+def mixture_perplexity(base_log_probabilities_N, other_log_probabilities_N, weight):
+    """Perplexity of the mixture at one weight; arguments as in `mixture_log_probabilities`."""
+    return perplexity(mixture_log_probabilities(base_log_probabilities_N, other_log_probabilities_N, weight))
+
+
+def tune_weight(base_log_probabilities_N, other_log_probabilities_N):
+    """The weight that gives these positions their lowest perplexity, to about 1e-6.
+
+    The mean negative log-likelihood is convex in the weight, so the best point of a grid has the optimum between its
+    two neighbors; a golden-section search (with scipy's parabolic steps) finds it there. Both ends stay candidates
+    and win ties, so a distribution that does not help gets exactly 0 and one that replaces the base exactly 1.
+
+    Args:
+      base_log_probabilities_N: log p_base(next token) on the validation split, any shape.
+      other_log_probabilities_N: log p_other(next token), same shape; -inf allowed.
+
+    Returns:
+      (weight, perplexity of the mixture at that weight), two floats.
+
+    Raises:
+      ValueError: as `perplexity` and `mixture_log_probabilities`.
+    """
+    base_N = _checked(base_log_probabilities_N, "base log-probabilities")
+    other_N = _checked(other_log_probabilities_N, "other log-probabilities")
+
+    def loss(weight):
+        return -np.mean(mixture_log_probabilities(base_N, other_N, weight))
+
+    losses_G = np.array([loss(weight) for weight in GRID])
+    best = int(np.argmin(losses_G))
+    bounds = GRID[max(best - 1, 0)], GRID[min(best + 1, len(GRID) - 1)]
+    found = scipy.optimize.minimize_scalar(
+        loss, bounds=bounds, method="bounded", options={"xatol": WEIGHT_TOLERANCE}
+    )
+    inside_loss, inside = float(found.fun), float(found.x)
+    if losses_G[best] <= inside_loss:
+        inside_loss, inside = float(losses_G[best]), float(GRID[best])
+    return inside, float(np.exp(inside_loss))
+
+
+def _checked(log_probabilities_N, name):
+    values_N = np.asarray(log_probabilities_N, np.float64)
+    if values_N.size == 0:
+        raise ValueError(f"{name}: no positions to score")
+    if np.isnan(values_N).any():
+        raise ValueError(f"{name}: {int(np.isnan(values_N).sum())} of {values_N.size} are NaN")
+    # Float32 softmax and float16 storage may round a certain token to slightly above probability one.
+    if values_N.max() > 1e-3:
+        raise ValueError(f"{name}: found {values_N.max():.3g}, a log-probability is at most 0")
+    return values_N
