@@ -1,8 +1,8 @@
 """Paired bootstrap of perplexity ratios.
 
-Two systems are scored on the same positions. Neighboring positions are not independent, so the unit that is drawn with
-replacement is a block of consecutive positions (a sequence of the datastore), never a single one. All systems are
-compared on the same draws.
+Two systems are scored on the same positions. Neighboring positions are not independent, so the unit that is drawn
+with replacement is a block of consecutive positions (a sequence of the datastore), never a single one. All
+systems are compared on the same draws.
 """
 
 import numpy as np
@@ -13,11 +13,11 @@ DRAWS_AT_ONCE = 4_000_000
 def ratio_intervals(reference_log_probabilities_UxT, systems, *, samples, confidence, seed):
     """Percentile intervals of perplexity(system) / perplexity(reference).
 
-    The logarithm of that ratio is mean(log p_reference - log p_system), so only the sums of these differences per
-    block are resampled.
+    The logarithm of that ratio is mean(log p_reference - log p_system), so only the means of these differences
+    per block are resampled.
 
     Args:
-      reference_log_probabilities_UxT: log-probabilities of the next tokens, U blocks of T consecutive positions.
+      reference_log_probabilities_UxT: log-probabilities of the next tokens, U blocks of T positions each.
       systems: {name: log-probabilities of the same positions, [U, T]}.
       samples: number of bootstrap draws.
       confidence: probability content of the interval, for example 0.95.
@@ -31,12 +31,12 @@ def ratio_intervals(reference_log_probabilities_UxT, systems, *, samples, confid
     """
     reference_UxT = np.asarray(reference_log_probabilities_UxT, np.float64)
     if reference_UxT.ndim != 2 or len(reference_UxT) < 2:
-        raise ValueError(f"a bootstrap needs at least two blocks of positions, got shape {reference_UxT.shape}")
+        raise ValueError(f"a bootstrap needs at least two blocks, got shape {reference_UxT.shape}")
     differences_UxK = np.empty((len(reference_UxT), len(systems)))
     for column, (name, log_probabilities_UxT) in enumerate(systems.items()):
         system_UxT = np.asarray(log_probabilities_UxT, np.float64)
         if system_UxT.shape != reference_UxT.shape:
-            raise ValueError(f"{name} scores {system_UxT.shape} positions, its reference {reference_UxT.shape}")
+            raise ValueError(f"{name} scores {system_UxT.shape} positions, not {reference_UxT.shape}")
         differences_UxK[:, column] = np.mean(reference_UxT - system_UxT, axis=1)
     if not np.isfinite(differences_UxK).all():
         raise ValueError("a bootstrap needs finite log-probabilities; compare mixtures, not p_kNN alone")

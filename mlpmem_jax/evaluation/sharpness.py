@@ -1,7 +1,7 @@
 """How sharp next-token distributions are: the paper's table "Shape of the distributions".
 
-Counted per position and averaged: tokens with a probability above each threshold, and the fewest tokens that together
-hold a share of the mass.
+Counted per position and averaged: tokens with a probability above each threshold, and the fewest tokens that
+together hold a share of the mass.
 """
 
 import numpy as np
@@ -30,11 +30,12 @@ class SharpnessMean:
         self.positions += len(counts_NxC)
 
     def summary(self):
-        """{'tokens_above': {threshold: mean}, 'tokens_for_mass': {mass: mean}, 'positions': N}, keys as strings."""
+        """{'tokens_above': {threshold: mean}, 'tokens_for_mass': {mass: mean}, 'positions': N}, string keys."""
         means = (self._sums / self.positions).tolist()
+        above, for_mass = means[: len(THRESHOLDS)], means[len(THRESHOLDS) :]
         return {
-            "tokens_above": {f"{t:g}": mean for t, mean in zip(THRESHOLDS, means)},
-            "tokens_for_mass": {f"{m:g}": mean for m, mean in zip(MASSES, means[len(THRESHOLDS) :])},
+            "tokens_above": {f"{t:g}": mean for t, mean in zip(THRESHOLDS, above, strict=True)},
+            "tokens_for_mass": {f"{m:g}": mean for m, mean in zip(MASSES, for_mass, strict=True)},
             "positions": self.positions,
         }
 
@@ -43,8 +44,8 @@ def tokens_above(probabilities_NxM):
     """Number of tokens whose probability is strictly above each of THRESHOLDS, int64 [N, 7].
 
     Args:
-      probabilities_NxM: one distribution per row; M is the vocabulary, or the most entries of a sparse distribution,
-        shorter rows filled up with zeros.
+      probabilities_NxM: one distribution per row; M is the vocabulary, or the most entries of a sparse
+        distribution, shorter rows filled up with zeros.
     """
     probabilities_NxM = np.asarray(probabilities_NxM)
     return np.stack([(probabilities_NxM > threshold).sum(axis=1) for threshold in THRESHOLDS], axis=1)
@@ -55,7 +56,7 @@ def tokens_for_mass(probabilities_NxM):
 
     Shares are of the row's own total: a distribution stored in float16 does not sum to one exactly.
     """
-    descending_NxM = -np.sort(-np.asarray(probabilities_NxM, np.float32), axis=1)
+    descending_NxM = -np.sort(-np.asarray(probabilities_NxM), axis=1)
     cumulated_NxM = np.cumsum(descending_NxM, axis=1, dtype=np.float64)
     shares_NxM = cumulated_NxM / cumulated_NxM[:, -1:]
     # The last share is one up to rounding: no mass may need more tokens than the row has.

@@ -1,8 +1,8 @@
 """Interpolation of two next-token distributions: p = lambda * p_other + (1 - lambda) * p_base.
 
-Equation 5 of the paper "MLP Memory" (arXiv 2508.01832), where `other` is the memory; with p_kNN in its place it is
-kNN-LM. Only the probabilities of the tokens that really came next are needed to score a mixture, so everything here
-works on arrays of N log-probabilities, in float64 on the host.
+The inference rule of the paper "MLP Memory" (arXiv 2508.01832), where `other` is the memory; with p_kNN in its
+place it is kNN-LM. Only the probabilities of the tokens that really came next are needed to score a mixture, so
+everything here works on arrays of N log-probabilities, in float64 on the host.
 """
 
 import numpy as np
@@ -10,6 +10,7 @@ import scipy.optimize
 
 GRID = np.linspace(0.0, 1.0, 21)
 WEIGHT_TOLERANCE = 1e-6
+LOSS_TOLERANCE = 1e-12  # nats per token: below the rounding of a mean of float64 logarithms
 
 
 def perplexity(log_probabilities_N):
@@ -27,11 +28,11 @@ def perplexity(log_probabilities_N):
 def mixture_log_probabilities(base_log_probabilities_N, other_log_probabilities_N, weight):
     """log(weight * p_other + (1 - weight) * p_base) per position, float64, without leaving the log domain.
 
-    The weights 0 and 1 return the base and the other distribution exactly, also where the one left out is zero.
+    The weights 0 and 1 return the base and the other distribution exactly, even where the one left out is 0.
 
     Args:
       base_log_probabilities_N: log p_base(next token), any shape.
-      other_log_probabilities_N: log p_other(next token), same shape; -inf where the other gives it no probability.
+      other_log_probabilities_N: log p_other(next token), same shape; -inf where that probability is 0.
       weight: the interpolation weight lambda, in [0, 1].
 
     Raises:
@@ -40,7 +41,7 @@ def mixture_log_probabilities(base_log_probabilities_N, other_log_probabilities_
     base_N = np.asarray(base_log_probabilities_N, np.float64)
     other_N = np.asarray(other_log_probabilities_N, np.float64)
     if base_N.shape != other_N.shape:
-        raise ValueError(f"the two distributions score different positions: {base_N.shape} and {other_N.shape}")
+        raise ValueError(f"two distributions score different positions: {base_N.shape}, {other_N.shape}")
     if not 0.0 <= weight <= 1.0:
         raise ValueError(f"an interpolation weight lies in [0, 1], got {weight}")
     if weight == 0.0:
@@ -58,9 +59,10 @@ def mixture_perplexity(base_log_probabilities_N, other_log_probabilities_N, weig
 def tune_weight(base_log_probabilities_N, other_log_probabilities_N):
     """The weight that gives these positions their lowest perplexity, to about 1e-6.
 
-    The mean negative log-likelihood is convex in the weight, so the best point of a grid has the optimum between its
-    two neighbors; a golden-section search (with scipy's parabolic steps) finds it there. Both ends stay candidates
-    and win ties, so a distribution that does not help gets exactly 0 and one that replaces the base exactly 1.
+    The mean negative log-likelihood is convex in the weight, so the best point of a grid has the optimum between
+    its two neighbors; a golden-section search (with scipy's parabolic steps) finds it there. Grid points win
+    ties, smaller ones first: a distribution that does not help gets exactly 0, one that replaces the base
+    exactly 1.
 
     Args:
       base_log_probabilities_N: log p_base(next token) on the validation split, any shape.
@@ -79,15 +81,14 @@ def tune_weight(base_log_probabilities_N, other_log_probabilities_N):
         return -np.mean(mixture_log_probabilities(base_N, other_N, weight))
 
     losses_G = np.array([loss(weight) for weight in GRID])
-    best = int(np.argmin(losses_G))
+    best = int(np.argmax(losses_G <= losses_G.min() + LOSS_TOLERANCE))
     bounds = GRID[max(best - 1, 0)], GRID[min(best + 1, len(GRID) - 1)]
     found = scipy.optimize.minimize_scalar(
         loss, bounds=bounds, method="bounded", options={"xatol": WEIGHT_TOLERANCE}
     )
-    inside_loss, inside = float(found.fun), float(found.x)
-    if losses_G[best] <= inside_loss:
-        inside_loss, inside = float(losses_G[best]), float(GRID[best])
-    return inside, float(np.exp(inside_loss))
+    if losses_G[best] <= found.fun + LOSS_TOLERANCE:
+        return float(GRID[best]), float(np.exp(losses_G[best]))
+    return float(found.x), float(np.exp(found.fun))
 
 
 def _checked(log_probabilities_N, name):

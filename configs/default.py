@@ -1,0 +1,112 @@
+"""Every config key with its default, its unit and its meaning. The other configs start from this one.
+
+Values are overridden in another config file, or on the command line:
+    mlpmem run --config=configs/quickstart.py --config.targets.k=128
+"""
+
+import ml_collections
+
+
+def optimization() -> ml_collections.ConfigDict:
+    """Settings of a training run; `base.training` and `training` share them."""
+    config = ml_collections.ConfigDict()
+    config.steps = 0  # optimizer steps; 0 = from epochs
+    config.epochs = 1.0  # passes over the training split; not used when steps > 0
+    config.batch_sequences = 16  # sequences in one optimizer step, over all devices
+    config.accumulation_steps = 1  # micro-batches that one optimizer step is cut into
+    config.optimizer = "muon"  # "muon" or "adamw" (the paper)
+    config.learning_rate = 0.02  # peak, of the matrices under muon, of everything under adamw
+    config.adam_learning_rate = 0.002  # peak, of everything but the blocks' matrices under muon
+    config.schedule = "linear"  # "linear", "cosine" or "constant", after the warmup
+    config.warmup_steps = 50  # steps of linear warmup
+    config.weight_decay = 0.0  # decoupled, of matrices alone
+    config.beta1 = 0.9  # first moment (and momentum of muon: 0.95)
+    config.beta2 = 0.95  # second moment
+    config.clip_norm = 1.0  # global norm of the gradient
+    config.compute_dtype = "float32"  # of activations and matmul inputs; parameters and loss are float32
+    config.remat = False  # recompute blocks in the backward pass
+    config.loss_chunk = 1024  # positions per device whose logits exist at once
+    config.seed = 0  # initial parameters and order of the sequences
+    config.evaluate_every = 500  # steps between validations; the best parameters are kept
+    config.evaluation_sequences = 0  # validation sequences used for that; 0 = all
+    config.checkpoint_every = 500  # steps between checkpoints
+    return config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.workdir = "runs/default"  # where all artifacts go: a local path, gs:// or s3://
+
+    config.corpus = corpus = ml_collections.ConfigDict()
+    corpus.source = "installed_docs"  # "installed_docs", "files" or "hub"
+    corpus.path = ""  # file or folder (text, JSONL, Parquet; plain, gz, zst) for "files"
+    corpus.name = ""  # Hugging Face data set for "hub"
+    corpus.subset = ""  # its configuration, e.g. "wikitext-103-raw-v1"
+    corpus.text_key = "text"  # field of JSONL and Parquet rows that holds the text
+    corpus.max_bytes = 0  # a deterministic sample of documents up to this many bytes; 0 = all
+    corpus.document_bytes = 8192  # longer text files are cut into documents of about this size, at blank lines
+    corpus.validation_fraction = 0.05  # of the documents
+    corpus.test_fraction = 0.05  # of the documents
+    corpus.seed = 0  # of the sample and the split
+
+    config.tokenizer = tokenizer = ml_collections.ConfigDict()
+    tokenizer.source = "train"  # "train" (byte-level BPE on the training split), "file" (tokenizer.json) or "hub"
+    tokenizer.path = ""  # the file, or the Hugging Face name
+    tokenizer.vocab_size = 4096  # tokens, of a trained tokenizer
+
+    config.base = base = ml_collections.ConfigDict()
+    base.source = "train"  # "train" or "huggingface"
+    base.path = ""  # Hugging Face folder or name of a GPT-2, for "huggingface"
+    base.context_length = 256  # positions of one sequence (block), in every stage
+    base.width = 64  # of the trained base
+    base.blocks = 2
+    base.heads = 2
+    base.training = optimization()
+
+    config.datastore = datastore = ml_collections.ConfigDict()
+    datastore.dtype = "float16"  # of keys and memory inputs: "float16" or "bfloat16"
+    datastore.input_depth = 1.0  # relative depth of the memory's input: 1.0 = the keys, 0.7 = the paper's best
+    datastore.key_model = ""  # Hugging Face GPT-2 whose keys the targets are built from; "" = the base
+    datastore.batch_sequences = 32  # sequences in one forward pass, over all devices
+    datastore.sequences_per_shard = 256  # sequences that are written as one shard
+
+    config.targets = targets = ml_collections.ConfigDict()
+    targets.backend = "auto"  # "scann", "exact", or "auto": scann where it is installed
+    targets.k = 64  # neighbors
+    targets.temperature = "auto"  # squared-L2 units; "auto" = best validation likelihood of the kNN-LM mixture
+    targets.exclude = "self"  # what a query may not retrieve: "self" (the paper) or its own "document"
+    targets.keep = 0  # largest probabilities kept per position; 0 = all
+    targets.minimum_probability = 1e-8  # smaller probabilities are dropped
+    targets.key_shard_rows = 2_000_000  # keys in one index
+    targets.leaves = 0  # partitions of one index; 0 = from the number of keys
+    targets.leaves_to_search = 0  # partitions searched; 0 = from leaves
+    targets.reorder = 0  # candidates scored exactly; 0 = from k
+    targets.training_sample = 100_000  # keys that the partitions are trained on
+    targets.quality_positions = 2048  # training positions on which recall and total variation are measured
+
+    config.memory = memory = ml_collections.ConfigDict()
+    memory.family = "gpt2"  # "gpt2" (LayerNorm, GELU) or "llama" (RMSNorm, SwiGLU)
+    memory.width = 256
+    memory.blocks = 4
+    memory.feed_forward_width = 0  # 0 = 4 x width
+    memory.output_from_base = False  # output projection starts as the base LM's (needs the base's width)
+
+    config.training = training = optimization()
+    training.mode = "offline"  # memory inputs from the datastore; "online" = base LM inside the step
+    training.alpha = 0.4  # weight of the KL term (the paper: 0.4); the rest is cross entropy
+
+    config.evaluation = evaluation = ml_collections.ConfigDict()
+    evaluation.bootstrap_samples = 2000
+    evaluation.confidence = 0.95
+    evaluation.sharpness_positions = 4000  # test positions for the table of distribution shapes
+    evaluation.seed = 0
+
+    config.mesh = mesh = ml_collections.ConfigDict()
+    mesh.slice = 1  # data parallel over the data-centre network
+    mesh.fsdp = -1  # fully sharded data parallel; -1 = all remaining devices
+    mesh.tensor = 1  # tensor parallel
+    # Logical axis -> mesh axes, "+" between several, "" for none.
+    mesh.rules = ml_collections.ConfigDict(
+        {"batch": "slice+fsdp", "embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
+    )
+    return config

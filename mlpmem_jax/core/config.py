@@ -1,0 +1,212 @@
+"""Checks of a resolved config, before any compute. Imports no accelerator runtime: `launch/` uses it too."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from mlpmem_jax.core.errors import ConfigError
+
+Check = tuple[type | tuple[type, ...], Callable[[Any], bool], str]
+"""Allowed types, a predicate, and the predicate in words."""
+
+
+def _one_of(*values: str) -> Check:
+    return str, lambda value: value in values, "one of " + ", ".join(map(repr, values))
+
+
+_TEXT: Check = (str, lambda value: True, "a text")
+_BOOLEAN: Check = (bool, lambda value: True, "True or False")
+_COUNT: Check = (int, lambda value: value >= 0, "a whole number, 0 or more")
+_POSITIVE: Check = (int, lambda value: value > 0, "a whole number, 1 or more")
+_NON_NEGATIVE: Check = ((int, float), lambda value: value >= 0, "a number, 0 or more")
+_FRACTION: Check = ((int, float), lambda value: 0 <= value <= 1, "a number from 0 to 1")
+_OPEN_FRACTION: Check = ((int, float), lambda value: 0 < value < 1, "a number between 0 and 1")
+_MESH_SIZE: Check = (int, lambda value: value > 0 or value == -1, "a whole number, 1 or more, or -1 for all the rest")
+_MESH_AXES: Check = (
+    str,
+    lambda value: all(axis in ("slice", "fsdp", "tensor") for axis in value.split("+") if value),
+    "mesh axes among 'slice', 'fsdp', 'tensor' with '+' between them, or ''",
+)
+
+_OPTIMIZATION: dict[str, Check] = {
+    "steps": _COUNT,
+    "epochs": _NON_NEGATIVE,
+    "batch_sequences": _POSITIVE,
+    "accumulation_steps": _POSITIVE,
+    "optimizer": _one_of("muon", "adamw"),
+    "learning_rate": _NON_NEGATIVE,
+    "adam_learning_rate": _NON_NEGATIVE,
+    "schedule": _one_of("linear", "cosine", "constant"),
+    "warmup_steps": _COUNT,
+    "weight_decay": _NON_NEGATIVE,
+    "beta1": _FRACTION,
+    "beta2": _FRACTION,
+    "clip_norm": _NON_NEGATIVE,
+    "compute_dtype": _one_of("float32", "bfloat16"),
+    "remat": _BOOLEAN,
+    "loss_chunk": _POSITIVE,
+    "seed": _COUNT,
+    "evaluate_every": _POSITIVE,
+    "evaluation_sequences": _COUNT,
+    "checkpoint_every": _POSITIVE,
+}
+
+_TEMPERATURE: Check = (
+    (str, int, float),
+    lambda value: value == "auto" or (not isinstance(value, str) and value > 0),
+    "'auto' or a number above 0",
+)
+
+SCHEMA: dict[str, Any] = {
+    "workdir": (str, lambda value: value != "", "a path"),
+    "corpus": {
+        "source": _one_of("installed_docs", "files", "hub"),
+        "path": _TEXT,
+        "name": _TEXT,
+        "subset": _TEXT,
+        "text_key": _TEXT,
+        "max_bytes": _COUNT,
+        "document_bytes": _POSITIVE,
+        "validation_fraction": _OPEN_FRACTION,
+        "test_fraction": _OPEN_FRACTION,
+        "seed": _COUNT,
+    },
+    "tokenizer": {"source": _one_of("train", "file", "hub"), "path": _TEXT, "vocab_size": _POSITIVE},
+    "base": {
+        "source": _one_of("train", "huggingface"),
+        "path": _TEXT,
+        "context_length": _POSITIVE,
+        "width": _POSITIVE,
+        "blocks": _POSITIVE,
+        "heads": _POSITIVE,
+        "training": _OPTIMIZATION,
+    },
+    "datastore": {
+        "dtype": _one_of("float16", "bfloat16"),
+        "input_depth": ((int, float), lambda value: 0 < value <= 1, "a number above 0, up to 1"),
+        "key_model": _TEXT,
+        "batch_sequences": _POSITIVE,
+        "sequences_per_shard": _POSITIVE,
+    },
+    "targets": {
+        "backend": _one_of("auto", "scann", "exact"),
+        "k": _POSITIVE,
+        "temperature": _TEMPERATURE,
+        "exclude": _one_of("self", "document"),
+        "keep": _COUNT,
+        "minimum_probability": _NON_NEGATIVE,
+        "key_shard_rows": _POSITIVE,
+        "leaves": _COUNT,
+        "leaves_to_search": _COUNT,
+        "reorder": _COUNT,
+        "training_sample": _POSITIVE,
+        "quality_positions": _POSITIVE,
+    },
+    "memory": {
+        "family": _one_of("gpt2", "llama"),
+        "width": _POSITIVE,
+        "blocks": _POSITIVE,
+        "feed_forward_width": _COUNT,
+        "output_from_base": _BOOLEAN,
+    },
+    "training": {**_OPTIMIZATION, "mode": _one_of("offline", "online"), "alpha": _FRACTION},
+    "evaluation": {
+        "bootstrap_samples": _POSITIVE,
+        "confidence": _OPEN_FRACTION,
+        "sharpness_positions": _POSITIVE,
+        "seed": _COUNT,
+    },
+    "mesh": {
+        "slice": _MESH_SIZE,
+        "fsdp": _MESH_SIZE,
+        "tensor": _MESH_SIZE,
+        "rules": {axis: _MESH_AXES for axis in ("batch", "embed", "mlp", "heads", "vocab")},
+    },
+}
+
+
+def unknown_key(key: str, allowed: list[str]) -> ConfigError:
+    """The error for a key that does not exist, with the nearest that does."""
+    near = difflib.get_close_matches(key, allowed, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ConfigError(f"config.{key}: no such key; {hint}Keys there: {', '.join(sorted(allowed))}")
+
+
+def _check_tree(config: Mapping, schema: Mapping, prefix: str) -> None:
+    for key in config:
+        if key not in schema:
+            raise unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in schema])
+    for key, rule in schema.items():
+        name = f"config.{prefix}{key}"
+        if key not in config:
+            raise ConfigError(f"{name}: is missing; start from configs/default.py, which has every key")
+        value = config[key]
+        if isinstance(rule, dict):
+            if not isinstance(value, Mapping | ml_collections.ConfigDict):
+                raise ConfigError(f"{name}: expected a group of keys, found {value!r}")
+            _check_tree(value, rule, f"{prefix}{key}.")
+            continue
+        types, predicate, words = rule
+        is_boolean_for_number = isinstance(value, bool) and types is not bool
+        if is_boolean_for_number or not isinstance(value, types) or not predicate(value):
+            raise ConfigError(f"{name}: expected {words}, found {value!r}")
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks every key of a resolved config, and the keys against each other.
+
+    Raises:
+      ConfigError: naming the key, what is allowed and what was found.
+    """
+    _check_tree(config, SCHEMA, "")
+    corpus, tokenizer, base, training = config.corpus, config.tokenizer, config.base, config.training
+    for name, source, needed in (
+        ("corpus.path", corpus.source == "files", corpus.path),
+        ("corpus.name", corpus.source == "hub", corpus.name),
+        ("tokenizer.path", tokenizer.source != "train", tokenizer.path),
+        ("base.path", base.source == "huggingface", base.path),
+    ):
+        if source and not needed:
+            group = name.split(".")[0]
+            raise ConfigError(f"config.{name}: is needed with config.{group}.source={config[group].source!r}, but empty")
+    if corpus.validation_fraction + corpus.test_fraction >= 1:
+        raise ConfigError("config.corpus: validation_fraction + test_fraction leave nothing to train on")
+    if base.width % base.heads:
+        raise ConfigError(f"config.base.heads: {base.heads} does not divide config.base.width, {base.width}")
+    if tokenizer.source == "train" and tokenizer.vocab_size < 257:
+        raise ConfigError(
+            "config.tokenizer.vocab_size: expected 257 or more (256 bytes and the end of text), "
+            f"found {tokenizer.vocab_size}"
+        )
+    for name, settings in (("base.training", base.training), ("training", training)):
+        if settings.steps == 0 and settings.epochs == 0:
+            raise ConfigError(f"config.{name}: steps and epochs are both 0; set one of them")
+        if settings.batch_sequences % settings.accumulation_steps:
+            raise ConfigError(
+                f"config.{name}.accumulation_steps: {settings.accumulation_steps} does not divide "
+                f"config.{name}.batch_sequences, {settings.batch_sequences}"
+            )
+    if config.memory.output_from_base and base.source == "train" and config.memory.width != base.width:
+        raise ConfigError(
+            f"config.memory.output_from_base: needs config.memory.width ({config.memory.width}) equal to the base's "
+            f"width ({base.width})"
+        )
+
+
+def mesh_rules(config: ml_collections.ConfigDict) -> dict[str, str | tuple[str, ...] | None]:
+    """The table of config.mesh.rules in the form that `core.mesh` takes."""
+    rules: dict[str, str | tuple[str, ...] | None] = {"layers": None, "position": None}
+    for logical, text in config.mesh.rules.items():
+        axes = tuple(axis for axis in text.split("+") if axis)
+        rules[logical] = axes if len(axes) > 1 else axes[0] if axes else None
+    return rules
+
+
+def plain(group: ml_collections.ConfigDict) -> dict:
+    """A group as JSON-able dictionaries, as manifests keep it."""
+    return json.loads(group.to_json_best_effort())

@@ -1,0 +1,181 @@
+"""GPT-2 (Radford et al., 2019): the frozen language model whose hidden states are keys and memory inputs.
+
+Dimensions: B sequences, T positions, D width, H heads, K width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlpmem_jax.models import modules
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Dimensions of a GPT-2; the feed-forward layer is four times the width, input and output embeddings are tied."""
+
+    vocab_size: int
+    context_length: int
+    width: int
+    blocks: int
+    heads: int
+    norm_epsilon: float = 1e-5
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+class Attention(nnx.Module):
+    """The two projections of self-attention, with heads as an axis of their own so that a mesh can divide them."""
+
+    def __init__(self, config: GPT2Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        heads = (config.heads, config.head_width)
+        self.c_attn = nnx.LinearGeneral(
+            config.width, (3, *heads), dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.normal(0.02),
+            kernel_metadata={"logical_axes": ("embed", None, "heads", None)},
+            bias_metadata={"logical_axes": (None, "heads", None)},
+        )
+        self.c_proj = nnx.LinearGeneral(
+            heads, config.width, axis=(-2, -1), dtype=dtype, rngs=rngs,
+            kernel_init=nnx.initializers.normal(0.02 / (2 * config.blocks) ** 0.5),
+            kernel_metadata={"logical_axes": ("heads", None, "embed")}, bias_metadata={"logical_axes": (None,)},
+        )
+
+
+class FeedForward(nnx.Module):
+    """Two projections with the tanh approximation of GELU between them (`gelu_new`)."""
+
+    def __init__(self, config: GPT2Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.c_fc = nnx.Linear(
+            config.width, 4 * config.width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.normal(0.02),
+            kernel_metadata={"logical_axes": ("embed", "mlp")}, bias_metadata={"logical_axes": ("mlp",)},
+        )
+        self.c_proj = nnx.Linear(
+            4 * config.width, config.width, dtype=dtype, rngs=rngs,
+            kernel_init=nnx.initializers.normal(0.02 / (2 * config.blocks) ** 0.5),
+            kernel_metadata={"logical_axes": ("mlp", "embed")}, bias_metadata={"logical_axes": (None,)},
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.c_proj(nnx.gelu(self.c_fc(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """One Transformer block."""
+
+    def __init__(self, config: GPT2Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.ln_1 = _layer_norm(config, rngs)
+        self.attn = Attention(config, dtype, rngs)
+        self.ln_2 = _layer_norm(config, rngs)
+        self.mlp = FeedForward(config, dtype, rngs)
+
+    def __call__(self, x_BxTxD: jax.Array, attend: Callable) -> tuple[jax.Array, jax.Array]:
+        """(the block's output, the input of its feed-forward layer), both float32 [B, T, D].
+
+        `attend` mixes positions: it maps queries, keys and values, each [B, T, H, K], to [B, T, H, K].
+        """
+        projected_BxTx3xHxK = self.attn.c_attn(self.ln_1(x_BxTxD))
+        mixed_BxTxHxK = attend(*(projected_BxTx3xHxK[:, :, i] for i in range(3)))
+        x_BxTxD = x_BxTxD + self.attn.c_proj(mixed_BxTxHxK)
+        tap_BxTxD = self.ln_2(x_BxTxD)
+        return x_BxTxD + self.mlp(tap_BxTxD), tap_BxTxD
+
+
+class GPT2(nnx.Module):
+    """The parameters of the whole network; blocks are stacked on a leading axis."""
+
+    def __init__(self, config: GPT2Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.wte = nnx.Embed(
+            config.vocab_size, config.width, rngs=rngs, embedding_init=nnx.initializers.normal(0.02),
+            embedding_metadata={"logical_axes": ("vocab", "embed")},
+        )
+        self.wpe = nnx.Embed(
+            config.context_length, config.width, rngs=rngs, embedding_init=nnx.initializers.normal(0.02),
+            embedding_metadata={"logical_axes": ("position", "embed")},
+        )
+        self.h = modules.stack(functools.partial(Block, config, dtype), config.blocks, rngs)
+        self.ln_f = _layer_norm(config, rngs)
+
+
+def _layer_norm(config: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.width, epsilon=config.norm_epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs,
+        scale_metadata={"logical_axes": (None,)}, bias_metadata={"logical_axes": (None,)},
+    )
+
+
+def causal_attention(query_BxTxHxK: jax.Array, key_BxTxHxK: jax.Array, value_BxTxHxK: jax.Array) -> jax.Array:
+    """Attention of every position to itself and those before it; softmax in float32. [B, T, H, K]."""
+    length = query_BxTxHxK.shape[1]
+    scores_BxHxTxS = jnp.einsum(
+        "bthk,bshk->bhts", query_BxTxHxK, key_BxTxHxK, preferred_element_type=jnp.float32
+    ) * (query_BxTxHxK.shape[-1] ** -0.5)
+    causal_TxS = jnp.tril(jnp.ones((length, length), bool))
+    weights_BxHxTxS = jax.nn.softmax(jnp.where(causal_TxS, scores_BxHxTxS, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshk->bthk", weights_BxHxTxS.astype(value_BxTxHxK.dtype), value_BxTxHxK)
+
+
+def init(config: GPT2Config, key: jax.Array) -> dict:
+    """Fresh float32 parameters: normal of deviation 0.02, residual projections divided by sqrt(2 blocks)."""
+    return modules.initialize(functools.partial(GPT2, config, jnp.float32), key)
+
+
+def logical_axes(config: GPT2Config) -> dict:
+    """The tree of `init` with the tuple of logical axis names of each array."""
+    return modules.logical_axes(functools.partial(GPT2, config, jnp.float32))
+
+
+def features(
+    parameters: dict,
+    config: GPT2Config,
+    tokens_BxT: jax.Array,
+    *,
+    taps: tuple[int, ...] = (),
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: bool = False,
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """Hidden states after the final norm, float32 [B, T, D], and those tapped inside.
+
+    Tap b, counted from 1, is the input of block b's feed-forward layer, after that block's second norm, float32
+    [B, T, D]; b = blocks is the paper's key (section 3). Matrix products run in `compute_dtype`; T is at most
+    the context length.
+    """
+    if not all(1 <= tap <= config.blocks for tap in taps):
+        raise ValueError(f"taps {taps}: each is a block, 1 to {config.blocks}")
+    model = modules.bind(functools.partial(GPT2, config, compute_dtype), parameters)
+    x_BxTxD = model.wte(tokens_BxT) + model.wpe(jnp.arange(tokens_BxT.shape[1]))
+
+    def call(block: Block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return block(carry[0], causal_attention)
+
+    # The carry holds the last block's tap: a scan that stops at a tapped block keeps that tap and no other.
+    carry, tapped, start = (x_BxTxD, x_BxTxD), {}, 0
+    for stop in sorted({*taps, config.blocks}):
+        carry = modules.scan(model.h, carry, start=start, stop=stop, remat=remat, call=call)
+        tapped[stop], start = carry[1], stop
+    return model.ln_f(carry[0]), {tap: tapped[tap] for tap in taps}
+
+
+def output_kernel(parameters: dict) -> jax.Array:
+    """The output projection [D, V]: the token embedding transposed."""
+    return parameters["wte"]["embedding"].T
+
+
+def logits(
+    parameters: dict,
+    config: GPT2Config,
+    tokens_BxT: jax.Array,
+    *,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Logits of the next token at every position, float32 [B, T, V]."""
+    hidden_BxTxD, _ = features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
+    kernel_DxV = output_kernel(parameters).astype(compute_dtype)
+    return jnp.dot(hidden_BxTxD.astype(compute_dtype), kernel_DxV, preferred_element_type=jnp.float32)

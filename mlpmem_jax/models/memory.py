@@ -1,0 +1,192 @@
+"""The MLP memory: residual feed-forward blocks from a hidden state to next-token logits, no mixing of positions.
+
+Section 3 of the paper "MLP Memory" (arXiv 2508.01832). Family `gpt2` has the feed-forward layers of GPT-2 (LayerNorm,
+two projections), family `llama` those of Llama and Mistral (RMSNorm, SwiGLU).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlpmem_jax.models import modules
+
+ACTIVATIONS = {
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """Dimensions of a memory; `padded_vocab_size` is the vocabulary rounded up to what the mesh divides."""
+
+    family: str
+    vocab_size: int
+    padded_vocab_size: int
+    input_width: int
+    width: int
+    blocks: int
+    feed_forward_width: int
+    norm_epsilon: float = 1e-5
+    activation: str = "gelu_new"
+
+    def __post_init__(self):
+        if self.family not in ("gpt2", "llama"):
+            raise ValueError(f"memory family {self.family!r}: expected 'gpt2' or 'llama'")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"memory activation {self.activation!r}: expected one of {sorted(ACTIVATIONS)}")
+        if self.padded_vocab_size < self.vocab_size:
+            raise ValueError(f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}")
+
+
+class FeedForward(nnx.Module):
+    """GPT-2's feed-forward layer."""
+
+    def __init__(self, config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.activate = ACTIVATIONS[config.activation]
+        self.c_fc = _into(config, dtype, rngs, use_bias=True)
+        self.c_proj = _out_of(config, dtype, rngs, use_bias=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.c_proj(self.activate(self.c_fc(x)))
+
+
+class GatedFeedForward(nnx.Module):
+    """The feed-forward layer of Llama and Mistral: SwiGLU, no biases."""
+
+    def __init__(self, config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.activate = ACTIVATIONS[config.activation]
+        self.gate_proj = _into(config, dtype, rngs, use_bias=False)
+        self.up_proj = _into(config, dtype, rngs, use_bias=False)
+        self.down_proj = _out_of(config, dtype, rngs, use_bias=False)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """x + feed_forward(norm(x)); the residual stream is float32."""
+
+    def __init__(self, config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.norm = _norm(config, rngs)
+        feed_forward = FeedForward if config.family == "gpt2" else GatedFeedForward
+        self.mlp = feed_forward(config, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.mlp(self.norm(x))
+
+
+class Memory(nnx.Module):
+    """The parameters of the whole network; blocks are stacked on a leading axis."""
+
+    def __init__(self, config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        if config.input_width != config.width:
+            self.embedding_transform = nnx.Linear(
+                config.input_width, config.width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.normal(0.02),
+                kernel_metadata={"logical_axes": ("embed", None)}, bias_metadata={"logical_axes": (None,)},
+            )
+        self.h = modules.stack(functools.partial(Block, config, dtype), config.blocks, rngs)
+        self.final_norm = _norm(config, rngs)
+        self.lm_head = nnx.Linear(
+            config.width, config.padded_vocab_size, use_bias=False, dtype=dtype, rngs=rngs,
+            kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", "vocab")},
+        )
+
+    def __call__(self, x: jax.Array, remat: bool = False) -> jax.Array:
+        """Hidden states after the final norm, float32."""
+        if hasattr(self, "embedding_transform"):
+            x = self.embedding_transform(x)
+        x = x.astype(jnp.float32)
+        return self.final_norm(modules.scan(self.h, x, remat=remat, call=lambda block, x: block(x)))
+
+
+def _into(config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, use_bias: bool) -> nnx.Linear:
+    return nnx.Linear(
+        config.width, config.feed_forward_width, use_bias=use_bias, dtype=dtype, rngs=rngs,
+        kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", "mlp")},
+        bias_metadata={"logical_axes": ("mlp",)},
+    )
+
+
+def _out_of(config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, use_bias: bool) -> nnx.Linear:
+    return nnx.Linear(
+        config.feed_forward_width, config.width, use_bias=use_bias, dtype=dtype, rngs=rngs,
+        kernel_init=nnx.initializers.normal(0.02 / (2 * config.blocks) ** 0.5),
+        kernel_metadata={"logical_axes": ("mlp", "embed")}, bias_metadata={"logical_axes": (None,)},
+    )
+
+
+def _norm(config: MemoryConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
+    if config.family == "llama":
+        return nnx.RMSNorm(
+            config.width, epsilon=config.norm_epsilon, dtype=jnp.float32, rngs=rngs,
+            scale_metadata={"logical_axes": (None,)},
+        )
+    return nnx.LayerNorm(
+        config.width, epsilon=config.norm_epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs,
+        scale_metadata={"logical_axes": (None,)}, bias_metadata={"logical_axes": (None,)},
+    )
+
+
+def init(config: MemoryConfig, key: jax.Array, output_kernel_DxV: jax.Array | None = None) -> dict:
+    """Fresh float32 parameters: normal of deviation 0.02, residual projections divided by sqrt(2 blocks).
+
+    With `output_kernel_DxV` ([width, vocab_size], the base LM's) the output projection starts from it, padded with
+    zeros to the padded vocabulary; ValueError when its shape differs.
+    """
+    parameters = modules.initialize(functools.partial(Memory, config, jnp.float32), key)
+    if output_kernel_DxV is not None:
+        expected = (config.width, config.vocab_size)
+        if output_kernel_DxV.shape != expected:
+            raise ValueError(
+                f"the output projection to start from is {output_kernel_DxV.shape}, the memory needs {expected}"
+            )
+        padding = ((0, 0), (0, config.padded_vocab_size - config.vocab_size))
+        parameters["lm_head"]["kernel"] = jnp.pad(output_kernel_DxV.astype(jnp.float32), padding)
+    return parameters
+
+
+def logical_axes(config: MemoryConfig) -> dict:
+    """The tree of `init` with the tuple of logical axis names of each array."""
+    return modules.logical_axes(functools.partial(Memory, config, jnp.float32))
+
+
+def hidden(
+    parameters: dict,
+    config: MemoryConfig,
+    inputs_BxD: jax.Array,
+    *,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: bool = False,
+) -> jax.Array:
+    """Hidden states after the final norm, float32 [..., width], of inputs [..., input_width].
+
+    Matrix products run in `compute_dtype`; norms and the residual stream in float32.
+    """
+    return modules.bind(functools.partial(Memory, config, compute_dtype), parameters)(inputs_BxD, remat=remat)
+
+
+def output_kernel(parameters: dict) -> jax.Array:
+    """The output projection [width, padded vocabulary]."""
+    return parameters["lm_head"]["kernel"]
+
+
+def logits(
+    parameters: dict,
+    config: MemoryConfig,
+    inputs_BxD: jax.Array,
+    *,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Next-token logits, float32 [..., padded vocabulary], minus infinity at the padding."""
+    hidden_BxD = hidden(parameters, config, inputs_BxD, compute_dtype=compute_dtype).astype(compute_dtype)
+    kernel_DxV = output_kernel(parameters).astype(compute_dtype)
+    logits_BxV = jnp.dot(hidden_BxD, kernel_DxV, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits_BxV, -jnp.inf)
