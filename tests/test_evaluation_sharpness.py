@@ -34,6 +34,7 @@ def test_known_distributions():
     rows_2x5 = np.array([[0.5, 0.3, 0.15, 0.05, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0]])
     assert sharpness.tokens_above(rows_2x5).tolist() == [[4, 4, 4, 4, 4, 4, 3], [1] * 7]
     assert sharpness.tokens_for_mass(rows_2x5).tolist() == [[2, 3, 3, 4], [1] * 4]
+    assert sharpness.tokens_for_mass(np.zeros((1, 3))).tolist() == [[0] * 4]
     # The sum of a float16 row is not one; shares are of what the row holds.
     assert sharpness.tokens_for_mass(rows_2x5 * 0.98).tolist() == [[2, 3, 3, 4], [1] * 4]
 
@@ -46,9 +47,7 @@ def test_padding_of_sparse_rows_changes_nothing():
     )
     wide_NxM = np.pad(rows_NxM, ((0, 0), (0, 9)))[[0, 2]]
     np.testing.assert_array_equal(sharpness.tokens_above(wide_NxM), sharpness.tokens_above(rows_NxM[[0, 2]]))
-    np.testing.assert_array_equal(
-        sharpness.tokens_for_mass(wide_NxM), sharpness.tokens_for_mass(rows_NxM[[0, 2]])
-    )
+    np.testing.assert_array_equal(sharpness.tokens_for_mass(wide_NxM), sharpness.tokens_for_mass(rows_NxM[[0, 2]]))
 
 
 def test_mean_does_not_depend_on_the_chunks():

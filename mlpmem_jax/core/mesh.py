@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
+import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mlpmem_jax.core.config import mesh_rules
 from mlpmem_jax.core.errors import ConfigError
 
 AXES = ("slice", "fsdp", "tensor")
@@ -54,6 +56,15 @@ def make_mesh(slice_: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | 
     if len(devices) == jax.device_count() and devices[0].platform == "tpu":
         return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
+
+
+def mesh_of(config: ml_collections.ConfigDict) -> tuple[Mesh, Rules]:
+    """The mesh and the sharding table that config.mesh asks for.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices.
+    """
+    return make_mesh(config.mesh.slice, config.mesh.fsdp, config.mesh.tensor), mesh_rules(config)
 
 
 def partition_spec(logical_axes: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:

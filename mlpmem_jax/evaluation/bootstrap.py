@@ -5,12 +5,21 @@ with replacement is a block of consecutive positions (a sequence of the datastor
 systems are compared on the same draws.
 """
 
+from __future__ import annotations
+
 import numpy as np
 
-DRAWS_AT_ONCE = 4_000_000
+DRAWS_AT_ONCE = 4_000_000  # 32 MB of indices
 
 
-def ratio_intervals(reference_log_probabilities_UxT, systems, *, samples, confidence, seed):
+def ratio_intervals(
+    reference_log_probabilities_UxT: np.ndarray,
+    systems: dict[str, np.ndarray],
+    *,
+    samples: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, list[float]]:
     """Percentile intervals of perplexity(system) / perplexity(reference).
 
     The logarithm of that ratio is mean(log p_reference - log p_system), so only the means of these differences
@@ -46,7 +55,7 @@ def ratio_intervals(reference_log_probabilities_UxT, systems, *, samples, confid
     return {name: bounds_2xK[:, column].tolist() for column, name in enumerate(systems)}
 
 
-def resampled_means(values_UxK, samples, seed):
+def resampled_means(values_UxK: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """Means over U rows drawn with replacement, float64 [samples, K]; every column sees the same draws."""
     generator = np.random.default_rng(seed)
     units = len(values_UxK)

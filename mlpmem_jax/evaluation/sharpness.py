@@ -4,6 +4,8 @@ Counted per position and averaged: tokens with a probability above each threshol
 together hold a share of the mass.
 """
 
+from __future__ import annotations
+
 import numpy as np
 
 THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -17,19 +19,17 @@ class SharpnessMean:
       positions: number of positions added.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.positions = 0
         self._sums = np.zeros(len(THRESHOLDS) + len(MASSES))
 
-    def add(self, probabilities_NxM):
+    def add(self, probabilities_NxM: np.ndarray) -> None:
         """Adds N distributions; see `tokens_above` for the layout of a row."""
-        counts_NxC = np.concatenate(
-            [tokens_above(probabilities_NxM), tokens_for_mass(probabilities_NxM)], axis=1
-        )
+        counts_NxC = np.concatenate([tokens_above(probabilities_NxM), tokens_for_mass(probabilities_NxM)], axis=1)
         self._sums += counts_NxC.sum(axis=0)
         self.positions += len(counts_NxC)
 
-    def summary(self):
+    def summary(self) -> dict:
         """{'tokens_above': {threshold: mean}, 'tokens_for_mass': {mass: mean}, 'positions': N}, string keys."""
         means = (self._sums / self.positions).tolist()
         above, for_mass = means[: len(THRESHOLDS)], means[len(THRESHOLDS) :]
@@ -40,7 +40,7 @@ class SharpnessMean:
         }
 
 
-def tokens_above(probabilities_NxM):
+def tokens_above(probabilities_NxM: np.ndarray) -> np.ndarray:
     """Number of tokens whose probability is strictly above each of THRESHOLDS, int64 [N, 7].
 
     Args:
@@ -51,20 +51,22 @@ def tokens_above(probabilities_NxM):
     return np.stack([(probabilities_NxM > threshold).sum(axis=1) for threshold in THRESHOLDS], axis=1)
 
 
-def tokens_for_mass(probabilities_NxM):
+def tokens_for_mass(probabilities_NxM: np.ndarray) -> np.ndarray:
     """Fewest tokens that hold each of MASSES of a row's total, int64 [N, 4]; rows as in `tokens_above`.
 
-    Shares are of the row's own total: a distribution stored in float16 does not sum to one exactly.
+    Shares are of the row's own total: a distribution stored in float16 does not sum to one exactly. A row of
+    nothing but zeros needs no token.
     """
     descending_NxM = -np.sort(-np.asarray(probabilities_NxM), axis=1)
     cumulated_NxM = np.cumsum(descending_NxM, axis=1, dtype=np.float64)
-    shares_NxM = cumulated_NxM / cumulated_NxM[:, -1:]
+    totals_Nx1 = cumulated_NxM[:, -1:]
+    shares_NxM = cumulated_NxM / np.where(totals_Nx1 > 0, totals_Nx1, 1.0)
     # The last share is one up to rounding: no mass may need more tokens than the row has.
     counts_NxC = np.stack([(shares_NxM < mass - 1e-12).sum(axis=1) + 1 for mass in MASSES], axis=1)
-    return np.minimum(counts_NxC, descending_NxM.shape[1])
+    return np.where(totals_Nx1 > 0, np.minimum(counts_NxC, descending_NxM.shape[1]), 0)
 
 
-def rows_of_ragged(values_M, offsets_N1):
+def rows_of_ragged(values_M: np.ndarray, offsets_N1: np.ndarray) -> np.ndarray:
     """Lays ragged entries out as zero-padded rows.
 
     Args:

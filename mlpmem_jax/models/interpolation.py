@@ -5,6 +5,8 @@ place it is kNN-LM. Only the probabilities of the tokens that really came next a
 everything here works on arrays of N log-probabilities, in float64 on the host.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import scipy.optimize
 
@@ -13,7 +15,7 @@ WEIGHT_TOLERANCE = 1e-6
 LOSS_TOLERANCE = 1e-12  # nats per token: below the rounding of a mean of float64 logarithms
 
 
-def perplexity(log_probabilities_N):
+def perplexity(log_probabilities_N: np.ndarray) -> float:
     """exp of the mean negative log-likelihood; inf when a token had probability zero.
 
     Args:
@@ -25,7 +27,9 @@ def perplexity(log_probabilities_N):
     return float(np.exp(-np.mean(_checked(log_probabilities_N, "log-probabilities"))))
 
 
-def mixture_log_probabilities(base_log_probabilities_N, other_log_probabilities_N, weight):
+def mixture_log_probabilities(
+    base_log_probabilities_N: np.ndarray, other_log_probabilities_N: np.ndarray, weight: float
+) -> np.ndarray:
     """log(weight * p_other + (1 - weight) * p_base) per position, float64, without leaving the log domain.
 
     The weights 0 and 1 return the base and the other distribution exactly, even where the one left out is 0.
@@ -51,12 +55,14 @@ def mixture_log_probabilities(base_log_probabilities_N, other_log_probabilities_
     return np.logaddexp(other_N + np.log(weight), base_N + np.log1p(-weight))
 
 
-def mixture_perplexity(base_log_probabilities_N, other_log_probabilities_N, weight):
+def mixture_perplexity(
+    base_log_probabilities_N: np.ndarray, other_log_probabilities_N: np.ndarray, weight: float
+) -> float:
     """Perplexity of the mixture at one weight; arguments as in `mixture_log_probabilities`."""
     return perplexity(mixture_log_probabilities(base_log_probabilities_N, other_log_probabilities_N, weight))
 
 
-def tune_weight(base_log_probabilities_N, other_log_probabilities_N):
+def tune_weight(base_log_probabilities_N: np.ndarray, other_log_probabilities_N: np.ndarray) -> tuple[float, float]:
     """The weight that gives these positions their lowest perplexity, to about 1e-6.
 
     The mean negative log-likelihood is convex in the weight, so the best point of a grid has the optimum between
@@ -83,15 +89,13 @@ def tune_weight(base_log_probabilities_N, other_log_probabilities_N):
     losses_G = np.array([loss(weight) for weight in GRID])
     best = int(np.argmax(losses_G <= losses_G.min() + LOSS_TOLERANCE))
     bounds = GRID[max(best - 1, 0)], GRID[min(best + 1, len(GRID) - 1)]
-    found = scipy.optimize.minimize_scalar(
-        loss, bounds=bounds, method="bounded", options={"xatol": WEIGHT_TOLERANCE}
-    )
+    found = scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": WEIGHT_TOLERANCE})
     if losses_G[best] <= found.fun + LOSS_TOLERANCE:
         return float(GRID[best]), float(np.exp(losses_G[best]))
     return float(found.x), float(np.exp(found.fun))
 
 
-def _checked(log_probabilities_N, name):
+def _checked(log_probabilities_N: np.ndarray, name: str) -> np.ndarray:
     values_N = np.asarray(log_probabilities_N, np.float64)
     if values_N.size == 0:
         raise ValueError(f"{name}: no positions to score")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from mlpmem_jax.core.errors import ConfigError
-from mlpmem_jax.core.mesh import RULES, Rules, partition_spec
+from mlpmem_jax.core.mesh import RULES, Rules
 
 
 class _Targets(NamedTuple):
@@ -107,8 +107,9 @@ def _plan(alpha, vocab_size, chunk, mesh, rules, positions, kernel_shape) -> _Pl
             f"config.mesh.rules: the axes of 'embed' {embed} must be among those of 'batch' {batch}, and those of "
             f"'vocab' {vocab} must not"
         )
-    for name, axes, size in zip(("positions", "width", "padded vocabulary"), (batch, embed, vocab),
-                                (positions, *kernel_shape), strict=True):
+    for name, axes, size in zip(
+        ("positions", "width", "padded vocabulary"), (batch, embed, vocab), (positions, *kernel_shape), strict=True
+    ):
         shards = math.prod(mesh.shape[axis] for axis in axes)
         if size % shards:
             raise ConfigError(f"config.mesh: {name} of {size} cannot be cut in {shards} equal parts over axes {axes}")
@@ -156,9 +157,7 @@ def _on_mesh(plan: _Plan, differentiate: bool, hidden_NxD, kernel_DxV, targets):
 
 def _local_loss(plan: _Plan, differentiate: bool, hidden_NxD, kernel_DxV, targets):
     """What one device does for its positions and its part of the vocabulary. Collectives over () do nothing."""
-    kernel_DxV = jax.lax.all_gather(
-        kernel_DxV.astype(hidden_NxD.dtype), plan.embed_axes, axis=0, tiled=True
-    )
+    kernel_DxV = jax.lax.all_gather(kernel_DxV.astype(hidden_NxD.dtype), plan.embed_axes, axis=0, tiled=True)
 
     def step(carry, chunk):
         sums, d_kernel_DxV = carry
@@ -192,7 +191,7 @@ def _cut(chunk: int, tree):
 
     def cut(array):
         array = jnp.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1)) if padding else array
-        return array.reshape(count, -1, *array.shape[1:])
+        return array.reshape(count, (positions + padding) // count, *array.shape[1:])
 
     return jax.tree.map(cut, tree), positions
 

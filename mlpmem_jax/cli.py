@@ -1,0 +1,155 @@
+"""The command `mlpmem`: one verb a stage. Configs are read and checked here; stages do the work."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from mlpmem_jax.core import config as configs
+from mlpmem_jax.core.errors import ConfigError, UserError
+
+STAGES = {
+    "tokens": ("mlpmem_jax.corpus.tokens", "text -> token ids, split by whole document"),
+    "base": ("mlpmem_jax.interop.base", "train the base language model, or import it from Hugging Face"),
+    "datastore": ("mlpmem_jax.retrieval.datastore", "base LM forward pass -> keys and memory inputs"),
+    "targets": ("mlpmem_jax.retrieval.targets", "nearest neighbors -> next-token distributions"),
+    "train": ("mlpmem_jax.training.memory", "train the memory on those distributions"),
+    "evaluate": ("mlpmem_jax.evaluation.evaluate", "perplexities, intervals and the report"),
+}
+_OTHER = {
+    "run": "all stages in order; finished ones are skipped, unfinished ones go on",
+    "controls": "train the controls (base trained on; memory without targets) and report them beside",
+    "generate": "continue a prompt with the base LM alone and with the memory",
+    "benchmark": "measure the rates of this machine",
+}
+_EXAMPLES = """\
+examples:
+  mlpmem run --config=configs/quickstart.py
+  mlpmem run --config=configs/quickstart.py --config.corpus.source=files --config.corpus.path=DIR \\
+      --config.workdir=runs/mine
+  mlpmem train --config=configs/desk.py --config.training.learning_rate=0.01
+  mlpmem generate --config=configs/quickstart.py --prompt="Return a new array" --tokens=40
+
+Every key of a config can be given as --config.GROUP.KEY=VALUE; configs/default.py lists them with their meaning.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlpmem",
+        description="Pretrain an MLP Memory: a network that stands in for nearest-neighbor search beside a language model.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="STAGE")
+    for name, help_text in {**{name: text for name, (_, text) in STAGES.items()}, **_OTHER}.items():
+        verb = verbs.add_parser(
+            name, help=help_text, description=help_text, epilog=_EXAMPLES, formatter_class=parser.formatter_class
+        )
+        verb.add_argument("--config", required=True, metavar="FILE", help="a config, e.g. configs/quickstart.py")
+        verb.add_argument("--quiet", action="store_true", help="no progress, errors alone")
+        if name == "generate":
+            verb.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
+            verb.add_argument("--tokens", type=int, default=64, help="tokens to add (default 64)")
+            verb.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
+            verb.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 = all")
+            verb.add_argument("--top_p", type=float, default=1.0, help="sample within this share of the mass")
+            verb.add_argument("--seed", type=int, default=0, help="of the sampling")
+        if name == "benchmark":
+            verb.add_argument("--json", metavar="FILE", help="write the rows here as well")
+            verb.add_argument("--rows", default="", metavar="A,B", help="only these parts, e.g. train,generate")
+    return parser
+
+
+def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
+    """The resolved and checked config of a file and `--config.key=value` overrides.
+
+    Raises:
+      ConfigError: the file cannot be read, a key does not exist, a value is not allowed.
+    """
+    if not os.path.isfile(file):
+        raise ConfigError(f"--config={file}: no such file; configs/ holds ready ones")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    strangers = [word for word in overrides if not word.startswith("--config.")]
+    if strangers:
+        raise ConfigError(f"{strangers[0]}: unknown option; see mlpmem --help")
+    try:
+        values(["mlpmem", f"--config={file}", *overrides])
+        config = values["config"].value
+    except (AttributeError, KeyError, flags.Error, TypeError, ValueError) as error:
+        raise _explained(file, overrides, error) from error
+    configs.check(config)
+    return config
+
+
+def _explained(file: str, overrides: list[str], error: Exception) -> ConfigError:
+    """What was wrong with an override, in our words where the key does not exist."""
+    for word in overrides:
+        key = word.removeprefix("--config.").split("=", 1)[0]
+        group = configs.SCHEMA
+        for depth, part in enumerate(key.split("."), start=1):
+            if not isinstance(group, dict) or part not in group:
+                prefix = ".".join(key.split(".")[: depth - 1])
+                allowed = group if isinstance(group, dict) else {}
+                return configs.unknown_key(key, [f"{prefix}.{name}".lstrip(".") for name in allowed])
+            group = group[part]
+    return ConfigError(f"{file} {' '.join(overrides)}: {error}")
+
+
+def _run_stage(name: str, config: ml_collections.ConfigDict):
+    from mlpmem_jax.core.progress import say
+    from mlpmem_jax.core.runtime import measured_stage
+
+    say(f"== {name}: {STAGES[name][1]}")
+    with measured_stage(config.workdir, name):
+        return importlib.import_module(STAGES[name][0]).run(config)
+
+
+def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    from mlpmem_jax.core import runtime
+
+    runtime.join_job()
+    if options.verb == "run":
+        for name in STAGES:
+            _run_stage(name, config)
+    elif options.verb in STAGES:
+        _run_stage(options.verb, config)
+    elif options.verb == "generate":
+        from mlpmem_jax.inference import compare
+
+        compare.run(config, options)
+    elif options.verb == "benchmark":
+        from mlpmem_jax.evaluation import benchmark
+
+        benchmark.run(config, [part for part in options.rows.split(",") if part], options.json)
+    else:
+        from mlpmem_jax.evaluation import controls
+
+        controls.run(config)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exits with 2 and one clear error when something the user gave cannot work."""
+    options, overrides = _parser().parse_known_args(arguments)
+    if options.quiet:
+        os.environ["MLPMEM_QUIET"] = "1"
+    try:
+        _dispatch(options, read_config(options.config, overrides))
+    except UserError as error:
+        sys.exit(_exit_with(f"mlpmem {options.verb}: error: {error}"))
+
+
+def _exit_with(text: str) -> int:
+    print(text, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

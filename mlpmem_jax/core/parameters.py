@@ -1,0 +1,82 @@
+"""Parameters of a model on disk: an Orbax folder inside an artifact, with a fingerprint of every bit."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from mlpmem_jax.core.artifacts import Artifact
+from mlpmem_jax.core.errors import ArtifactError
+
+_FOLDER = "parameters"
+
+
+@jax.jit
+def _bit_sums(tree):
+    """For each array two 32-bit sums over its bits, weighted by position; exact in any order, so on any mesh."""
+
+    def sums(array):
+        bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+        index = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape)
+        first = jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+        second = jnp.sum((bits ^ (bits >> 15)) * (index * jnp.uint32(2654435761) | 1), dtype=jnp.uint32)
+        return jnp.stack([first, second])
+
+    return jax.tree.map(sums, tree)
+
+
+def fingerprint(parameters) -> str:
+    """A fingerprint of all parameters, computed where they lie: nothing is gathered on one host."""
+    sums = jax.tree_util.tree_leaves_with_path(_bit_sums(parameters))
+    digest = hashlib.sha256()
+    for path, value in sums:
+        digest.update(f"{jax.tree_util.keystr(path)} {int(value[0]):08x} {int(value[1]):08x}\n".encode())
+    return digest.hexdigest()
+
+
+def write(path, parameters) -> None:
+    """Writes float32 parameters into the artifact's folder; each process writes its own shards."""
+    folder = epath.Path(path) / _FOLDER
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, parameters, force=True)
+
+
+def read(artifact: Artifact, abstract, shardings):
+    """Reads the parameters of a sealed artifact straight into sharded arrays.
+
+    Args:
+      artifact: of kind "base" or "memory"; its summary holds the fingerprint.
+      abstract: tree of jax.ShapeDtypeStruct, as the model's config says.
+      shardings: tree of NamedSharding of the same structure.
+
+    Raises:
+      ArtifactError: they are missing, of other shapes, or not what was sealed.
+    """
+    wanted = jax.tree.map(
+        lambda array, placed: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed), abstract, shardings
+    )
+    folder = epath.Path(artifact.path) / _FOLDER
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            parameters = checkpointer.restore(folder, wanted)
+    except (ValueError, OSError, KeyError) as error:
+        raise ArtifactError(
+            f"{folder}: parameters could not be read: {str(error)[:300]}; delete {artifact.path} and run its stage again"
+        ) from error
+    if fingerprint(parameters) != artifact.summary["parameters_fingerprint"]:
+        raise ArtifactError(
+            f"{folder}: parameters are not those that were sealed; delete {artifact.path} and run its stage again"
+        )
+    return parameters
+
+
+def remove_unfinished(path) -> None:
+    """Removes what a killed write left behind."""
+    folder = epath.Path(path)
+    for leftover in folder.glob(f"{_FOLDER}*"):
+        shutil.rmtree(leftover) if "://" not in str(path) else leftover.rmtree()

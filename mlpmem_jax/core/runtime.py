@@ -1,0 +1,67 @@
+"""The process: joining a job of several, and what a stage cost in time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+STAGES_FILE = "stages.jsonl"
+
+
+def join_job() -> None:
+    """Joins the other processes of the job, where the environment says that there are any.
+
+    On a TPU slice, under SLURM and under Kubernetes JAX finds them by itself; elsewhere JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID tell. MLPMEM_DISTRIBUTED=1 asks for the former.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None and os.environ.get("MLPMEM_DISTRIBUTED", "0") == "0":
+        return
+    known = {}
+    if address is not None and "JAX_NUM_PROCESSES" in os.environ:
+        known = {
+            "num_processes": int(os.environ["JAX_NUM_PROCESSES"]),
+            "process_id": int(os.environ["JAX_PROCESS_ID"]),
+        }
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(coordinator_address=address, **known)
+
+
+def _reset_peak() -> None:
+    # Writing 5 resets the kernel's high-water mark; where that is not to be had the peak is that of the whole process.
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process since the stage began (on Linux), else since it started."""
+    try:
+        with open("/proc/self/status") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def measured_stage(workdir: str, stage: str) -> Iterator[None]:
+    """Records seconds and peak memory of a stage in WORKDIR/stages.jsonl, also of one that fails."""
+    _reset_peak()
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        if jax.process_index() == 0:
+            record = {"stage": stage, "seconds": time.perf_counter() - start, "peak_rss_bytes": peak_rss_bytes()}
+            file = epath.Path(workdir) / STAGES_FILE
+            file.parent.mkdir(parents=True, exist_ok=True)
+            before = file.read_text() if file.exists() else ""
+            file.write_text(before + json.dumps(record) + "\n")

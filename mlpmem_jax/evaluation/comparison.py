@@ -1,0 +1,127 @@
+"""What scores of the same positions say about the systems that made them: perplexities, weights, intervals.
+
+Pure functions of log-probabilities of the next tokens, [S, T] for S sequences of T positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from mlpmem_jax.evaluation import bootstrap
+from mlpmem_jax.models import interpolation
+
+CURVE_WEIGHTS = np.linspace(0.0, 1.0, 51)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of the next tokens of one split, each float [S, T].
+
+    Attributes:
+      base: the base LM.
+      memory: the memory alone.
+      knn: p_kNN alone; -inf where no neighbor had the next token.
+      other_memories: memories trained in another way, by name, to be mixed with the base like the memory.
+      other_models: language models to compare with, by name, as they are.
+    """
+
+    base: np.ndarray
+    memory: np.ndarray
+    knn: np.ndarray
+    other_memories: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    other_models: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def compare(validation: Scores, test: Scores, *, samples: int, confidence: float, seed: int) -> dict:
+    """Tunes every interpolation weight on validation, applies it to test, and compares the systems.
+
+    Args:
+      validation: scores that choose the weights.
+      test: scores that the weights are applied to; its sequences are the blocks of the bootstrap.
+      samples: bootstrap draws.
+      confidence: of the intervals, for example 0.95.
+      seed: of the draws.
+
+    Returns:
+      Nested dictionaries, ready for JSON:
+      perplexity: split -> system -> perplexity, systems base, memory, knn_lm, augmented.
+      interpolation_weight: memory, knn_lm and every other memory -> lambda.
+      interval: test -> '<system>_over_<reference>' -> [low, high] of the ratio of perplexities.
+      gain_kept: split -> log(base / augmented) / log(base / knn_lm), the share of kNN-LM's gain that the memory
+        keeps; None where kNN-LM gains nothing.
+      controls: name -> perplexity by split, ratio_over_base, interval_over_base, interval_of_augmented_over_it.
+      curves: weights, and split -> memory and knn_lm -> perplexity at each weight, None where infinite.
+    """
+    weights = {
+        "memory": interpolation.tune_weight(validation.base, validation.memory)[0],
+        "knn_lm": interpolation.tune_weight(validation.base, validation.knn)[0],
+    }
+    for name, scores_SxT in validation.other_memories.items():
+        weights[name] = interpolation.tune_weight(validation.base, scores_SxT)[0]
+    systems = {"validation": _systems(validation, weights), "test": _systems(test, weights)}
+    perplexity = {
+        split: {name: interpolation.perplexity(scores_SxT) for name, scores_SxT in scores.items()}
+        for split, scores in systems.items()
+    }
+    controls = [*test.other_models, *test.other_memories]
+    common = {"samples": samples, "confidence": confidence, "seed": seed}
+    compared = {name: systems["test"][name] for name in ("augmented", "knn_lm", "memory", *controls)}
+    intervals = {
+        f"{name}_over_base": interval
+        for name, interval in bootstrap.ratio_intervals(test.base, compared, **common).items()
+    }
+    for reference in ("knn_lm", *controls):
+        augmented = {"augmented": systems["test"]["augmented"]}
+        interval = bootstrap.ratio_intervals(systems["test"][reference], augmented, **common)["augmented"]
+        intervals[f"augmented_over_{reference}"] = interval
+    return {
+        "perplexity": {
+            split: {name: value for name, value in scores.items() if name not in controls}
+            for split, scores in perplexity.items()
+        },
+        "interpolation_weight": weights,
+        "interval": {"test": intervals},
+        "gain_kept": {split: _gain_kept(scores) for split, scores in perplexity.items()},
+        "controls": {
+            name: {
+                "perplexity": {split: scores[name] for split, scores in perplexity.items()},
+                "ratio_over_base": perplexity["test"][name] / perplexity["test"]["base"],
+                "interval_over_base": intervals[f"{name}_over_base"],
+                "interval_of_augmented_over_it": intervals[f"augmented_over_{name}"],
+            }
+            for name in controls
+        },
+        "curves": {
+            "weights": CURVE_WEIGHTS.tolist(),
+            "validation": _curves(validation),
+            "test": _curves(test),
+        },
+    }
+
+
+def _systems(scores: Scores, weights: dict[str, float]) -> dict[str, np.ndarray]:
+    """Log-probabilities of every system that is compared, mixtures included."""
+    mixed = {"knn_lm": scores.knn, "augmented": scores.memory, **scores.other_memories}
+    mixtures = {
+        name: interpolation.mixture_log_probabilities(
+            scores.base, other_SxT, weights["memory" if name == "augmented" else name]
+        )
+        for name, other_SxT in mixed.items()
+    }
+    return {"base": scores.base, "memory": scores.memory, **mixtures, **scores.other_models}
+
+
+def _gain_kept(perplexity: dict[str, float]) -> float | None:
+    of_knn = math.log(perplexity["base"] / perplexity["knn_lm"])
+    return math.log(perplexity["base"] / perplexity["augmented"]) / of_knn if of_knn > 0 else None
+
+
+def _curves(scores: Scores) -> dict[str, list[float | None]]:
+    def curve(other_SxT: np.ndarray) -> list[float | None]:
+        values = [interpolation.mixture_perplexity(scores.base, other_SxT, weight) for weight in CURVE_WEIGHTS]
+        return [value if math.isfinite(value) else None for value in values]
+
+    return {"memory": curve(scores.memory), "knn_lm": curve(scores.knn)}

@@ -1,0 +1,269 @@
+"""The report's pictures, drawn from the figures of metrics.json alone.
+
+Colors are Okabe and Ito's, which color-blind readers tell apart; line style and marker carry the same distinction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import re
+from collections.abc import Iterator
+
+import matplotlib
+import matplotlib.axes
+import matplotlib.figure
+import matplotlib.ticker
+
+INK, FAINT, GRID = "#1f2933", "#6b7785", "#dde2e7"
+COLORS = {
+    "base": "#5f6b78",
+    "memory": "#56b4e9",
+    "knn_lm": "#e69f00",
+    "knn": "#e69f00",
+    "augmented": "#0072b2",
+}
+CONTROL_COLOR = "#a9b3bd"
+LABELS = {
+    "base": "base LM",
+    "memory": "memory alone",
+    "knn_lm": "base + kNN",
+    "knn": "kNN",
+    "augmented": "base + memory",
+    "continued": "base, trained on",
+    "ce_only": "base + memory\nwithout KL",
+}
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 1.9,
+    "svg.fonttype": "path",
+    "figure.constrained_layout.use": True,
+}
+WIDTH = 5.4  # inches: legible at the width of a phone, two side by side on a page
+
+
+@contextlib.contextmanager
+def _figure(width: float, height: float, columns: int = 1, **options) -> Iterator[tuple]:
+    """A figure and its row of axes, in the report's style."""
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=(width, height))
+        yield figure, figure.subplots(1, columns, squeeze=False, **options)[0]
+
+
+def svg(figure: matplotlib.figure.Figure, name: str) -> str:
+    """The figure as one <svg> element that may share a page with others; the same figure gives the same text."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'<svg ([^>]*?)width="[\d.]+pt" height="[\d.]+pt"|<svg height="[\d.]+pt" ', r"<svg \1", text, count=1)
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+
+
+def perplexities(metrics: dict) -> matplotlib.figure.Figure:
+    """Test perplexity of every system, with the interval of its ratio to the base."""
+    rows = len(_systems(metrics))
+    with _figure(WIDTH, 0.95 + 0.47 * rows) as (figure, (axes,)):
+        draw_perplexities(axes, metrics)
+        return figure
+
+
+def weights(metrics: dict) -> matplotlib.figure.Figure:
+    """Perplexity by interpolation weight."""
+    with _figure(WIDTH, 3.4) as (figure, (axes,)):
+        draw_weights(axes, metrics)
+        return figure
+
+
+def overview(metrics: dict, file: str) -> None:
+    """Saves perplexities and weights side by side as a picture (PNG)."""
+    with _figure(10.8, 3.5, columns=2, width_ratios=(1.12, 1.0)) as (figure, (left, right)):
+        draw_perplexities(left, metrics)
+        draw_weights(right, metrics)
+        left.set_title("Test perplexity", loc="left", fontweight="bold")
+        right.set_title("By interpolation weight", loc="left", fontweight="bold")
+        figure.get_layout_engine().set(wspace=0.06)
+        figure.savefig(file, dpi=160)
+
+
+def draw_perplexities(axes: matplotlib.axes.Axes, metrics: dict) -> None:
+    """Horizontal bars from zero; a bar beyond 1.6 times the base runs out of the picture and says so."""
+    systems = _systems(metrics)
+    base = systems["base"][0]
+    limit = max([base, *(value for value, _ in systems.values() if value <= 1.6 * base)])
+    for row, (name, (value, interval)) in enumerate(systems.items()):
+        color = COLORS.get(name, CONTROL_COLOR)
+        axes.barh(row, min(value, limit * 1.02), height=0.66, color=color)
+        if interval and value <= limit:
+            low, high = (ratio * base for ratio in interval)
+            axes.errorbar(
+                value, row, xerr=[[max(value - low, 0)], [max(high - value, 0)]], color=INK, capsize=3, lw=1.2
+            )
+        text = f"{value:.2f}" if value < 100 else f"{value:.1f}"
+        if name != "base":
+            text += f"   × {value / base:.3f}"
+        if value > limit:
+            text += "  →"
+        at = max(min(value, limit * 1.02), interval[1] * base if interval and value <= limit else 0)
+        weight = "bold" if name == "augmented" else "normal"
+        axes.text(at + 0.02 * limit, row, text, va="center", fontsize=9.5, fontweight=weight)
+    axes.axvline(base, color=FAINT, lw=0.9, ls=(0, (2, 2)), zorder=0.5)
+    axes.set_yticks(range(len(systems)), [LABELS.get(name, name) for name in systems])
+    axes.set_ylim(len(systems) - 0.5, -0.5)
+    axes.set_xlim(0, limit * 1.36)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    ticks = matplotlib.ticker.MaxNLocator(5).tick_values(0, limit)
+    axes.set_xticks([tick for tick in ticks if tick <= limit * 1.02])
+    axes.set_xlabel("test perplexity, and its ratio to the base's", loc="left")
+
+
+def draw_weights(axes: matplotlib.axes.Axes, metrics: dict) -> None:
+    """One color a system, test solid and validation dashed, the chosen weight as a dot on both."""
+    curves = metrics["curves"]
+    finite = []
+    for name in ("knn_lm", "memory"):
+        color = COLORS["augmented" if name == "memory" else name]
+        chosen = metrics["interpolation_weight"][name]
+        for split, dashes in (("test", "-"), ("validation", (0, (4, 2)))):
+            values = [math.nan if value is None else value for value in curves[split][name]]
+            label = LABELS["augmented" if name == "memory" else name] if split == "test" else None
+            axes.plot(curves["weights"], values, color=color, ls=dashes, label=label, lw=1.9 if label else 1.4)
+            best = metrics["perplexity"][split]["augmented" if name == "memory" else "knn_lm"]
+            face = color if split == "test" else "white"
+            axes.plot([chosen], [best], "o", ms=6, color=color, markerfacecolor=face, zorder=4)
+            finite += [best, values[0]]
+    axes.plot([], [], color=FAINT, ls=(0, (4, 2)), lw=1.4, label="validation (tunes λ)")
+    axes.plot([], [], "o", color=FAINT, ms=6, label="chosen λ")
+    low, high = min(finite), max(finite)
+    margin = max(high - low, 0.02 * high)
+    axes.set_ylim(low - 0.15 * margin, high + 0.55 * margin)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("interpolation weight λ (0 = base alone)")
+    axes.set_ylabel("perplexity")
+    axes.legend(loc="upper center", ncols=2, columnspacing=1.2, handlelength=1.8)
+
+
+def training(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
+    """Losses of the memory, validation perplexities of the memory, and of the base, where they were recorded."""
+    figures = {}
+    memory, base = metrics["training"].get("memory", []), metrics["training"].get("base", [])
+    losses = {"loss": "total", "kl": "KL to p_kNN", "cross_entropy": "cross entropy"}
+    if any("loss" in record for record in memory):
+        figures["memory_losses"] = _curves_figure(
+            memory, losses, {"loss": INK, "kl": COLORS["knn"], "cross_entropy": COLORS["memory"]}, "nats per position"
+        )
+    validation = {"validation/perplexity": "base + memory", "validation/perplexity_memory": "memory alone"}
+    if any("validation/perplexity" in record for record in memory):
+        colors = {"validation/perplexity": COLORS["augmented"], "validation/perplexity_memory": COLORS["memory"]}
+        reference = metrics["perplexity"]["validation"]["base"]
+        figures["memory_validation"] = _curves_figure(
+            memory, validation, colors, "validation perplexity", reference=reference, marker="o", logarithmic=True
+        )
+    if any("validation/perplexity" in record for record in base):
+        figures["base_validation"] = _curves_figure(
+            base,
+            {"validation/perplexity": "base LM"},
+            {"validation/perplexity": COLORS["base"]},
+            "validation perplexity",
+            marker="o",
+            logarithmic=True,
+        )
+    return figures
+
+
+def _curves_figure(
+    records: list[dict],
+    labels: dict[str, str],
+    colors: dict[str, str],
+    ylabel: str,
+    *,
+    reference: float | None = None,
+    marker: str = "",
+    logarithmic: bool = False,
+) -> matplotlib.figure.Figure:
+    with _figure(WIDTH, 3.1) as (figure, (axes,)):
+        for name, label in labels.items():
+            points = [(record["step"], record[name]) for record in records if name in record]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, values, color=colors[name], label=label, marker=marker, ms=4)
+        if reference is not None:
+            axes.axhline(reference, color=COLORS["base"], ls=(0, (2, 2)), lw=1.4, label="base LM")
+        if logarithmic:
+            axes.set_yscale("log")
+            _plain_logarithmic_ticks(axes)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(ylabel)
+        axes.set_xlim(left=0)
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(loc="best")
+        return figure
+
+
+def sharpness(metrics: dict) -> matplotlib.figure.Figure:
+    """Tokens above each threshold, and tokens that hold a share of the mass."""
+    markers = {"base": "s", "knn": "^", "memory": "D", "augmented": "o"}
+    with _figure(2 * WIDTH, 3.2, columns=2) as (figure, (left, right)):
+        for name, table in metrics["sharpness"].items():
+            style = {"color": COLORS[name], "marker": markers[name], "ms": 5, "label": LABELS[name]}
+            above = [(float(at), count) for at, count in table["tokens_above"].items() if float(at) > 0]
+            left.plot(*zip(*above, strict=True), **style)
+            held = [(100 * float(mass), count) for mass, count in table["tokens_for_mass"].items()]
+            right.plot(*zip(*held, strict=True), **style)
+        left.set_xscale("log")
+        left.invert_xaxis()
+        left.set_xlabel("probability threshold")
+        left.set_ylabel("tokens above the threshold")
+        right.set_xlabel("share of the mass, %")
+        right.set_ylabel("tokens needed")
+        right.set_xticks([80, 90, 95, 99])
+        right.legend(loc="upper left")
+        for axes in (left, right):
+            axes.set_yscale("log")
+            _plain_logarithmic_ticks(axes)
+        return figure
+
+
+def _systems(metrics: dict) -> dict[str, tuple[float, list[float] | None]]:
+    """Test perplexity and interval over the base of each system, in the order of the picture."""
+    intervals, of = metrics["interval"]["test"], metrics["perplexity"]["test"]
+    controls = {name: control["perplexity"]["test"] for name, control in metrics["controls"].items()}
+    ordered = {"base": of["base"], "memory": of["memory"], **controls}
+    ordered |= {"knn_lm": of["knn_lm"], "augmented": of["augmented"]}
+    return {name: (value, intervals.get(f"{name}_over_base")) for name, value in ordered.items()}
+
+
+def _plain_logarithmic_ticks(axes: matplotlib.axes.Axes) -> None:
+    """Ticks of a logarithmic axis as plain numbers, also where it spans less than a decade."""
+    low, high = axes.get_ylim()
+    decades = math.log10(high / low)
+    subdivisions = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.8 else tuple(range(1, 10))
+    if decades > 0.3:
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subdivisions))
+    else:
+        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.set_ylim(low, high)

@@ -1,0 +1,53 @@
+"""Stage `base`: the frozen language model, trained here or taken from Hugging Face."""
+
+from __future__ import annotations
+
+import ml_collections
+from etils import epath
+
+from mlpmem_jax.core import config as configs
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.interop import huggingface
+from mlpmem_jax.models import saved
+from mlpmem_jax.training import base as training
+
+
+def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: str) -> Artifact:
+    """A Hugging Face model as an artifact of the working directory, checked against the tokenizer."""
+    path = epath.Path(config.workdir) / folder
+    tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
+    settings, inputs = {"path": source}, {"tokens": tokens.fingerprint}
+    if finished := find_finished(path, "base", settings, inputs):
+        say(f"{folder}: finished already")
+        return finished
+    mesh, rules = meshes.mesh_of(config)
+    parameters, model = huggingface.load_gpt2(source, mesh, rules)
+    if model.vocab_size < tokens.summary["vocab_size"]:
+        raise ConfigError(
+            f"config.{key}: {source} has a vocabulary of {model.vocab_size}, but the tokenizer makes ids up to "
+            f"{tokens.summary['vocab_size'] - 1}; use the tokenizer that belongs to this model"
+        )
+    if model.context_length < config.base.context_length:
+        raise ConfigError(
+            f"config.base.context_length: {config.base.context_length} is longer than the {model.context_length} "
+            f"positions of {source}"
+        )
+    writer = ArtifactWriter.create(path, "base", settings, inputs, {})
+    saved.seal(writer, model, parameters, {})
+    return open_artifact(path, "base")
+
+
+def run(config: ml_collections.ConfigDict) -> Artifact:
+    """Makes the base LM, and imports the model of the keys where it is another one.
+
+    Raises:
+      UserError: the config, the tokens or the Hugging Face folder do not fit.
+    """
+    if config.datastore.key_model:
+        _imported(config, config.datastore.key_model, "key_model", "datastore.key_model")
+    if config.base.source == "huggingface":
+        return _imported(config, config.base.path, "base", "base.path")
+    return training.run(config)

@@ -1,0 +1,64 @@
+"""Trained models in a working directory: sealed artifacts that hold dimensions and parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+from jax.sharding import Mesh
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core import parameters as stored
+from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, open_artifact
+from mlpmem_jax.models import gpt2, memory
+from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.models.memory import MemoryConfig
+
+
+def seal(writer: ArtifactWriter, model: GPT2Config | MemoryConfig, parameters, figures: dict) -> Artifact | None:
+    """Writes the parameters and seals the artifact (every process calls this; the first one gets the artifact).
+
+    Args:
+      writer: of an artifact of kind "base" or "memory".
+      model: its dimensions.
+      parameters: float32 tree, sharded or not.
+      figures: JSON values to keep, e.g. the step that was kept.
+    """
+    stored.write(writer.path, parameters)
+    summary = {
+        "model": dataclasses.asdict(model),
+        "parameters_fingerprint": stored.fingerprint(parameters),
+        "parameter_count": sum(array.size for array in jax.tree.leaves(parameters)),
+        **figures,
+    }
+    artifact = writer.seal(summary) if jax.process_index() == 0 else None
+    meshes.barrier(f"sealed {writer.path}")
+    return artifact
+
+
+def load_language_model(path, mesh: Mesh, rules: meshes.Rules) -> tuple[dict, GPT2Config, Artifact]:
+    """Parameters on the mesh, dimensions and artifact of a language model.
+
+    Raises:
+      ArtifactError: there is no finished base at `path`.
+    """
+    artifact = open_artifact(path, "base")
+    config = GPT2Config(**artifact.summary["model"])
+    abstract = jax.eval_shape(functools.partial(gpt2.init, config), jax.random.key(0))
+    placed = meshes.shardings(mesh, gpt2.logical_axes(config), rules)
+    return stored.read(artifact, abstract, placed), config, artifact
+
+
+def load_memory(path, mesh: Mesh, rules: meshes.Rules) -> tuple[dict, MemoryConfig, Artifact]:
+    """Parameters on the mesh, dimensions and artifact of a memory.
+
+    Raises:
+      ArtifactError: there is no finished memory at `path`.
+    """
+    artifact = open_artifact(path, "memory")
+    config = MemoryConfig(**artifact.summary["model"])
+    abstract = jax.eval_shape(functools.partial(memory.init, config), jax.random.key(0))
+    placed = meshes.shardings(mesh, memory.logical_axes(config), rules)
+    return stored.read(artifact, abstract, placed), config, artifact
+

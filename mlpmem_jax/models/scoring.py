@@ -1,0 +1,235 @@
+"""Forward passes over held-out positions: log-probabilities of the next tokens, and whole distributions.
+
+Host arrays go in and come out; between, positions pass through the mesh in chunks of one fixed shape, so that the
+logits of more than one chunk never exist and each function compiles once.
+
+Dimensions: N positions, D input width, V vocabulary, S sequences of T positions, B rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.models import gpt2, memory
+from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.models.memory import MemoryConfig
+
+LOGITS_AT_ONCE = 2**25
+"""Logits of a chunk by default: 128 MiB of float32 over all devices."""
+
+
+def chunk_positions(vocab_size: int, mesh: Mesh) -> int:
+    """Positions per chunk: about LOGITS_AT_ONCE logits, a multiple of what the batch axis is cut in."""
+    parts = meshes.batch_shards(mesh)
+    return max(1, LOGITS_AT_ONCE // (vocab_size * parts)) * parts
+
+
+def memory_log_probabilities(
+    parameters: dict,
+    config: MemoryConfig,
+    inputs_NxD: np.ndarray,
+    next_tokens_N: np.ndarray,
+    *,
+    mesh: Mesh,
+    rules: meshes.Rules = meshes.RULES,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    chunk: int | None = None,
+) -> np.ndarray:
+    """log p_MLP(next token), float32 [N].
+
+    Args:
+      parameters: of the memory, placed on the mesh.
+      inputs_NxD: memory inputs, any floating type.
+      next_tokens_N: int32.
+      chunk: positions on the mesh at once; by default `chunk_positions`.
+    """
+    score = functools.partial(
+        _memory_chunk,
+        parameters,
+        config=config,
+        compute_dtype=jnp.dtype(compute_dtype),
+        logits_sharding=meshes.sharding(mesh, ("batch", "vocab"), rules),
+    )
+    chunk = chunk or chunk_positions(config.padded_vocab_size, mesh)
+    return _in_chunks(score, (inputs_NxD, next_tokens_N), chunk, mesh, rules)
+
+
+def memory_distributions(
+    parameters: dict,
+    config: MemoryConfig,
+    inputs_NxD: np.ndarray,
+    *,
+    mesh: Mesh,
+    rules: meshes.Rules = meshes.RULES,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> np.ndarray:
+    """p_MLP over the vocabulary, float32 [N, V]; N is one chunk, its logits exist at once."""
+    distributions = functools.partial(
+        _memory_rows, parameters, config=config, compute_dtype=jnp.dtype(compute_dtype), mesh=mesh
+    )
+    return _in_chunks(distributions, (inputs_NxD,), _rounded(len(inputs_NxD), mesh), mesh, rules)
+
+
+def language_model_log_probabilities(
+    parameters: dict,
+    config: GPT2Config,
+    tokens_SxT: np.ndarray,
+    next_tokens_SxT: np.ndarray,
+    *,
+    mesh: Mesh,
+    rules: meshes.Rules = meshes.RULES,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    chunk: int | None = None,
+) -> np.ndarray:
+    """log p_LM(next token), float32 [S, T], every sequence on its own; `chunk` counts sequences."""
+    score = functools.partial(
+        _language_model_chunk,
+        parameters,
+        config=config,
+        compute_dtype=jnp.dtype(compute_dtype),
+        logits_sharding=meshes.sharding(mesh, ("batch", None, "vocab"), rules),
+    )
+    chunk = chunk or _rounded(chunk_positions(config.vocab_size, mesh) // tokens_SxT.shape[1], mesh)
+    return _in_chunks(score, (tokens_SxT, next_tokens_SxT), chunk, mesh, rules)
+
+
+def language_model_hidden(
+    parameters: dict,
+    config: GPT2Config,
+    tokens_SxT: np.ndarray,
+    *,
+    mesh: Mesh,
+    rules: meshes.Rules = meshes.RULES,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> np.ndarray:
+    """Hidden states after the LM's final norm, float32 [S, T, D]."""
+    hidden = functools.partial(
+        _language_model_hidden, parameters, config=config, compute_dtype=jnp.dtype(compute_dtype), mesh=mesh
+    )
+    return _in_chunks(hidden, (tokens_SxT,), _rounded(len(tokens_SxT), mesh), mesh, rules)
+
+
+def language_model_distributions(
+    parameters: dict,
+    hidden_NxD: np.ndarray,
+    *,
+    mesh: Mesh,
+    rules: meshes.Rules = meshes.RULES,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> np.ndarray:
+    """p_LM over the vocabulary, float32 [N, V], from rows of `language_model_hidden`; N is one chunk."""
+    distributions = functools.partial(
+        _language_model_rows, parameters, compute_dtype=jnp.dtype(compute_dtype), mesh=mesh
+    )
+    return _in_chunks(distributions, (hidden_NxD,), _rounded(len(hidden_NxD), mesh), mesh, rules)
+
+
+def next_token_log_probabilities(
+    hidden: jax.Array,
+    kernel_DxV: jax.Array,
+    next_tokens: jax.Array,
+    *,
+    vocab_size: int,
+    compute_dtype: jax.typing.DTypeLike,
+    logits_sharding: NamedSharding,
+) -> jax.Array:
+    """log softmax(hidden @ kernel)[next token], float32 [...], for hidden [..., D] and next tokens [...].
+
+    The next token's logit is picked by comparison and summed, which keeps a sharded vocabulary where it is.
+    """
+    logits = jnp.dot(hidden.astype(compute_dtype), kernel_DxV.astype(compute_dtype), preferred_element_type=jnp.float32)
+    logits = jax.lax.with_sharding_constraint(logits, logits_sharding)
+    columns_V = jnp.arange(kernel_DxV.shape[1])
+    logits = jnp.where(columns_V < vocab_size, logits, -jnp.inf)
+    chosen = jnp.sum(jnp.where(columns_V == next_tokens[..., None], logits, 0.0), axis=-1)
+    log_probabilities = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return _replicated(log_probabilities, logits_sharding.mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "logits_sharding"))
+def _memory_chunk(parameters, inputs_BxD, next_B, *, config, compute_dtype, logits_sharding):
+    return next_token_log_probabilities(
+        memory.hidden(parameters, config, inputs_BxD.astype(compute_dtype), compute_dtype=compute_dtype),
+        memory.output_kernel(parameters),
+        next_B,
+        vocab_size=config.vocab_size,
+        compute_dtype=compute_dtype,
+        logits_sharding=logits_sharding,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "mesh"))
+def _memory_rows(parameters, inputs_BxD, *, config, compute_dtype, mesh):
+    logits_BxV = memory.logits(parameters, config, inputs_BxD.astype(compute_dtype), compute_dtype=compute_dtype)
+    return _replicated(jax.nn.softmax(logits_BxV[:, : config.vocab_size]), mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "logits_sharding"))
+def _language_model_chunk(parameters, tokens_BxT, next_BxT, *, config, compute_dtype, logits_sharding):
+    hidden_BxTxD, _ = gpt2.features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
+    return next_token_log_probabilities(
+        hidden_BxTxD,
+        gpt2.output_kernel(parameters),
+        next_BxT,
+        vocab_size=config.vocab_size,
+        compute_dtype=compute_dtype,
+        logits_sharding=logits_sharding,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "mesh"))
+def _language_model_hidden(parameters, tokens_BxT, *, config, compute_dtype, mesh):
+    return _replicated(gpt2.features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)[0], mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("compute_dtype", "mesh"))
+def _language_model_rows(parameters, hidden_BxD, *, compute_dtype, mesh):
+    kernel_DxV = gpt2.output_kernel(parameters).astype(compute_dtype)
+    logits_BxV = jnp.dot(hidden_BxD.astype(compute_dtype), kernel_DxV, preferred_element_type=jnp.float32)
+    return _replicated(jax.nn.softmax(logits_BxV), mesh)
+
+
+def _replicated(array: jax.Array, mesh: Mesh) -> jax.Array:
+    """On every device, so that every process can read the whole of it."""
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def _rounded(rows: int, mesh: Mesh) -> int:
+    """`rows`, at least one, rounded up to a multiple of what the batch axis is cut in."""
+    parts = meshes.batch_shards(mesh)
+    return -(-max(rows, 1) // parts) * parts
+
+
+def _in_chunks(
+    call: Callable[..., jax.Array], arrays: tuple[np.ndarray, ...], chunk: int, mesh: Mesh, rules: meshes.Rules
+) -> np.ndarray:
+    """call(*rows) over chunks of the arrays' first axis; the last chunk is padded by repeating its last row."""
+    pending, results = None, []
+    for rows, length in _padded_chunks(arrays, chunk):
+        result = call(*(_on_mesh(array, mesh, rules) for array in rows))
+        if pending is not None:  # fetched only when the next chunk is under way
+            results.append(np.asarray(pending[0])[: pending[1]])
+        pending = result, length
+    results.append(np.asarray(pending[0])[: pending[1]])
+    return np.concatenate(results)
+
+
+def _padded_chunks(arrays: tuple[np.ndarray, ...], chunk: int) -> Iterator[tuple[list[np.ndarray], int]]:
+    for first in range(0, len(arrays[0]), chunk):
+        rows = [array[first : first + chunk] for array in arrays]
+        length = len(rows[0])
+        widths = [((0, chunk - length), *[(0, 0)] * (array.ndim - 1)) for array in rows]
+        yield [np.pad(array, width, mode="edge") for array, width in zip(rows, widths, strict=True)], length
+
+
+def _on_mesh(rows: np.ndarray, mesh: Mesh, rules: meshes.Rules) -> jax.Array:
+    """Every process holds all rows and gives its devices theirs."""
+    placed = meshes.sharding(mesh, ("batch",) + (None,) * (rows.ndim - 1), rules)
+    return jax.make_array_from_callback(rows.shape, placed, lambda index: rows[index])

@@ -1,0 +1,192 @@
+"""Stage `datastore`: one sharded forward pass turns every position of every split into a key and a memory input.
+
+The key of position t is the input of the last block's feed-forward layer there; its value is the token after t
+(PAPER, "The method", 1). Held-out splits also keep log p_LM(next token), so that later stages need not run the LM.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.core import config as configs
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.artifacts import ArraySpec, Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core.progress import progress, say
+from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
+from mlpmem_jax.models import gpt2, saved
+from mlpmem_jax.models.scoring import next_token_log_probabilities
+
+SPLITS = ("train", "validation", "test")
+
+
+def tapped_block(blocks: int, depth: float) -> int:
+    """The block, counted from 1, at a relative depth; 0.7 of 36 is block 25, the paper's."""
+    return max(1, round(depth * blocks))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "taps", "dtype", "vocab_sharding"))
+def _forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, vocab_sharding):
+    """Hidden states at the taps, [B, T, D] of `dtype`, and log p_LM(next) unless `vocab_sharding` is None."""
+    final, tapped = gpt2.features(parameters, config, tokens_BxT, taps=taps)
+    outputs = [tapped[tap].astype(dtype) for tap in taps]
+    if vocab_sharding is None:
+        return outputs, None
+    log_probabilities = next_token_log_probabilities(
+        final,
+        gpt2.output_kernel(parameters),
+        next_BxT,
+        vocab_size=config.vocab_size,
+        compute_dtype=jnp.float32,
+        logits_sharding=vocab_sharding,
+    )
+    return outputs, log_probabilities
+
+
+class _Models:
+    """The base LM, and the model that makes the keys where that is another one."""
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self.mesh, self.rules = meshes.mesh_of(config)
+        self.base, self.base_config, base_artifact = saved.load_language_model(
+            epath.Path(config.workdir) / "base", self.mesh, self.rules
+        )
+        self.fingerprints = {"base": base_artifact.fingerprint}
+        self.dtype = jnp.dtype(config.datastore.dtype)
+        self.input_tap = tapped_block(self.base_config.blocks, config.datastore.input_depth)
+        self.key_model, self.key_config = self.base, self.base_config
+        if config.datastore.key_model:
+            self.key_model, self.key_config, artifact = saved.load_language_model(
+                epath.Path(config.workdir) / "key_model", self.mesh, self.rules
+            )
+            self.fingerprints["key_model"] = artifact.fingerprint
+            if self.key_config.vocab_size != self.base_config.vocab_size:
+                raise ConfigError(
+                    f"config.datastore.key_model: has a vocabulary of {self.key_config.vocab_size}, the base of "
+                    f"{self.base_config.vocab_size}; both must use the same tokenizer"
+                )
+        self.separate_inputs = bool(config.datastore.key_model) or self.input_tap != self.key_config.blocks
+
+    def outputs(self, tokens_BxT: np.ndarray, next_BxT: np.ndarray, scored: bool) -> dict[str, np.ndarray]:
+        """This process's rows of every array of the datastore that needs a model."""
+        tokens, following = meshes.global_batch(self.mesh, (tokens_BxT, next_BxT), self.rules)
+        run = functools.partial(_forward, dtype=self.dtype)
+        vocab_sharding = meshes.sharding(self.mesh, ("batch", None, "vocab"), self.rules) if scored else None
+        base_taps = (self.input_tap,) if self.separate_inputs else (self.base_config.blocks,)
+        if self.separate_inputs and self.key_model is self.base:
+            base_taps = (self.base_config.blocks, self.input_tap)
+        tapped, scores = run(
+            self.base, tokens, following, config=self.base_config, taps=base_taps, vocab_sharding=vocab_sharding
+        )
+        rows = {}
+        if self.separate_inputs:
+            rows["memory_inputs"] = meshes.local_rows(tapped[-1])
+        if self.key_model is not self.base:
+            tapped, _ = run(
+                self.key_model,
+                tokens,
+                following,
+                config=self.key_config,
+                taps=(self.key_config.blocks,),
+                vocab_sharding=None,
+            )
+        rows["keys"] = meshes.local_rows(tapped[0])
+        if scored:
+            rows["base_log_probabilities"] = meshes.local_rows(scores)
+        return rows
+
+
+def _array_specs(models: _Models, sequences: int, length: int, per_shard: int, scored: bool) -> dict[str, ArraySpec]:
+    dtype = models.dtype.name
+
+    def spec(dtype: str, *width: int) -> ArraySpec:
+        return ArraySpec((sequences, length, *width), dtype, per_shard, (1, length, *width))
+
+    specs = {
+        "keys": spec(dtype, models.key_config.width),
+        "next_tokens": spec("int32"),
+        "documents": spec("int32"),
+    }
+    if models.separate_inputs:
+        specs["memory_inputs"] = spec(dtype, models.base_config.width)
+    if scored:
+        specs["base_log_probabilities"] = spec("float32")
+    return specs
+
+
+def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: _Models, split: str) -> Artifact:
+    path = epath.Path(config.workdir) / "datastore" / split
+    length, per_shard = config.base.context_length, config.datastore.sequences_per_shard
+    inputs = {"tokens": tokens.fingerprint, **models.fingerprints}
+    settings = {"context_length": length, **configs.plain(config.datastore)}
+    del settings["batch_sequences"]  # how many go at once changes nothing
+    if finished := find_finished(path, "datastore", settings, inputs):
+        say(f"datastore/{split}: finished already")
+        return finished
+
+    stream = TokenStream(tokens, split)
+    sequences = num_sequences(stream, length)
+    if sequences < 1:
+        raise ConfigError(
+            f"config.base.context_length: {length} is more than the {stream.length} tokens of the {split} split; "
+            "lower it or give more text"
+        )
+    scored = split != "train"
+    writer = ArtifactWriter.create(
+        path, "datastore", settings, inputs, _array_specs(models, sequences, length, per_shard, scored)
+    )
+    shards, rank, processes = writer.incomplete_shards(), jax.process_index(), jax.process_count()
+    meshes.barrier(f"datastore {split} listed")
+    batch = config.datastore.batch_sequences // processes
+    with progress(len(shards) * per_shard * length, f"datastore/{split}", "positions") as bar:
+        for first in range(0, len(shards), processes):
+            # Every process runs every forward pass, those without a shard of their own on a copy of another.
+            shard = shards[min(first + rank, len(shards) - 1)]
+            start = shard * per_shard
+            count = min(per_shard, sequences - start)
+            tokens_SxT, next_SxT, documents_SxT = read_sequences(stream, start, count, length)
+            rows = [
+                models.outputs(*_padded(tokens_SxT, next_SxT, offset, batch), scored)
+                for offset in range(0, per_shard if processes > 1 else count, batch)
+            ]
+            arrays = {name: np.concatenate([row[name] for row in rows])[:count] for name in rows[0]}
+            if not np.isfinite(arrays["keys"].astype(np.float32)).all():
+                raise UserError(f"datastore/{split}: shard {shard} has keys that are not finite in {models.dtype.name}")
+            if first + rank < len(shards):
+                writer.write_shard(shard, {**arrays, "next_tokens": next_SxT, "documents": documents_SxT})
+            bar.advance(min(processes, len(shards) - first) * per_shard * length)
+    meshes.barrier(f"datastore {split} written")
+    if rank == 0:
+        writer.seal({"sequences": sequences, "positions": sequences * length, "width": models.key_config.width})
+    meshes.barrier(f"datastore {split} sealed")
+    return open_artifact(path, "datastore")
+
+
+def _padded(tokens_SxT: np.ndarray, next_SxT: np.ndarray, offset: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows offset to offset + batch; past the end the first row is repeated, so that one shape compiles once."""
+    rows = np.arange(offset, offset + batch)
+    rows = np.where(rows < len(tokens_SxT), rows, 0)
+    return tokens_SxT[rows], next_SxT[rows]
+
+
+def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
+    """Builds the datastore of every split.
+
+    Raises:
+      UserError: an input is missing or contradicts the config.
+    """
+    tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
+    models = _Models(config)
+    shards = meshes.batch_shards(models.mesh, models.rules)
+    if config.datastore.batch_sequences % max(shards, jax.process_count()):
+        raise ConfigError(
+            f"config.datastore.batch_sequences: {config.datastore.batch_sequences} is not divided by the {shards} batch "
+            "shards of the mesh"
+        )
+    return {split: _build_split(config, tokens, models, split) for split in SPLITS}

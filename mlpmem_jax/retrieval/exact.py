@@ -1,0 +1,118 @@
+"""Exact nearest neighbours in JAX: one matrix product per block of keys, then the smallest distances of each row.
+
+It runs on any device. It is the truth that approximate search is measured against, and the backend of machines for
+which ScaNN has no wheel.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlpmem_jax.retrieval import neighbors
+
+_KEYS_PER_BLOCK = 1 << 20
+_SCORES_PER_BLOCK = 1 << 26  # float32 distances that exist at once: 256 MiB
+_KEYS_FILE = "keys.npy"
+
+
+class ExactIndex:
+    """All squared L2 distances, no approximation. Same interface as `scann_index.ScannIndex`."""
+
+    def __init__(self, keys_NxD: np.ndarray):
+        """keys_NxD: float32 [N, D]."""
+        self._host_keys_NxD = np.asarray(keys_NxD, np.float32)
+        self._blocks: dict[int, list[tuple[jax.Array, jax.Array]]] = {}  # by group size
+
+    @property
+    def size(self) -> int:
+        return len(self._host_keys_NxD)
+
+    def save(self, folder) -> None:
+        np.save(pathlib.Path(folder) / _KEYS_FILE, self._host_keys_NxD)
+
+    @classmethod
+    def load(cls, folder) -> ExactIndex:
+        return cls(np.load(pathlib.Path(folder) / _KEYS_FILE, mmap_mode="r"))
+
+    def search(
+        self, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest keys of each query.
+
+        Args:
+          queries_QxD: float32 [Q, D].
+          k: neighbours wanted.
+          excluded_Qx2: int [Q, 2]; of query q, keys with ids in [start, stop) are left out. None leaves none out.
+
+        Returns:
+          (squared distances float32 [Q, k], ids int32 [Q, k]), nearest first, at equal distance the smaller id first;
+          where there are fewer than k keys, infinite distances and ids of -1.
+        """
+        if excluded_Qx2 is None:
+            excluded_Qx2 = np.zeros((len(queries_QxD), 2), np.int32)
+        # The k nearest lie in the k groups whose nearest member is nearest. N / g + k g is least at this g.
+        group = max(1, round(math.sqrt(self.size / k)))
+        group = 1 << (group.bit_length() - 1)
+        rows = max(8, min(1024, _SCORES_PER_BLOCK // min(self.size, _KEYS_PER_BLOCK)))
+        found = []
+        for start in range(0, len(queries_QxD), rows):
+            queries = np.zeros((rows, queries_QxD.shape[1]), np.float32)  # one shape, one compilation
+            excluded = np.zeros((rows, 2), np.int32)
+            part = slice(start, min(start + rows, len(queries_QxD)))
+            queries[: part.stop - start], excluded[: part.stop - start] = queries_QxD[part], excluded_Qx2[part]
+            best, first = None, 0
+            for keys, norms in self._device_blocks(group):
+                block = _search_block(queries, keys, norms, excluded - first, k=k, group=group)
+                distances, ids = (np.asarray(array) for array in block)
+                best = neighbors.merge(best, (distances, ids + np.int32(first)))
+                first += _KEYS_PER_BLOCK
+            found.append(tuple(array[: part.stop - start] for array in best))
+        distances_QxK, ids_QxK = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return neighbors.smallest(distances_QxK, ids_QxK, k)
+
+    def _device_blocks(self, group: int) -> list[tuple[jax.Array, jax.Array]]:
+        """Blocks of keys and their squared norms, padded to whole groups; padding has an infinite norm."""
+        if group not in self._blocks:
+            self._blocks.clear()
+            blocks = []
+            for start in range(0, self.size, _KEYS_PER_BLOCK):
+                keys = self._host_keys_NxD[start : start + _KEYS_PER_BLOCK]
+                padding = -len(keys) % group
+                keys = jnp.pad(jnp.asarray(keys), ((0, padding), (0, 0)))
+                norms = jnp.sum(keys * keys, axis=1).at[keys.shape[0] - padding :].set(jnp.inf)
+                blocks.append((keys, norms))
+            self._blocks[group] = blocks
+        return self._blocks[group]
+
+
+@functools.partial(jax.jit, static_argnames=("k", "group"))
+def _search_block(queries_QxD, keys_BxD, norms_B, excluded_Qx2, *, k: int, group: int):
+    """(squared distances [Q, k], ids within the block [Q, k]) of the k nearest keys, in no special order."""
+    count = keys_BxD.shape[0]
+    products_QxB = jnp.matmul(queries_QxD, keys_BxD.T, precision=jax.lax.Precision.HIGHEST)
+    scores_QxB = norms_B - 2 * products_QxB  # the query's own norm does not change the order
+    ids_B = jnp.arange(count)
+    is_excluded_QxB = (ids_B >= excluded_Qx2[:, :1]) & (ids_B < excluded_Qx2[:, 1:])
+    scores_QxB = jnp.where(is_excluded_QxB, jnp.inf, scores_QxB)
+
+    scores_QxGxg = scores_QxB.reshape(-1, count // group, group)
+    groups = min(k, count // group)
+    _, nearest_groups_QxK = jax.lax.top_k(-scores_QxGxg.min(axis=2), groups)
+    candidates_QxC = jnp.take_along_axis(scores_QxGxg, nearest_groups_QxK[..., None], axis=1).reshape(-1, groups * group)
+    negated_QxK, places_QxK = jax.lax.top_k(-candidates_QxC, min(k, groups * group))
+    ids_QxK = jnp.take_along_axis(nearest_groups_QxK, places_QxK // group, axis=1) * group + places_QxK % group
+
+    # Differences, not norms and products, so that near duplicates come out near zero.
+    distances_QxK = jnp.sum((keys_BxD[ids_QxK] - queries_QxD[:, None]) ** 2, axis=2)
+    distances_QxK = jnp.where(jnp.isinf(negated_QxK), jnp.inf, distances_QxK)
+    missing = ((0, 0), (0, k - distances_QxK.shape[1]))
+    return (
+        jnp.pad(distances_QxK, missing, constant_values=jnp.inf),
+        jnp.pad(ids_QxK.astype(jnp.int32), missing, constant_values=neighbors.MISSING),
+    )

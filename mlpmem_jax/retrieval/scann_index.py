@@ -1,0 +1,166 @@
+"""Approximate nearest neighbours with ScaNN: a tree of clusters, asymmetric hashing, exact reordering in float32.
+
+The clusters are seeded by k-means++ and not at random, because ScaNN draws random seeds from the operating system:
+with k-means++ two builds from the same keys are the same, byte for byte, on any number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import pathlib
+
+import numpy as np
+
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.retrieval import neighbors
+
+_BRUTE_FORCE_BELOW = 4096  # too few keys to cluster and hash well
+_ROUNDS = 4
+
+
+def is_available() -> bool:
+    """Whether ScaNN is installed; its wheels are for Linux on x86-64 alone."""
+    return importlib.util.find_spec("scann") is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How the index is built and searched.
+
+    Attributes:
+      leaves: clusters that the keys are divided into.
+      leaves_to_search: nearest clusters that each query looks into.
+      reorder: candidates per neighbour wanted whose distance is computed exactly.
+      training_sample: keys that clusters and hashes are trained on.
+    """
+
+    leaves: int
+    leaves_to_search: int
+    reorder: float
+    training_sample: int
+
+    @classmethod
+    def derive(cls, num_keys: int, k: int, leaves=0, leaves_to_search=0, reorder=0.0, training_sample=100_000):
+        """Options from the number of keys and of neighbours; every argument that is not 0 stands as given."""
+        leaves = min(leaves or round(math.sqrt(num_keys)), num_keys)
+        # Enough leaves to hold many times k keys, and never a share so small that borders between leaves dominate.
+        wanted = max(leaves / 40, 30 * k * leaves / num_keys)
+        return cls(
+            leaves=leaves,
+            leaves_to_search=min(leaves_to_search or math.ceil(wanted), leaves),
+            reorder=reorder or (4.0 if k < 256 else 2.0),
+            training_sample=min(training_sample, num_keys),
+        )
+
+
+class ScannIndex:
+    """A ScaNN searcher over N keys. Make one with `build` or `load`."""
+
+    def __init__(self, searcher, size: int, options: Options):
+        self._searcher, self.size, self._options = searcher, size, options
+
+    @classmethod
+    def build(cls, keys_NxD: np.ndarray, options: Options) -> ScannIndex:
+        """Trains clusters and hashes on `keys_NxD` (float32 [N, D]) and fills the index.
+
+        Raises:
+          UserError: ScaNN is not installed.
+        """
+        builder = _scann().builder(np.ascontiguousarray(keys_NxD, np.float32), 1, "squared_l2")
+        if len(keys_NxD) < _BRUTE_FORCE_BELOW:
+            builder = builder.score_brute_force()
+        else:
+            builder = builder.tree(
+                options.leaves,
+                options.leaves_to_search,
+                training_sample_size=options.training_sample,
+                random_init=False,
+            ).score_ah(2, training_sample_size=options.training_sample)
+            builder = builder.reorder(1)
+        with _no_native_log():
+            return cls(builder.build(), len(keys_NxD), options)
+
+    def save(self, folder) -> None:
+        """Writes the index to an existing empty folder."""
+        with _no_native_log():
+            self._searcher.serialize(str(folder), relative_path=True)
+
+    @classmethod
+    def load(cls, folder, size: int, options: Options) -> ScannIndex:
+        """Reads what `save` wrote."""
+        with _no_native_log(), contextlib.chdir(folder):
+            return cls(_scann().load_searcher(str(pathlib.Path(folder))), size, options)
+
+    def search(
+        self, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """About the k nearest keys of each query.
+
+        Args:
+          queries_QxD: float32 [Q, D].
+          k: neighbours wanted.
+          excluded_Qx2: int [Q, 2]; of query q, keys with ids in [start, stop) are left out. None leaves none out.
+
+        Returns:
+          (squared distances float32 [Q, k], ids int32 [Q, k]), nearest first; where fewer than k were found, infinite
+          distances and ids of -1.
+        """
+        queries_QxD = np.ascontiguousarray(queries_QxD, np.float32)
+        if excluded_Qx2 is None:
+            excluded_Qx2 = np.zeros((len(queries_QxD), 2), np.int32)
+        longest = int(np.max(excluded_Qx2[:, 1] - excluded_Qx2[:, 0], initial=0))
+        distances_QxK = np.full((len(queries_QxD), k), np.inf, np.float32)
+        ids_QxK = np.full((len(queries_QxD), k), neighbors.MISSING, np.int32)
+        rows, extra, leaves = np.arange(len(queries_QxD)), min(longest, max(1, k // 8)), self._options.leaves_to_search
+        for _ in range(_ROUNDS):
+            distances_QxK[rows], ids_QxK[rows] = self._search_once(queries_QxD[rows], k, extra, leaves, excluded_Qx2[rows])
+            rows = rows[np.isinf(distances_QxK[rows, -1])]
+            if not len(rows) or (leaves == self._options.leaves and extra == longest):
+                break
+            extra, leaves = min(longest, 4 * extra), min(self._options.leaves, 4 * leaves)
+        return distances_QxK, ids_QxK
+
+    def _search_once(self, queries_QxD, k: int, extra: int, leaves: int, excluded_Qx2):
+        wanted = min(k + extra, self.size)
+        ids_QxM, distances_QxM = self._searcher.search_batched_parallel(
+            queries_QxD,
+            final_num_neighbors=wanted,
+            pre_reorder_num_neighbors=max(wanted, round(wanted * self._options.reorder)),
+            leaves_to_search=leaves,
+        )
+        ids_QxM = ids_QxM.view(np.int32)
+        missing_QxM = np.isnan(distances_QxM)  # ScaNN's sign of a place that it could not fill
+        missing_QxM |= (ids_QxM >= excluded_Qx2[:, :1]) & (ids_QxM < excluded_Qx2[:, 1:])
+        distances_QxM = np.where(missing_QxM, np.inf, np.maximum(distances_QxM, 0))
+        if (padding := k - ids_QxM.shape[1]) > 0:
+            distances_QxM = np.pad(distances_QxM, ((0, 0), (0, padding)), constant_values=np.inf)
+            ids_QxM = np.pad(ids_QxM, ((0, 0), (0, padding)))
+        return neighbors.smallest(distances_QxM.astype(np.float32, copy=False), ids_QxM, k)
+
+
+def _scann():
+    try:
+        from scann import scann_ops_pybind
+    except ImportError as error:
+        raise UserError(
+            f"config.targets.backend: 'scann' needs ScaNN, which cannot be imported here ({error}); its wheels are for "
+            "Linux on x86-64. Set config.targets.backend to 'exact' or 'auto'"
+        ) from error
+    return scann_ops_pybind
+
+
+@contextlib.contextmanager
+def _no_native_log():
+    """Keeps ScaNN's C++ log off standard error; its errors come as exceptions all the same."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

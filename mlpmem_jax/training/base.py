@@ -1,0 +1,122 @@
+"""Stage `base`, for a language model that is trained here, and the training on of a finished one."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.core import config as configs
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
+from mlpmem_jax.models import flops, gpt2, saved
+from mlpmem_jax.models.interpolation import perplexity
+from mlpmem_jax.models.scoring import language_model_log_probabilities
+from mlpmem_jax.training import data, loop
+from mlpmem_jax.training.loss import sparse_cross_entropy
+
+
+def _loss(model: gpt2.GPT2Config, settings, mesh, rules, parameters, frozen, batch):
+    del frozen
+    hidden_BxTxD, _ = gpt2.features(
+        parameters, model, batch["tokens"], compute_dtype=jnp.dtype(settings.compute_dtype), remat=settings.remat
+    )
+    hidden_NxD = hidden_BxTxD.reshape(-1, model.width).astype(settings.compute_dtype)
+    no_entries = jnp.zeros((len(hidden_NxD), 0))
+    loss, statistics = sparse_cross_entropy(
+        hidden_NxD,
+        gpt2.output_kernel(parameters),
+        no_entries.astype(jnp.int32),
+        no_entries,
+        batch["next_tokens"].reshape(-1),
+        alpha=0.0,
+        vocab_size=model.vocab_size,
+        chunk=settings.loss_chunk,
+        mesh=mesh,
+        rules=rules,
+    )
+    return loss, {"cross_entropy": statistics["cross_entropy"]}
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    settings: ml_collections.ConfigDict,
+    name: str,
+    folder: str,
+    model: gpt2.GPT2Config,
+    initialise,
+) -> tuple[dict, dict[str, float]]:
+    """Trains a language model on the tokens of `config.workdir`.
+
+    Args:
+      config: the whole config.
+      settings: of the optimization.
+      name: what the user is told is being trained.
+      folder: for checkpoints and metrics.
+      model: dimensions.
+      initialise: makes the first parameters.
+
+    Returns:
+      The parameters with the best validation perplexity, and figures about them.
+    """
+    mesh, rules = meshes.mesh_of(config)
+    loop.check_batch(settings, mesh, rules, "base.training")
+    tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
+    length = config.base.context_length
+    held_out = TokenStream(tokens, "validation")
+    count = min(num_sequences(held_out, length), settings.evaluation_sequences or num_sequences(held_out, length))
+    validation_tokens, validation_next, _ = read_sequences(held_out, 0, count, length)
+
+    def validate(parameters) -> dict[str, float]:
+        scores = language_model_log_probabilities(
+            parameters, model, validation_tokens, validation_next, mesh=mesh, rules=rules
+        )
+        return {"perplexity": float(perplexity(np.ravel(scores)))}
+
+    task = loop.Task(
+        name=name,
+        folder=folder,
+        settings=settings,
+        initialise=initialise,
+        logical_axes=gpt2.logical_axes(model),
+        loss=functools.partial(_loss, model, settings, mesh, rules),
+        frozen={},
+        source=data.TokenSource(TokenStream(tokens, "train"), length),
+        validate=validate,
+        positions_per_sequence=length,
+        flops_per_position=3 * flops.gpt2_forward(model, length),
+    )
+    return loop.fit(task, mesh, rules)
+
+
+def run(config: ml_collections.ConfigDict) -> Artifact:
+    """Trains the base LM from scratch.
+
+    Raises:
+      UserError: the config or the tokens do not fit.
+    """
+    path = epath.Path(config.workdir) / "base"
+    tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
+    settings, inputs = configs.plain(config.base), {"tokens": tokens.fingerprint}
+    if finished := find_finished(path, "base", settings, inputs):
+        say("base: finished already")
+        return finished
+    model = gpt2.GPT2Config(
+        vocab_size=tokens.summary["vocab_size"],
+        context_length=config.base.context_length,
+        width=config.base.width,
+        blocks=config.base.blocks,
+        heads=config.base.heads,
+    )
+    writer = ArtifactWriter.create(path, "base", settings, inputs, {})
+    key = jax.random.key(config.base.training.seed)
+    initialise = functools.partial(gpt2.init, model, key)
+    parameters, figures = train(config, config.base.training, "base", writer.path, model, initialise)
+    saved.seal(writer, model, parameters, figures)
+    return open_artifact(path, "base")

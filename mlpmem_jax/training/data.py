@@ -1,0 +1,84 @@
+"""The input pipeline: random access to sequences in TensorStore, shuffled, batched and prefetched by Grain."""
+
+from __future__ import annotations
+
+import grain
+import jax
+import numpy as np
+
+from mlpmem_jax.core.artifacts import Artifact
+from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
+
+_READ_THREADS = 4
+_READ_BUFFER = 32  # sequences read ahead
+_ENTRY_MULTIPLE = 8  # padded entries per position: a multiple of the widest vector register
+
+
+class TokenSource:
+    """Sequences for training the language model itself: tokens [T] and next tokens [T], int32."""
+
+    def __init__(self, stream: TokenStream, length: int):
+        self._stream, self._length = stream, length
+
+    def __len__(self) -> int:
+        return num_sequences(self._stream, self._length)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        tokens, following, _ = read_sequences(self._stream, int(index), 1, self._length)
+        return {"tokens": tokens[0], "next_tokens": following[0]}
+
+
+class TargetSource:
+    """Sequences for training the memory.
+
+    Each has `next_tokens` [T] int32, the sparse target distribution as `token_ids` [T, S] int32 and `probabilities`
+    [T, S] float32 (padded with zeros; S = `entries`), and either `memory_inputs` [T, D] from the datastore (offline) or
+    `tokens` [T] int32 for the base LM (online).
+    """
+
+    def __init__(self, datastore: Artifact, targets: Artifact, stream: TokenStream | None = None):
+        self._datastore, self._targets, self._stream = datastore, targets, stream
+        self._inputs = "memory_inputs" if "memory_inputs" in datastore.arrays else "keys"
+        self._per_shard = targets.arrays["offsets"].rows_per_shard
+        self._length = datastore.arrays["next_tokens"].shape[1]
+        self.entries = -(-targets.summary["max_entries"] // _ENTRY_MULTIPLE) * _ENTRY_MULTIPLE
+
+    def __len__(self) -> int:
+        return self._datastore.arrays["next_tokens"].shape[0]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        index = int(index)
+        shard = index // self._per_shard
+        offsets = self._targets.read("offsets", index, index + 1)[0]
+        start, stop = int(offsets[0]), int(offsets[-1])
+        filled_TxS = np.arange(self.entries) < np.diff(offsets)[:, None]
+        token_ids = np.zeros((self._length, self.entries), np.int32)
+        probabilities = np.zeros((self._length, self.entries), np.float32)
+        token_ids[filled_TxS] = self._targets.read_ragged("token_ids", shard, start, stop)
+        probabilities[filled_TxS] = self._targets.read_ragged("probabilities", shard, start, stop)
+        item = {"token_ids": token_ids, "probabilities": probabilities}
+        if self._stream is None:
+            item["memory_inputs"] = self._datastore.read(self._inputs, index, index + 1)[0]
+            item["next_tokens"] = self._datastore.read("next_tokens", index, index + 1)[0]
+        else:
+            tokens, following, _ = read_sequences(self._stream, index, 1, self._length)
+            item.update(tokens=tokens[0], next_tokens=following[0])
+        return item
+
+
+def batches(source, batch_sequences: int, seed: int) -> grain.DatasetIterator:
+    """An endless, restorable iterator over this process's rows of each global batch.
+
+    The order depends on the seed alone. Step n takes elements n * batch to (n + 1) * batch of one global order, whatever
+    the number of processes, so that a run may go on with another number of them. Each epoch is shuffled differently.
+
+    Args:
+      source: random-access sequences, trees of arrays.
+      batch_sequences: sequences in one global batch.
+      seed: of the order.
+    """
+    order = grain.MapDataset.source(source).shuffle(seed=seed).repeat(None)
+    mine = order[jax.process_index() :: jax.process_count()]
+    options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_BUFFER)
+    local = batch_sequences // jax.process_count()
+    return iter(mine.to_iter_dataset(options).batch(local, drop_remainder=True))

@@ -1,0 +1,223 @@
+"""The train loop. The base LM, the memory and the controls are all trained by `fit`, read from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core.progress import progress, say
+from mlpmem_jax.training import data
+from mlpmem_jax.training.metrics import MetricsWriter, matmul_rate
+from mlpmem_jax.training.optimizer import accumulated_value_and_grad, make_optimizer, schedule
+from mlpmem_jax.training.state import METRIC, Checkpoints, initial_state, state_shardings
+
+_LOG_EVERY = 20  # steps between records of the training loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Attributes:
+      name: what the user is told is being trained.
+      folder: of the artifact; checkpoints and metrics go there.
+      settings: a config group made by `configs.default.optimization`.
+      initialise: makes the parameters (traced, so that they are created sharded).
+      logical_axes: tree of logical axis names, one tuple per parameter.
+      loss: (parameters, frozen, batch) -> (loss, {name: statistic}), float32 scalars, means over the batch.
+      frozen: tree of arrays that the loss reads and nothing changes (the base LM, online); may be empty.
+      source: random-access sequences.
+      validate: parameters -> {"perplexity": ..., other figures}; the lowest perplexity is kept.
+      positions_per_sequence: to count positions.
+      flops_per_position: of one train step, forward and backward, from the model's dimensions.
+    """
+
+    name: str
+    folder: str
+    settings: ml_collections.ConfigDict
+    initialise: Callable[[], Any]
+    logical_axes: Any
+    loss: Callable
+    frozen: Any
+    source: Any
+    validate: Callable[[Any], dict[str, float]]
+    positions_per_sequence: int
+    flops_per_position: float
+
+
+def total_steps(settings: ml_collections.ConfigDict, sequences: int) -> int:
+    """Optimizer steps that the settings ask for on a split of so many sequences.
+
+    Raises:
+      ConfigError: the split holds less than one batch, or the epochs come to no step.
+    """
+    if sequences < settings.batch_sequences:
+        raise ConfigError(
+            f"batch_sequences: {settings.batch_sequences} sequences in a step, but the training split has only "
+            f"{sequences}; lower batch_sequences or give more text"
+        )
+    steps = settings.steps or round(settings.epochs * sequences / settings.batch_sequences)
+    if steps < 1:
+        raise ConfigError(f"epochs: {settings.epochs} epochs of {sequences} sequences are less than one step")
+    return steps
+
+
+def check_batch(settings: ml_collections.ConfigDict, mesh: Mesh, rules: meshes.Rules, group: str) -> None:
+    """Refuses a batch that the mesh cannot divide.
+
+    Raises:
+      ConfigError: naming both sizes.
+    """
+    shards = meshes.batch_shards(mesh, rules)
+    micro_batch = settings.batch_sequences // settings.accumulation_steps
+    if micro_batch % shards or settings.batch_sequences % jax.process_count():
+        raise ConfigError(
+            f"config.{group}.batch_sequences: {settings.batch_sequences} over {settings.accumulation_steps} accumulation "
+            f"steps is {micro_batch} sequences, which {shards} batch shards of the mesh do not divide"
+        )
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the step that tells whether the job was asked to stop (SIGTERM or a preemption notice)."""
+    asked = False
+
+    def note(signum, frame):
+        nonlocal asked
+        asked = True
+
+    if jax.process_count() > 1:  # JAX's own notice handler catches SIGTERM, and all processes agree on the step
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda step: asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _train_step(task: Task, optimizer: optax.GradientTransformation, parameter_shardings):
+    value_and_grad = accumulated_value_and_grad(task.loss, task.settings.accumulation_steps)
+
+    def step(state, frozen, batch):
+        (loss, statistics), gradients = value_and_grad(state["parameters"], frozen, batch)
+        # Laid out like the parameters, gradients are reduce-scattered instead of all-reduced.
+        gradients = jax.lax.with_sharding_constraint(gradients, parameter_shardings)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
+        parameters = optax.apply_updates(state["parameters"], updates)
+        measured = {"loss": loss, **statistics, "gradient_norm": optax.global_norm(gradients)}
+        return {"parameters": parameters, "optimizer": optimizer_state, "step": state["step"] + 1}, measured
+
+    return step
+
+
+def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, float]]:
+    """Trains from the latest checkpoint, or from the start, to the end of the schedule.
+
+    Returns:
+      The parameters with the lowest validation perplexity, and what was measured of them ("step" included).
+
+    Raises:
+      UserError: the loss is not a number (the step is named), or the job was asked to stop (a checkpoint is there).
+    """
+    settings = task.settings
+    steps = total_steps(settings, len(task.source))
+    optimizer = make_optimizer(settings, steps, task.logical_axes)
+    learning_rate = schedule(settings, steps)
+
+    make_state = initial_state(task.initialise, optimizer)
+    abstract = jax.eval_shape(make_state)
+    parameter_shardings = meshes.shardings(mesh, task.logical_axes, rules)
+    shardings = state_shardings(mesh, abstract, parameter_shardings)
+    abstract = jax.tree.map(
+        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), abstract, shardings
+    )
+    checkpoints = Checkpoints(task.folder)
+    start = checkpoints.latest_step() or 0
+    if start:
+        say(f"{task.name}: goes on from the checkpoint at step {start} of {steps}")
+        state, next_sequence = checkpoints.restore(start, abstract)
+    else:
+        state, next_sequence = jax.jit(make_state, out_shardings=shardings)(), 0
+
+    batches = data.batches(task.source, settings.batch_sequences, settings.seed)
+    batches.set_state({"next_index": next_sequence // jax.process_count()})
+    train_step = jax.jit(
+        _train_step(task, optimizer, parameter_shardings), donate_argnums=0, out_shardings=(shardings, None)
+    )
+    positions_per_step = settings.batch_sequences * task.positions_per_sequence
+    peak = matmul_rate(settings.compute_dtype) * jax.device_count()
+    writer = MetricsWriter(task.folder, start)
+    losses: list[tuple[int, jax.Array]] = []
+    clock, waited, last_logged = time.perf_counter(), 0.0, start
+
+    with _stop_requests() as must_stop, progress(steps, task.name, "steps", initial=start) as bar:
+        for step in range(start + 1, steps + 1):
+            wait_start = time.perf_counter()
+            batch = meshes.global_batch(mesh, next(batches), rules)
+            waited += time.perf_counter() - wait_start
+            state, measured = train_step(state, task.frozen, batch)
+            losses.append((step, measured["loss"]))
+
+            stopping = must_stop(step)
+            validates = step % settings.evaluate_every == 0 or step == steps
+            saves = validates or stopping or step % settings.checkpoint_every == 0
+            if saves or step % _LOG_EVERY == 0:
+                _check_finite(task.name, losses, checkpoints)
+                values = {name: float(value) for name, value in measured.items()}
+                seconds = time.perf_counter() - clock
+                rate = (step - last_logged) * positions_per_step / seconds
+                values |= {
+                    "learning_rate": float(learning_rate(step)),
+                    "positions_per_second": rate,
+                    "flops_per_second": rate * task.flops_per_position,
+                    "matmul_share": rate * task.flops_per_position / peak,
+                    "input_wait": waited / seconds,
+                }
+                writer.write(step, values)
+                bar.advance(step - last_logged, note=f"loss {values['loss']:.3f}")
+                clock, waited, last_logged = time.perf_counter(), 0.0, step
+
+            if validates:
+                validation = task.validate(state["parameters"])
+                writer.write(step, {f"validation/{name}": value for name, value in validation.items()})
+            if saves:
+                checkpoints.save(step, state, step * settings.batch_sequences, validation if validates else None)
+                clock = time.perf_counter()  # neither validation nor saving counts in the training rate
+            if stopping and step < steps:
+                checkpoints.wait()
+                raise UserError(f"{task.name}: asked to stop; a checkpoint at step {step} is written, run again to go on")
+    checkpoints.wait()
+    writer.close()
+    best = checkpoints.best_step()
+    if best != steps:
+        say(f"{task.name}: the best validation {METRIC} was at step {best} of {steps}; those parameters are kept")
+        state, _ = checkpoints.restore(best, abstract)
+    figures = {"step": best, "steps": steps, "validation": checkpoints.validation(best)}
+    checkpoints.close()
+    return state["parameters"], figures
+
+
+def _check_finite(name: str, losses: list[tuple[int, jax.Array]], checkpoints: Checkpoints) -> None:
+    """Raises UserError, naming the first step whose loss is not a number; empties the list."""
+    for step, loss in losses:
+        if not math.isfinite(loss):
+            checkpoints.wait()
+            raise UserError(
+                f"{name}: the loss is {float(loss)} at step {step}; the last good checkpoint is at step "
+                f"{checkpoints.latest_step()}. Lower learning_rate or clip_norm and run again in another workdir"
+            )
+    losses.clear()

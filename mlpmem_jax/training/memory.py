@@ -1,0 +1,152 @@
+"""Stage `train`: the memory learns the kNN distributions, from stored inputs or with the base LM in the step."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.core import config as configs
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.corpus.tokens import TokenStream
+from mlpmem_jax.models import flops, gpt2, memory, saved
+from mlpmem_jax.models.interpolation import perplexity, tune_weight
+from mlpmem_jax.models.memory import MemoryConfig
+from mlpmem_jax.models.scoring import memory_log_probabilities
+from mlpmem_jax.retrieval.datastore import tapped_block
+from mlpmem_jax.training import data, loop
+from mlpmem_jax.training.loss import sparse_cross_entropy
+
+_VOCABULARY_MULTIPLE = 128  # columns of the output projection: whole tiles of a matrix unit on every tensor shard
+
+
+def dimensions(config: ml_collections.ConfigDict, vocab_size: int, input_width: int, tensor_shards: int) -> MemoryConfig:
+    """The memory's dimensions; the vocabulary is padded to what the mesh divides."""
+    multiple = _VOCABULARY_MULTIPLE * tensor_shards
+    return MemoryConfig(
+        family=config.memory.family,
+        vocab_size=vocab_size,
+        padded_vocab_size=-(-vocab_size // multiple) * multiple,
+        input_width=input_width,
+        width=config.memory.width,
+        blocks=config.memory.blocks,
+        feed_forward_width=config.memory.feed_forward_width or 4 * config.memory.width,
+    )
+
+
+def _loss(model: MemoryConfig, base_config, input_tap, training, mesh, rules, parameters, frozen, batch):
+    dtype = jnp.dtype(training.compute_dtype)
+    if training.mode == "online":
+        base = jax.lax.stop_gradient(frozen)
+        _, tapped = gpt2.features(base, base_config, batch["tokens"], taps=(input_tap,), compute_dtype=dtype)
+        inputs_BxTxD = tapped[input_tap]
+    else:
+        inputs_BxTxD = batch["memory_inputs"]
+    inputs_NxD = inputs_BxTxD.reshape(-1, model.input_width).astype(dtype)
+    hidden_NxD = memory.hidden(parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat)
+    entries = batch["token_ids"].shape[-1]
+    return sparse_cross_entropy(
+        hidden_NxD.astype(dtype),
+        memory.output_kernel(parameters),
+        batch["token_ids"].reshape(-1, entries),
+        batch["probabilities"].reshape(-1, entries),
+        batch["next_tokens"].reshape(-1),
+        alpha=training.alpha,
+        vocab_size=model.vocab_size,
+        chunk=training.loss_chunk,
+        mesh=mesh,
+        rules=rules,
+    )
+
+
+def _validation(config: ml_collections.ConfigDict, model: MemoryConfig, mesh, rules):
+    """A function of the parameters: validation perplexity of the tuned mixture, of the memory alone, and lambda."""
+    held_out = open_artifact(epath.Path(config.workdir) / "datastore" / "validation", "datastore")
+    sequences = held_out.arrays["next_tokens"].shape[0]
+    count = min(config.training.evaluation_sequences or sequences, sequences)
+    name = "memory_inputs" if "memory_inputs" in held_out.arrays else "keys"
+    inputs_NxD = held_out.read(name, 0, count).reshape(-1, model.input_width)
+    next_N = held_out.read("next_tokens", 0, count).reshape(-1)
+    base_N = held_out.read("base_log_probabilities", 0, count).reshape(-1)
+
+    def validate(parameters) -> dict[str, float]:
+        memory_N = memory_log_probabilities(parameters, model, inputs_NxD, next_N, mesh=mesh, rules=rules)
+        weight, mixed = tune_weight(base_N, memory_N)
+        return {
+            "perplexity": mixed,
+            "perplexity_augmented": mixed,
+            "perplexity_memory": float(perplexity(memory_N)),
+            "perplexity_base": float(perplexity(base_N)),
+            "interpolation_weight": weight,
+        }
+
+    return validate
+
+
+def run(config: ml_collections.ConfigDict) -> Artifact:
+    """Trains the memory.
+
+    Raises:
+      UserError: an input is missing or contradicts the config.
+    """
+    workdir = epath.Path(config.workdir)
+    base = open_artifact(workdir / "base", "base")
+    datastore = open_artifact(workdir / "datastore" / "train", "datastore")
+    targets = open_artifact(workdir / "targets" / "train", "targets")
+    tokens = open_artifact(workdir / "tokens", "tokens")
+    if targets.inputs.get("datastore") not in (None, datastore.fingerprint):
+        raise ConfigError(f"{targets.path}: was made from another datastore than {datastore.path}; run `targets` again")
+
+    path = workdir / "memory"
+    settings = {"memory": configs.plain(config.memory), "training": configs.plain(config.training)}
+    inputs = {"base": base.fingerprint, "datastore": datastore.fingerprint, "targets": targets.fingerprint}
+    if finished := find_finished(path, "memory", settings, inputs):
+        say("memory: finished already")
+        return finished
+
+    mesh, rules = meshes.mesh_of(config)
+    loop.check_batch(config.training, mesh, rules, "training")
+    base_config = gpt2.GPT2Config(**base.summary["model"])
+    input_tap = tapped_block(base_config.blocks, config.datastore.input_depth)
+    # Offline as online, the memory reads the base LM's states, so its input is as wide as the base.
+    model = dimensions(config, tokens.summary["vocab_size"], base_config.width, mesh.shape["tensor"])
+    online = config.training.mode == "online"
+    needs_base = online or config.memory.output_from_base
+    frozen = saved.load_language_model(base.path, mesh, rules)[0] if needs_base else {}
+    if config.memory.output_from_base and model.width != base_config.width:
+        raise ConfigError(
+            f"config.memory.output_from_base: needs config.memory.width ({model.width}) equal to the base's width "
+            f"({base_config.width})"
+        )
+    kernel_DxV = gpt2.output_kernel(frozen) if config.memory.output_from_base else None
+    key = jax.random.key(config.training.seed)
+
+    source = data.TargetSource(datastore, targets, TokenStream(tokens, "train") if online else None)
+    length = config.base.context_length
+    base_flops = flops.gpt2_forward(base_config, length, output_projection=False) if online else 0
+    writer = ArtifactWriter.create(path, "memory", settings, inputs, {})
+    task = loop.Task(
+        name="memory",
+        folder=writer.path,
+        settings=config.training,
+        initialise=functools.partial(memory.init, model, key, kernel_DxV),
+        logical_axes=memory.logical_axes(model),
+        loss=functools.partial(_loss, model, base_config, input_tap, config.training, mesh, rules),
+        frozen=frozen if online else {},
+        source=source,
+        validate=_validation(config, model, mesh, rules),
+        positions_per_sequence=length,
+        flops_per_position=3 * flops.memory_forward(model) + base_flops,
+    )
+    parameters, figures = loop.fit(task, mesh, rules)
+    figures["positions"] = int(figures["steps"] * config.training.batch_sequences * length)
+    figures["training_flops"] = float(np.float64(figures["positions"]) * 3 * flops.memory_forward(model))
+    saved.seal(writer, model, parameters, figures)
+    return open_artifact(path, "memory")

@@ -1,0 +1,109 @@
+"""Train state: creation in place on the mesh, and checkpoints with Orbax."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import checkpoint_managers
+
+METRIC = "perplexity"
+"""Validation metric that decides which checkpoint is best; lower is better."""
+
+
+def state_shardings(mesh: Mesh, abstract_state, parameter_shardings):
+    """Shardings of a whole train state.
+
+    A leaf of the optimizer state whose path ends like a parameter's, and whose shape is the same, lies like that
+    parameter (moments, momentum); every other leaf (step counts) is replicated.
+    """
+    placed = {
+        jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(parameter_shardings)
+    }
+    shapes = {
+        jax.tree_util.keystr(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state["parameters"])
+    }
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place(path, leaf):
+        for start in range(len(path)):
+            name = jax.tree_util.keystr(path[start:])
+            if shapes.get(name) == leaf.shape:
+                return placed[name]
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def initial_state(initialise, optimizer: optax.GradientTransformation):
+    """A function of no arguments that makes the state; jit it with `state_shardings` as out_shardings."""
+
+    def make():
+        parameters = initialise()
+        return {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.zeros((), jnp.int32)}
+
+    return make
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest, to go on from, and the best by validation perplexity, to keep."""
+
+    def __init__(self, folder):
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(n=1),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            epath.Path(folder) / "checkpoints",
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy,
+                best_fn=lambda metrics: metrics[METRIC],
+                best_mode="min",
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state, next_sequence: int, validation: dict[str, float] | None) -> None:
+        """Starts an asynchronous save; `validation` is what `METRIC` is read from, None where it was not measured."""
+        if step in self._manager.all_steps():
+            return
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_sequence": next_sequence})
+        )
+        self._manager.save(step, args=arguments, metrics=validation, force=True)
+
+    def restore(self, step: int, abstract_state) -> tuple[dict, int]:
+        """The state at `step`, laid out as `abstract_state` (ShapeDtypeStruct with shardings), and the data position."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()),
+        )
+        return restored["state"], restored["data"]["next_sequence"]
+
+    def best_step(self) -> int | None:
+        """The step with the lowest validation perplexity."""
+        return self._manager.best_step()
+
+    def validation(self, step: int) -> dict[str, float]:
+        """What was measured on the validation split at `step`."""
+        return dict(self._manager.metrics(step))
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()

@@ -1,0 +1,73 @@
+"""The comparison of systems, from probabilities written down by hand and from the equations."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.evaluation import comparison
+
+SETTINGS = {"samples": 200, "confidence": 0.95, "seed": 0}
+
+
+def scores(seed, knn_shift=0.4, **others):
+    """A base, a memory that is right where the base is not, and a kNN distribution that is often silent."""
+    generator = np.random.default_rng(seed)
+    base_SxT = -generator.gamma(3.0, size=(40, 16))
+    memory_SxT = np.minimum(base_SxT + 0.2 + generator.normal(size=base_SxT.shape), 0.0)
+    knn_SxT = np.minimum(base_SxT + knn_shift + generator.normal(size=base_SxT.shape), 0.0)
+    knn_SxT[generator.random(base_SxT.shape) < 0.3] = -np.inf
+    return comparison.Scores(
+        base_SxT,
+        memory_SxT,
+        knn_SxT,
+        other_models={name: base_SxT + shift for name, shift in others.items()},
+        other_memories={"ce_only": np.minimum(base_SxT + generator.normal(size=base_SxT.shape), 0.0)},
+    )
+
+
+def test_systems_are_the_mixtures_at_the_weights_of_validation():
+    validation, test = scores(0, continued=0.01), scores(1, continued=0.01)
+    found = comparison.compare(validation, test, **SETTINGS)
+    for system, of, weight in (("augmented", "memory", "memory"), ("knn_lm", "knn", "knn_lm")):
+        weight = found["interpolation_weight"][weight]
+        mixed_SxT = weight * np.exp(getattr(test, of)) + (1 - weight) * np.exp(test.base)
+        assert found["perplexity"]["test"][system] == pytest.approx(np.exp(-np.mean(np.log(mixed_SxT))))
+        low, high = found["interval"]["test"][f"{system}_over_base"]
+        assert low < found["perplexity"]["test"][system] / found["perplexity"]["test"]["base"] < high < 1
+    for split in ("validation", "test"):
+        of = found["perplexity"][split]
+        expected = np.log(of["base"] / of["augmented"]) / np.log(of["base"] / of["knn_lm"])
+        assert found["gain_kept"][split] == pytest.approx(expected)
+    assert set(found["perplexity"]["test"]) == {"base", "memory", "knn_lm", "augmented"}
+    json.dumps(found, allow_nan=False)
+
+
+def test_controls_are_compared_with_the_base_and_with_the_memory():
+    found = comparison.compare(scores(0, continued=0.01), scores(1, continued=0.01), **SETTINGS)
+    continued = found["controls"]["continued"]
+    assert continued["ratio_over_base"] == pytest.approx(np.exp(-0.01))
+    assert continued["interval_over_base"] == pytest.approx([np.exp(-0.01)] * 2)
+    assert "continued" not in found["interpolation_weight"]
+    ce_only = found["controls"]["ce_only"]
+    assert 0 < found["interpolation_weight"]["ce_only"] < 1
+    low, high = ce_only["interval_of_augmented_over_it"]
+    assert low < found["perplexity"]["test"]["augmented"] / ce_only["perplexity"]["test"] < high
+
+
+def test_a_search_that_gains_nothing_has_no_share_to_keep():
+    validation, test = scores(0, knn_shift=-60.0), scores(1, knn_shift=-60.0)
+    found = comparison.compare(validation, test, **SETTINGS)
+    assert found["interpolation_weight"]["knn_lm"] == 0.0
+    assert found["gain_kept"] == {"validation": None, "test": None}
+    assert found["interval"]["test"]["knn_lm_over_base"] == [1.0, 1.0]
+
+
+def test_curves_start_at_the_base_and_are_silent_where_infinite():
+    validation, test = scores(0), scores(1)
+    found = comparison.compare(validation, test, **SETTINGS)
+    curves = found["curves"]
+    assert curves["test"]["memory"][0] == curves["test"]["knn_lm"][0] == found["perplexity"]["test"]["base"]
+    assert curves["test"]["memory"][-1] == found["perplexity"]["test"]["memory"]
+    assert curves["test"]["knn_lm"][-1] is None
+    assert min(curves["validation"]["memory"]) >= found["perplexity"]["validation"]["augmented"] * (1 - 1e-9)

@@ -1,0 +1,67 @@
+"""Scores of the memory and the LM against a float64 softmax of their logits, on one device and on a mesh."""
+
+import jax
+import numpy as np
+import pytest
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.evaluation import scoring
+from mlpmem_jax.models import gpt2, memory
+
+MEMORY = memory.MemoryConfig("gpt2", 37, 40, 12, 16, 2, 32)
+LANGUAGE_MODEL = gpt2.GPT2Config(vocab_size=36, context_length=8, width=16, blocks=2, heads=2)
+
+
+def log_softmax_oracle(logits):
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def sharpened(parameters):
+    return jax.tree.map(lambda array: array * 8.0, parameters)
+
+
+@pytest.fixture(params=[(1, 1), (4, 2)], ids=["one device", "4x2"])
+def mesh(request):
+    fsdp, tensor = request.param
+    if jax.device_count() < fsdp * tensor:
+        pytest.skip(f"needs {fsdp * tensor} devices")
+    return meshes.make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
+
+
+def test_memory_scores_are_its_softmax_at_the_next_token(mesh):
+    parameters = sharpened(memory.init(MEMORY, jax.random.key(0)))
+    generator = np.random.default_rng(0)
+    inputs_NxD = generator.normal(size=(27, 12)).astype(np.float16)
+    next_N = generator.integers(37, size=27).astype(np.int32)
+    logits_NxV = np.asarray(memory.logits(parameters, MEMORY, inputs_NxD.astype(np.float32)))[:, :37]
+    expected_NxV = log_softmax_oracle(logits_NxV)
+    placed = jax.device_put(parameters, meshes.shardings(mesh, memory.logical_axes(MEMORY)))
+    for chunk in (8, 32, None):  # the last chunk short, one chunk longer than all, the default
+        found_N = scoring.memory_log_probabilities(placed, MEMORY, inputs_NxD, next_N, mesh=mesh, chunk=chunk)
+        np.testing.assert_allclose(found_N, expected_NxV[np.arange(27), next_N], rtol=1e-4, atol=1e-4)
+    rows_NxV = scoring.memory_distributions(placed, MEMORY, inputs_NxD, mesh=mesh)
+    np.testing.assert_allclose(rows_NxV, np.exp(expected_NxV), rtol=1e-3, atol=1e-6)
+
+
+def test_language_model_scores_and_distributions_agree_with_its_logits(mesh):
+    parameters = sharpened(gpt2.init(LANGUAGE_MODEL, jax.random.key(1)))
+    tokens_SxT = np.random.default_rng(1).integers(36, size=(5, 8)).astype(np.int32)
+    next_SxT = np.roll(tokens_SxT, -1, axis=1)
+    expected_SxTxV = log_softmax_oracle(gpt2.logits(parameters, LANGUAGE_MODEL, tokens_SxT))
+    placed = jax.device_put(parameters, meshes.shardings(mesh, gpt2.logical_axes(LANGUAGE_MODEL)))
+    found_SxT = scoring.language_model_log_probabilities(
+        placed, LANGUAGE_MODEL, tokens_SxT, next_SxT, mesh=mesh, chunk=4
+    )
+    picked_SxT = np.take_along_axis(expected_SxTxV, next_SxT[..., None], axis=2)[..., 0]
+    np.testing.assert_allclose(found_SxT, picked_SxT, rtol=1e-4, atol=1e-4)
+    hidden_SxTxD = scoring.language_model_hidden(placed, LANGUAGE_MODEL, tokens_SxT, mesh=mesh)
+    rows_NxV = scoring.language_model_distributions(placed, hidden_SxTxD.reshape(40, -1)[3:8], mesh=mesh)
+    np.testing.assert_allclose(rows_NxV, np.exp(expected_SxTxV.reshape(40, -1)[3:8]), rtol=1e-3, atol=1e-6)
+
+
+def test_a_chunk_never_holds_more_logits_than_the_limit():
+    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    assert scoring.chunk_positions(50257, mesh) * 50257 <= scoring.LOGITS_AT_ONCE
+    assert scoring.chunk_positions(scoring.LOGITS_AT_ONCE * 3, mesh) == 1

@@ -1,0 +1,239 @@
+"""The sparse chunked loss against float64 NumPy, on one device and on meshes of eight."""
+
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.mesh import RULES, make_mesh, sharding
+from mlpmem_jax.training.loss import sparse_cross_entropy
+
+
+def make_problem(positions, width, vocab_size, padded, entries, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.choice(vocab_size, entries, replace=False) for _ in range(positions)])
+    probabilities = rng.dirichlet(np.full(max(entries, 1), 0.3), positions)[:, :entries].astype(np.float16)
+    probabilities[rng.random(positions) < 0.1] = 0
+    probabilities[:, 2:] *= rng.random((positions, max(entries - 2, 0))) < 0.7
+    return {
+        "hidden_NxD": rng.normal(size=(positions, width)).astype(np.float32),
+        "kernel_DxV": rng.normal(size=(width, padded)).astype(np.float32),
+        "token_ids_NxS": ids.reshape(positions, entries).astype(np.int32),
+        "probabilities_NxS": probabilities.astype(np.float32),
+        "next_tokens_N": rng.integers(0, vocab_size, positions).astype(np.int32),
+    }
+
+
+def oracle(problem, alpha, vocab_size, weights_N=None):
+    """Loss, KL, cross entropy and gradients with dense float64 targets, as the paper writes the loss."""
+    hidden, kernel, ids, probabilities, labels = (np.asarray(value) for value in problem.values())
+    positions = len(hidden)
+    hidden, kernel = hidden.astype(np.float64), kernel.astype(np.float64)
+    weights = np.ones(positions) if weights_N is None else np.asarray(weights_N, np.float64)
+    weights = weights / max(weights.sum(), 1e-300)
+    p_dense = np.zeros((positions, vocab_size))
+    for row in range(positions):
+        np.add.at(p_dense[row], ids[row], probabilities[row].astype(np.float64))
+    p_dense /= np.maximum(p_dense.sum(1, keepdims=True), 1e-300)
+    logits = hidden @ kernel[:, :vocab_size]
+    log_q = logits - logits.max(1, keepdims=True)
+    log_q -= np.log(np.exp(log_q).sum(1, keepdims=True))
+    log_p = np.log(p_dense, where=p_dense > 0, out=np.zeros_like(p_dense))
+    kl = weights @ (p_dense * (log_p - log_q)).sum(1)
+    cross_entropy = -weights @ log_q[np.arange(positions), labels]
+    one_hot = np.eye(vocab_size)[labels]
+    has_entries = p_dense.sum(1, keepdims=True)
+    d_logits = alpha * (np.exp(log_q) * has_entries - p_dense) + (1 - alpha) * (np.exp(log_q) - one_hot)
+    d_logits *= weights[:, None]
+    d_kernel = np.zeros_like(kernel)
+    d_kernel[:, :vocab_size] = hidden.T @ d_logits
+    loss = alpha * kl + (1 - alpha) * cross_entropy
+    return loss, kl, cross_entropy, d_logits @ kernel[:, :vocab_size].T, d_kernel
+
+
+def loss_and_gradients(problem, mesh=None, **options):
+    rest = {name: value for name, value in problem.items() if name not in ("hidden_NxD", "kernel_DxV")}
+
+    def loss(hidden_NxD, kernel_DxV):
+        return sparse_cross_entropy(hidden_NxD, kernel_DxV, **rest, mesh=mesh, **options)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(problem["hidden_NxD"], problem["kernel_DxV"])
+
+
+def assert_matches(found, expected, tolerance=2e-5):
+    (loss, statistics), gradients = found
+    np.testing.assert_allclose(loss, expected[0], rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(statistics["kl"], expected[1], rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(statistics["cross_entropy"], expected[2], rtol=tolerance, atol=tolerance)
+    for gradient, wanted in zip(gradients, expected[3:], strict=True):
+        scale = np.abs(wanted).max() + 1e-12
+        np.testing.assert_allclose(np.asarray(gradient, np.float64) / scale, wanted / scale, atol=tolerance)
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(
+    positions=st.integers(1, 9),
+    width=st.integers(1, 6),
+    vocab_size=st.integers(3, 12),
+    padding=st.integers(0, 4),
+    entries=st.integers(0, 3),
+    chunk=st.integers(1, 12),
+    alpha=st.sampled_from([0.0, 0.4, 1.0]),
+    weighted=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_equals_float64_numpy(positions, width, vocab_size, padding, entries, chunk, alpha, weighted, seed):
+    problem = make_problem(positions, width, vocab_size, vocab_size + padding, entries, seed)
+    weights_N = np.random.default_rng(seed).random(positions).round().astype(np.float32) if weighted else None
+    found = loss_and_gradients(problem, alpha=alpha, vocab_size=vocab_size, chunk=chunk, weights_N=weights_N)
+    assert_matches(found, oracle(problem, alpha, vocab_size, weights_N))
+
+
+def test_gradients_equal_finite_differences():
+    problem = make_problem(6, 4, 9, 10, 3)
+    _, gradients = loss_and_gradients(problem, alpha=0.4, vocab_size=9, chunk=4)
+    rng = np.random.default_rng(1)
+    for name, gradient in zip(("hidden_NxD", "kernel_DxV"), gradients, strict=True):
+        direction = rng.normal(size=gradient.shape)
+        steps = []
+        for sign in (1, -1):
+            moved = dict(problem)
+            moved[name] = problem[name].astype(np.float64) + sign * 1e-5 * direction
+            steps.append(oracle(moved, 0.4, 9)[0])
+        np.testing.assert_allclose((direction * np.asarray(gradient)).sum(), (steps[0] - steps[1]) / 2e-5, rtol=1e-4)
+
+
+def test_the_loss_alone_equals_the_differentiated_one():
+    problem = make_problem(7, 4, 9, 10, 3)
+    options = {"alpha": 0.4, "vocab_size": 9, "chunk": 3}
+    (differentiated, statistics), _ = loss_and_gradients(problem, **options)
+    loss, alone = jax.jit(lambda arrays: sparse_cross_entropy(**arrays, **options))(problem)
+    np.testing.assert_allclose([loss, alone["kl"]], [differentiated, statistics["kl"]], rtol=1e-6)
+
+
+def test_gradients_follow_the_cotangent():
+    problem = make_problem(7, 4, 9, 10, 3)
+    rest = {name: value for name, value in problem.items() if name != "kernel_DxV"}
+
+    def scaled(kernel_DxV):
+        return 3 * sparse_cross_entropy(**rest, kernel_DxV=kernel_DxV, alpha=0.4, vocab_size=9, chunk=3)[0]
+
+    np.testing.assert_allclose(
+        jax.grad(scaled)(problem["kernel_DxV"]), 3 * oracle(problem, 0.4, 9)[4], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_probabilities_that_do_not_sum_to_one_are_renormalized():
+    problem = make_problem(5, 4, 9, 9, 3)
+    scaled = {**problem, "probabilities_NxS": problem["probabilities_NxS"] * 0.37}
+    options = {"alpha": 0.6, "vocab_size": 9, "chunk": 5}
+    for first, second in zip(
+        jax.tree.leaves(loss_and_gradients(problem, **options)),
+        jax.tree.leaves(loss_and_gradients(scaled, **options)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_gradients_are_near_float64():
+    problem = make_problem(64, 16, 40, 48, 4)
+    rounded = {**problem, "hidden_NxD": jnp.asarray(problem["hidden_NxD"], jnp.bfloat16)}
+    found = loss_and_gradients(rounded, alpha=0.4, vocab_size=40, chunk=24)
+    assert found[1][0].dtype == jnp.bfloat16
+    assert found[1][1].dtype == jnp.float32
+    exact = {name: np.asarray(value, np.float32) for name, value in rounded.items() if name != "next_tokens_N"}
+    exact |= {"token_ids_NxS": problem["token_ids_NxS"], "next_tokens_N": problem["next_tokens_N"]}
+    exact["kernel_DxV"] = np.asarray(jnp.asarray(problem["kernel_DxV"], jnp.bfloat16), np.float32)
+    assert_matches(found, oracle(exact, 0.4, 40), tolerance=0.02)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 4), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_every_mesh_gives_the_same(sizes, chunk):
+    mesh = make_mesh(*sizes)
+    problem = make_problem(32, 8, 37, 40, 5)
+    weights_N = np.random.default_rng(0).random(32).astype(np.float32)
+    placed = {
+        name: jax.device_put(
+            value,
+            sharding(mesh, ("embed", "vocab") if name == "kernel_DxV" else ("batch", None)[: value.ndim]),
+        )
+        for name, value in problem.items()
+    }
+    found = loss_and_gradients(placed, mesh, alpha=0.4, vocab_size=37, chunk=chunk, weights_N=weights_N)
+    assert_matches(found, oracle(problem, 0.4, 37, weights_N))
+    assert found[1][1].sharding.is_equivalent_to(sharding(mesh, ("embed", "vocab")), 2)
+    assert found[1][0].sharding.is_equivalent_to(sharding(mesh, ("batch", None)), 2)
+
+
+def compiled_gradients(positions, width, vocab_size, entries, chunk, mesh=None):
+    """The compiled program of loss and gradients, from shapes alone."""
+
+    def shape(dims, dtype, *axes):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding(mesh, axes) if mesh else None)
+
+    def loss(hidden_NxD, kernel_DxV, token_ids_NxS, probabilities_NxS, next_tokens_N):
+        return sparse_cross_entropy(
+            hidden_NxD, kernel_DxV, token_ids_NxS, probabilities_NxS, next_tokens_N,
+            alpha=0.4, vocab_size=vocab_size, chunk=chunk, mesh=mesh,
+        )  # fmt: skip
+
+    return (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        .lower(
+            shape((positions, width), jnp.float32, "batch", None),
+            shape((width, vocab_size), jnp.float32, "embed", "vocab"),
+            shape((positions, entries), jnp.int32, "batch", None),
+            shape((positions, entries), jnp.float32, "batch", None),
+            shape((positions,), jnp.int32, "batch"),
+        )
+        .compile()
+    )
+
+
+def test_temporary_memory_grows_with_the_chunk_not_with_the_batch():
+    width, vocab_size, entries = 8, 4096, 4
+
+    def temporaries(positions, chunk):
+        return compiled_gradients(positions, width, vocab_size, entries, chunk).memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(1024, 64), temporaries(8192, 64)
+    dense_logits = 8192 * vocab_size * 4
+    assert many < dense_logits / 20
+    assert many - few < 7168 * 4 * 6 * (width + entries)
+    assert temporaries(8192, 256) - many > 150 * vocab_size * 4
+
+
+def test_kernel_gradient_is_reduce_scattered_and_the_vocabulary_never_gathered():
+    width, vocab_size = 16, 512
+    text = compiled_gradients(64, width, vocab_size, 4, 8, make_mesh(2, 2, 2)).as_text()
+    scattered = re.findall(r"= f32\[(\d+),(\d+)\]\S* reduce-scatter\(", text)
+    assert scattered == [(str(width // 2), str(vocab_size // 2))]
+    gathered = re.findall(r"= f32\[(\d+),(\d+)\]\S* all-gather\(", text)
+    assert gathered == [(str(width), str(vocab_size // 2))]
+    assert f",{vocab_size}]" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 1.5}, "alpha"),
+        ({"chunk": 0}, "chunk"),
+        ({"vocab_size": 50}, "columns"),
+        ({"mesh": (8, 1, 1)}, "positions of 12"),
+        ({"mesh": (2, 1, 4), "vocab_size": 38, "padded": 38}, "vocabulary of 38"),
+        ({"mesh": (2, 2, 2), "rules": {**RULES, "embed": "tensor"}}, "embed"),
+    ],
+)
+def test_what_cannot_work_is_refused(options, message):
+    options = {"alpha": 0.4, "vocab_size": 40, "chunk": 4} | options
+    problem = make_problem(12, 8, 37, options.pop("padded", 40), 2)
+    if "mesh" in options:
+        options["mesh"] = make_mesh(*options["mesh"])
+    with pytest.raises(ConfigError, match=message):
+        sparse_cross_entropy(**problem, **options)
