@@ -6,7 +6,7 @@ import setuptools
 
 EXTRAS = {
     # PyTorch and transformers: parity tests, weights in and out.
-    "torch": ["torch>=2.6,<2.15", "transformers>=5.0,<6"],
+    "torch": ["torch>=2.6,<2.14", "transformers>=5.0,<6"],
     # Data sets, tokenizers and weights by their Hugging Face name, and Parquet files.
     "hub": ["datasets>=4.0,<6", "huggingface_hub>=1.0", "pyarrow>=18"],
     # The reference's way of searching, for `mlpmem benchmark`.

@@ -73,7 +73,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.targets = targets = ml_collections.ConfigDict()
     targets.backend = "auto"  # "scann", "exact", or "auto": scann where it is installed
     targets.k = 64  # neighbors
-    targets.temperature = "auto"  # squared-L2 units; "auto" = best validation likelihood of the kNN-LM mixture
+    targets.temperature = 0.0  # squared-L2 units; 0 = best validation likelihood of the kNN-LM mixture
     targets.exclude = "self"  # what a query may not retrieve: "self" (the paper) or its own "document"
     targets.keep = 0  # largest probabilities kept per position; 0 = all
     targets.minimum_probability = 1e-8  # smaller probabilities are dropped

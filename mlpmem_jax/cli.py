@@ -76,12 +76,13 @@ def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
     if not os.path.isfile(file):
         raise ConfigError(f"--config={file}: no such file; configs/ holds ready ones")
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    words = ["mlpmem", f"--config={file}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
     strangers = [word for word in overrides if not word.startswith("--config.")]
     if strangers:
         raise ConfigError(f"{strangers[0]}: unknown option; see mlpmem --help")
     try:
-        values(["mlpmem", f"--config={file}", *overrides])
+        values(words)
         config = values["config"].value
     except (AttributeError, KeyError, flags.Error, TypeError, ValueError) as error:
         raise _explained(file, overrides, error) from error

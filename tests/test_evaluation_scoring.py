@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.core import mesh as meshes
-from mlpmem_jax.evaluation import scoring
-from mlpmem_jax.models import gpt2, memory
+from mlpmem_jax.models import gpt2, memory, scoring
 
 MEMORY = memory.MemoryConfig("gpt2", 37, 40, 12, 16, 2, 32)
 LANGUAGE_MODEL = gpt2.GPT2Config(vocab_size=36, context_length=8, width=16, blocks=2, heads=2)

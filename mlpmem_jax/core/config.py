@@ -56,12 +56,6 @@ _OPTIMIZATION: dict[str, Check] = {
     "checkpoint_every": _POSITIVE,
 }
 
-_TEMPERATURE: Check = (
-    (str, int, float),
-    lambda value: value == "auto" or (not isinstance(value, str) and value > 0),
-    "'auto' or a number above 0",
-)
-
 SCHEMA: dict[str, Any] = {
     "workdir": (str, lambda value: value != "", "a path"),
     "corpus": {
@@ -96,7 +90,7 @@ SCHEMA: dict[str, Any] = {
     "targets": {
         "backend": _one_of("auto", "scann", "exact"),
         "k": _POSITIVE,
-        "temperature": _TEMPERATURE,
+        "temperature": _NON_NEGATIVE,
         "exclude": _one_of("self", "document"),
         "keep": _COUNT,
         "minimum_probability": _NON_NEGATIVE,

@@ -108,118 +108,109 @@ def overview(metrics: dict, file: str) -> None:
 
 
 def draw_perplexities(axes: matplotlib.axes.Axes, metrics: dict) -> None:
-    """Horizontal bars from zero; a bar beyond 1.6 times the base runs out of the picture and says so."""
+    """Horizontal bars from zero, ratios in a column; a bar beyond 1.6 times the base runs out of the picture."""
     systems = _systems(metrics)
     base = systems["base"][0]
-    limit = max([base, *(value for value, _ in systems.values() if value <= 1.6 * base)])
+    limit = max([base, *(value for value, _ in systems.values() if value <= 1.6 * base)]) * 1.03
+    axes.axvline(base, color=FAINT, lw=1.0, ls=(0, (2, 2)), zorder=0.5)
     for row, (name, (value, interval)) in enumerate(systems.items()):
-        color = COLORS.get(name, CONTROL_COLOR)
-        axes.barh(row, min(value, limit * 1.02), height=0.66, color=color)
-        if interval and value <= limit:
-            low, high = (ratio * base for ratio in interval)
-            axes.errorbar(
-                value, row, xerr=[[max(value - low, 0)], [max(high - value, 0)]], color=INK, capsize=3, lw=1.2
-            )
-        text = f"{value:.2f}" if value < 100 else f"{value:.1f}"
-        if name != "base":
-            text += f"   × {value / base:.3f}"
-        if value > limit:
-            text += "  →"
-        at = max(min(value, limit * 1.02), interval[1] * base if interval and value <= limit else 0)
+        axes.barh(row, min(value, limit), height=0.68, color=COLORS.get(name, CONTROL_COLOR))
         weight = "bold" if name == "augmented" else "normal"
-        axes.text(at + 0.02 * limit, row, text, va="center", fontsize=9.5, fontweight=weight)
-    axes.axvline(base, color=FAINT, lw=0.9, ls=(0, (2, 2)), zorder=0.5)
+        ink = "white" if name in ("base", "augmented") else INK
+        inside = f"{value:,.2f}" if value < 100 else f"{value:,.1f}"
+        inside += "  →" if value > limit else ""
+        axes.text(0.02 * limit, row, inside, va="center", color=ink, fontweight=weight)
+        if interval is None:
+            continue
+        low, high = interval
+        if value <= limit:
+            spread = [[max(value - low * base, 0)], [max(high * base - value, 0)]]
+            axes.errorbar(value, row, xerr=spread, color=INK, capsize=3, lw=1.2)
+        ratio = f"{value / base:.3f}   {low:.3f} – {high:.3f}"
+        axes.text(1.04 * limit, row, ratio, va="center", fontsize=9.5, fontweight=weight)
+    heading = f"ratio   {100 * metrics['confidence']:g} % interval"
+    axes.text(1.04 * limit, 0, heading, va="center", fontsize=9.5, color=FAINT)
     axes.set_yticks(range(len(systems)), [LABELS.get(name, name) for name in systems])
     axes.set_ylim(len(systems) - 0.5, -0.5)
-    axes.set_xlim(0, limit * 1.36)
+    axes.set_xlim(0, limit * 1.72)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
-    ticks = matplotlib.ticker.MaxNLocator(5).tick_values(0, limit)
-    axes.set_xticks([tick for tick in ticks if tick <= limit * 1.02])
-    axes.set_xlabel("test perplexity, and its ratio to the base's", loc="left")
+    axes.set_xticks(matplotlib.ticker.MaxNLocator(4).tick_values(0, base)[:-1])
+    axes.spines["bottom"].set_visible(False)
 
 
 def draw_weights(axes: matplotlib.axes.Axes, metrics: dict) -> None:
     """One color a system, test solid and validation dashed, the chosen weight as a dot on both."""
-    curves = metrics["curves"]
-    finite = []
-    for name in ("knn_lm", "memory"):
-        color = COLORS["augmented" if name == "memory" else name]
-        chosen = metrics["interpolation_weight"][name]
+    curves, finite = metrics["curves"], []
+    for name, system in (("memory", "augmented"), ("knn_lm", "knn_lm")):
+        color, chosen = COLORS[system], metrics["interpolation_weight"][name]
         for split, dashes in (("test", "-"), ("validation", (0, (4, 2)))):
             values = [math.nan if value is None else value for value in curves[split][name]]
-            label = LABELS["augmented" if name == "memory" else name] if split == "test" else None
-            axes.plot(curves["weights"], values, color=color, ls=dashes, label=label, lw=1.9 if label else 1.4)
-            best = metrics["perplexity"][split]["augmented" if name == "memory" else "knn_lm"]
+            label = LABELS[system] if split == "test" else None
+            axes.plot(curves["weights"], values, color=color, ls=dashes, label=label, lw=2.0 if label else 1.4)
+            best = metrics["perplexity"][split][system]
             face = color if split == "test" else "white"
             axes.plot([chosen], [best], "o", ms=6, color=color, markerfacecolor=face, zorder=4)
             finite += [best, values[0]]
-    axes.plot([], [], color=FAINT, ls=(0, (4, 2)), lw=1.4, label="validation (tunes λ)")
-    axes.plot([], [], "o", color=FAINT, ms=6, label="chosen λ")
+    axes.plot([], [], color=FAINT, ls=(0, (4, 2)), lw=1.4, label="on validation")
+    axes.plot([], [], "o", color=FAINT, ms=6, label="λ chosen on validation")
     low, high = min(finite), max(finite)
     margin = max(high - low, 0.02 * high)
-    axes.set_ylim(low - 0.15 * margin, high + 0.55 * margin)
+    axes.set_ylim(low - 0.12 * margin, high + 0.25 * margin)
     axes.set_xlim(0, 1)
     axes.set_xlabel("interpolation weight λ (0 = base alone)")
     axes.set_ylabel("perplexity")
-    axes.legend(loc="upper center", ncols=2, columnspacing=1.2, handlelength=1.8)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, columnspacing=1.4, handlelength=1.8, borderaxespad=0.2
+    )
 
 
 def training(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
-    """Losses of the memory, validation perplexities of the memory, and of the base, where they were recorded."""
+    """Losses of the memory, and validation perplexities of the memory and of the base, where they were recorded."""
     figures = {}
     memory, base = metrics["training"].get("memory", []), metrics["training"].get("base", [])
-    losses = {"loss": "total", "kl": "KL to p_kNN", "cross_entropy": "cross entropy"}
+    losses = {"cross_entropy": "cross entropy", "kl": "KL from kNN", "loss": "loss (weighted sum)"}
+    colors = {"loss": INK, "kl": COLORS["knn"], "cross_entropy": COLORS["memory"]}
     if any("loss" in record for record in memory):
-        figures["memory_losses"] = _curves_figure(
-            memory, losses, {"loss": INK, "kl": COLORS["knn"], "cross_entropy": COLORS["memory"]}, "nats per position"
-        )
-    validation = {"validation/perplexity": "base + memory", "validation/perplexity_memory": "memory alone"}
+        with _figure(WIDTH, 3.4) as (figures["memory_losses"], (axes,)):
+            for name, label in losses.items():
+                _draw_records(axes, memory, name, color=colors[name], label=label, lw=1.4)
+            axes.set_ylabel("nats per position")
+            axes.legend()
     if any("validation/perplexity" in record for record in memory):
-        colors = {"validation/perplexity": COLORS["augmented"], "validation/perplexity_memory": COLORS["memory"]}
-        reference = metrics["perplexity"]["validation"]["base"]
-        figures["memory_validation"] = _curves_figure(
-            memory, validation, colors, "validation perplexity", reference=reference, marker="o", logarithmic=True
-        )
+        figures["memory_validation"] = _memory_validation(memory, metrics["perplexity"]["validation"]["base"])
     if any("validation/perplexity" in record for record in base):
-        figures["base_validation"] = _curves_figure(
-            base,
-            {"validation/perplexity": "base LM"},
-            {"validation/perplexity": COLORS["base"]},
-            "validation perplexity",
-            marker="o",
-            logarithmic=True,
-        )
+        with _figure(WIDTH, 3.4) as (figures["base_validation"], (axes,)):
+            _draw_records(axes, base, "validation/perplexity", color=COLORS["base"], marker="o", ms=4)
+            axes.set_ylabel("validation perplexity of the base")
+            axes.set_yscale("log")
+            _plain_logarithmic_ticks(axes)
     return figures
 
 
-def _curves_figure(
-    records: list[dict],
-    labels: dict[str, str],
-    colors: dict[str, str],
-    ylabel: str,
-    *,
-    reference: float | None = None,
-    marker: str = "",
-    logarithmic: bool = False,
-) -> matplotlib.figure.Figure:
-    with _figure(WIDTH, 3.1) as (figure, (axes,)):
-        for name, label in labels.items():
-            points = [(record["step"], record[name]) for record in records if name in record]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axes.plot(steps, values, color=colors[name], label=label, marker=marker, ms=4)
-        if reference is not None:
-            axes.axhline(reference, color=COLORS["base"], ls=(0, (2, 2)), lw=1.4, label="base LM")
-        if logarithmic:
-            axes.set_yscale("log")
-            _plain_logarithmic_ticks(axes)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel(ylabel)
-        axes.set_xlim(left=0)
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(loc="best")
+def _memory_validation(records: list[dict], base: float) -> matplotlib.figure.Figure:
+    """The mixture beside the base; above it, on a scale of its own, the memory alone."""
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=(WIDTH, 3.4))
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.5))
+        style = {"marker": "o", "ms": 4}
+        _draw_records(above, records, "validation/perplexity_memory", color=COLORS["memory"], **style)
+        _draw_records(below, records, "validation/perplexity", color=COLORS["augmented"], **style)
+        below.axhline(base, color=COLORS["base"], ls=(0, (2, 2)), lw=1.4)
+        below.margins(y=0.2)
+        above.set_xlabel("")
+        for axes, title in ((above, "memory alone"), (below, "base + memory; dashed: base")):
+            axes.set_title(title, loc="left", fontsize=9.5)
+            axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+        figure.supylabel("validation perplexity", fontsize=10.5)
         return figure
+
+
+def _draw_records(axes: matplotlib.axes.Axes, records: list[dict], name: str, **style) -> None:
+    points = [(record["step"], record[name]) for record in records if name in record]
+    axes.plot(*zip(*points, strict=True), **style) if points else axes.set_visible(False)
+    axes.set_xlabel("optimizer step")
+    axes.set_xlim(left=0)
 
 
 def sharpness(metrics: dict) -> matplotlib.figure.Figure:
@@ -233,6 +224,7 @@ def sharpness(metrics: dict) -> matplotlib.figure.Figure:
             held = [(100 * float(mass), count) for mass, count in table["tokens_for_mass"].items()]
             right.plot(*zip(*held, strict=True), **style)
         left.set_xscale("log")
+        left.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         left.invert_xaxis()
         left.set_xlabel("probability threshold")
         left.set_ylabel("tokens above the threshold")
@@ -250,8 +242,8 @@ def _systems(metrics: dict) -> dict[str, tuple[float, list[float] | None]]:
     """Test perplexity and interval over the base of each system, in the order of the picture."""
     intervals, of = metrics["interval"]["test"], metrics["perplexity"]["test"]
     controls = {name: control["perplexity"]["test"] for name, control in metrics["controls"].items()}
-    ordered = {"base": of["base"], "memory": of["memory"], **controls}
-    ordered |= {"knn_lm": of["knn_lm"], "augmented": of["augmented"]}
+    ordered = {"base": of["base"], "augmented": of["augmented"], "knn_lm": of["knn_lm"], **controls}
+    ordered["memory"] = of["memory"]
     return {name: (value, intervals.get(f"{name}_over_base")) for name, value in ordered.items()}
 
 
@@ -259,7 +251,7 @@ def _plain_logarithmic_ticks(axes: matplotlib.axes.Axes) -> None:
     """Ticks of a logarithmic axis as plain numbers, also where it spans less than a decade."""
     low, high = axes.get_ylim()
     decades = math.log10(high / low)
-    subdivisions = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.8 else tuple(range(1, 10))
+    subdivisions = (1,) if decades > 2 else (1, 2, 5) if decades > 1.2 else (1, 1.5, 2, 3, 5, 7)
     if decades > 0.3:
         axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subdivisions))
     else:

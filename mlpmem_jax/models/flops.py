@@ -1,8 +1,8 @@
 """Floating-point operations and parameter counts from a model's dimensions.
 
-A matrix product [m, k] x [k, n] counts 2 m n k; norms, activations and embedding look-ups count nothing. Without the output
-projection these are the paper's formulas of FLOPs per token (appendix on inference efficiency). A backward pass costs twice
-the forward pass.
+A matrix product [m, k] x [k, n] counts 2 m n k; norms, activations and embedding look-ups count nothing. Without
+the output projection these are the formulas of FLOPs per token of the paper "MLP Memory" (arXiv 2508.01832). A
+backward pass costs twice its forward pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mlpmem_jax.models.memory import MemoryConfig
 def gpt2_forward(config: GPT2Config, length: int, *, output_projection: bool = True) -> int:
     """FLOPs per position of a forward pass over sequences of `length` positions.
 
-    Attention counts the positions before each position alone, length / 2 in the mean, whatever a program computes.
+    Attention counts the positions a position may see, length / 2 in the mean, even where more are computed.
     """
     projections = 4 * config.blocks * config.width * (2 * config.width + 4 * config.width)
     attention = 2 * config.blocks * length * config.width

@@ -18,7 +18,7 @@ from mlpmem_jax.models import modules
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Dimensions of a GPT-2; the feed-forward layer is four times the width, input and output embeddings are tied."""
+    """Dimensions of a GPT-2: the feed-forward layer has four times the width, embeddings in and out are tied."""
 
     vocab_size: int
     context_length: int
@@ -33,7 +33,7 @@ class GPT2Config:
 
 
 class Attention(nnx.Module):
-    """The two projections of self-attention, with heads as an axis of their own so that a mesh can divide them."""
+    """The two projections of self-attention; heads are an axis of their own, so that a mesh can divide them."""
 
     def __init__(self, config: GPT2Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         heads = (config.heads, config.head_width)
@@ -45,7 +45,8 @@ class Attention(nnx.Module):
         self.c_proj = nnx.LinearGeneral(
             heads, config.width, axis=(-2, -1), dtype=dtype, rngs=rngs,
             kernel_init=nnx.initializers.normal(0.02 / (2 * config.blocks) ** 0.5),
-            kernel_metadata={"logical_axes": ("heads", None, "embed")}, bias_metadata={"logical_axes": (None,)},
+            kernel_metadata={"logical_axes": ("heads", None, "embed")},
+            bias_metadata={"logical_axes": (None,)},
         )
 
 
@@ -113,13 +114,17 @@ def _layer_norm(config: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 def causal_attention(query_BxTxHxK: jax.Array, key_BxTxHxK: jax.Array, value_BxTxHxK: jax.Array) -> jax.Array:
     """Attention of every position to itself and those before it; softmax in float32. [B, T, H, K]."""
-    length = query_BxTxHxK.shape[1]
+    # Batch axes in front of both products and an additive mask: a third faster on CPU than masking with a select.
+    query_BxHxTxK, key_BxHxTxK, value_BxHxTxK = (
+        array.swapaxes(1, 2) for array in (query_BxTxHxK, key_BxTxHxK, value_BxTxHxK)
+    )
+    length, head_width = query_BxHxTxK.shape[2:]
     scores_BxHxTxS = jnp.einsum(
-        "bthk,bshk->bhts", query_BxTxHxK, key_BxTxHxK, preferred_element_type=jnp.float32
-    ) * (query_BxTxHxK.shape[-1] ** -0.5)
-    causal_TxS = jnp.tril(jnp.ones((length, length), bool))
-    weights_BxHxTxS = jax.nn.softmax(jnp.where(causal_TxS, scores_BxHxTxS, -jnp.inf), axis=-1)
-    return jnp.einsum("bhts,bshk->bthk", weights_BxHxTxS.astype(value_BxTxHxK.dtype), value_BxTxHxK)
+        "bhtk,bhsk->bhts", query_BxHxTxK * head_width**-0.5, key_BxHxTxK, preferred_element_type=jnp.float32
+    )
+    mask_TxS = jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, -jnp.inf)
+    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS + mask_TxS, axis=-1).astype(value_BxHxTxK.dtype)
+    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, value_BxHxTxK).swapaxes(1, 2)
 
 
 def init(config: GPT2Config, key: jax.Array) -> dict:
@@ -143,12 +148,17 @@ def features(
 ) -> tuple[jax.Array, dict[int, jax.Array]]:
     """Hidden states after the final norm, float32 [B, T, D], and those tapped inside.
 
-    Tap b, counted from 1, is the input of block b's feed-forward layer, after that block's second norm, float32
-    [B, T, D]; b = blocks is the paper's key (section 3). Matrix products run in `compute_dtype`; T is at most
-    the context length.
+    Tap b, counted from 1, is the input of block b's feed-forward layer, after that block's second norm,
+    [B, T, D] in float32; b = blocks is the paper's key (section 3). Matrix products run in `compute_dtype`.
+    Differentiated, matrix products are kept for the backward pass; with `remat` the input of each block alone.
+
+    Raises:
+      ValueError: a tap is no block of the model, or T exceeds the context length.
     """
     if not all(1 <= tap <= config.blocks for tap in taps):
         raise ValueError(f"taps {taps}: each is a block, 1 to {config.blocks}")
+    if tokens_BxT.shape[1] > config.context_length:
+        raise ValueError(f"{tokens_BxT.shape[1]} tokens exceed the context length {config.context_length}")
     model = modules.bind(functools.partial(GPT2, config, compute_dtype), parameters)
     x_BxTxD = model.wte(tokens_BxT) + model.wpe(jnp.arange(tokens_BxT.shape[1]))
 
@@ -158,7 +168,7 @@ def features(
     # The carry holds the last block's tap: a scan that stops at a tapped block keeps that tap and no other.
     carry, tapped, start = (x_BxTxD, x_BxTxD), {}, 0
     for stop in sorted({*taps, config.blocks}):
-        carry = modules.scan(model.h, carry, start=start, stop=stop, remat=remat, call=call)
+        carry = modules.scan(call, model.h, carry, start=start, stop=stop, remat=remat)
         tapped[stop], start = carry[1], stop
     return model.ln_f(carry[0]), {tap: tapped[tap] for tap in taps}
 

@@ -1,7 +1,7 @@
-"""The MLP memory: residual feed-forward blocks from a hidden state to next-token logits, no mixing of positions.
+"""The MLP memory: residual feed-forward blocks that turn a hidden state into next-token logits.
 
-Section 3 of the paper "MLP Memory" (arXiv 2508.01832). Family `gpt2` has the feed-forward layers of GPT-2 (LayerNorm,
-two projections), family `llama` those of Llama and Mistral (RMSNorm, SwiGLU).
+Section 3 of the paper "MLP Memory" (arXiv 2508.01832). Positions never mix. Family `gpt2` has the feed-forward
+layers of GPT-2 (LayerNorm, two projections), family `llama` those of Llama and Mistral (RMSNorm, SwiGLU).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class MemoryConfig:
         if self.family not in ("gpt2", "llama"):
             raise ValueError(f"memory family {self.family!r}: expected 'gpt2' or 'llama'")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"memory activation {self.activation!r}: expected one of {sorted(ACTIVATIONS)}")
+            raise ValueError(f"activation {self.activation!r}: expected one of {sorted(ACTIVATIONS)}")
         if self.padded_vocab_size < self.vocab_size:
-            raise ValueError(f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}")
+            raise ValueError(f"padded_vocab_size {self.padded_vocab_size} < vocab_size {self.vocab_size}")
 
 
 class FeedForward(nnx.Module):
@@ -89,8 +89,9 @@ class Memory(nnx.Module):
     def __init__(self, config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         if config.input_width != config.width:
             self.embedding_transform = nnx.Linear(
-                config.input_width, config.width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.normal(0.02),
-                kernel_metadata={"logical_axes": ("embed", None)}, bias_metadata={"logical_axes": (None,)},
+                config.input_width, config.width, dtype=dtype, rngs=rngs,
+                kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", None)},
+                bias_metadata={"logical_axes": (None,)},
             )
         self.h = modules.stack(functools.partial(Block, config, dtype), config.blocks, rngs)
         self.final_norm = _norm(config, rngs)
@@ -104,7 +105,7 @@ class Memory(nnx.Module):
         if hasattr(self, "embedding_transform"):
             x = self.embedding_transform(x)
         x = x.astype(jnp.float32)
-        return self.final_norm(modules.scan(self.h, x, remat=remat, call=lambda block, x: block(x)))
+        return self.final_norm(modules.scan(lambda block, x: block(x), self.h, x, remat=remat))
 
 
 def _into(config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, use_bias: bool) -> nnx.Linear:
@@ -138,15 +139,15 @@ def _norm(config: MemoryConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
 def init(config: MemoryConfig, key: jax.Array, output_kernel_DxV: jax.Array | None = None) -> dict:
     """Fresh float32 parameters: normal of deviation 0.02, residual projections divided by sqrt(2 blocks).
 
-    With `output_kernel_DxV` ([width, vocab_size], the base LM's) the output projection starts from it, padded with
-    zeros to the padded vocabulary; ValueError when its shape differs.
+    With `output_kernel_DxV` ([width, vocab_size], the base LM's) the output projection starts from it, padded
+    with zeros to the padded vocabulary; ValueError when its shape differs.
     """
     parameters = modules.initialize(functools.partial(Memory, config, jnp.float32), key)
     if output_kernel_DxV is not None:
         expected = (config.width, config.vocab_size)
         if output_kernel_DxV.shape != expected:
             raise ValueError(
-                f"the output projection to start from is {output_kernel_DxV.shape}, the memory needs {expected}"
+                f"the output projection to start from is {output_kernel_DxV.shape}, expected {expected}"
             )
         padding = ((0, 0), (0, config.padded_vocab_size - config.vocab_size))
         parameters["lm_head"]["kernel"] = jnp.pad(output_kernel_DxV.astype(jnp.float32), padding)
@@ -168,7 +169,8 @@ def hidden(
 ) -> jax.Array:
     """Hidden states after the final norm, float32 [..., width], of inputs [..., input_width].
 
-    Matrix products run in `compute_dtype`; norms and the residual stream in float32.
+    Matrix products run in `compute_dtype`; norms and the residual stream in float32. Differentiated, matrix
+    products are kept for the backward pass; with `remat` the input of each block alone.
     """
     return modules.bind(functools.partial(Memory, config, compute_dtype), parameters)(inputs_BxD, remat=remat)
 

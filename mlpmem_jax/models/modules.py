@@ -1,7 +1,8 @@
 """Between flax NNX modules, which say what a network's parameters are, and plain dictionaries of arrays.
 
-Everywhere outside `models/` parameters are nested dictionaries and networks are pure functions of them. A module is
-built abstractly, filled with the dictionary's arrays and called: building costs time while tracing, never while running.
+Everywhere outside `models/` parameters are nested dictionaries and networks are pure functions of them. A module
+is built abstractly, filled with the dictionary's arrays and called: building costs time while tracing, never while
+running.
 """
 
 from __future__ import annotations
@@ -41,19 +42,22 @@ def stack(build: Build, count: int, rngs: nnx.Rngs) -> nnx.Module:
     return nnx.vmap(lambda key: build(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 
 
-def scan(stacked: nnx.Module, carry, *, start: int = 0, stop: int | None = None, remat: bool = False, call: Callable):
+def scan(call: Callable, stacked: nnx.Module, carry, *, start: int = 0, stop: int | None = None, remat: bool = False):
     """Run modules `start` to `stop` of a stack one after the other: carry = call(module, carry).
 
-    With `remat` the activations inside a module are computed again in the backward pass instead of kept.
+    The backward pass keeps the results of matrix products inside a module and computes everything else again; with
+    `remat` it keeps the carry alone.
     """
     graph, state = nnx.split(stacked)
-    if (start, stop) != (0, None):
-        state = jax.tree.map(lambda array: array[start:stop], state)
 
     def body(carry, state):
         return call(nnx.merge(graph, state), carry), None
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, state)[0]
+    # Storing activations costs more than computing norms, activation functions and softmax twice, on CPU as well.
+    policies = jax.checkpoint_policies
+    policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    return jax.lax.scan(body, carry, jax.tree.map(lambda array: array[start:stop], state))[0]
 
 
 def _abstract(build: Build) -> nnx.Module:
