@@ -131,9 +131,10 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
 
         benchmark.run(config, [part for part in options.rows.split(",") if part], options.json)
     else:
-        from mlpmem_jax.evaluation import controls
+        from mlpmem_jax.training import controls
 
         controls.run(config)
+        _run_stage("evaluate", config)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -52,7 +52,8 @@ def compare(validation: Scores, test: Scores, *, samples: int, confidence: float
       interval: test -> '<system>_over_<reference>' -> [low, high] of the ratio of perplexities.
       gain_kept: split -> log(base / augmented) / log(base / knn_lm), the share of kNN-LM's gain that the memory
         keeps; None where kNN-LM gains nothing.
-      controls: name -> perplexity by split, ratio_over_base, interval_over_base, interval_of_augmented_over_it.
+      controls: name -> perplexity by split, ratio_over_base, interval_over_base, interval_of_augmented_over_it,
+        share_of_memory_gain (on test, None where the memory gains nothing).
       curves: weights, and split -> memory and knn_lm -> perplexity at each weight, None where infinite.
     """
     weights = {
@@ -84,13 +85,14 @@ def compare(validation: Scores, test: Scores, *, samples: int, confidence: float
         },
         "interpolation_weight": weights,
         "interval": {"test": intervals},
-        "gain_kept": {split: _gain_kept(scores) for split, scores in perplexity.items()},
+        "gain_kept": {split: _share_of_gain(scores, "augmented", of="knn_lm") for split, scores in perplexity.items()},
         "controls": {
             name: {
                 "perplexity": {split: scores[name] for split, scores in perplexity.items()},
                 "ratio_over_base": perplexity["test"][name] / perplexity["test"]["base"],
                 "interval_over_base": intervals[f"{name}_over_base"],
                 "interval_of_augmented_over_it": intervals[f"augmented_over_{name}"],
+                "share_of_memory_gain": _share_of_gain(perplexity["test"], name, of="augmented"),
             }
             for name in controls
         },
@@ -114,9 +116,10 @@ def _systems(scores: Scores, weights: dict[str, float]) -> dict[str, np.ndarray]
     return {"base": scores.base, "memory": scores.memory, **mixtures, **scores.other_models}
 
 
-def _gain_kept(perplexity: dict[str, float]) -> float | None:
-    of_knn = math.log(perplexity["base"] / perplexity["knn_lm"])
-    return math.log(perplexity["base"] / perplexity["augmented"]) / of_knn if of_knn > 0 else None
+def _share_of_gain(perplexity: dict[str, float], system: str, of: str) -> float | None:
+    """log(base / system) / log(base / of); None where the denominator is no gain."""
+    gain = math.log(perplexity["base"] / perplexity[of])
+    return math.log(perplexity["base"] / perplexity[system]) / gain if gain > 0 else None
 
 
 def _curves(scores: Scores) -> dict[str, list[float | None]]:

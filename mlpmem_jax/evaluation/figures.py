@@ -25,6 +25,7 @@ COLORS = {
     "augmented": "#0072b2",
 }
 CONTROL_COLOR = "#a9b3bd"
+MARKERS = {"base": "s", "knn": "^", "memory": "D", "augmented": "o"}
 LABELS = {
     "base": "base LM",
     "memory": "memory alone",
@@ -32,7 +33,7 @@ LABELS = {
     "knn": "kNN",
     "augmented": "base + memory",
     "continued": "base, trained on",
-    "ce_only": "base + memory\nwithout KL",
+    "ce_only": "base + memory,\nno kNN targets",
 }
 STYLE = {
     "font.family": "sans-serif",
@@ -70,7 +71,10 @@ def _figure(width: float, height: float, columns: int = 1, **options) -> Iterato
 
 
 def svg(figure: matplotlib.figure.Figure, name: str) -> str:
-    """The figure as one <svg> element that may share a page with others; the same figure gives the same text."""
+    """The figure as one <svg> element that may share a page with others; the same figure gives the same text.
+
+    `name` is put before every id in it.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -96,15 +100,16 @@ def weights(metrics: dict) -> matplotlib.figure.Figure:
         return figure
 
 
-def overview(metrics: dict, file: str) -> None:
-    """Saves perplexities and weights side by side as a picture (PNG)."""
+def overview(metrics: dict) -> bytes:
+    """Perplexities and weights side by side, as a PNG."""
     with _figure(10.8, 3.5, columns=2, width_ratios=(1.12, 1.0)) as (figure, (left, right)):
         draw_perplexities(left, metrics)
         draw_weights(right, metrics)
-        left.set_title("Test perplexity", loc="left", fontweight="bold")
-        right.set_title("By interpolation weight", loc="left", fontweight="bold")
+        left.set_title("test perplexity", loc="left", pad=12)
         figure.get_layout_engine().set(wspace=0.06)
-        figure.savefig(file, dpi=160)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+        return buffer.getvalue()
 
 
 def draw_perplexities(axes: matplotlib.axes.Axes, metrics: dict) -> None:
@@ -126,7 +131,7 @@ def draw_perplexities(axes: matplotlib.axes.Axes, metrics: dict) -> None:
         if value <= limit:
             spread = [[max(value - low * base, 0)], [max(high * base - value, 0)]]
             axes.errorbar(value, row, xerr=spread, color=INK, capsize=3, lw=1.2)
-        ratio = f"{value / base:.3f}   {low:.3f} – {high:.3f}"
+        ratio = f"{value / base:.3f}   {low:.3f} to {high:.3f}"
         axes.text(1.04 * limit, row, ratio, va="center", fontsize=9.5, fontweight=weight)
     heading = f"ratio   {100 * metrics['confidence']:g} % interval"
     axes.text(1.04 * limit, 0, heading, va="center", fontsize=9.5, color=FAINT)
@@ -213,29 +218,29 @@ def _draw_records(axes: matplotlib.axes.Axes, records: list[dict], name: str, **
     axes.set_xlim(left=0)
 
 
-def sharpness(metrics: dict) -> matplotlib.figure.Figure:
-    """Tokens above each threshold, and tokens that hold a share of the mass."""
-    markers = {"base": "s", "knn": "^", "memory": "D", "augmented": "o"}
-    with _figure(2 * WIDTH, 3.2, columns=2) as (figure, (left, right)):
-        for name, table in metrics["sharpness"].items():
-            style = {"color": COLORS[name], "marker": markers[name], "ms": 5, "label": LABELS[name]}
-            above = [(float(at), count) for at, count in table["tokens_above"].items() if float(at) > 0]
-            left.plot(*zip(*above, strict=True), **style)
-            held = [(100 * float(mass), count) for mass, count in table["tokens_for_mass"].items()]
-            right.plot(*zip(*held, strict=True), **style)
-        left.set_xscale("log")
-        left.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        left.invert_xaxis()
-        left.set_xlabel("probability threshold")
-        left.set_ylabel("tokens above the threshold")
-        right.set_xlabel("share of the mass, %")
-        right.set_ylabel("tokens needed")
-        right.set_xticks([80, 90, 95, 99])
-        right.legend(loc="upper left")
-        for axes in (left, right):
+def shapes(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
+    """Tokens above each threshold, and tokens that hold a share of the mass, for each distribution."""
+    figures = {}
+    for kind in ("tokens_above", "tokens_for_mass"):
+        with _figure(WIDTH, 3.4) as (figures[kind], (axes,)):
+            for name, table in metrics["sharpness"].items():
+                points = [(float(at), count) for at, count in table[kind].items() if float(at) > 0]
+                style = {"color": COLORS[name], "marker": MARKERS[name], "ms": 5, "label": LABELS[name]}
+                axes.plot(*zip(*points, strict=True), **style)
             axes.set_yscale("log")
             _plain_logarithmic_ticks(axes)
-        return figure
+            if kind == "tokens_above":
+                axes.set_xscale("log")
+                axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+                axes.invert_xaxis()
+                axes.set_xlabel("probability threshold")
+                axes.set_ylabel("tokens above it")
+            else:
+                axes.set_xticks(masses := [mass for mass, _ in points], [f"{100 * mass:g} %" for mass in masses])
+                axes.set_xlabel("share of the mass")
+                axes.set_ylabel("tokens that hold it")
+            axes.legend(loc="upper left")
+    return figures
 
 
 def _systems(metrics: dict) -> dict[str, tuple[float, list[float] | None]]:

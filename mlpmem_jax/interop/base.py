@@ -10,7 +10,6 @@ from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.interop import huggingface
 from mlpmem_jax.models import saved
 from mlpmem_jax.training import base as training
 
@@ -23,6 +22,8 @@ def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: 
     if finished := find_finished(path, "base", settings, inputs):
         say(f"{folder}: finished already")
         return finished
+    from mlpmem_jax.interop import huggingface
+
     mesh, rules = meshes.mesh_of(config)
     parameters, model = huggingface.load_gpt2(source, mesh, rules)
     if model.vocab_size < tokens.summary["vocab_size"]:

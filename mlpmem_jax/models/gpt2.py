@@ -145,12 +145,14 @@ def features(
     taps: tuple[int, ...] = (),
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
+    activations: jax.sharding.Sharding | None = None,
 ) -> tuple[jax.Array, dict[int, jax.Array]]:
     """Hidden states after the final norm, float32 [B, T, D], and those tapped inside.
 
     Tap b, counted from 1, is the input of block b's feed-forward layer, after that block's second norm,
     [B, T, D] in float32; b = blocks is the paper's key (section 3). Matrix products run in `compute_dtype`.
     Differentiated, matrix products are kept for the backward pass; with `remat` the input of each block alone.
+    `activations` is the sharding of hidden states [B, T, D] on a mesh.
 
     Raises:
       ValueError: a tap is no block of the model, or T exceeds the context length.
@@ -160,10 +162,16 @@ def features(
     if tokens_BxT.shape[1] > config.context_length:
         raise ValueError(f"{tokens_BxT.shape[1]} tokens exceed the context length {config.context_length}")
     model = modules.bind(functools.partial(GPT2, config, compute_dtype), parameters)
+    if activations is not None:
+        # A look-up in a divided table would bring the hidden states of the whole batch together.
+        whole = jax.sharding.NamedSharding(activations.mesh, jax.sharding.PartitionSpec())
+        model.wte.embedding[...] = modules.constrain(model.wte.embedding[...], whole)
     x_BxTxD = model.wte(tokens_BxT) + model.wpe(jnp.arange(tokens_BxT.shape[1]))
+    x_BxTxD = modules.constrain(x_BxTxD, activations)
 
     def call(block: Block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return block(carry[0], causal_attention)
+        x_BxTxD, tap_BxTxD = block(carry[0], causal_attention)
+        return modules.constrain(x_BxTxD, activations), tap_BxTxD
 
     # The carry holds the last block's tap: a scan that stops at a tapped block keeps that tap and no other.
     carry, tapped, start = (x_BxTxD, x_BxTxD), {}, 0

@@ -100,12 +100,16 @@ class Memory(nnx.Module):
             kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", "vocab")},
         )
 
-    def __call__(self, x: jax.Array, remat: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, remat: bool, activations: jax.sharding.Sharding | None) -> jax.Array:
         """Hidden states after the final norm, float32."""
         if hasattr(self, "embedding_transform"):
             x = self.embedding_transform(x)
-        x = x.astype(jnp.float32)
-        return self.final_norm(modules.scan(lambda block, x: block(x), self.h, x, remat=remat))
+        x = modules.constrain(x.astype(jnp.float32), activations)
+
+        def call(block: Block, x: jax.Array) -> jax.Array:
+            return modules.constrain(block(x), activations)
+
+        return self.final_norm(modules.scan(call, self.h, x, remat=remat))
 
 
 def _into(config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, use_bias: bool) -> nnx.Linear:
@@ -166,13 +170,16 @@ def hidden(
     *,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
+    activations: jax.sharding.Sharding | None = None,
 ) -> jax.Array:
     """Hidden states after the final norm, float32 [..., width], of inputs [..., input_width].
 
     Matrix products run in `compute_dtype`; norms and the residual stream in float32. Differentiated, matrix
-    products are kept for the backward pass; with `remat` the input of each block alone.
+    products are kept for the backward pass; with `remat` the input of each block alone. `activations` is the
+    sharding of hidden states on a mesh.
     """
-    return modules.bind(functools.partial(Memory, config, compute_dtype), parameters)(inputs_BxD, remat=remat)
+    model = modules.bind(functools.partial(Memory, config, compute_dtype), parameters)
+    return model(inputs_BxD, remat=remat, activations=activations)
 
 
 def output_kernel(parameters: dict) -> jax.Array:

@@ -60,5 +60,13 @@ def scan(call: Callable, stacked: nnx.Module, carry, *, start: int = 0, stop: in
     return jax.lax.scan(body, carry, jax.tree.map(lambda array: array[start:stop], state))[0]
 
 
+def constrain(x: jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Places an activation; None leaves it to the compiler.
+
+    Without it the compiler may prefer moving activations to gathering the parameters of one block at a time.
+    """
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
 def _abstract(build: Build) -> nnx.Module:
     return nnx.eval_shape(lambda: build(nnx.Rngs(0)))

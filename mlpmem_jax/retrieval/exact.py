@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from mlpmem_jax.retrieval import neighbors
 
 _KEYS_PER_BLOCK = 1 << 20
 _SCORES_PER_BLOCK = 1 << 26  # float32 distances that exist at once: 256 MiB
-_KEYS_FILE = "keys.npy"
 
 
 class ExactIndex:
@@ -32,13 +30,6 @@ class ExactIndex:
     @property
     def size(self) -> int:
         return len(self._host_keys_NxD)
-
-    def save(self, folder) -> None:
-        np.save(pathlib.Path(folder) / _KEYS_FILE, self._host_keys_NxD)
-
-    @classmethod
-    def load(cls, folder) -> ExactIndex:
-        return cls(np.load(pathlib.Path(folder) / _KEYS_FILE, mmap_mode="r"))
 
     def search(
         self, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray | None = None
@@ -70,11 +61,10 @@ class ExactIndex:
             for keys, norms in self._device_blocks(group):
                 block = _search_block(queries, keys, norms, excluded - first, k=k, group=group)
                 distances, ids = (np.asarray(array) for array in block)
-                best = neighbors.merge(best, (distances, ids + np.int32(first)))
+                best = neighbors.merge(best, neighbors.pack(distances, ids + np.int32(first)))
                 first += _KEYS_PER_BLOCK
-            found.append(tuple(array[: part.stop - start] for array in best))
-        distances_QxK, ids_QxK = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return neighbors.smallest(distances_QxK, ids_QxK, k)
+            found.append(best[: part.stop - start])
+        return neighbors.unpack(neighbors.smallest(np.concatenate(found), k))
 
     def _device_blocks(self, group: int) -> list[tuple[jax.Array, jax.Array]]:
         """Blocks of keys and their squared norms, padded to whole groups; padding has an infinite norm."""

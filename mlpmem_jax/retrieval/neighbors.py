@@ -1,4 +1,4 @@
-"""Lists of nearest neighbours: packing, ordering and merging them. Where a neighbour is missing: id -1, distance inf."""
+"""Lists of nearest neighbors: packing, ordering and merging. A missing neighbor has distance inf and value MISSING."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MISSING = -1
 
 
 def pack(distances_QxK: np.ndarray, values_QxK: np.ndarray) -> np.ndarray:
-    """One uint64 per neighbour that orders by distance, then by value.
+    """One uint64 per neighbor that orders by distance, then by value.
 
     Args:
       distances_QxK: float32, not negative, infinite where missing.
@@ -23,21 +23,18 @@ def unpack(packed_QxK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Inverse of `pack`: (distances float32, values int32), the value MISSING where the distance is infinite."""
     distances_QxK = (packed_QxK >> np.uint64(32)).astype(np.uint32).view(np.float32)
     values_QxK = packed_QxK.astype(np.uint32).view(np.int32)
-    return distances_QxK, np.where(np.isinf(distances_QxK), np.int32(MISSING), values_QxK)
+    values_QxK[np.isinf(distances_QxK)] = MISSING
+    return distances_QxK, values_QxK
 
 
-def smallest(distances_QxM: np.ndarray, values_QxM: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of M >= k neighbours, nearest first: (distances float32 [Q, k], values int32 [Q, k])."""
-    packed_QxM = pack(distances_QxM, values_QxM)
+def smallest(packed_QxM: np.ndarray, k: int) -> np.ndarray:
+    """The k nearest of M >= k packed neighbors, nearest first: uint64 [Q, k]. Sorts `packed_QxM` in place."""
     packed_QxM.sort(axis=1)
-    return unpack(packed_QxM[:, :k])
+    return packed_QxM[:, :k]
 
 
-def merge(
-    left: tuple[np.ndarray, np.ndarray] | None, right: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of two lists of k neighbours each: (distances, values); `left` may be None, for no list yet."""
-    if left is None:
-        return right
-    distances_Qx2K, values_Qx2K = (np.concatenate(parts, axis=1) for parts in zip(left, right, strict=True))
-    return smallest(distances_Qx2K, values_Qx2K, right[0].shape[1])
+def merge(left_QxK: np.ndarray | None, right_QxK: np.ndarray) -> np.ndarray:
+    """The k nearest of two packed lists of k each; `left_QxK` may be None, for no list yet."""
+    if left_QxK is None:
+        return right_QxK
+    return smallest(np.concatenate([left_QxK, right_QxK], axis=1), right_QxK.shape[1])

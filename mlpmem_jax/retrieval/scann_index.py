@@ -19,7 +19,7 @@ from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.retrieval import neighbors
 
 _BRUTE_FORCE_BELOW = 4096  # too few keys to cluster and hash well
-_ROUNDS = 4
+_NEIGHBORS_AT_ONCE = 1 << 22  # of one call of ScaNN: 32 MiB of ids and distances
 
 
 def is_available() -> bool:
@@ -116,13 +116,16 @@ class ScannIndex:
         distances_QxK = np.full((len(queries_QxD), k), np.inf, np.float32)
         ids_QxK = np.full((len(queries_QxD), k), neighbors.MISSING, np.int32)
         rows, extra, leaves = np.arange(len(queries_QxD)), min(longest, max(1, k // 8)), self._options.leaves_to_search
-        for _ in range(_ROUNDS):
-            distances_QxK[rows], ids_QxK[rows] = self._search_once(queries_QxD[rows], k, extra, leaves, excluded_Qx2[rows])
+        while True:
+            step = max(1, _NEIGHBORS_AT_ONCE // (k + extra))
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step]
+                found = self._search_once(queries_QxD[part], k, extra, leaves, excluded_Qx2[part])
+                distances_QxK[part], ids_QxK[part] = found
             rows = rows[np.isinf(distances_QxK[rows, -1])]
             if not len(rows) or (leaves == self._options.leaves and extra == longest):
-                break
+                return distances_QxK, ids_QxK
             extra, leaves = min(longest, 4 * extra), min(self._options.leaves, 4 * leaves)
-        return distances_QxK, ids_QxK
 
     def _search_once(self, queries_QxD, k: int, extra: int, leaves: int, excluded_Qx2):
         wanted = min(k + extra, self.size)
@@ -139,7 +142,8 @@ class ScannIndex:
         if (padding := k - ids_QxM.shape[1]) > 0:
             distances_QxM = np.pad(distances_QxM, ((0, 0), (0, padding)), constant_values=np.inf)
             ids_QxM = np.pad(ids_QxM, ((0, 0), (0, padding)))
-        return neighbors.smallest(distances_QxM.astype(np.float32, copy=False), ids_QxM, k)
+        packed_QxM = neighbors.pack(distances_QxM.astype(np.float32, copy=False), ids_QxM)
+        return neighbors.unpack(neighbors.smallest(packed_QxM, k))
 
 
 def _scann():

@@ -118,7 +118,7 @@ def _train_step(task: Task, optimizer: optax.GradientTransformation, parameter_s
         gradients = jax.lax.with_sharding_constraint(gradients, parameter_shardings)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
         parameters = optax.apply_updates(state["parameters"], updates)
-        measured = {"loss": loss, **statistics, "gradient_norm": optax.global_norm(gradients)}
+        measured = {"loss": loss, **statistics, "gradient_norm": optax.tree.norm(gradients)}
         return {"parameters": parameters, "optimizer": optimizer_state, "step": state["step"] + 1}, measured
 
     return step

@@ -91,7 +91,12 @@ def _validation(config: ml_collections.ConfigDict, model: MemoryConfig, mesh, ru
 
 
 def run(config: ml_collections.ConfigDict) -> Artifact:
-    """Trains the memory.
+    """Trains the memory of `config.workdir`."""
+    return train(config, "memory")
+
+
+def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
+    """Trains a memory into a folder of `config.workdir`.
 
     Raises:
       UserError: an input is missing or contradicts the config.
@@ -104,11 +109,11 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     if targets.inputs.get("datastore") not in (None, datastore.fingerprint):
         raise ConfigError(f"{targets.path}: was made from another datastore than {datastore.path}; run `targets` again")
 
-    path = workdir / "memory"
+    path = workdir / folder
     settings = {"memory": configs.plain(config.memory), "training": configs.plain(config.training)}
     inputs = {"base": base.fingerprint, "datastore": datastore.fingerprint, "targets": targets.fingerprint}
     if finished := find_finished(path, "memory", settings, inputs):
-        say("memory: finished already")
+        say(f"{folder}: finished already")
         return finished
 
     mesh, rules = meshes.mesh_of(config)
@@ -133,7 +138,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     base_flops = flops.gpt2_forward(base_config, length, output_projection=False) if online else 0
     writer = ArtifactWriter.create(path, "memory", settings, inputs, {})
     task = loop.Task(
-        name="memory",
+        name=folder,
         folder=writer.path,
         settings=config.training,
         initialise=functools.partial(memory.init, model, key, kernel_DxV),

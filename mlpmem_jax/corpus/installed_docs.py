@@ -1,0 +1,173 @@
+"""The embedded default corpus: documentation that is installed with Python and with this package's dependencies.
+
+Topics of `pydoc`, docstrings of the standard library and of all packages that mlpmem_jax needs, directly or not,
+gathered from the installed source files by `ast`; nothing is imported. The result depends on the versions alone: not
+on where Python is installed, on the order of directory listings, or on which extras are there as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import gc
+import importlib.metadata
+import inspect
+import pathlib
+import platform
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+
+import packaging.requirements
+import packaging.utils
+
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.corpus.documents import Part, Source
+
+PACKAGE = "mlpmem_jax"
+MINIMUM_CHARACTERS = 300
+"""Shorter docstrings are mostly labels, not prose."""
+
+# Parts of the standard library that some systems ship apart from Python, and its test suite.
+_OMITTED_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "test", "tkinter", "turtledemo"}
+# Tests, other projects' code that a package carries along, and code generated from tables.
+_OMITTED_FOLDERS = {"test", "tests", "testing", "_vendor", "vendored", "_vendored", "_external", "externals", "mlir"}
+_TEST_FILE = re.compile(r"(^|/)(test_[^/]*|[^/]*_test|conftest)\.py$")
+_TRIPLE_QUOTE = re.compile(rb'"""|\'\'\'')
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def open_source() -> Source:
+    """The embedded corpus, as one part."""
+    versions = {"Python": platform.python_version()}
+    versions |= {name: distribution.version for name, distribution in dependencies(PACKAGE).items()}
+    return Source(versions, lambda: [Part("installed documentation", documents)])
+
+
+def dependencies(package: str) -> dict[str, importlib.metadata.Distribution]:
+    """All installed distributions that `package` needs without extras, by normalized name, in order.
+
+    Raises:
+      UserError: the package itself is not installed.
+    """
+    found: dict[str, importlib.metadata.Distribution] = {}
+    visited, waiting = set(), [(package, frozenset())]
+    while waiting:
+        name, extras = waiting.pop()
+        name = packaging.utils.canonicalize_name(name)
+        if (name, extras) in visited:
+            continue
+        visited.add((name, extras))
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError as error:
+            if name == packaging.utils.canonicalize_name(package):
+                raise UserError(
+                    f"config.corpus.source='installed_docs' needs {package} to be installed (pip install .), since its "
+                    "dependencies are looked up there; or choose config.corpus.source='files'"
+                ) from error
+            continue  # a dependency that is not for this platform
+        found[name] = distribution
+        for line in distribution.requires or []:
+            requirement = packaging.requirements.Requirement(line)
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+                waiting.append((requirement.name, frozenset(requirement.extras)))
+    del found[packaging.utils.canonicalize_name(package)]
+    return dict(sorted(found.items()))
+
+
+@functools.cache
+def documents() -> tuple[str, ...]:
+    """The documents, each a topic or a docstring of some length, without repetitions."""
+    distributions = dependencies(PACKAGE)
+    unique: dict[str, None] = {}
+    collects = gc.isenabled()
+    gc.disable()  # syntax trees have no cycles, and walking them for some costs a third of the time
+    try:
+        for file in [*_standard_library(), *(file for name in distributions for file in _files(distributions[name]))]:
+            unique.update(dict.fromkeys(_prose(file)))
+    finally:
+        if collects:
+            gc.enable()
+    size = sum(len(text.encode()) for text in unique)
+    say(
+        f"installed documentation: {len(unique):,} documents, {size / 1e6:.1f} MB, from Python "
+        f"{platform.python_version()} and {len(distributions)} packages"
+    )
+    return tuple(unique)
+
+
+def _standard_library() -> Iterator[pathlib.Path]:
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    # pydoc_data is no module that sys.stdlib_module_names counts everywhere, but holds the topics.
+    for name in sorted({*sys.stdlib_module_names, "pydoc_data"} - _OMITTED_MODULES):
+        if (root / f"{name}.py").is_file():
+            yield root / f"{name}.py"
+        elif (root / name).is_dir():
+            relative = sorted(file.relative_to(root).as_posix() for file in (root / name).rglob("*.py"))
+            yield from (root / file for file in relative if _is_wanted(file))
+
+
+def _files(distribution: importlib.metadata.Distribution) -> Iterator[pathlib.Path]:
+    for file in sorted(distribution.files or [], key=str):
+        if file.suffix == ".py" and _is_wanted(file.as_posix()):
+            yield pathlib.Path(str(file.locate()))
+
+
+def _is_wanted(relative: str) -> bool:
+    folders = relative.split("/")[:-1]
+    # ".." leads out of the packages, to scripts.
+    return not (_OMITTED_FOLDERS.intersection(folders) or ".." in folders or _TEST_FILE.search(relative))
+
+
+def _prose(file: pathlib.Path) -> Iterator[str]:
+    """Docstrings, strings given to numpy's `add_newdoc`, and topics in one source file, from a minimum length."""
+    try:
+        source = file.read_bytes()
+    except OSError:
+        return  # listed by the package's record, but removed since
+    if not any(len(piece) >= MINIMUM_CHARACTERS for piece in _TRIPLE_QUOTE.split(source)[1::2]):
+        if file.name != "topics.py":
+            return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return  # a template, or code of another version
+    texts = _topics(tree) if file.name == "topics.py" else _docstrings(tree)
+    yield from (text for text in map(inspect.cleandoc, texts) if len(text) >= MINIMUM_CHARACTERS)
+
+
+def _topics(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            yield from _strings(node.value.values)
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, (ast.Module, *_DEFINITIONS)):
+        yield ast.get_docstring(node, clean=False) or ""
+    for field in ("body", "orelse", "handlers", "finalbody"):
+        for child in getattr(node, field, ()):
+            if isinstance(child, ast.Expr):
+                if isinstance(child.value, ast.Call) and _called(child.value) == "add_newdoc":
+                    yield from _strings(child.value.args)
+            elif isinstance(child, ast.stmt | ast.ExceptHandler):
+                yield from _docstrings(child)
+
+
+def _called(call: ast.Call) -> str:
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
+
+
+def _strings(nodes: list[ast.expr]) -> Iterator[str]:
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.Tuple | ast.List):
+            yield from _strings(node.elts)

@@ -1,0 +1,242 @@
+"""The stage `tokens`: a corpus becomes three streams of token ids, and the readers of those streams."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+import numpy as np
+import tokenizers
+from etils import epath
+
+from mlpmem_jax.core import config as config_lib
+from mlpmem_jax.core import mesh
+from mlpmem_jax.core.artifacts import ArraySpec, Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.progress import progress, say
+from mlpmem_jax.corpus import documents, files, hub, installed_docs, tokenizer
+from mlpmem_jax.corpus.documents import SPLITS
+
+KIND = "tokens"
+TOKENIZER_FILE = "tokenizer.json"
+_READ_CHUNK = 4096  # tokens of one range read
+_BATCH_BYTES = 2**20  # text that is encoded at once
+_TRAINING_BYTES = 64 * 2**20  # text that a tokenizer is trained on
+
+
+def open_source(corpus: ml_collections.ConfigDict) -> documents.Source:
+    """The corpus that the group `corpus` of the config names.
+
+    Raises:
+      UserError: it does not exist, or needs an extra.
+    """
+    if corpus.source == "files":
+        return files.open_source(corpus)
+    if corpus.source == "hub":
+        return hub.open_source(corpus)
+    return installed_docs.open_source()
+
+
+def run(config: ml_collections.ConfigDict) -> Artifact:
+    """Makes the artifact `tokens` in the workdir, or finishes it, or finds it finished.
+
+    Raises:
+      UserError: the corpus or the tokenizer cannot be used; the text names which and why.
+    """
+    path = str(epath.Path(config.workdir) / KIND)
+    made_by = {"corpus": config_lib.plain(config.corpus), "tokenizer": config_lib.plain(config.tokenizer)}
+    source = open_source(config.corpus)
+    loaded = None if config.tokenizer.source == "train" else tokenizer.load(config.tokenizer)
+    inputs = dict(source.inputs)
+    if loaded is not None:
+        inputs["tokenizer"] = hashlib.sha256(loaded.to_str().encode()).hexdigest()
+    artifact = find_finished(path, KIND, made_by, inputs)
+    if artifact is None:
+        artifact = _build(path, config, made_by, inputs, source, loaded)
+    lengths = {split: TokenStream(artifact, split).length for split in SPLITS}
+    say("tokens: " + ", ".join(f"{split} {length:,}" for split, length in lengths.items()))
+    for split, length in lengths.items():
+        if length <= config.base.context_length:
+            raise UserError(
+                f"{path}: the {split} split has {length} tokens, expected more than config.base.context_length, "
+                f"{config.base.context_length}; give more text, a larger fraction, or a shorter context"
+            )
+    return artifact
+
+
+def _build(
+    path: str,
+    config: ml_collections.ConfigDict,
+    made_by: dict,
+    inputs: dict[str, str],
+    source: documents.Source,
+    loaded: tokenizers.Tokenizer | None,
+) -> Artifact:
+    is_first = jax.process_index() == 0
+    parts = source.parts()
+    plan = documents.make_plan(parts, config.corpus)
+    create = functools.partial(ArtifactWriter.create, path, KIND, made_by, inputs, _arrays(plan, config, loaded))
+    if is_first:
+        writer = create()
+        if not (epath.Path(path) / TOKENIZER_FILE).exists():
+            made = loaded or _train_tokenizer(parts, plan, config.tokenizer.vocab_size)
+            writer.write_file(TOKENIZER_FILE, made.to_str().encode())
+    mesh.barrier("tokenizer written")
+    writer = create()
+    encoder = tokenizer.from_bytes((epath.Path(path) / TOKENIZER_FILE).read_bytes(), f"{path}/{TOKENIZER_FILE}")
+    incomplete = writer.incomplete_shards()
+    mesh.barrier("incomplete shards listed")
+    _write_shards(writer, parts, plan, encoder, incomplete[jax.process_index() :: jax.process_count()])
+    mesh.barrier("token shards written")
+    if is_first:
+        writer.seal(_summary(plan, encoder), files=(TOKENIZER_FILE,))
+    mesh.barrier("tokens sealed")
+    return open_artifact(path, KIND)
+
+
+def _arrays(
+    plan: documents.Plan, config: ml_collections.ConfigDict, loaded: tokenizers.Tokenizer | None
+) -> dict[str, ArraySpec]:
+    size = config.tokenizer.vocab_size if loaded is None else tokenizer.vocab_size(loaded)
+    dtype = "uint16" if size <= 2**16 else "uint32"
+    arrays = {}
+    for index, split in enumerate(SPLITS):
+        shape = (plan.num_shards, plan.capacity(index))
+        arrays[split] = ArraySpec(shape, dtype, 1, (1, _READ_CHUNK))
+        arrays[f"{split}_lengths"] = ArraySpec(shape, "uint32", 1, (1, _READ_CHUNK))
+    return arrays
+
+
+def _train_tokenizer(parts, plan: documents.Plan, vocab_size: int) -> tokenizers.Tokenizer:
+    sample = plan.sample(SPLITS.index("train"), _TRAINING_BYTES)
+    say(f"training a tokenizer of {vocab_size:,} tokens on {plan.bytes_N[sample].sum() / 1e6:.1f} MB")
+    return tokenizer.train((text for _, text in documents.read_selected(parts, plan, sample)), vocab_size)
+
+
+def _write_shards(writer: ArtifactWriter, parts, plan: documents.Plan, encoder, shards: list[int]) -> None:
+    selected = np.isin(plan.shard_N, shards) & (plan.split_N >= 0)
+    total = plan.bytes_N[selected].sum()
+    with progress(total / 1e6, "tokens", "MB") as bar:
+        shard, ids, splits = None, [], []
+        for batch in _batches(documents.read_selected(parts, plan, selected), plan):
+            if shard is not None and plan.shard_N[batch[0][0]] != shard:
+                writer.write_shard(shard, _shard_arrays(ids, splits))
+                ids, splits = [], []
+            shard = int(plan.shard_N[batch[0][0]])
+            ids += _encode(encoder, [text for _, text in batch])
+            splits += [plan.split_N[index] for index, _ in batch]
+            bar.advance(sum(plan.bytes_N[index] for index, _ in batch) / 1e6)
+        if shard is not None:
+            writer.write_shard(shard, _shard_arrays(ids, splits))
+
+
+def _batches(selected: Iterator[tuple[int, str]], plan: documents.Plan) -> Iterator[list[tuple[int, str]]]:
+    """Runs of documents of one shard, about `_BATCH_BYTES` each."""
+    batch, size = [], 0
+    for index, text in selected:
+        if batch and (size >= _BATCH_BYTES or plan.shard_N[index] != plan.shard_N[batch[0][0]]):
+            yield batch
+            batch, size = [], 0
+        batch.append((index, text))
+        size += plan.bytes_N[index]
+    if batch:
+        yield batch
+
+
+def _encode(encoder: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Token ids of each text, followed by the end of text."""
+    end = np.array([tokenizer.end_of_text_id(encoder)])
+    return [np.concatenate([ids, end]) for ids in tokenizer.encode(encoder, texts)]
+
+
+def _shard_arrays(ids: list[np.ndarray], splits: list[int]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for index, split in enumerate(SPLITS):
+        chosen = [document for document, s in zip(ids, splits, strict=True) if s == index]
+        arrays[split] = np.concatenate([np.empty(0, np.int64), *chosen])[None]
+        arrays[f"{split}_lengths"] = np.array([[len(document) for document in chosen]], np.int64)
+    return arrays
+
+
+def _summary(plan: documents.Plan, encoder: tokenizers.Tokenizer) -> dict:
+    return {
+        "vocab_size": tokenizer.vocab_size(encoder),
+        "end_of_text_id": tokenizer.end_of_text_id(encoder),
+        "documents": {split: int((plan.split_N == index).sum()) for index, split in enumerate(SPLITS)},
+        "bytes": {split: int(plan.bytes_N[plan.split_N == index].sum()) for index, split in enumerate(SPLITS)},
+    }
+
+
+def read_tokenizer(artifact: Artifact) -> tokenizers.Tokenizer:
+    """The tokenizer of a `tokens` artifact."""
+    return tokenizer.from_bytes(artifact.read_file(TOKENIZER_FILE), f"{artifact.path}/{TOKENIZER_FILE}")
+
+
+class TokenStream:
+    """One split of a `tokens` artifact as a single stream: its documents in order, each followed by an end of text."""
+
+    def __init__(self, artifact: Artifact, split: str):
+        self._artifact, self._split = artifact, split
+        shards = range(artifact.num_shards)
+        self._shard_ends = np.cumsum([artifact.shard_length(split, shard) for shard in shards], dtype=np.int64)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return int(self._shard_ends[-1])
+
+    @functools.cached_property
+    def document_ends(self) -> np.ndarray:
+        """int64 [documents]: position in the stream where each document ends, its end of text included."""
+        name = f"{self._split}_lengths"
+        lengths = [self._artifact.read_ragged(name, shard) for shard in range(self._artifact.num_shards)]
+        return np.cumsum(np.concatenate(lengths), dtype=np.int64)
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.length:
+            raise ValueError(f"tokens {start} to {stop} of a stream of {self.length}")
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop, int32 [stop - start]."""
+        self._check_range(start, stop)
+        tokens = np.empty(stop - start, np.int32)
+        first, last = np.searchsorted(self._shard_ends, [start, stop - 1], side="right") if stop > start else (0, -1)
+        for shard in range(first, last + 1):
+            end = int(self._shard_ends[shard])
+            begin = int(self._shard_ends[shard - 1]) if shard else 0
+            low, high = max(start, begin), min(stop, end)
+            if high > low:
+                tokens[low - start : high - start] = self._artifact.read_ragged(
+                    self._split, shard, low - begin, high - begin
+                )
+        return tokens
+
+    def document_ids(self, start: int, stop: int) -> np.ndarray:
+        """Which document of the split each of the tokens start to stop belongs to, int32 [stop - start]."""
+        self._check_range(start, stop)
+        return np.searchsorted(self.document_ends, np.arange(start, stop), side="right").astype(np.int32)
+
+
+def num_sequences(stream: TokenStream, context_length: int) -> int:
+    """Number of whole sequences of a stream, each with the token that follows it; the rest is left out."""
+    return max(stream.length - 1, 0) // context_length
+
+
+def read_sequences(
+    stream: TokenStream, first: int, count: int, context_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Consecutive sequences of S = count and T = context_length; each token is a target once (stride = block).
+
+    Returns:
+      inputs_SxT, next_tokens_SxT (the token after each input) and documents_SxT (the document of each input), int32.
+
+    Raises:
+      ValueError: the stream has no such sequences.
+    """
+    start, stop = first * context_length, (first + count) * context_length
+    tokens = stream.read(start, stop + 1)
+    shape = (count, context_length)
+    return tokens[:-1].reshape(shape), tokens[1:].reshape(shape), stream.document_ids(start, stop).reshape(shape)

@@ -1,0 +1,37 @@
+"""The report of an evaluation: metrics.json, and a page and a picture made of it."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+from etils import epath
+
+from mlpmem_jax.evaluation import figures
+from mlpmem_jax.evaluation.page import page
+
+
+def write(folder, metrics: dict) -> epath.Path:
+    """Writes metrics.json, index.html and overview.png, each whole or not at all; the first process alone does.
+
+    Args:
+      folder: created where it does not exist.
+      metrics: what `evaluate.run` gathers; JSON values.
+
+    Returns:
+      The folder.
+    """
+    folder = epath.Path(folder)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        encoded = json.dumps(metrics, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        contents = {
+            "overview.png": figures.overview(metrics),
+            "index.html": page(metrics).encode(),
+            "metrics.json": encoded.encode(),
+        }
+        for name, content in contents.items():
+            partial = folder / f"{name}.partial"
+            partial.write_bytes(content)
+            partial.replace(folder / name)
+    return folder

@@ -1,0 +1,120 @@
+"""Optimizers, learning-rate schedules and gradient accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import ml_collections
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from mlpmem_jax.core.errors import ConfigError
+
+
+def schedule(settings: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
+    """Learning rate by optimizer step: linear warmup from 0 to `learning_rate`, then "linear" or "cosine" to 0, or
+    "constant".
+
+    Raises:
+      ConfigError: the warmup leaves no step to train at the full rate, or the schedule is unknown.
+    """
+    return _schedule(settings, total_steps, settings.learning_rate)
+
+
+def _schedule(settings: ml_collections.ConfigDict, total_steps: int, peak: float) -> optax.Schedule:
+    warmup, rest = settings.warmup_steps, total_steps - settings.warmup_steps
+    if rest < 1:
+        raise ConfigError(
+            f"warmup_steps: {warmup} steps of warmup, but the whole run has {total_steps} steps; "
+            "lower warmup_steps or train longer"
+        )
+    if settings.schedule == "linear":
+        main = optax.linear_schedule(peak, 0.0, rest)
+    elif settings.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, rest)
+    elif settings.schedule == "constant":
+        main = optax.constant_schedule(peak)
+    else:
+        raise ConfigError(f"schedule: expected 'linear', 'cosine' or 'constant', found {settings.schedule!r}")
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+
+def make_optimizer(settings: ml_collections.ConfigDict, total_steps: int, logical_axes) -> optax.GradientTransformation:
+    """Clipping by global norm (`clip_norm`, 0 = none), then AdamW or Muon.
+
+    AdamW decays matrices, not norms and biases. Muon (Newton-Schulz, momentum 0.95, updates scaled by
+    sqrt(max(1, outputs / inputs))) takes the matrices of the blocks, each layer by itself, at `learning_rate`, and
+    decays those alone; Adam with Nesterov momentum takes all else at `adam_learning_rate`.
+
+    Args:
+      settings: a config group of `configs.default.optimization`.
+      total_steps: optimizer steps of the whole run.
+      logical_axes: tree like the parameters whose leaves are tuples of logical axis names.
+
+    Raises:
+      ConfigError: see `schedule`; or the optimizer is unknown.
+    """
+    learning_rate = schedule(settings, total_steps)
+    if settings.optimizer == "adamw":
+        optimizer = optax.adamw(
+            learning_rate,
+            b1=settings.beta1,
+            b2=settings.beta2,
+            weight_decay=settings.weight_decay,
+            mask=_map_axes(lambda axes: len([axis for axis in axes if axis != "layers"]) > 1, logical_axes),
+        )
+    elif settings.optimizer == "muon":
+        optimizer = muon(
+            learning_rate,
+            weight_decay=settings.weight_decay,
+            adam_b1=settings.beta1,
+            adam_b2=settings.beta2,
+            adam_learning_rate=_schedule(settings, total_steps, settings.adam_learning_rate),
+            muon_weight_dimension_numbers=_map_axes(_muon_dimensions, logical_axes),
+        )
+    else:
+        raise ConfigError(f"optimizer: expected 'adamw' or 'muon', found {settings.optimizer!r}")
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer) if settings.clip_norm else optimizer
+
+
+def _map_axes(function: Callable, logical_axes):
+    return jax.tree.map(function, logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def _muon_dimensions(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
+    """Inputs and outputs of a block's matrix; None for what is none.
+
+    One side of the matrix is "embed", the other starts at the next named axis: queries, keys and values, held as
+    ("layers", "embed", None, "heads", None), are three matrices from the width to heads x head width.
+    """
+    named = [index for index, axis in enumerate(axes) if axis not in (None, "layers", "embed")]
+    if axes[0] != "layers" or "embed" not in axes or not named:
+        return None
+    embed = axes.index("embed")
+    other = tuple(index for index in range(named[0], len(axes)) if index != embed)
+    return MuonDimensionNumbers((embed,), other) if embed < named[0] else MuonDimensionNumbers(other, (embed,))
+
+
+def accumulated_value_and_grad(loss: Callable, steps: int) -> Callable:
+    """`jax.value_and_grad(loss, has_aux=True)`, computed in micro-batches one after the other.
+
+    The batch is cut across each device's own rows, so that no rows move between devices.
+
+    Args:
+      loss: (parameters, frozen, batch) -> (loss, tree of statistics), floats, means over axis 0 of the batch's arrays.
+      steps: number of micro-batches; divides axis 0 of every array of the batch.
+
+    Returns:
+      (parameters, frozen, batch) -> ((loss, statistics), gradients), all means over the whole batch.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if steps == 1:
+        return value_and_grad
+
+    def accumulated(parameters, frozen, batch):
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        mean = optax.microbatching.AccumulationType.MEAN
+        return optax.microbatching.microbatch(value_and_grad, 2, rows // steps, mean)(parameters, frozen, batch)
+
+    return accumulated

@@ -1,0 +1,190 @@
+"""The train loop: the same losses on every mesh, exact resumption, clean stops."""
+
+import functools
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.models import memory
+from mlpmem_jax.training import loop
+from mlpmem_jax.training.loss import sparse_cross_entropy
+
+LENGTH, WIDTH, VOCABULARY, ENTRIES = 8, 16, 50, 4
+MODEL = memory.MemoryConfig(
+    family="gpt2",
+    vocab_size=VOCABULARY,
+    padded_vocab_size=64,
+    input_width=WIDTH,
+    width=32,
+    blocks=2,
+    feed_forward_width=64,
+)
+
+
+class Source:
+    """Sequences whose next token is a function of the input, so that there is something to learn."""
+
+    def __init__(self, count=64):
+        random = np.random.default_rng(0)
+        self.inputs = random.normal(size=(count, LENGTH, WIDTH)).astype(np.float16)
+        self.ids = (self.inputs.argmax(-1)[..., None] * 3 + np.arange(ENTRIES)).astype(np.int32)
+        weights = random.random((count, LENGTH, ENTRIES)).astype(np.float32)
+        self.probabilities = weights / weights.sum(-1, keepdims=True)
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, index):
+        return {
+            "memory_inputs": self.inputs[index],
+            "token_ids": self.ids[index],
+            "probabilities": self.probabilities[index],
+            "next_tokens": self.ids[index, :, 0],
+        }
+
+
+def loss_of(mesh, parameters, frozen, batch):
+    hidden = memory.hidden(parameters, MODEL, batch["memory_inputs"].reshape(-1, WIDTH).astype(jnp.float32))
+    return sparse_cross_entropy(
+        hidden,
+        memory.output_kernel(parameters),
+        batch["token_ids"].reshape(-1, ENTRIES),
+        batch["probabilities"].reshape(-1, ENTRIES),
+        batch["next_tokens"].reshape(-1),
+        alpha=0.5,
+        vocab_size=VOCABULARY,
+        chunk=16,
+        mesh=mesh,
+    )
+
+
+def task(folder, mesh, source=None, validate=None, **changes):
+    settings = default.optimization()
+    settings.update(
+        {"steps": 20, "batch_sequences": 16, "warmup_steps": 4, "evaluate_every": 10, "checkpoint_every": 10} | changes
+    )
+    return loop.Task(
+        name="memory",
+        folder=str(folder),
+        settings=settings,
+        initialise=functools.partial(memory.init, MODEL, jax.random.key(0)),
+        logical_axes=memory.logical_axes(MODEL),
+        loss=functools.partial(loss_of, mesh),
+        frozen={},
+        source=source or Source(),
+        validate=validate or (lambda parameters: {"perplexity": 1.0}),
+        positions_per_sequence=LENGTH,
+        flops_per_position=1.0,
+    )
+
+
+def recorded_losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_meshes_agree_over_twenty_steps(tmp_path, monkeypatch, optimizer):
+    monkeypatch.setattr(loop, "_LOG_EVERY", 1)
+    shapes = {"one": (1, 1, 1), "2x4": (1, 2, 4), "8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
+    losses = {}
+    for name, shape in shapes.items():
+        mesh = meshes.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+        rate = 0.02 if optimizer == "muon" else 0.003
+        loop.fit(task(tmp_path / name, mesh, optimizer=optimizer, learning_rate=rate), mesh, meshes.RULES)
+        losses[name] = np.array(list(recorded_losses(tmp_path / name).values()))
+    assert len(losses["one"]) == 20
+    assert losses["one"][-1] < 0.9 * losses["one"][0]
+    for name in shapes:
+        np.testing.assert_allclose(losses[name], losses["one"], rtol=1e-4, err_msg=name)
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    mesh = meshes.make_mesh(1, 2, 1, devices=jax.devices()[:2])
+    whole, _ = loop.fit(task(tmp_path / "a", mesh), mesh, meshes.RULES)
+    parts, _ = loop.fit(task(tmp_path / "b", mesh, accumulation_steps=4), mesh, meshes.RULES)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), whole, parts)
+
+
+def test_a_stopped_run_goes_on_to_the_very_same_parameters(tmp_path):
+    """SIGTERM in the middle: a checkpoint, a clear message, and the rerun ends bit for bit where one run ends."""
+    mesh = meshes.make_mesh(1, 2, 2, devices=jax.devices()[:4])
+    whole, figures = loop.fit(task(tmp_path / "whole", mesh), mesh, meshes.RULES)
+
+    class Terminating(Source):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            if self.reads == 16 * 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    with pytest.raises(UserError, match=r"asked to stop; a checkpoint at step \d+ is written"):
+        loop.fit(task(tmp_path / "parts", mesh, source=Terminating()), mesh, meshes.RULES)
+    parts, figures_again = loop.fit(task(tmp_path / "parts", mesh), mesh, meshes.RULES)
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    assert figures == figures_again
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_goes_on_with_another_mesh(tmp_path):
+    first = meshes.make_mesh(1, 4, 1, devices=jax.devices()[:4])
+    second = meshes.make_mesh(1, 2, 2, devices=jax.devices()[:4])
+    whole, _ = loop.fit(task(tmp_path / "whole", first, learning_rate=0.0, adam_learning_rate=0.0), first, meshes.RULES)
+    loop.fit(task(tmp_path / "parts", first, steps=10), first, meshes.RULES)
+    parts, _ = loop.fit(task(tmp_path / "parts", second, learning_rate=0.0, adam_learning_rate=0.0), second, meshes.RULES)
+    assert jax.tree.leaves(parts)[0].sharding.mesh.shape == second.shape
+    assert jax.tree.structure(whole) == jax.tree.structure(parts)
+
+
+def test_the_best_validation_is_kept(tmp_path):
+    """Validation is best at step 10 of 20: those parameters come back, not the last."""
+    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    seen = []
+
+    def validate(parameters):
+        seen.append(jax.tree.map(np.array, parameters))
+        return {"perplexity": 5.0 if len(seen) == 2 else 7.0}
+
+    kept, figures = loop.fit(task(tmp_path, mesh, evaluate_every=5, validate=validate), mesh, meshes.RULES)
+    assert figures["step"] == 10
+    assert figures["validation"] == {"perplexity": 5.0}
+    jax.tree.map(np.testing.assert_array_equal, kept, seen[1])
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_named(tmp_path):
+    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    source = Source()
+    order = []
+
+    class Poisoned(Source):
+        def __getitem__(self, index):
+            item = dict(super().__getitem__(index))
+            order.append(index)
+            if index == 0:
+                item["memory_inputs"] = item["memory_inputs"] * np.float16(np.nan)
+            return item
+
+    assert len(source) == 64  # four batches of 16 an epoch: sequence 0 is in one of the first four steps
+    with pytest.raises(UserError, match=r"the loss is nan at step [1-4];"):
+        loop.fit(task(tmp_path, mesh, source=Poisoned()), mesh, meshes.RULES)
+
+
+def test_batches_that_do_not_divide_and_splits_that_are_too_small_are_refused():
+    mesh = meshes.make_mesh(1, 8, 1)
+    settings = default.optimization()
+    settings.batch_sequences = 12
+    with pytest.raises(ConfigError, match=r"config.training.batch_sequences: 12 .* 8 batch shards"):
+        loop.check_batch(settings, mesh, meshes.RULES, "training")
+    with pytest.raises(ConfigError, match="the training split has only 11"):
+        loop.total_steps(settings, 11)
