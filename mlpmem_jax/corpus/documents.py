@@ -85,8 +85,8 @@ def _sample(candidates_N: np.ndarray, order_N: np.ndarray, bytes_N: np.ndarray, 
     chosen = np.zeros(len(candidates_N), bool)
     index = np.flatnonzero(candidates_N)
     index = index[np.argsort(order_N[index], kind="stable")]
-    fits = np.cumsum(bytes_N[index]) <= max_bytes
-    chosen[index[: max(int(fits.sum()), 1)]] = True
+    fitting = int((np.cumsum(bytes_N[index]) <= max_bytes).sum())
+    chosen[index[: max(fitting, 1)]] = True
     return chosen
 
 
@@ -110,8 +110,9 @@ def _split_by_hash(hash_N: np.ndarray, fractions: Sequence[float]) -> np.ndarray
     split.
     """
     distinct, rank_N = np.unique(hash_N, return_inverse=True)
-    counts = [max(1, round(fraction * len(distinct))) if fraction else 0 for fraction in fractions]
-    return (np.searchsorted(np.cumsum(counts), rank_N, side="right") + 1).astype(np.int8) % (len(fractions) + 1)
+    ends = np.cumsum([max(1, round(fraction * len(distinct))) for fraction in fractions])
+    part_N = np.searchsorted(ends, rank_N, side="right") + 1
+    return np.where(part_N > len(fractions), 0, part_N).astype(np.int8)
 
 
 def _given_splits(parts: Sequence[Part], part_ends: np.ndarray, hash_N: np.ndarray) -> np.ndarray:
@@ -134,20 +135,22 @@ def make_plan(parts: Sequence[Part], corpus: ml_collections.ConfigDict) -> Plan:
       corpus: the group `corpus` of the config.
 
     Raises:
-      UserError: the documents are too few for three splits.
+      UserError: there is no text, or the documents are too few for three splits.
     """
     hash_Nx2, bytes_N, part_ends = _scan(parts, corpus.seed)
+    if not bytes_N.size:
+        names = ", ".join(part.name for part in parts[:3]) + (", ..." if len(parts) > 3 else "")
+        raise UserError(f"config.corpus: there is no text in {names}; expected at least three documents")
     sample_hash_N, split_hash_N = hash_Nx2.T
     split_N = _given_splits(parts, part_ends, sample_hash_N)
-    fractions = np.array([1 - corpus.validation_fraction - corpus.test_fraction, corpus.validation_fraction,
-                          corpus.test_fraction])  # fmt: skip
+    fractions = np.array([0, corpus.validation_fraction, corpus.test_fraction])
     missing = [split for split in (1, 2) if not (split_N == split).any()]
-    if corpus.max_bytes and len(missing) < 2:  # splits of the source's own: each is sampled to its share
-        fractions[0] += fractions[missing].sum()
-        used = [_sample(split_N == s, sample_hash_N, bytes_N, int(corpus.max_bytes * fractions[s])) for s in range(3)]
+    if corpus.max_bytes:  # a split that the source gives is sampled to its share, so that it is not swallowed
+        shares = fractions.copy()
+        shares[missing] = 0
+        shares[0] = 1 - shares.sum()
+        used = [_sample(split_N == s, sample_hash_N, bytes_N, round(corpus.max_bytes * shares[s])) for s in range(3)]
         split_N[~np.any(used, axis=0)] = -1
-    elif corpus.max_bytes:
-        split_N[~_sample(split_N == 0, sample_hash_N, bytes_N, corpus.max_bytes)] = -1
     train = np.flatnonzero(split_N == 0)
     if missing and train.size:
         chosen = _split_by_hash(split_hash_N[train], fractions[missing])

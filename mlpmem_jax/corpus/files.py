@@ -47,7 +47,7 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
     listing = "".join(f"{name}\0{files[name].stat().length}\n" for name in sorted(files))
     inputs = {"files (names and sizes)": hashlib.sha256(listing.encode()).hexdigest()}
     parts = [
-        Part(name, functools.partial(read_documents, files[name], corpus.text_key, corpus.document_bytes))
+        Part(str(files[name]), functools.partial(read_documents, files[name], corpus.text_key, corpus.document_bytes))
         for name in sorted(files)
     ]
     return Source(inputs, lambda: parts)
@@ -184,7 +184,9 @@ def _named_errors(file: epath.Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise UserError(f"{file}: expected UTF-8 text, found the byte 0x{byte:02x} ({error.reason}); convert it, or "
-                        "take the file out of config.corpus.path") from error  # fmt: skip
+        raise UserError(
+            f"{file}: expected UTF-8 text, found the byte 0x{byte:02x} ({error.reason}); convert it, or "
+            "take the file out of config.corpus.path"
+        ) from error
     except (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{file}: could not be read: {error}; it is damaged or not what its name says") from error

@@ -48,8 +48,8 @@ def _parts(corpus: ml_collections.ConfigDict) -> Sequence[Part]:
         feature = splits[name].features.get(corpus.text_key)
         if getattr(feature, "dtype", None) not in ("string", "large_string"):
             raise UserError(
-                f"config.corpus.text_key: {corpus.name!r} has no text column {corpus.text_key!r} in its split {name!r}, "
-                f"found {sorted(splits[name].features)}"
+                f"config.corpus.text_key: {corpus.name!r} has no text column {corpus.text_key!r} in its split "
+                f"{name!r}, found {sorted(splits[name].features)}"
             )
     return [
         Part(

@@ -28,8 +28,8 @@ from mlpmem_jax.core.progress import say
 from mlpmem_jax.corpus.documents import Part, Source
 
 PACKAGE = "mlpmem_jax"
-MINIMUM_CHARACTERS = 300
-"""Shorter docstrings are mostly labels, not prose."""
+MINIMUM_CHARACTERS = 500
+"""Shorter docstrings are mostly labels, not prose; a language model sees little context in them."""
 
 # Parts of the standard library that some systems ship apart from Python, and its test suite.
 _OMITTED_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "test", "tkinter", "turtledemo"}
@@ -130,9 +130,9 @@ def _prose(file: pathlib.Path) -> Iterator[str]:
         source = file.read_bytes()
     except OSError:
         return  # listed by the package's record, but removed since
-    if not any(len(piece) >= MINIMUM_CHARACTERS for piece in _TRIPLE_QUOTE.split(source)[1::2]):
-        if file.name != "topics.py":
-            return
+    is_long = any(len(piece) >= MINIMUM_CHARACTERS for piece in _TRIPLE_QUOTE.split(source)[1::2])
+    if not is_long and file.name != "topics.py":
+        return  # most files end here, and parsing is what takes time
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

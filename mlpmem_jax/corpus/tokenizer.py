@@ -59,8 +59,7 @@ def load(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_pretrained(config.path)
     except Exception as error:  # the library raises bare Exception
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"config.tokenizer.path: the tokenizer {config.path!r} could not be loaded: {reason}") from error
+        raise UserError(f"config.tokenizer.path: {config.path!r} could not be loaded: {error}") from error
     return from_bytes(tokenizer.to_str().encode(), config.path)
 
 
@@ -74,7 +73,9 @@ def from_bytes(content: bytes, name: str) -> tokenizers.Tokenizer:
         json.loads(content)
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{name}: expected a tokenizer.json of the tokenizers library, found something else ({error})") from error
+        raise UserError(
+            f"{name}: expected a tokenizer.json of the tokenizers library, found something else ({error})"
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text: it ends no document

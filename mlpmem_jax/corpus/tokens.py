@@ -222,7 +222,7 @@ class TokenStream:
 
 def num_sequences(stream: TokenStream, context_length: int) -> int:
     """Number of whole sequences of a stream, each with the token that follows it; the rest is left out."""
-    return max(stream.length - 1, 0) // context_length
+    return stream.length // context_length
 
 
 def read_sequences(

@@ -165,9 +165,7 @@ def draw_weights(axes: matplotlib.axes.Axes, metrics: dict) -> None:
     axes.set_xlim(0, 1)
     axes.set_xlabel("interpolation weight λ (0 = base alone)")
     axes.set_ylabel("perplexity")
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, columnspacing=1.4, handlelength=1.8, borderaxespad=0.2
-    )
+    _legend_above(axes)
 
 
 def training(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
@@ -181,7 +179,7 @@ def training(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
             for name, label in losses.items():
                 _draw_records(axes, memory, name, color=colors[name], label=label, lw=1.4)
             axes.set_ylabel("nats per position")
-            axes.legend()
+            _legend_above(axes)
     if any("validation/perplexity" in record for record in memory):
         figures["memory_validation"] = _memory_validation(memory, metrics["perplexity"]["validation"]["base"])
     if any("validation/perplexity" in record for record in base):
@@ -224,7 +222,8 @@ def shapes(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
     for kind in ("tokens_above", "tokens_for_mass"):
         with _figure(WIDTH, 3.4) as (figures[kind], (axes,)):
             for name, table in metrics["sharpness"].items():
-                points = [(float(at), count) for at, count in table[kind].items() if float(at) > 0]
+                # Zeros have no place on logarithmic axes.
+                points = [(float(at), count or math.nan) for at, count in table[kind].items() if float(at) > 0]
                 style = {"color": COLORS[name], "marker": MARKERS[name], "ms": 5, "label": LABELS[name]}
                 axes.plot(*zip(*points, strict=True), **style)
             axes.set_yscale("log")
@@ -239,7 +238,7 @@ def shapes(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
                 axes.set_xticks(masses := [mass for mass, _ in points], [f"{100 * mass:g} %" for mass in masses])
                 axes.set_xlabel("share of the mass")
                 axes.set_ylabel("tokens that hold it")
-            axes.legend(loc="upper left")
+            _legend_above(axes)
     return figures
 
 
@@ -250,6 +249,13 @@ def _systems(metrics: dict) -> dict[str, tuple[float, list[float] | None]]:
     ordered = {"base": of["base"], "augmented": of["augmented"], "knn_lm": of["knn_lm"], **controls}
     ordered["memory"] = of["memory"]
     return {name: (value, intervals.get(f"{name}_over_base")) for name, value in ordered.items()}
+
+
+def _legend_above(axes: matplotlib.axes.Axes) -> None:
+    """A legend of two columns over the axes, where it covers nothing."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, columnspacing=1.4, handlelength=1.8, borderaxespad=0.2
+    )
 
 
 def _plain_logarithmic_ticks(axes: matplotlib.axes.Axes) -> None:

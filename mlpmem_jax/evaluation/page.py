@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable
 
 import matplotlib.figure
+from etils import epath
 
 from mlpmem_jax.evaluation import figures, wording
 
@@ -56,7 +57,7 @@ pre { background: var(--wash); padding: 1rem; border-radius: .5rem; overflow-x: 
 def page(metrics: dict) -> str:
     """The report as one HTML document, from the values of metrics.json."""
     corpus, counts = metrics["config"]["corpus"], metrics["counts"]
-    source = corpus["path"] or corpus["name"] or corpus["source"].replace("_", " ")
+    source = epath.Path(corpus["path"]).name or corpus["name"] or corpus["source"].replace("_", " ")
     size = {name: wording.magnitude(count) for name, count in counts["parameters"].items()}
     about = (
         f"MLP Memory on {source}: {counts['tokens']['train']:,} training tokens, base LM of {size['base']} parameters, "
@@ -182,7 +183,7 @@ def _runs_table(metrics: dict) -> str:
         values = [record[measure] for record in metrics["training"].get(name, []) if measure in record]
         return statistics.median(values) if values else None
 
-    def row(words: str, cell: Callable[[str], float | None], scale: float = 1.0, unit: str = "") -> tuple[str, ...]:
+    def row(words: str, cell: Callable[[str], float | None], scale: float = 1, unit: str = "") -> tuple[str, ...]:
         cells = [cell(name) for name in runs]
         return words, *(wording.ABSENT if value is None else wording.quantity(value * scale) + unit for value in cells)
 

@@ -97,7 +97,9 @@ def _row_sums(values_M: np.ndarray, rows_M: np.ndarray, count: int) -> np.ndarra
     return np.bincount(rows_M, weights=values_M, minlength=count)  # adds up in float64
 
 
-def _cut(rows_M, token_ids_M, probabilities_M, labels_Q, minimum_probability: float, keep: int) -> SparseDistributions:
+def _cut(
+    rows_M, token_ids_M, probabilities_M, labels_Q, minimum_probability: float, keep: int
+) -> SparseDistributions:
     """Orders the entries of each row by falling probability, and cuts."""
     kept_M = probabilities_M > minimum_probability
     rows_M, token_ids_M, probabilities_M = rows_M[kept_M], token_ids_M[kept_M], probabilities_M[kept_M]

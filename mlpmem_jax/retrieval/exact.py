@@ -56,7 +56,10 @@ class ExactIndex:
             queries = np.zeros((rows, queries_QxD.shape[1]), np.float32)  # one shape, one compilation
             excluded = np.zeros((rows, 2), np.int32)
             part = slice(start, min(start + rows, len(queries_QxD)))
-            queries[: part.stop - start], excluded[: part.stop - start] = queries_QxD[part], excluded_Qx2[part]
+            queries[: part.stop - start], excluded[: part.stop - start] = (
+                queries_QxD[part],
+                excluded_Qx2[part],
+            )
             best, first = None, 0
             for keys, norms in self._device_blocks(group):
                 block = _search_block(queries, keys, norms, excluded - first, k=k, group=group)
@@ -94,9 +97,12 @@ def _search_block(queries_QxD, keys_BxD, norms_B, excluded_Qx2, *, k: int, group
     scores_QxGxg = scores_QxB.reshape(-1, count // group, group)
     groups = min(k, count // group)
     _, nearest_groups_QxK = jax.lax.top_k(-scores_QxGxg.min(axis=2), groups)
-    candidates_QxC = jnp.take_along_axis(scores_QxGxg, nearest_groups_QxK[..., None], axis=1).reshape(-1, groups * group)
+    candidates_QxC = jnp.take_along_axis(scores_QxGxg, nearest_groups_QxK[..., None], axis=1)
+    candidates_QxC = candidates_QxC.reshape(-1, groups * group)
     negated_QxK, places_QxK = jax.lax.top_k(-candidates_QxC, min(k, groups * group))
-    ids_QxK = jnp.take_along_axis(nearest_groups_QxK, places_QxK // group, axis=1) * group + places_QxK % group
+    ids_QxK = (
+        jnp.take_along_axis(nearest_groups_QxK, places_QxK // group, axis=1) * group + places_QxK % group
+    )
 
     # Differences, not norms and products, so that near duplicates come out near zero.
     distances_QxK = jnp.sum((keys_BxD[ids_QxK] - queries_QxD[:, None]) ** 2, axis=2)

@@ -44,7 +44,9 @@ class Options:
     training_sample: int
 
     @classmethod
-    def derive(cls, num_keys: int, k: int, leaves=0, leaves_to_search=0, reorder=0.0, training_sample=100_000):
+    def derive(
+        cls, num_keys: int, k: int, leaves=0, leaves_to_search=0, reorder=0.0, training_sample=100_000
+    ):
         """Options from the number of keys and of neighbours; every argument that is not 0 stands as given."""
         leaves = min(leaves or round(math.sqrt(num_keys)), num_keys)
         # Enough leaves to hold many times k keys, and never a share so small that borders between leaves dominate.
@@ -61,7 +63,7 @@ class ScannIndex:
     """A ScaNN searcher over N keys. Make one with `build` or `load`."""
 
     def __init__(self, searcher, size: int, options: Options):
-        self._searcher, self.size, self._options = searcher, size, options
+        self._searcher, self.size, self.options = searcher, size, options
 
     @classmethod
     def build(cls, keys_NxD: np.ndarray, options: Options) -> ScannIndex:
@@ -115,7 +117,11 @@ class ScannIndex:
         longest = int(np.max(excluded_Qx2[:, 1] - excluded_Qx2[:, 0], initial=0))
         distances_QxK = np.full((len(queries_QxD), k), np.inf, np.float32)
         ids_QxK = np.full((len(queries_QxD), k), neighbors.MISSING, np.int32)
-        rows, extra, leaves = np.arange(len(queries_QxD)), min(longest, max(1, k // 8)), self._options.leaves_to_search
+        rows, extra, leaves = (
+            np.arange(len(queries_QxD)),
+            min(longest, max(1, k // 8)),
+            self.options.leaves_to_search,
+        )
         while True:
             step = max(1, _NEIGHBORS_AT_ONCE // (k + extra))
             for start in range(0, len(rows), step):
@@ -123,16 +129,16 @@ class ScannIndex:
                 found = self._search_once(queries_QxD[part], k, extra, leaves, excluded_Qx2[part])
                 distances_QxK[part], ids_QxK[part] = found
             rows = rows[np.isinf(distances_QxK[rows, -1])]
-            if not len(rows) or (leaves == self._options.leaves and extra == longest):
+            if not len(rows) or (leaves == self.options.leaves and extra == longest):
                 return distances_QxK, ids_QxK
-            extra, leaves = min(longest, 4 * extra), min(self._options.leaves, 4 * leaves)
+            extra, leaves = min(longest, 4 * extra), min(self.options.leaves, 4 * leaves)
 
     def _search_once(self, queries_QxD, k: int, extra: int, leaves: int, excluded_Qx2):
         wanted = min(k + extra, self.size)
         ids_QxM, distances_QxM = self._searcher.search_batched_parallel(
             queries_QxD,
             final_num_neighbors=wanted,
-            pre_reorder_num_neighbors=max(wanted, round(wanted * self._options.reorder)),
+            pre_reorder_num_neighbors=max(wanted, round(wanted * self.options.reorder)),
             leaves_to_search=leaves,
         )
         ids_QxM = ids_QxM.view(np.int32)

@@ -1,19 +1,15 @@
 """Stage `targets`: the next-token distribution p_kNN of every position of every split.
 
-Work is cut in tiles, one shard of keys by one shard of queries. A tile leaves the k nearest neighbors found so far; the
-last shard of keys turns them into distributions. Tiles are kept in a scratch folder until the stage is finished, so a
-stage that was killed goes on where it stopped, with the same bytes at its end. With one shard of keys there are no
-tiles to keep.
+The keys of the training split are divided in shards with an index each, the positions that look for neighbors in those
+of their datastore; `tiles` works through all pairs. Indices, unfinished neighbors and measurements are kept in a scratch
+folder until the stage is finished, so a stage that was killed goes on where it stopped, with the same bytes at its end.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import hashlib
-import io
 import json
-import os
 
 import jax
 import ml_collections
@@ -24,154 +20,23 @@ from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import ArraySpec, Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError
-from mlpmem_jax.core.progress import progress, say
+from mlpmem_jax.core.progress import say
 from mlpmem_jax.retrieval import neighbors, quality, scann_index, temperature
 from mlpmem_jax.retrieval.datastore import SPLITS
-from mlpmem_jax.retrieval.distribution import SparseDistributions, sparse_distributions
-from mlpmem_jax.retrieval.key_shards import KeyShard, KeyShards, Queries, read_queries, sample_queries
+from mlpmem_jax.retrieval.key_shards import KeyShards, sample_queries
+from mlpmem_jax.retrieval.tiles import Plan, Split, find_neighbors, make_tiles
 
-_NEIGHBORS_AT_ONCE = 1 << 22  # of one block of queries: 32 MiB of ids and distances
-_ROWS_AT_ONCE = 64  # positions whose neighbors fit a core's cache while they are sorted
-_SMALLEST_FLOAT16 = 2.0**-25  # this and less is stored as zero
-_ENTRIES_PER_CHUNK = 8192
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the stage needs to know, resolved from the config."""
-
-    backend: str
-    k: int
-    exclude: str
-    keep: int
-    minimum_probability: float
-
-    @property
-    def entries(self) -> int:
-        """The most entries that a distribution can have."""
-        return min(self.k, self.keep) if self.keep else self.k
+_ENTRIES_PER_CHUNK = 8192  # unit of one range read of the ragged arrays
 
 
 def resolve_backend(name: str) -> str:
-    """"scann" or "exact" for the config's "auto", "scann" or "exact"."""
+    """ "scann" or "exact" for the config's "auto", "scann" or "exact"."""
     if name != "auto":
         return name
     if scann_index.is_available():
         return "scann"
     say("targets: ScaNN is not installed (its wheels are for Linux on x86-64): taking the exact backend")
     return "exact"
-
-
-def find_neighbors(shard: KeyShard, queries: Queries, plan: Plan, split: str) -> np.ndarray:
-    """The nearest keys of one shard, packed (distance, next token) as `neighbors.pack` does, uint64 [Q, k]."""
-    excluded_Qx2 = shard.excluded(queries, plan.exclude) if split == "train" else None
-    distances_QxK, ids_QxK = shard.index.search(queries.keys_QxD, plan.k, excluded_Qx2)
-    return neighbors.pack(distances_QxK, shard.next_tokens_N[ids_QxK])
-
-
-def _blocks(count: int, k: int) -> list[slice]:
-    rows = max(_ROWS_AT_ONCE, _NEIGHBORS_AT_ONCE // k)
-    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
-
-
-def distributions(packed_QxK, queries: Queries, plan: Plan, temperature: float) -> list[SparseDistributions]:
-    """p_kNN of each query, in order, in blocks of a few rows that several threads work on."""
-
-    def block(start: int) -> SparseDistributions:
-        part = slice(start, start + _ROWS_AT_ONCE)
-        return sparse_distributions(
-            *neighbors.unpack(packed_QxK[part]),
-            queries.next_tokens_Q[part],
-            temperature,
-            max(plan.minimum_probability, _SMALLEST_FLOAT16),
-            plan.keep,
-        )
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(block, range(0, len(queries), _ROWS_AT_ONCE)))
-
-
-def _shard_arrays(parts: list[SparseDistributions], length: int, token_dtype: str) -> tuple[dict, dict]:
-    """The arrays of one shard of the artifact, and figures about it."""
-    counts_N = np.concatenate([np.diff(part.offsets_Q1) for part in parts])
-    ends_SxT = np.cumsum(counts_N).reshape(-1, length)
-    starts_S = ends_SxT[:, 0] - counts_N[::length]
-    arrays = {
-        "offsets": np.concatenate([starts_S[:, None], ends_SxT], axis=1).astype(np.int32),
-        "token_ids": np.concatenate([part.token_ids_M for part in parts])[None].astype(token_dtype),
-        "probabilities": np.concatenate([part.probabilities_M for part in parts])[None].astype(np.float16),
-        "label_probabilities": np.concatenate([part.label_probabilities_Q for part in parts]).reshape(-1, length),
-    }
-    figures = {
-        "entries": int(counts_N.sum()),
-        "max_entries": int(counts_N.max()),
-        "cut_mass": float(sum(part.cut_mass_Q.sum(dtype=np.float64) for part in parts)),
-    }
-    return arrays, figures
-
-
-class _Split:
-    """The targets of one split while they are being made."""
-
-    def __init__(self, name: str, datastore: Artifact, writer: ArtifactWriter, scratch: epath.Path, token_dtype: str):
-        self.name, self._datastore, self._writer, self._token_dtype = name, datastore, writer, token_dtype
-        self._scratch = scratch / "neighbors" / name
-        spec = datastore.arrays["next_tokens"]
-        (self._sequences, self.length), self._per_shard = spec.shape, spec.rows_per_shard
-        self.shards = [  # not a slice of the incomplete ones: processes may list them at different moments
-            shard for shard in writer.incomplete_shards() if shard % jax.process_count() == jax.process_index()
-        ]
-
-    def positions(self, shard: int) -> int:
-        first = shard * self._per_shard
-        return (min(first + self._per_shard, self._sequences) - first) * self.length
-
-    def queries(self, shard: int) -> Queries:
-        first = shard * self._per_shard
-        return read_queries(self._datastore, first, min(first + self._per_shard, self._sequences))
-
-    def _tile(self, shard: int, key_shard: int) -> epath.Path:
-        return self._scratch / f"{shard:06d}.{key_shard:04d}.npy"
-
-    def merged(self, shard: int, num_key_shards: int) -> int:
-        """How many key shards the kept tile of this query shard has been through."""
-        return max((n + 1 for n in range(num_key_shards) if self._tile(shard, n).exists()), default=0)
-
-    def read_tile(self, shard: int, key_shard: int) -> np.ndarray:
-        return np.load(io.BytesIO(self._tile(shard, key_shard).read_bytes()))
-
-    def write_tile(self, shard: int, key_shard: int, packed_QxK: np.ndarray) -> None:
-        content = io.BytesIO()
-        np.save(content, packed_QxK)
-        tile = self._tile(shard, key_shard)
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        unfinished = tile.with_suffix(".unfinished")
-        unfinished.write_bytes(content.getbuffer())
-        unfinished.replace(tile)
-        if key_shard:
-            self._tile(shard, key_shard - 1).unlink(missing_ok=True)
-
-    def write(self, shard: int, parts: list[SparseDistributions], lacking: int) -> None:
-        arrays, figures = _shard_arrays(parts, self.length, self._token_dtype)
-        self._writer.write_shard(shard, arrays, {**figures, "positions_lacking_k": lacking})
-
-    def seal(self, measured: dict) -> None:
-        folder = epath.Path(self._writer.path) / "shards"
-        records = [json.loads((folder / f"{n:06d}.json").read_bytes()) for n in range(self._writer.num_shards)]
-        figures = [record["extra"] for record in records]
-        positions = self._sequences * self.length
-        stored = sum(array["bytes"] for record in records for array in record["arrays"].values())
-        self._writer.seal(
-            {
-                **measured,
-                "positions": positions,
-                "mean_entries": sum(shard["entries"] for shard in figures) / positions,
-                "max_entries": max(shard["max_entries"] for shard in figures),
-                "cut_mass": sum(shard["cut_mass"] for shard in figures) / positions,
-                "positions_lacking_k": sum(shard["positions_lacking_k"] for shard in figures),
-                "bytes_per_position": stored / positions,
-            }
-        )
 
 
 def _array_specs(datastore: Artifact, entries: int, token_dtype: str) -> dict[str, ArraySpec]:
@@ -208,7 +73,10 @@ def _measure(config, plan: Plan, datastores: dict[str, Artifact], key_shards: Ke
         choice = temperature.choose(
             *neighbors.unpack(packed_QxK), queries.next_tokens_Q, queries.base_log_probabilities_Q
         )
-        figures |= {"temperature": choice.temperature, "sample_interpolation_weight": choice.interpolation_weight}
+        figures |= {
+            "temperature": choice.temperature,
+            "sample_interpolation_weight": choice.interpolation_weight,
+        }
     if plan.backend == "exact":
         return figures | {"recall_at_k": 1.0, "total_variation": 0.0}
     queries = sample_queries(datastores["train"], count)
@@ -224,43 +92,6 @@ def _measured_once(scratch: epath.Path, measure) -> dict:
         unfinished.replace(file)
     meshes.barrier("targets measured")
     return json.loads(file.read_text())
-
-
-def _make_tiles(splits: list[_Split], key_shards: KeyShards, plan: Plan, temperature: float) -> None:
-    """All tiles of this process: the innermost work of the stage."""
-    count = len(key_shards)
-    merged = {(split.name, shard): split.merged(shard, count) for split in splits for shard in split.shards}
-    total = sum(split.positions(shard) for split in splits for shard in split.shards) * count
-    done = sum(split.positions(shard) * merged[split.name, shard] for split in splits for shard in split.shards)
-    with progress(total, "targets", "positions" if count == 1 else "positions x key shards", done) as bar:
-        for number in range(count):
-            for split in splits:
-                for shard in split.shards:
-                    if merged[split.name, shard] <= number:
-                        _make_tile(split, shard, key_shards, number, plan, temperature, bar)
-
-
-def _make_tile(split: _Split, shard: int, key_shards: KeyShards, number: int, plan: Plan, temperature: float, bar):
-    """Searches one key shard for one query shard, and writes its tile or, after the last key shard, its targets."""
-    queries, key_shard = split.queries(shard), key_shards.open(number)
-    before_QxK = split.read_tile(shard, number - 1) if number else None
-    is_last = number == len(key_shards) - 1
-    kept = None if is_last else np.empty((len(queries), plan.k), np.uint64)
-    parts: list[SparseDistributions] = []
-    lacking = 0
-    for block in _blocks(len(queries), plan.k):
-        found_QxK = find_neighbors(key_shard, queries[block], plan, split.name)
-        packed_QxK = neighbors.merge(None if before_QxK is None else before_QxK[block], found_QxK)
-        if is_last:
-            lacking += int(np.isinf(neighbors.unpack(packed_QxK[:, -1])[0]).sum())
-            parts += distributions(packed_QxK, queries[block], plan, temperature)
-        else:
-            kept[block] = packed_QxK
-        bar.advance(block.stop - block.start)
-    if is_last:
-        split.write(shard, parts, lacking)
-    else:
-        split.write_tile(shard, number, kept)
 
 
 def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
@@ -290,8 +121,12 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
     plan = Plan(**{field.name: settings[field.name] for field in dataclasses.fields(Plan)})
     _check(plan, datastores["train"])
     digest = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()[:12]
-    scratch = workdir / "targets" / "scratch" / digest  # what another config left there is not taken for this one's
-    token_dtype = "uint16" if open_artifact(workdir / "tokens", "tokens").arrays["train"].dtype == "uint16" else "int32"
+    scratch = (
+        workdir / "targets" / "scratch" / digest
+    )  # what another config left there is not taken for this one's
+    token_dtype = (
+        "uint16" if open_artifact(workdir / "tokens", "tokens").arrays["train"].dtype == "uint16" else "int32"
+    )
     writers = {
         split: ArtifactWriter.create(
             workdir / "targets" / split,
@@ -311,8 +146,8 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
     meshes.barrier("targets indices built")
     measured = _measured_once(scratch, lambda: _measure(config, plan, datastores, key_shards))
 
-    splits = [_Split(split, datastores[split], writers[split], scratch, token_dtype) for split in names]
-    _make_tiles(splits, key_shards, plan, measured["temperature"])
+    splits = [Split(split, datastores[split], writers[split], scratch, token_dtype) for split in names]
+    make_tiles(splits, key_shards, plan, measured["temperature"])
     meshes.barrier("targets written")
     if jax.process_index() == 0:
         for split in splits:
@@ -324,11 +159,12 @@ def _check(plan: Plan, datastore: Artifact) -> None:
     sequences, length = datastore.arrays["next_tokens"].shape
     if plan.k >= sequences * length:
         raise ConfigError(
-            f"config.targets.k: {plan.k} neighbors of {sequences * length} training positions; lower it, or give more text"
+            f"config.targets.k: {plan.k} neighbors of {sequences * length} training positions; lower it, or give more "
+            "text"
         )
     if plan.exclude == "document":
-        first, last = datastore.read("documents", 0, 1)[0, 0], datastore.read("documents", sequences - 1, sequences)[0, -1]
-        if first == last:
+        first, last = (datastore.read("documents", row, row + 1)[0] for row in (0, sequences - 1))
+        if first[0] == last[-1]:
             raise ConfigError(
                 "config.targets.exclude: 'document' leaves no neighbors, the training split is a single document; "
                 "use 'self', or lower config.corpus.document_bytes"

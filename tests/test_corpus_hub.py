@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from configs import default
+from mlpmem_jax.core import errors
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.corpus import hub
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def write(folder, **splits):
+    folder.mkdir()
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return folder
+
+
+def parts_of(folder, **changes):
+    corpus = default.get_config().corpus
+    corpus.source, corpus.name = "hub", str(folder)
+    corpus.update(changes)
+    return {part.split: list(part.read()) for part in hub.open_source(corpus).parts()}
+
+
+def test_rows_are_documents_with_the_splits_of_the_data_set(tmp_path, datasets):
+    folder = write(tmp_path / "set", train=["one\nline", "", "two\n"], test=["three\n\nlines\n"])
+    assert parts_of(folder) == {"train": ["one\nline", "two\n"], "test": ["three\n\nlines\n"]}
+
+
+def test_rows_that_are_lines_are_joined_to_documents(tmp_path, datasets):
+    rows = ["", " = Title = \n", "", " A paragraph of text . \n", " Another one . \n", "", " = Next = \n"]
+    folder = write(tmp_path / "set", train=rows, validation=rows)
+    expected = [" = Title = \n A paragraph of text . \n Another one . \n", " = Next = \n"]
+    assert parts_of(folder, document_bytes=30)["train"] == expected
+    assert parts_of(folder, document_bytes=1000)["validation"] == ["".join(rows)]
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path, datasets):
+    with pytest.raises(UserError, match=r"config\.corpus\.name: the data set '.*absent'"):
+        parts_of(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"config\.corpus\.text_key: .* has no text column 'body'.*\['text'\]"):
+        parts_of(write(tmp_path / "set", train=["one"]), text_key="body")
+    with pytest.raises(UserError, match="has no split 'train'"):
+        parts_of(write(tmp_path / "other", test=["one"]))
+
+
+def test_without_the_extra(monkeypatch):
+    def missing(module):
+        raise ImportError(f"No module named {module!r}")
+
+    monkeypatch.setattr(errors.importlib, "import_module", missing)
+    with pytest.raises(UserError, match=r"mlpmem_jax\[hub\]"):
+        hub.open_source(default.get_config().corpus)

@@ -1,0 +1,106 @@
+import importlib.metadata
+
+import pytest
+
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.corpus import installed_docs
+
+PROSE = "A docstring that says at some length what the thing is for. " * 12
+
+
+def install(root, name, requires=(), files=(), extras=()):
+    """A distribution as pip leaves it: files, metadata, and a record in arbitrary order."""
+    info = root / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0"]
+    lines += [f"Requires-Dist: {line}" for line in requires] + [f"Provides-Extra: {extra}" for extra in extras]
+    (info / "METADATA").write_text("\n".join(lines) + "\n")
+    for path, content in files:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(content)
+    (info / "RECORD").write_text("".join(f"{path},,\n" for path, _ in reversed(files)))
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(installed_docs, "PACKAGE", "toy_package")
+    monkeypatch.setattr(installed_docs, "_standard_library", lambda: [])
+    installed_docs.documents.cache_clear()
+    yield tmp_path
+    installed_docs.documents.cache_clear()
+
+
+def docstring(text):
+    return f'"""{text}"""\n'
+
+
+def test_dependencies_follow_markers_and_extras_of_requirements(site):
+    install(
+        site,
+        "toy_package",
+        ["Toy.Direct[fast]", "toy_other_platform; sys_platform == 'none'", "toy_extra; extra == 'test'"],
+    )
+    install(site, "toy_direct", ["toy_fast; extra == 'fast'", "toy_slow; extra == 'slow'"], extras=["fast", "slow"])
+    install(site, "toy_fast", ["toy_direct"])
+    for name in ("toy_slow", "toy_extra", "toy_other_platform"):
+        install(site, name)
+    assert list(installed_docs.dependencies("toy_package")) == ["toy-direct", "toy-fast"]
+
+
+def test_own_dependencies_leave_out_the_extras():
+    names = installed_docs.dependencies("mlpmem_jax")
+    assert {"jax", "numpy", "scipy", "flax", "optax", "orbax-checkpoint"} <= set(names)
+    assert not {"torch", "faiss-cpu", "pytest", "hypothesis", "mlpmem-jax"} & set(names)
+
+
+def test_a_package_that_is_not_installed():
+    with pytest.raises(UserError, match="no_such_package to be installed"):
+        installed_docs.dependencies("no_such_package")
+
+
+def test_documents_are_long_distinct_docstrings_in_a_fixed_order(site):
+    module = (
+        docstring("Module. " + PROSE)
+        + "raise RuntimeError('this file must never be imported')\n"
+        + "class Thing:\n    '''Thing. " + PROSE + "'''\n"
+        + "    def method(self):\n        r'''Method.\n\n        " + PROSE + "\n          indented\n        '''\n"
+        + "try:\n    pass\nexcept ValueError:\n    def hidden():\n        '''Hidden. " + PROSE + "'''\n"
+        + "def short():\n    '''Short.'''\n"
+        + "text = '''No docstring. " + PROSE + "'''\n"
+        + "add_newdoc('a', 'b', ('c', '''\n    Added. " + PROSE + "\n    '''))\n"
+    )  # fmt: skip
+    files = [
+        ("toy/z.py", docstring("Last. " + PROSE)),
+        ("toy/a.py", module),
+        ("toy/copy.py", docstring("Module. " + PROSE)),
+        ("toy/broken.py", docstring("Broken. " + PROSE) + "def (:\n"),
+        ("toy/tests/test_a.py", docstring("Test. " + PROSE)),
+        ("toy/a_test.py", docstring("Test. " + PROSE)),
+        ("toy/_vendor/b.py", docstring("Vendored. " + PROSE)),
+    ]
+    install(site, "toy_package", ["toy"], [("own.py", docstring("Own. " + PROSE))])
+    install(site, "toy", files=files)
+    first_words = ["Module.", "Thing.", "Method.", "Hidden.", "Added.", "Last."]
+    found = installed_docs.documents()
+    assert [text.split()[0] for text in found] == first_words
+    assert found[2].splitlines()[-1] == "  indented"  # the indentation of the source is taken off
+
+
+def test_topics_are_documents(tmp_path):
+    (tmp_path / "topics.py").write_text(f"topics = {{'b': 'B. {PROSE}', 'a': 'A. {PROSE}', 'c': 'short'}}\n")
+    assert [text.split()[0] for text in installed_docs._prose(tmp_path / "topics.py")] == ["B.", "A."]
+
+
+def test_the_standard_library_is_listed_without_tests_and_site_packages():
+    files = [file.as_posix() for file in installed_docs._standard_library()]
+    assert any(file.endswith("/pydoc_data/topics.py") for file in files)
+    assert any(file.endswith("/json/decoder.py") for file in files)
+    assert not any("/test/" in file or "/tests/" in file or "/site-packages/" in file for file in files)
+    assert len(files) == len(set(files)) > 300
+
+
+def test_versions_are_the_inputs():
+    inputs = installed_docs.open_source().inputs
+    assert inputs["jax"] == importlib.metadata.version("jax")
+    assert inputs["Python"].startswith("3.")

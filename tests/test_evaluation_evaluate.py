@@ -1,0 +1,241 @@
+"""The stage `evaluate` on small artifacts made by hand, against NumPy on the models' logits."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import default
+from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
+from mlpmem_jax.core.errors import ArtifactError, ConfigError
+from mlpmem_jax.evaluation import evaluate, provenance
+from mlpmem_jax.models import gpt2, memory, saved
+
+VOCABULARY, LENGTH, ENTRIES = 31, 8, 4
+LANGUAGE_MODEL = gpt2.GPT2Config(VOCABULARY, LENGTH, 16, 2, 2)
+MEMORY = memory.MemoryConfig("gpt2", VOCABULARY, 32, 16, 16, 2, 32)
+SEQUENCES = {"train": 3, "validation": 7, "test": 9}
+PER_SHARD = 4
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def sharpened(parameters, factor=6.0):
+    return jax.tree.map(lambda array: array * factor, parameters)
+
+
+def write_tokens(workdir, streams):
+    arrays = {}
+    for name in ("train", "validation", "test"):
+        arrays[name] = ArraySpec((1, 4096), "uint16", 1, (1, 4096))
+        arrays[f"{name}_lengths"] = ArraySpec((1, 4096), "uint32", 1, (1, 4096))
+    writer = ArtifactWriter.create(workdir / "tokens", "tokens", {}, {}, arrays)
+    rows = {name: stream[None] for name, stream in streams.items()}
+    writer.write_shard(0, {**rows, **{f"{name}_lengths": [[len(stream)]] for name, stream in streams.items()}})
+    return writer.seal({"vocab_size": VOCABULARY})
+
+
+def write_model(path, kind, model, parameters, inputs):
+    writer = ArtifactWriter.create(path, kind, {}, inputs, {})
+    return saved.seal(writer, model, parameters, {"step": 10, "steps": 20})
+
+
+def write_datastore(workdir, split, inputs_SxTxD, next_SxT, scores_SxT, base):
+    count = len(next_SxT)
+    specs = {
+        "keys": ArraySpec((count, LENGTH, 16), "float16", PER_SHARD, (1, LENGTH, 16)),
+        "next_tokens": ArraySpec((count, LENGTH), "int32", PER_SHARD, (1, LENGTH)),
+        "base_log_probabilities": ArraySpec((count, LENGTH), "float32", PER_SHARD, (1, LENGTH)),
+    }
+    writer = ArtifactWriter.create(workdir / "datastore" / split, "datastore", {}, {"base": base}, specs)
+    rows = {"keys": inputs_SxTxD, "next_tokens": next_SxT, "base_log_probabilities": scores_SxT}
+    for shard in range(writer.num_shards):
+        part = slice(shard * PER_SHARD, (shard + 1) * PER_SHARD)
+        writer.write_shard(shard, {name: array[part] for name, array in rows.items()})
+    writer.seal({})
+
+
+def write_targets(workdir, split, counts_SxT, labels_SxT):
+    """Every position has uniform probabilities over so many tokens."""
+    count = len(counts_SxT)
+    shards = -(-count // PER_SHARD)
+    capacity = PER_SHARD * LENGTH * ENTRIES
+    specs = {
+        "offsets": ArraySpec((count, LENGTH + 1), "int32", PER_SHARD, (1, LENGTH + 1)),
+        "token_ids": ArraySpec((shards, capacity), "uint16", 1, (1, capacity)),
+        "probabilities": ArraySpec((shards, capacity), "float16", 1, (1, capacity)),
+        "label_probabilities": ArraySpec((count, LENGTH), "float32", PER_SHARD, (1, LENGTH)),
+    }
+    writer = ArtifactWriter.create(workdir / "targets" / split, "targets", {}, {}, specs)
+    for shard in range(shards):
+        part = slice(shard * PER_SHARD, (shard + 1) * PER_SHARD)
+        counts_N = counts_SxT[part].ravel()
+        ends_N1 = np.concatenate([[0], np.cumsum(counts_N)])
+        starts_S = ends_N1[:-1].reshape(-1, LENGTH)[:, :1]
+        writer.write_shard(
+            shard,
+            {
+                "offsets": np.concatenate([starts_S, ends_N1[1:].reshape(-1, LENGTH)], axis=1),
+                "token_ids": np.zeros((1, counts_N.sum())),
+                "probabilities": np.repeat(1.0 / counts_N, counts_N)[None],
+                "label_probabilities": labels_SxT[part],
+            },
+        )
+    writer.seal({"recall_at_k": 0.99, "total_variation": 0.001, "bytes_per_position": 12.5})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A working directory of finished stages, and what an independent computation says about it."""
+    workdir = tmp_path_factory.mktemp("evaluate")
+    generator = np.random.default_rng(0)
+    base, trained = (sharpened(init(jax.random.key(n))) for n, init in enumerate(_initializers()))
+    streams = {split: generator.integers(VOCABULARY, size=n * LENGTH + 3) for split, n in SEQUENCES.items()}
+    write_tokens(workdir, streams)
+    base_artifact = write_model(workdir / "base", "base", LANGUAGE_MODEL, base, {})
+    write_model(workdir / "memory", "memory", MEMORY, trained, {"base": base_artifact.fingerprint})
+    expected = {}
+    for split, count in SEQUENCES.items():
+        tokens_SxT = streams[split][: count * LENGTH].reshape(count, LENGTH)
+        next_SxT = streams[split][1 : count * LENGTH + 1].reshape(count, LENGTH)
+        base_SxTxV = log_softmax(gpt2.logits(base, LANGUAGE_MODEL, tokens_SxT))
+        inputs_SxTxD = generator.normal(size=(count, LENGTH, 16)).astype(np.float16)
+        logits_SxTxV = memory.logits(trained, MEMORY, inputs_SxTxD.astype(np.float32))
+        memory_SxTxV = log_softmax(np.asarray(logits_SxTxV)[..., :VOCABULARY])
+        picked = [np.take_along_axis(rows, next_SxT[..., None], 2)[..., 0] for rows in (base_SxTxV, memory_SxTxV)]
+        labels_SxT = generator.random((count, LENGTH)) * (generator.random((count, LENGTH)) < 0.5)
+        counts_SxT = generator.integers(1, ENTRIES + 1, (count, LENGTH))
+        write_datastore(workdir, split, inputs_SxTxD, next_SxT, picked[0], base_artifact.fingerprint)
+        write_targets(workdir, split, counts_SxT, labels_SxT)
+        expected[split] = {
+            "base": picked[0],
+            "memory": picked[1],
+            "labels": labels_SxT,
+            "rows": {"base": base_SxTxV, "memory": memory_SxTxV},
+            "counts": counts_SxT,
+        }
+    return workdir, expected
+
+
+def _initializers():
+    return lambda key: gpt2.init(LANGUAGE_MODEL, key), lambda key: memory.init(MEMORY, key)
+
+
+def config_of(workdir):
+    config = default.get_config()
+    config.workdir = str(workdir)
+    config.evaluation.bootstrap_samples = 100
+    config.evaluation.sharpness_positions = 10_000
+    return config
+
+
+def perplexity(probabilities):
+    return np.exp(-np.mean(np.log(probabilities)))
+
+
+def test_the_stage_agrees_with_numpy_on_the_logits(world, monkeypatch):
+    workdir, expected = world
+    monkeypatch.setattr(evaluate, "_PROBABILITIES_AT_ONCE", 7 * VOCABULARY)
+    (workdir / "stages.jsonl").write_text(
+        "".join(json.dumps({"stage": "tokens", "seconds": s, "peak_rss_bytes": b}) + "\n" for s, b in ((1, 9), (2, 5)))
+    )
+    metrics = evaluate.run(config_of(workdir))
+    assert json.loads((workdir / "report" / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    weights = metrics["interpolation_weight"]
+    for split in ("validation", "test"):
+        of, found = expected[split], metrics["perplexity"][split]
+        base_SxT, memory_SxT = np.exp(of["base"]), np.exp(of["memory"])
+        assert found["base"] == pytest.approx(perplexity(base_SxT), rel=1e-4)
+        assert found["memory"] == pytest.approx(perplexity(memory_SxT), rel=1e-4)
+        for name, weight, other_SxT in (
+            ("augmented", weights["memory"], memory_SxT),
+            ("knn_lm", weights["knn_lm"], of["labels"]),
+        ):
+            assert found[name] == pytest.approx(perplexity(weight * other_SxT + (1 - weight) * base_SxT), rel=1e-4)
+            if split == "validation":
+                grid = [perplexity(w * other_SxT + (1 - w) * base_SxT) for w in np.linspace(0, 0.99, 100)]
+                assert found[name] <= min(grid) * (1 + 1e-6)
+    assert metrics["seconds"]["tokens"] == 3
+    assert metrics["peak_rss_bytes"]["tokens"] == 9
+    assert metrics["seconds"]["evaluate"] > 0
+    assert metrics["bytes"]["memory"] > 4 * metrics["counts"]["parameters"]["memory"] / 2
+    assert metrics["counts"]["tokens"] == {split: n * LENGTH for split, n in SEQUENCES.items()}
+    assert metrics["targets"]["recall_at_k"] == 0.99
+
+
+def test_shapes_are_means_over_all_positions_when_all_are_asked_for(world):
+    workdir, expected = world
+    shapes = evaluate.run(config_of(workdir))["sharpness"]
+    of = expected["test"]
+    assert {shape["positions"] for shape in shapes.values()} == {SEQUENCES["test"] * LENGTH}
+    # Uniform over n of at most four tokens: n above zero, n above 0.1, and n for 99 % of the mass.
+    mean = pytest.approx(of["counts"].mean())
+    assert shapes["knn"]["tokens_above"]["0"] == mean
+    assert shapes["knn"]["tokens_above"]["0.1"] == mean
+    assert shapes["knn"]["tokens_for_mass"]["0.99"] == mean
+    for name in ("base", "memory"):
+        rows_NxV = np.exp(of["rows"][name]).reshape(-1, VOCABULARY)
+        assert shapes[name]["tokens_above"]["0.01"] == pytest.approx((rows_NxV > 0.01).sum(axis=1).mean(), abs=0.03)
+        held_NxV = np.cumsum(-np.sort(-rows_NxV), axis=1)
+        needed = 1 + (held_NxV < 0.9).sum(axis=1).mean()
+        assert shapes[name]["tokens_for_mass"]["0.9"] == pytest.approx(needed, abs=0.03)
+
+
+def test_controls_are_found_scored_and_left_out_when_foreign(world):
+    workdir, _ = world
+    base = evaluate.open_artifact(workdir / "base", "base").fingerprint
+    continued, ce_only = (sharpened(init(jax.random.key(n + 7))) for n, init in enumerate(_initializers()))
+    write_model(workdir / "controls" / "continued", "base", LANGUAGE_MODEL, continued, {"base": base})
+    write_model(workdir / "controls" / "ce_only", "memory", MEMORY, ce_only, {"base": "another"})
+    metrics = evaluate.run(config_of(workdir))
+    assert set(metrics["controls"]) == {"continued"}
+    opened = evaluate._open(config_of(workdir))
+    tokens_SxT, next_SxT = opened.tokens("test", 0, SEQUENCES["test"])
+    rows_SxTxV = log_softmax(gpt2.logits(continued, LANGUAGE_MODEL, tokens_SxT))
+    picked_SxT = np.take_along_axis(rows_SxTxV, next_SxT[..., None], 2)[..., 0]
+    assert metrics["controls"]["continued"]["perplexity"]["test"] == pytest.approx(perplexity(np.exp(picked_SxT)), 1e-4)
+    assert "controls/continued" in metrics["bytes"]
+
+
+def test_a_memory_of_another_base_is_refused(world, tmp_path):
+    workdir, _ = world
+    for entry in workdir.iterdir():
+        if entry.name not in ("memory", "report"):
+            (tmp_path / entry.name).symlink_to(entry)
+    trained = memory.init(MEMORY, jax.random.key(0))
+    write_model(tmp_path / "memory", "memory", MEMORY, trained, {"base": "another"})
+    with pytest.raises(ArtifactError, match="another base"):
+        evaluate.run(config_of(tmp_path))
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_missing_stage_and_a_short_test_split_are_refused(world, tmp_path, monkeypatch):
+    workdir, _ = world
+    with pytest.raises(ArtifactError, match="run the stage"):
+        evaluate.run(config_of(tmp_path))
+    for entry in workdir.iterdir():
+        if entry.name != "datastore":
+            (tmp_path / entry.name).symlink_to(entry)
+    base = evaluate.open_artifact(workdir / "base", "base").fingerprint
+    for split, count in {**SEQUENCES, "test": 1}.items():
+        zeros = [np.zeros((count, LENGTH, *width)) for width in ((16,), (), ())]
+        write_datastore(tmp_path, split, *zeros, base)
+    with pytest.raises(ConfigError, match="test_fraction"):
+        evaluate.run(config_of(tmp_path))
+
+
+def test_curves_are_thinned_but_keep_every_validation_and_the_last_record(tmp_path):
+    lines = [{"step": step, "loss": 1.0} for step in range(2000)]
+    lines[77]["validation/perplexity"] = 3.0
+    (tmp_path / "memory").mkdir()
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "memory" / "metrics.jsonl").write_text(text + '{"step": 2000, "lo')
+    curve = provenance.training_curves(tmp_path)["memory"]
+    assert len(curve) <= provenance.CURVE_RECORDS + 1
+    assert {0, 77, 1999} - {record["step"] for record in curve} <= {0}
+    assert provenance.training_curves(tmp_path)["base"] == []

@@ -1,0 +1,156 @@
+"""The report: what it claims, what its page holds, and that it is written whole or not at all."""
+
+import html.parser
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.evaluation import comparison, figures, report, wording
+from mlpmem_jax.evaluation.page import page
+from mlpmem_jax.evaluation.sharpness import SharpnessMean
+
+
+def metrics_of(gain, controls=False, records=True):
+    """A whole metrics.json from random scores; `gain` is what the memory adds to the base, in nats."""
+
+    def scores(seed):
+        generator = np.random.default_rng(seed)
+        base_SxT = -generator.gamma(2.0, size=(40, 8)) - 1.0
+        noise_SxT = 0.05 * generator.normal(size=base_SxT.shape)
+        others = {"continued": base_SxT + 0.2 * gain} if controls else {}
+        memories = {"ce_only": base_SxT + 2 * gain} if controls else {}
+        return comparison.Scores(base_SxT, base_SxT + gain + noise_SxT, base_SxT + 0.3, memories, others)
+
+    metrics = comparison.compare(scores(0), scores(1), samples=200, confidence=0.95, seed=0)
+    shape = SharpnessMean()
+    shape.add(np.random.default_rng(2).dirichlet(np.ones(30), size=5))
+    names = ("base", "knn", "memory", "augmented")
+    losses = [{"step": step, "loss": 5.0, "kl": 3.0, "cross_entropy": 6.0, "matmul_share": 0.6} for step in (20, 40)]
+    validations = [{"step": step, "validation/perplexity": 50.0 - step / 10} for step in (20, 40)]
+    return metrics | {
+        "confidence": 0.95,
+        "sharpness": dict.fromkeys(names, shape.summary()),
+        "targets": {"backend": "exact", "k": 8, "recall_at_k": 1.0, "temperature": 2.5},
+        "counts": {
+            "sequence_length": 8,
+            "vocabulary": 30,
+            "tokens": {"train": 900, "validation": 320, "test": 320},
+            "parameters": {"base": 4000, "memory": 2_500_000},
+        },
+        "seconds": {"tokens": 1.0, "train": 2.0},
+        "peak_rss_bytes": {"tokens": 2**30, "train": 2**31},
+        "bytes": {"tokens": 100, "datastore/train": 200, "memory": 300},
+        "training": {"base": validations, "memory": losses + validations} if records else {},
+        "training_runs": {"base": {"steps": 40, "step": 40}, "memory": {"steps": 40, "step": 20}},
+        "config": {"corpus": {"source": "files", "path": "texts/<odd> & name", "name": ""}},
+        "provenance": {"python": "3"},
+    }
+
+
+def test_a_gain_is_claimed_only_where_the_interval_excludes_one():
+    gains = wording.verdict(metrics_of(0.1))
+    assert gains[0].startswith("The memory lowers")
+    assert any("of the gain of searching" in sentence for sentence in gains)
+    no_gain = metrics_of(0.1)
+    no_gain["interval"]["test"]["augmented_over_base"] = [0.95, 1.0]
+    assert wording.verdict(no_gain)[0].startswith("No gain can be claimed")
+    assert len(wording.verdict(no_gain)) == 1
+    worse = metrics_of(0.1)
+    worse["interval"]["test"]["augmented_over_base"] = [1.01, 1.05]
+    assert "worse" in wording.verdict(worse)[0]
+
+
+def test_controls_that_are_not_beaten_are_said_not_to_be():
+    said = " ".join(wording.verdict(metrics_of(0.1, controls=True)))
+    assert "does better than the base trained on" in said
+    assert "not shown to do better than the same memory trained without" in said
+
+
+class Parsed(html.parser.HTMLParser):
+    """Checks that tags are balanced, and collects ids and references."""
+
+    VOID = ("meta", "path", "use")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.references, self.tags = [], [], [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href"):
+                self.references.append(value)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("controls", [False, True])
+def test_page_is_well_formed_and_needs_nothing_from_elsewhere(controls):
+    text = page(metrics_of(0.1, controls=controls))
+    parsed = Parsed(text)
+    assert parsed.open == []
+    assert "script" not in parsed.tags
+    assert "link" not in parsed.tags
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert all(reference.startswith("#") and reference[1:] in parsed.ids for reference in parsed.references)
+    assert all(target in parsed.ids for target in re.findall(r"url\(#([^)]+)\)", text))
+    assert "&lt;odd&gt; &amp; name" in text
+    assert "<odd>" not in text
+
+
+def test_page_does_without_training_records_and_costs_of_other_stages():
+    metrics = metrics_of(0.1, records=False)
+    metrics["seconds"], metrics["peak_rss_bytes"] = {"evaluate": 1.0}, {"evaluate": 2**20}
+    assert Parsed(page(metrics)).open == []
+
+
+def test_the_same_metrics_give_the_same_page_and_picture():
+    assert page(metrics_of(0.1)) == page(metrics_of(0.1))
+    assert figures.overview(metrics_of(0.1)) == figures.overview(metrics_of(0.1))
+
+
+def test_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    metrics = metrics_of(0.1, controls=True)
+    folder = report.write(tmp_path / "report", metrics)
+    assert sorted(file.name for file in folder.iterdir()) == ["index.html", "metrics.json", "overview.png"]
+    assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    assert (folder / "overview.png").read_bytes().startswith(b"\x89PNG")
+    before = (folder / "metrics.json").read_bytes()
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(report, "page", fail)
+    with pytest.raises(OSError, match="no space"):
+        report.write(tmp_path / "report", metrics_of(0.5))
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_bars_of_a_system_far_beyond_the_base_stay_in_the_picture():
+    metrics = metrics_of(0.1)
+    metrics["perplexity"]["test"]["memory"] = 1e6
+    figure = figures.perplexities(metrics)
+    assert figure.axes[0].get_xlim()[1] < 3 * metrics["perplexity"]["test"]["base"]
+    figure.savefig(io.BytesIO(), format="png", dpi=20)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.00123, "0.00123"), (7, "7"), (12.34, "12.3"), (256.4, "256"), (123456, "123,456")]
+)
+def test_quantities_are_short(value, text):
+    assert wording.quantity(value) == text

@@ -1,0 +1,244 @@
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from retrieval_data import (
+    LENGTH,
+    PER_SHARD,
+    VOCABULARY,
+    brute_force,
+    config_for,
+    knn_distribution,
+    write_workdir,
+)
+
+from mlpmem_jax.core.artifacts import ArtifactWriter
+from mlpmem_jax.core.errors import ArtifactError, ConfigError
+from mlpmem_jax.retrieval import scann_index, targets, temperature
+from mlpmem_jax.retrieval.key_shards import KeyShards
+from mlpmem_jax.retrieval.tiles import Split
+
+BACKENDS = ["exact", *(["scann"] if scann_index.is_available() else [])]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path, write_workdir(tmp_path)
+
+
+def read_rows(artifact, split_arrays):
+    """Every position's stored distribution as a dictionary."""
+    sequences = len(split_arrays["next_tokens"])
+    rows = []
+    for sequence in range(sequences):
+        offsets = artifact.read("offsets", sequence, sequence + 1)[0]
+        shard = sequence // PER_SHARD
+        for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+            tokens = artifact.read_ragged("token_ids", shard, int(start), int(stop))
+            probabilities = artifact.read_ragged("probabilities", shard, int(start), int(stop))
+            rows.append(dict(zip(tokens.tolist(), probabilities.astype(float).tolist(), strict=True)))
+    return rows
+
+
+def expected_rows(arrays, split, k, temperature_, exclude="self"):
+    """The targets by the paper's definition, and p_kNN of each next token."""
+    keys = arrays["train"]["keys"].astype(np.float64).reshape(-1, arrays["train"]["keys"].shape[2])
+    values = arrays["train"]["next_tokens"].ravel()
+    queries = arrays[split]["keys"].reshape(-1, keys.shape[1])
+    forbidden = None
+    if split == "train":
+        owner = np.arange(len(keys)) if exclude == "self" else arrays["train"]["documents"].ravel()
+        forbidden = owner[:, None] == owner[None, :]
+    distances, ids = brute_force(queries, keys, k, forbidden)
+    rows = [knn_distribution(d, values[i], temperature_) for d, i in zip(distances, ids, strict=True)]
+    labels = arrays[split]["next_tokens"].ravel()
+    return rows, [row.get(label, 0.0) for row, label in zip(rows, labels.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("key_shard_rows", "exclude"), [(10**6, "self"), (200, "self"), (10**6, "document"), (300, "document")]
+)
+def test_targets_are_the_papers_distributions(workdir, backend, key_shard_rows, exclude):
+    folder, arrays = workdir
+    config = config_for(folder, backend=backend, key_shard_rows=key_shard_rows, exclude=exclude)
+    artifacts = targets.run(config)
+    for split in ("train", "validation", "test"):
+        expected, labels = expected_rows(arrays, split, 12, 0.5, exclude)
+        found = read_rows(artifacts[split], arrays[split])
+        assert len(found) == len(expected)
+        for row, truth in zip(found, expected, strict=True):
+            assert set(row) <= set(truth)
+            for token, probability in truth.items():
+                assert row.get(token, 0) == pytest.approx(probability, rel=2e-3, abs=1e-5)
+        sequences = len(arrays[split]["next_tokens"])
+        stored = artifacts[split].read("label_probabilities", 0, sequences).ravel()
+        np.testing.assert_allclose(stored, labels, rtol=1e-3, atol=1e-6)
+        assert artifacts[split].arrays["token_ids"].dtype == "uint16"
+        assert artifacts[split].summary["positions_lacking_k"] == 0
+        assert artifacts[split].summary["max_entries"] == max(len(row) for row in found)
+    assert artifacts["train"].summary["recall_at_k"] > 0.999
+    assert not (folder / "targets" / "scratch").exists()
+
+
+def test_a_key_belongs_to_the_token_after_it(workdir):
+    """With one neighbor that is a copy of the query, the target is that copy's next token and not its neighbor's."""
+    folder, arrays = workdir
+    artifacts = targets.run(config_for(folder, k=1, backend="exact"))
+    keys = arrays["train"]["keys"].reshape(-1, arrays["train"]["keys"].shape[2]).astype(float)
+    following = arrays["train"]["next_tokens"].ravel()
+    rows = read_rows(artifacts["test"], arrays["test"])
+    agreements = {-1: 0, 0: 0, 1: 0}
+    for query, row in zip(arrays["test"]["keys"].reshape(len(rows), -1).astype(float), rows, strict=True):
+        nearest = int(np.argmin(((keys - query) ** 2).sum(axis=1)))
+        for shift in agreements:
+            agreements[shift] += row == {int(following[(nearest + shift) % len(following)]): 1.0}
+    assert agreements[0] == len(rows)
+    assert max(agreements[-1], agreements[1]) < len(rows) / 5
+
+
+def test_keep_cuts_and_reports(workdir):
+    folder, arrays = workdir
+    artifact = targets.run(config_for(folder, keep=2, backend="exact"))["train"]
+    expected, _ = expected_rows(arrays, "train", 12, 0.5)
+    lost = []
+    for row, truth in zip(read_rows(artifact, arrays["train"]), expected, strict=True):
+        kept = sorted(truth.values(), reverse=True)[:2]
+        assert list(row.values()) == pytest.approx([p / sum(kept) for p in kept], rel=2e-3)
+        lost.append(1 - sum(kept))
+    assert artifact.summary["cut_mass"] == pytest.approx(np.mean(lost), abs=1e-4)
+    assert artifact.summary["max_entries"] == 2
+
+
+def test_positions_that_lack_k_are_counted(workdir):
+    folder, _ = workdir
+    summary = targets.run(config_for(folder, k=630, exclude="document", backend="exact"))["train"].summary
+    assert summary["positions_lacking_k"] == 640  # 640 - 23 of the own document < 630
+
+
+def test_the_automatic_temperature_is_near_the_best(workdir):
+    folder, arrays = workdir
+    # Next tokens that follow from the key, so that some temperature is better than others.
+    rng = np.random.default_rng(0)
+    keys = arrays["train"]["keys"].reshape(-1, arrays["train"]["keys"].shape[2]).astype(float)
+    direction = rng.normal(size=keys.shape[1])
+    label = lambda rows: np.floor(2 * (rows @ direction)).astype(int) % VOCABULARY
+    queries = arrays["validation"]["keys"].reshape(-1, keys.shape[1]).astype(float)
+    distances, ids = brute_force(queries, keys, 40)
+    base = np.log(rng.uniform(0.05, 0.6, len(queries)))
+
+    def best_mixture(candidate):
+        p = [
+            knn_distribution(d, label(keys)[i], candidate).get(int(own), 0.0)
+            for d, i, own in zip(distances, ids, label(queries), strict=True)
+        ]
+        return min(
+            -np.mean(np.log(w * np.array(p) + (1 - w) * np.exp(base))) for w in np.linspace(0, 0.99, 100)
+        )
+
+    choice = temperature.choose(distances.astype(np.float32), label(keys)[ids], label(queries), base)
+    others = [best_mixture(choice.temperature * 2.0**octave) for octave in np.arange(-6, 6.5, 0.5)]
+    assert best_mixture(choice.temperature) <= min(others) + 1e-3
+    assert np.log(choice.perplexity) == pytest.approx(best_mixture(choice.temperature), abs=1e-3)
+
+
+def test_automatic_temperature_is_recorded(workdir):
+    folder, _ = workdir
+    artifacts = targets.run(config_for(folder, temperature=0.0, backend="exact"))
+    assert len({artifact.summary["temperature"] for artifact in artifacts.values()}) == 1
+    assert artifacts["train"].summary["temperature"] > 0
+
+
+def test_finished_targets_are_left_alone_and_other_configs_refused(workdir):
+    folder, _ = workdir
+    first = targets.run(config_for(folder, backend="exact"))
+    assert targets.run(config_for(folder, backend="exact"))["test"].fingerprint == first["test"].fingerprint
+    with pytest.raises(ArtifactError, match=r"k: 12 there, 13 now"):
+        targets.run(config_for(folder, backend="exact", k=13))
+
+
+def test_bad_input_is_refused_before_anything_is_written(workdir):
+    folder, _ = workdir
+    with pytest.raises(ConfigError, match=r"targets\.k: 640 neighbors of 640"):
+        targets.run(config_for(folder, k=640))
+    assert not (folder / "targets").exists()
+
+
+def test_one_document_leaves_nothing_to_exclude(tmp_path):
+    write_workdir(tmp_path, document_length=10**6)
+    with pytest.raises(ConfigError, match="single document"):
+        targets.run(config_for(tmp_path, exclude="document"))
+
+
+def tree(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+class Interruption(Exception):
+    """Stands for a kill, within the process."""
+
+
+@pytest.mark.parametrize("key_shard_rows", [10**6, 250])
+def test_interrupted_between_any_two_steps_it_ends_with_the_same_bytes(workdir, key_shard_rows, monkeypatch):
+    folder, _ = workdir
+    config = config_for(folder, key_shard_rows=key_shard_rows, temperature=0.0, quality_positions=32)
+    targets.run(config)
+    expected = tree(folder / "targets")
+    shutil.rmtree(folder / "targets")
+
+    def interrupted_after(owner, name):
+        original = getattr(owner, name)
+
+        def step(*arguments, **named):
+            result = original(*arguments, **named)
+            nonlocal steps
+            steps += 1
+            if steps == 2:
+                raise Interruption
+            return result
+
+        monkeypatch.setattr(owner, name, step)
+
+    interrupted_after(ArtifactWriter, "write_shard")
+    interrupted_after(ArtifactWriter, "seal")
+    interrupted_after(Split, "write_tile")
+    interrupted_after(KeyShards, "open")
+    interruptions, finished = 0, False
+    while not finished:
+        steps = 0
+        try:
+            targets.run(config)
+            finished = True
+        except Interruption:
+            interruptions += 1
+            assert interruptions < 500
+    assert interruptions > 10
+    assert tree(folder / "targets") == expected
+
+
+def test_killed_while_it_writes_it_ends_with_the_same_bytes(workdir):
+    folder, _ = workdir
+    settings = {"key_shard_rows": 250, "quality_positions": 32}
+    targets.run(config_for(folder, **settings))
+    expected = tree(folder / "targets")
+    shutil.rmtree(folder / "targets")
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); from retrieval_data import config_for; "
+        f"from mlpmem_jax.retrieval import targets; targets.run(config_for({str(folder)!r}, **{settings!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=pathlib.Path(__file__).parents[1])
+    while process.poll() is None and not list(folder.glob("targets/scratch/*/neighbors/train/*.npy")):
+        time.sleep(0.001)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    targets.run(config_for(folder, **settings))
+    assert tree(folder / "targets") == expected

@@ -1,0 +1,123 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs import default
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.corpus import tokenizer
+
+TEXTS = [
+    f"the {a} {b} of the {c}, naïve {a}{b}\n" for a, b, c in itertools.permutations(["red", "fox", "sea", "lamp"], 3)
+]
+
+
+def config_of(source, path):
+    config = default.get_config().tokenizer
+    config.source, config.path = source, str(path)
+    return config
+
+
+def ready(made):
+    return tokenizer.from_bytes(made.to_str().encode(), "test")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return ready(tokenizer.train(iter(TEXTS), 290))
+
+
+@settings(max_examples=50)
+@given(st.text())
+def test_decoding_gives_the_text_back(trained, text):
+    (ids,) = tokenizer.encode(trained, [text])
+    assert trained.decode(ids.tolist(), skip_special_tokens=False) == text
+    assert ids.max(initial=0) < tokenizer.vocab_size(trained)
+
+
+def test_frequent_words_become_tokens(trained):
+    assert tokenizer.vocab_size(trained) == 290
+    (ids,) = tokenizer.encode(trained, [" the red fox"])
+    assert len(ids) <= 4
+
+
+def test_a_text_that_names_the_end_of_text_does_not_end(trained):
+    texts = ["a<|endoftext|>b", "<|endoftext|>"]
+    encoded = tokenizer.encode(trained, texts)
+    assert all(tokenizer.end_of_text_id(trained) not in ids for ids in encoded)
+    assert [trained.decode(ids.tolist()) for ids in encoded] == texts
+
+
+def test_encoding_is_that_of_each_text_alone(trained):
+    for text, ids in zip(TEXTS, tokenizer.encode(trained, TEXTS), strict=True):
+        np.testing.assert_array_equal(ids, trained.encode(text, add_special_tokens=False).ids)
+
+
+def test_training_is_the_same_with_any_number_of_threads():
+    script = (
+        "import sys; from mlpmem_jax.corpus import tokenizer; import random; random.seed(0)\n"
+        "words = [''.join(random.choices('abcdeé ', k=random.randrange(1, 9))) for _ in range(3000)]\n"
+        "sys.stdout.write(tokenizer.train(words, 700).to_str())\n"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={
+                **os.environ,
+                "PYTHONHASHSEED": seed,
+                "TOKENIZERS_PARALLELISM": parallel,
+                "RAYON_NUM_THREADS": threads,
+            },
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed, parallel, threads in [("1", "false", "1"), ("2", "true", "1"), ("3", "true", "5")]
+    }
+    assert len(outputs) == 1
+    assert len(json.loads(outputs.pop())["model"]["vocab"]) == 700
+
+
+def test_a_file_or_its_folder_can_be_loaded(tmp_path, trained):
+    trained.enable_truncation(2)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    trained.no_truncation()
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = tokenizer.load(config_of("file", path))
+        np.testing.assert_array_equal(tokenizer.encode(loaded, TEXTS)[3], tokenizer.encode(trained, TEXTS)[3])
+
+
+def test_other_names_of_the_end_of_text():
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    made.add_special_tokens(["</s>"])
+    assert tokenizer.end_of_text_id(ready(made)) == 2
+    assert tokenizer.vocab_size(made) == 3
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(file))
+    with pytest.raises(UserError, match=rf"{file}: has no end-of-text token; expected one of <\|endoftext\|>, </s>"):
+        tokenizer.load(config_of("file", file))
+
+
+@pytest.mark.parametrize("content", ["", "not json", "{}", '{"model": {"type": "unknown"}}'])
+def test_what_is_not_a_tokenizer_is_refused(tmp_path, content):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=rf"{file}: expected a tokenizer\.json"):
+        tokenizer.load(config_of("file", file))
+
+
+def test_absent_tokenizers_are_named(tmp_path):
+    with pytest.raises(UserError, match="absent does not exist"):
+        tokenizer.load(config_of("file", tmp_path / "absent"))
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(UserError, match=r"config\.tokenizer\.path: 'no-such/name' could not be loaded"):
+        tokenizer.load(config_of("hub", "no-such/name"))

@@ -1,0 +1,223 @@
+import concurrent.futures
+import hashlib
+import itertools
+import pathlib
+import random
+import threading
+
+import numpy as np
+import pytest
+
+from configs import default
+from mlpmem_jax.core.errors import ArtifactError, UserError
+from mlpmem_jax.corpus import documents, tokenizer, tokens
+from mlpmem_jax.corpus.documents import SPLITS
+
+CONTEXT = 16
+
+
+def write_corpus(folder: pathlib.Path) -> list[str]:
+    generator = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "naïve", "<|endoftext|>", "\n\n", "x = 1"]
+    texts = [" ".join(generator.choices(words, k=generator.randrange(1, 60))) + f" {index}" for index in range(60)]
+    texts[41] = texts[7]
+    folder.mkdir()
+    for index, text in enumerate(texts):
+        (folder / f"{index:03d}.txt").write_text(text)
+    return texts
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """A config over a folder of small documents that makes about eight shards, and the documents."""
+    monkeypatch.setattr(documents, "SHARD_BYTES", 1500)
+    monkeypatch.setattr(tokens, "_BATCH_BYTES", 400)
+    texts = write_corpus(tmp_path / "text")
+    config = default.get_config()
+    config.workdir = str(tmp_path / "work")
+    config.corpus.update(
+        {"source": "files", "path": str(tmp_path / "text"), "validation_fraction": 0.2, "test_fraction": 0.2}
+    )
+    config.tokenizer.vocab_size = 280
+    config.base.context_length = CONTEXT
+    return config, texts
+
+
+def content_of(folder) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(pathlib.Path(folder).rglob("*"))
+        if file.is_file()
+    }
+
+
+def reference_documents(artifact, split) -> list[str]:
+    """The documents of a split, taken from the raw arrays and cut at their lengths by a plain loop."""
+    encoder = tokenizer.from_bytes(artifact.read_file("tokenizer.json"), "test")
+    end, texts = tokenizer.end_of_text_id(encoder), []
+    for shard in range(artifact.num_shards):
+        ids, start = artifact.read_ragged(split, shard).tolist(), 0
+        for length in artifact.read_ragged(f"{split}_lengths", shard).tolist():
+            document = ids[start : start + length]
+            assert document[-1] == end
+            assert end not in document[:-1]
+            texts.append(encoder.decode(document[:-1], skip_special_tokens=False))
+            start += length
+        assert start == len(ids)
+    return texts
+
+
+def test_the_streams_hold_every_document_once_in_its_split(corpus):
+    config, texts = corpus
+    artifact = tokens.run(config)
+    assert artifact.num_shards > 4
+    found = {split: reference_documents(artifact, split) for split in SPLITS}
+    assert sorted(itertools.chain(*found.values())) == sorted(texts)
+    assert all(found.values())
+    for split in SPLITS:
+        others = {text for other in SPLITS if other != split for text in found[other]}
+        assert not others & set(found[split])
+        assert found[split] == [text for text in texts if text in found[split]]  # the order of the corpus
+        assert artifact.summary["documents"][split] == len(found[split])
+        assert artifact.summary["bytes"][split] == sum(len(text.encode()) for text in found[split])
+    assert artifact.summary["vocab_size"] == 280
+
+
+def test_readers_agree_with_the_concatenated_documents(corpus):
+    config, _ = corpus
+    artifact = tokens.run(config)
+    encoder = tokens.read_tokenizer(artifact)
+    end = tokenizer.end_of_text_id(encoder)
+    stream = tokens.TokenStream(artifact, "train")
+    flat, owner = [], []
+    for document, text in enumerate(reference_documents(artifact, "train")):
+        ids = [*encoder.encode(text).ids, end]
+        flat += ids
+        owner += [document] * len(ids)
+    assert stream.length == len(flat)
+    generator = random.Random(1)
+    spans = [(0, 0), (0, len(flat)), (len(flat), len(flat)), *([s, s + 1] for s in range(0, len(flat), 97))]
+    spans += [sorted(generator.choices(range(len(flat) + 1), k=2)) for _ in range(30)]
+    for start, stop in spans:
+        np.testing.assert_array_equal(stream.read(start, stop), flat[start:stop])
+        np.testing.assert_array_equal(stream.document_ids(start, stop), owner[start:stop])
+    assert stream.read(0, 5).dtype == stream.document_ids(0, 5).dtype == np.int32
+    for span in ((-1, 3), (3, 2), (0, len(flat) + 1)):
+        with pytest.raises(ValueError, match="of a stream of"):
+            stream.read(*span)
+
+
+def test_every_token_but_the_first_is_a_target_once(corpus):
+    config, _ = corpus
+    stream = tokens.TokenStream(tokens.run(config), "train")
+    flat = stream.read(0, stream.length)
+    count = tokens.num_sequences(stream, CONTEXT)
+    assert count * CONTEXT + 1 <= stream.length < (count + 1) * CONTEXT + 1
+    inputs, next_tokens, owners = tokens.read_sequences(stream, 0, count, CONTEXT)
+    assert inputs.shape == next_tokens.shape == owners.shape == (count, CONTEXT)
+    np.testing.assert_array_equal(inputs.ravel(), flat[: count * CONTEXT])
+    np.testing.assert_array_equal(next_tokens.ravel(), flat[1 : count * CONTEXT + 1])
+    for first in (0, 3, count - 2):
+        some = tokens.read_sequences(stream, first, 2, CONTEXT)
+        for part, whole in zip(some, (inputs, next_tokens, owners), strict=True):
+            np.testing.assert_array_equal(part, whole[first : first + 2])
+            assert part.dtype == np.int32
+    with pytest.raises(ValueError, match="of a stream of"):
+        tokens.read_sequences(stream, count, 1, CONTEXT)
+
+
+@pytest.mark.parametrize("completed", [0, 1, 3])
+def test_a_restarted_stage_ends_with_the_same_bytes(corpus, monkeypatch, completed):
+    config, _ = corpus
+    whole = tokens.run(config)
+    config.workdir += "_restarted"
+    write_shard, written = tokens.ArtifactWriter.write_shard, []
+
+    def interrupted(self, index, arrays, extra=None):
+        if len(written) == completed:
+            raise KeyboardInterrupt
+        written.append(index)
+        write_shard(self, index, arrays, extra)
+
+    monkeypatch.setattr(tokens.ArtifactWriter, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokens.run(config)
+    redone = []
+    monkeypatch.setattr(
+        tokens.ArtifactWriter, "write_shard", lambda self, i, *rest: (redone.append(i), write_shard(self, i, *rest))
+    )
+    restarted = tokens.run(config)
+    assert sorted(written + redone) == list(range(whole.num_shards))
+    assert restarted.fingerprint == whole.fingerprint
+    assert content_of(restarted.path) == content_of(whole.path)
+
+
+def test_processes_share_the_shards(corpus, monkeypatch):
+    """Three processes, played by threads that meet at the barriers."""
+    config, _ = corpus
+    alone = tokens.run(config)
+    config.workdir += "_shared"
+    here, meeting = threading.local(), threading.Barrier(3, timeout=60)
+    monkeypatch.setattr(tokens.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(tokens.jax, "process_index", lambda: here.process)
+    monkeypatch.setattr(tokens.mesh, "barrier", lambda name: meeting.wait())
+    written = {0: [], 1: [], 2: []}
+    write_shard = tokens.ArtifactWriter.write_shard
+
+    def record(self, index, arrays, extra=None):
+        written[here.process].append(index)
+        write_shard(self, index, arrays, extra)
+
+    monkeypatch.setattr(tokens.ArtifactWriter, "write_shard", record)
+
+    def process(index):
+        here.process = index
+        return tokens.run(config)
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        shared = list(pool.map(process, range(3)))
+    assert all(written.values())
+    assert sorted(itertools.chain(*written.values())) == list(range(alone.num_shards))
+    assert {artifact.fingerprint for artifact in shared} == {alone.fingerprint}
+    assert content_of(shared[0].path) == content_of(alone.path)
+
+
+def test_a_finished_stage_is_not_made_again(corpus, monkeypatch):
+    config, _ = corpus
+    first = tokens.run(config)
+    monkeypatch.setattr(tokens, "_build", None)
+    assert tokens.run(config).fingerprint == first.fingerprint
+
+
+def test_changed_text_is_noticed(corpus):
+    config, _ = corpus
+    tokens.run(config)
+    (pathlib.Path(config.corpus.path) / "more.txt").write_text("more")
+    with pytest.raises(ArtifactError, match="files"):
+        tokens.run(config)
+
+
+def test_a_given_tokenizer_is_used(corpus, tmp_path):
+    config, texts = corpus
+    tokenizer.train(texts[:5], 270).save(str(tmp_path / "tokenizer.json"))
+    config.tokenizer.source, config.tokenizer.path = "file", str(tmp_path / "tokenizer.json")
+    artifact = tokens.run(config)
+    assert artifact.summary["vocab_size"] == 270
+    assert sorted(itertools.chain(*(reference_documents(artifact, split) for split in SPLITS))) == sorted(texts)
+
+
+def test_splits_shorter_than_a_sequence_are_refused(corpus):
+    config, _ = corpus
+    config.base.context_length = 100_000
+    with pytest.raises(UserError, match=r"the train split has \d+ tokens, expected more than config\.base\.context"):
+        tokens.run(config)
+    config.base.context_length = CONTEXT
+    tokens.run(config)
+
+
+def test_bad_text_leaves_nothing_behind(corpus):
+    config, _ = corpus
+    (pathlib.Path(config.corpus.path) / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"bad\.txt: expected UTF-8"):
+        tokens.run(config)
+    assert not pathlib.Path(config.workdir).exists()
