@@ -129,7 +129,7 @@ def test_only_the_parts_that_are_needed_are_opened():
 
 
 def test_no_text_at_all_names_the_parts():
-    with pytest.raises(UserError, match="no text in 0, 1, 2, ...; expected"):
+    with pytest.raises(UserError, match=r"no text in 0, 1, 2, \.\.\.; expected"):
         plan_of([], [], [], [])
 
 

@@ -31,8 +31,9 @@ def parts_of(folder, **changes):
 
 
 def test_rows_are_documents_with_the_splits_of_the_data_set(tmp_path, datasets):
-    folder = write(tmp_path / "set", train=["one\nline", "", "two\n"], test=["three\n\nlines\n"])
-    assert parts_of(folder) == {"train": ["one\nline", "two\n"], "test": ["three\n\nlines\n"]}
+    code = ["three\n\nlines\n", "two\nlines\n"]
+    folder = write(tmp_path / "set", train=["one\nline", "", "two\n"], test=code)
+    assert parts_of(folder) == {"train": ["one\nline", "two\n"], "test": code}
 
 
 def test_rows_that_are_lines_are_joined_to_documents(tmp_path, datasets):

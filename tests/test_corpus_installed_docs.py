@@ -9,7 +9,7 @@ PROSE = "A docstring that says at some length what the thing is for. " * 12
 
 
 def install(root, name, requires=(), files=(), extras=()):
-    """A distribution as pip leaves it: files, metadata, and a record in arbitrary order."""
+    """A distribution as pip leaves it: files, metadata, and a record in no particular order."""
     info = root / f"{name}-1.0.dist-info"
     info.mkdir(parents=True)
     lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0"]
@@ -18,7 +18,7 @@ def install(root, name, requires=(), files=(), extras=()):
     for path, content in files:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(content)
-    (info / "RECORD").write_text("".join(f"{path},,\n" for path, _ in reversed(files)))
+    (info / "RECORD").write_text("".join(f"{path},,\n" for path, _ in files))
 
 
 @pytest.fixture

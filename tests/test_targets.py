@@ -1,3 +1,4 @@
+import itertools
 import pathlib
 import shutil
 import subprocess
@@ -7,7 +8,6 @@ import time
 import numpy as np
 import pytest
 from retrieval_data import (
-    LENGTH,
     PER_SHARD,
     VOCABULARY,
     brute_force,
@@ -19,7 +19,6 @@ from retrieval_data import (
 from mlpmem_jax.core.artifacts import ArtifactWriter
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.retrieval import scann_index, targets, temperature
-from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.tiles import Split
 
 BACKENDS = ["exact", *(["scann"] if scann_index.is_available() else [])]
@@ -37,9 +36,9 @@ def read_rows(artifact, split_arrays):
     for sequence in range(sequences):
         offsets = artifact.read("offsets", sequence, sequence + 1)[0]
         shard = sequence // PER_SHARD
-        for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
-            tokens = artifact.read_ragged("token_ids", shard, int(start), int(stop))
-            probabilities = artifact.read_ragged("probabilities", shard, int(start), int(stop))
+        for start, stop in itertools.pairwise(offsets.tolist()):
+            tokens = artifact.read_ragged("token_ids", shard, start, stop)
+            probabilities = artifact.read_ragged("probabilities", shard, start, stop)
             rows.append(dict(zip(tokens.tolist(), probabilities.astype(float).tolist(), strict=True)))
     return rows
 
@@ -121,12 +120,15 @@ def test_positions_that_lack_k_are_counted(workdir):
 
 
 def test_the_automatic_temperature_is_near_the_best(workdir):
-    folder, arrays = workdir
+    _, arrays = workdir
     # Next tokens that follow from the key, so that some temperature is better than others.
     rng = np.random.default_rng(0)
     keys = arrays["train"]["keys"].reshape(-1, arrays["train"]["keys"].shape[2]).astype(float)
     direction = rng.normal(size=keys.shape[1])
-    label = lambda rows: np.floor(2 * (rows @ direction)).astype(int) % VOCABULARY
+
+    def label(rows):
+        return np.floor(2 * (rows @ direction)).astype(int) % VOCABULARY
+
     queries = arrays["validation"]["keys"].reshape(-1, keys.shape[1]).astype(float)
     distances, ids = brute_force(queries, keys, 40)
     base = np.log(rng.uniform(0.05, 0.6, len(queries)))
@@ -198,28 +200,22 @@ def test_interrupted_between_any_two_steps_it_ends_with_the_same_bytes(workdir, 
         original = getattr(owner, name)
 
         def step(*arguments, **named):
-            result = original(*arguments, **named)
-            nonlocal steps
-            steps += 1
-            if steps == 2:
-                raise Interruption
-            return result
+            original(*arguments, **named)
+            raise Interruption
 
         monkeypatch.setattr(owner, name, step)
 
     interrupted_after(ArtifactWriter, "write_shard")
     interrupted_after(ArtifactWriter, "seal")
     interrupted_after(Split, "write_tile")
-    interrupted_after(KeyShards, "open")
     interruptions, finished = 0, False
     while not finished:
-        steps = 0
         try:
             targets.run(config)
             finished = True
         except Interruption:
             interruptions += 1
-            assert interruptions < 500
+            assert interruptions < 100
     assert interruptions > 10
     assert tree(folder / "targets") == expected
 

@@ -4,6 +4,8 @@ import itertools
 import pathlib
 import random
 import threading
+import time
+import types
 
 import numpy as np
 import pytest
@@ -126,6 +128,11 @@ def test_every_token_but_the_first_is_a_target_once(corpus):
         tokens.read_sequences(stream, count, 1, CONTEXT)
 
 
+@pytest.mark.parametrize(("length", "count"), [(0, 0), (16, 0), (17, 1), (48, 2), (49, 3)])
+def test_a_sequence_needs_the_token_after_it(length, count):
+    assert tokens.num_sequences(types.SimpleNamespace(length=length), 16) == count
+
+
 @pytest.mark.parametrize("completed", [0, 1, 3])
 def test_a_restarted_stage_ends_with_the_same_bytes(corpus, monkeypatch, completed):
     config, _ = corpus
@@ -166,6 +173,7 @@ def test_processes_share_the_shards(corpus, monkeypatch):
 
     def record(self, index, arrays, extra=None):
         written[here.process].append(index)
+        time.sleep(0.05 * here.process)  # the first process must wait for the others before it seals
         write_shard(self, index, arrays, extra)
 
     monkeypatch.setattr(tokens.ArtifactWriter, "write_shard", record)

@@ -56,6 +56,8 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     artifact = find_finished(path, KIND, made_by, inputs)
     if artifact is None:
         artifact = _build(path, config, made_by, inputs, source, loaded)
+    else:
+        say(f"{path}: finished already")
     lengths = {split: TokenStream(artifact, split).length for split in SPLITS}
     say("tokens: " + ", ".join(f"{split} {length:,}" for split, length in lengths.items()))
     for split, length in lengths.items():
@@ -222,7 +224,7 @@ class TokenStream:
 
 def num_sequences(stream: TokenStream, context_length: int) -> int:
     """Number of whole sequences of a stream, each with the token that follows it; the rest is left out."""
-    return stream.length // context_length
+    return max(stream.length - 1, 0) // context_length
 
 
 def read_sequences(

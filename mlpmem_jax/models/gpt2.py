@@ -80,11 +80,11 @@ class Block(nnx.Module):
     def __call__(self, x_BxTxD: jax.Array, attend: Callable) -> tuple[jax.Array, jax.Array]:
         """(the block's output, the input of its feed-forward layer), both float32 [B, T, D].
 
-        `attend` mixes positions: it maps queries, keys and values, each [B, T, H, K], to [B, T, H, K].
+        `attend` mixes positions: it maps queries, keys and values, each [B, H, T, K], to [B, H, T, K].
         """
         projected_BxTx3xHxK = self.attn.c_attn(self.ln_1(x_BxTxD))
-        mixed_BxTxHxK = attend(*(projected_BxTx3xHxK[:, :, i] for i in range(3)))
-        x_BxTxD = x_BxTxD + self.attn.c_proj(mixed_BxTxHxK)
+        mixed_BxHxTxK = attend(*(projected_BxTx3xHxK[:, :, i].swapaxes(1, 2) for i in range(3)))
+        x_BxTxD = x_BxTxD + self.attn.c_proj(mixed_BxHxTxK.swapaxes(1, 2))
         tap_BxTxD = self.ln_2(x_BxTxD)
         return x_BxTxD + self.mlp(tap_BxTxD), tap_BxTxD
 
@@ -112,19 +112,27 @@ def _layer_norm(config: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def causal_attention(query_BxTxHxK: jax.Array, key_BxTxHxK: jax.Array, value_BxTxHxK: jax.Array) -> jax.Array:
-    """Attention of every position to itself and those before it; softmax in float32. [B, T, H, K]."""
+def attention(
+    query_BxHxTxK: jax.Array, key_BxHxSxK: jax.Array, value_BxHxSxK: jax.Array, mask_TxS: jax.Array
+) -> jax.Array:
+    """Attention of T positions to S positions, [B, H, T, K]; softmax in float32.
+
+    `mask_TxS` is added to the scores: 0 where a position is seen, minus infinity where not; it may have leading axes.
+    """
     # Batch axes in front of both products and an additive mask: a third faster on CPU than masking with a select.
-    query_BxHxTxK, key_BxHxTxK, value_BxHxTxK = (
-        array.swapaxes(1, 2) for array in (query_BxTxHxK, key_BxTxHxK, value_BxTxHxK)
-    )
-    length, head_width = query_BxHxTxK.shape[2:]
     scores_BxHxTxS = jnp.einsum(
-        "bhtk,bhsk->bhts", query_BxHxTxK * head_width**-0.5, key_BxHxTxK, preferred_element_type=jnp.float32
+        "bhtk,bhsk->bhts", query_BxHxTxK * query_BxHxTxK.shape[-1] ** -0.5, key_BxHxSxK,
+        preferred_element_type=jnp.float32,
     )
-    mask_TxS = jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, -jnp.inf)
-    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS + mask_TxS, axis=-1).astype(value_BxHxTxK.dtype)
-    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, value_BxHxTxK).swapaxes(1, 2)
+    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS + mask_TxS, axis=-1).astype(value_BxHxSxK.dtype)
+    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, value_BxHxSxK)
+
+
+def causal_attention(query_BxHxTxK: jax.Array, key_BxHxTxK: jax.Array, value_BxHxTxK: jax.Array) -> jax.Array:
+    """Attention of every position to itself and those before it, [B, H, T, K]."""
+    length = query_BxHxTxK.shape[2]
+    mask_TxT = jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, -jnp.inf)
+    return attention(query_BxHxTxK, key_BxHxTxK, value_BxHxTxK, mask_TxT)
 
 
 def init(config: GPT2Config, key: jax.Array) -> dict:
@@ -161,12 +169,12 @@ def features(
         raise ValueError(f"taps {taps}: each is a block, 1 to {config.blocks}")
     if tokens_BxT.shape[1] > config.context_length:
         raise ValueError(f"{tokens_BxT.shape[1]} tokens exceed the context length {config.context_length}")
-    model = modules.bind(functools.partial(GPT2, config, compute_dtype), parameters)
+    token_embedding_VxD = jnp.asarray(parameters["wte"]["embedding"])
     if activations is not None:
         # A look-up in a divided table would bring the hidden states of the whole batch together.
         whole = jax.sharding.NamedSharding(activations.mesh, jax.sharding.PartitionSpec())
-        model.wte.embedding[...] = modules.constrain(model.wte.embedding[...], whole)
-    x_BxTxD = model.wte(tokens_BxT) + model.wpe(jnp.arange(tokens_BxT.shape[1]))
+        token_embedding_VxD = modules.constrain(token_embedding_VxD, whole)
+    x_BxTxD = token_embedding_VxD[tokens_BxT] + parameters["wpe"]["embedding"][: tokens_BxT.shape[1]]
     x_BxTxD = modules.constrain(x_BxTxD, activations)
 
     def call(block: Block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -175,10 +183,16 @@ def features(
 
     # The carry holds the last block's tap: a scan that stops at a tapped block keeps that tap and no other.
     carry, tapped, start = (x_BxTxD, x_BxTxD), {}, 0
+    build = functools.partial(Block, config, compute_dtype)
     for stop in sorted({*taps, config.blocks}):
-        carry = modules.scan(call, model.h, carry, start=start, stop=stop, remat=remat)
+        carry = modules.run(call, build, parameters["h"], carry, start=start, stop=stop, remat=remat)
         tapped[stop], start = carry[1], stop
-    return model.ln_f(carry[0]), {tap: tapped[tap] for tap in taps}
+    return final_norm(parameters, config, carry[0]), {tap: tapped[tap] for tap in taps}
+
+
+def final_norm(parameters: dict, config: GPT2Config, x_BxTxD: jax.Array) -> jax.Array:
+    """The norm between the last block and the output projection, float32 [B, T, D]."""
+    return modules.bind(functools.partial(_layer_norm, config), parameters["ln_f"])(x_BxTxD)
 
 
 def output_kernel(parameters: dict) -> jax.Array:

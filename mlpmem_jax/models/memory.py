@@ -88,11 +88,7 @@ class Memory(nnx.Module):
 
     def __init__(self, config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         if config.input_width != config.width:
-            self.embedding_transform = nnx.Linear(
-                config.input_width, config.width, dtype=dtype, rngs=rngs,
-                kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", None)},
-                bias_metadata={"logical_axes": (None,)},
-            )
+            self.embedding_transform = _transform(config, dtype, rngs)
         self.h = modules.stack(functools.partial(Block, config, dtype), config.blocks, rngs)
         self.final_norm = _norm(config, rngs)
         self.lm_head = nnx.Linear(
@@ -100,16 +96,12 @@ class Memory(nnx.Module):
             kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", "vocab")},
         )
 
-    def __call__(self, x: jax.Array, remat: bool, activations: jax.sharding.Sharding | None) -> jax.Array:
-        """Hidden states after the final norm, float32."""
-        if hasattr(self, "embedding_transform"):
-            x = self.embedding_transform(x)
-        x = modules.constrain(x.astype(jnp.float32), activations)
 
-        def call(block: Block, x: jax.Array) -> jax.Array:
-            return modules.constrain(block(x), activations)
-
-        return self.final_norm(modules.scan(call, self.h, x, remat=remat))
+def _transform(config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        config.input_width, config.width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.normal(0.02),
+        kernel_metadata={"logical_axes": ("embed", None)}, bias_metadata={"logical_axes": (None,)},
+    )
 
 
 def _into(config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, use_bias: bool) -> nnx.Linear:
@@ -178,8 +170,18 @@ def hidden(
     products are kept for the backward pass; with `remat` the input of each block alone. `activations` is the
     sharding of hidden states on a mesh.
     """
-    model = modules.bind(functools.partial(Memory, config, compute_dtype), parameters)
-    return model(inputs_BxD, remat=remat, activations=activations)
+    x_BxD = inputs_BxD
+    if config.input_width != config.width:
+        transform = functools.partial(_transform, config, compute_dtype)
+        x_BxD = modules.bind(transform, parameters["embedding_transform"])(x_BxD)
+
+    def call(block: Block, x_BxD: jax.Array) -> jax.Array:
+        return modules.constrain(block(x_BxD), activations)
+
+    x_BxD = modules.constrain(x_BxD.astype(jnp.float32), activations)
+    build = functools.partial(Block, config, compute_dtype)
+    x_BxD = modules.run(call, build, parameters["h"], x_BxD, remat=remat)
+    return modules.bind(functools.partial(_norm, config), parameters["final_norm"])(x_BxD)
 
 
 def output_kernel(parameters: dict) -> jax.Array:

@@ -7,6 +7,7 @@ running.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -42,22 +43,36 @@ def stack(build: Build, count: int, rngs: nnx.Rngs) -> nnx.Module:
     return nnx.vmap(lambda key: build(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 
 
-def scan(call: Callable, stacked: nnx.Module, carry, *, start: int = 0, stop: int | None = None, remat: bool = False):
-    """Run modules `start` to `stop` of a stack one after the other: carry = call(module, carry).
+def unstack(parameters: dict) -> dict:
+    """The same parameters with those of the blocks, `h`, as a tuple of one tree for each block."""
+    count = jax.tree.leaves(parameters["h"])[0].shape[0]
+    blocks = (jax.tree.map(lambda array, i=i: array[i], parameters["h"]) for i in range(count))
+    return {**parameters, "h": tuple(blocks)}
 
-    The backward pass keeps the results of matrix products inside a module and computes everything else again; with
-    `remat` it keeps the carry alone.
+
+def run(
+    call: Callable, build: Build, blocks: dict | tuple, carry, *, start: int = 0, stop: int | None = None, remat=False
+):
+    """Run blocks `start` to `stop` one after the other: carry = call(module of the block, carry).
+
+    Stacked parameters are scanned. Unstacked ones are a program without a loop: it reads each weight in place, which
+    a decode step needs, and takes longer to compile. The backward pass keeps the results of matrix products inside a
+    block and computes everything else again; with `remat` it keeps the carry alone.
     """
-    graph, state = nnx.split(stacked)
-
-    def body(carry, state):
-        return call(nnx.merge(graph, state), carry), None
+    if isinstance(blocks, tuple):
+        for parameters in blocks[start:stop]:
+            carry = call(bind(build, parameters), carry)
+        return carry
 
     # Storing activations costs more than computing norms, activation functions and softmax twice, on CPU as well.
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
-    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    return jax.lax.scan(body, carry, jax.tree.map(lambda array: array[start:stop], state))[0]
+
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def body(carry, parameters):
+        return call(bind(build, parameters), carry), None
+
+    return jax.lax.scan(body, carry, jax.tree.map(lambda array: array[start:stop], blocks))[0]
 
 
 def constrain(x: jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:

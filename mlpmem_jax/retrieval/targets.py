@@ -1,8 +1,9 @@
 """Stage `targets`: the next-token distribution p_kNN of every position of every split.
 
-The keys of the training split are divided in shards with an index each, the positions that look for neighbors in those
-of their datastore; `tiles` works through all pairs. Indices, unfinished neighbors and measurements are kept in a scratch
-folder until the stage is finished, so a stage that was killed goes on where it stopped, with the same bytes at its end.
+The keys of the training split are divided in shards with an index each, the positions that look for neighbors in
+those of their datastore; `tiles` works through all pairs. Indices, unfinished neighbors and measurements are kept in
+a scratch folder until the stage is finished: a stage that was killed goes on where it stopped, and ends with the same
+bytes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,67 @@
+"""`mlpmem generate`: a prompt continued by the base LM alone and with its memory, side by side."""
+
+from __future__ import annotations
+
+import argparse
+
+import ml_collections
+import rich.console
+import rich.table
+import rich.text
+from etils import epath
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.corpus import tokenizer as tokenizers
+from mlpmem_jax.corpus.tokens import read_tokenizer
+from mlpmem_jax.inference import generate
+from mlpmem_jax.inference.generate import Models, Parameters
+from mlpmem_jax.inference.sampling import Sampling
+from mlpmem_jax.models import saved
+from mlpmem_jax.retrieval.datastore import tapped_block
+
+
+def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
+    """Prints the continuations of `options.prompt` by the models of `config.workdir`.
+
+    Args:
+      config: resolved; its workdir holds tokens, base and memory.
+      options: prompt (texts), tokens (how many to add), temperature, top_k, top_p and seed.
+
+    Raises:
+      UserError: a model is missing, a prompt is too long, an option is out of range.
+    """
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    workdir = epath.Path(config.workdir)
+    tokens = open_artifact(workdir / "tokens", "tokens")
+    mesh, rules = meshes.mesh_of(config)
+    base, base_config, _ = saved.load_language_model(workdir / "base", mesh, rules)
+    beside, memory_config, artifact = saved.load_memory(workdir / "memory", mesh, rules)
+    weight = artifact.summary["validation"]["interpolation_weight"]
+    block = tapped_block(base_config.blocks, config.datastore.input_depth)
+
+    tokenizer, end = read_tokenizer(tokens), tokens.summary["end_of_text_id"]
+    # The start of a document is what follows the end of another: an empty prompt has that token to start from.
+    prompts = [ids.tolist() or [end] for ids in tokenizers.encode(tokenizer, options.prompt)]
+    columns = {}
+    for title, models, parameters in (
+        ("base LM", Models(base_config), Parameters(base)),
+        (f"base LM + memory (lambda {weight:.2f})", Models(base_config, memory_config, block),
+         Parameters(base, beside, weight)),
+    ):
+        new = generate.generate(
+            models, generate.prepare(parameters), prompts,
+            count=options.tokens, sampling=sampling, seed=options.seed, end_token=end,
+        )
+        columns[title] = [tokenizer.decode(ids.tolist()) for ids in new]
+    _show(options.prompt, columns)
+
+
+def _show(prompts: list[str], columns: dict[str, list[str]]) -> None:
+    console = rich.console.Console()
+    for index, prompt in enumerate(prompts):
+        table = rich.table.Table(title=rich.text.Text(prompt), title_justify="left", show_lines=True, expand=True)
+        for title in columns:
+            table.add_column(title, ratio=1)
+        table.add_row(*(rich.text.Text(texts[index]) for texts in columns.values()))
+        console.print(table)
