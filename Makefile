@@ -26,7 +26,7 @@ smoke: $(VENV)/installed
 	$(BIN)/mlpmem run --config=configs/smoke.py
 
 benchmark: $(VENV)/installed-bench
-	$(BIN)/mlpmem benchmark --config=configs/benchmark.py --json=runs/benchmark.json
+	$(BIN)/mlpmem benchmark --config=configs/quickstart.py --json=runs/benchmark.json
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest

@@ -25,7 +25,7 @@ def optimization() -> ml_collections.ConfigDict:
     config.clip_norm = 1.0  # global norm of the gradient
     config.compute_dtype = "float32"  # of activations and matmul inputs; parameters and loss are float32
     config.remat = False  # recompute blocks in the backward pass
-    config.loss_chunk = 1024  # positions per device whose logits exist at once
+    config.loss_chunk = 512  # positions per device whose logits exist at once
     config.seed = 0  # initial parameters and order of the sequences
     config.evaluate_every = 500  # steps between validations; the best parameters are kept
     config.evaluation_sequences = 0  # validation sequences used for that; 0 = all

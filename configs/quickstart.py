@@ -10,13 +10,11 @@ def get_config():
     config.tokenizer.vocab_size = 2048
     config.base.context_length = 128
     config.base.training.steps = 2500
-    config.base.training.loss_chunk = 2048
     config.targets.k = 64
     config.memory.width = 256
     config.memory.blocks = 4
     config.training.epochs = 2.0
     config.training.batch_sequences = 32
-    config.training.loss_chunk = 512
     config.training.warmup_steps = 20
     config.training.evaluate_every = 100
     config.training.checkpoint_every = 100

@@ -116,6 +116,7 @@ def _run_stage(name: str, config: ml_collections.ConfigDict):
 def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
     from mlpmem_jax.core import runtime
 
+    runtime.keep_freed_memory()
     runtime.join_job()
     if options.verb == "run":
         for name in STAGES:
@@ -127,7 +128,7 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
 
         compare.run(config, options)
     elif options.verb == "benchmark":
-        from mlpmem_jax.evaluation import benchmark
+        from mlpmem_jax import benchmark
 
         benchmark.run(config, [part for part in options.rows.split(",") if part], options.json)
     else:

@@ -60,7 +60,18 @@ def test_language_model_scores_and_distributions_agree_with_its_logits(mesh):
     np.testing.assert_allclose(rows_NxV, np.exp(expected_SxTxV.reshape(40, -1)[3:8]), rtol=1e-3, atol=1e-6)
 
 
-def test_a_chunk_never_holds_more_logits_than_the_limit():
+def test_a_chunk_holds_no_more_than_the_limits():
     mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     assert scoring.chunk_positions(50257, mesh) * 50257 <= scoring.LOGITS_AT_ONCE
     assert scoring.chunk_positions(scoring.LOGITS_AT_ONCE * 3, mesh) == 1
+    assert scoring.chunk_positions(2, mesh) == scoring.POSITIONS_AT_ONCE
+
+
+def test_few_positions_are_not_padded_to_a_whole_chunk(mesh, monkeypatch):
+    parameters = memory.init(MEMORY, jax.random.key(0))
+    shapes = []
+    monkeypatch.setattr(scoring, "_on_mesh", lambda rows, *_: shapes.append(rows.shape) or rows)
+    scoring.memory_log_probabilities(
+        parameters, MEMORY, np.zeros((3, 12), np.float32), np.zeros(3, np.int32), mesh=mesh, chunk=1024
+    )
+    assert shapes[0] == (-(-3 // meshes.batch_shards(mesh)) * meshes.batch_shards(mesh), 12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import jax
 from etils import epath
 
 STAGES_FILE = "stages.jsonl"
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 def join_job() -> None:
@@ -33,6 +35,18 @@ def join_job() -> None:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(coordinator_address=address, **known)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed blocks instead of returning them to the kernel.
+
+    XLA's CPU runtime allocates its large temporaries anew in every step; faulting their pages in again took a third of a
+    step's time (11,000 page faults a step at width 64, 50 with this). Other C libraries have no such call.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26)):
+            libc.mallopt(parameter, value)
 
 
 def _reset_peak() -> None:

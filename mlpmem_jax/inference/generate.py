@@ -91,20 +91,43 @@ def prefill(
 def step(models: Models, parameters: Parameters, cache: Cache, tokens_B: jax.Array) -> tuple[jax.Array, Cache]:
     """Reads one more token of each sequence: log-probabilities of the next, float32 [B, V], and the cache."""
     positions_S = jnp.arange(cache.keys[0].shape[2])
-    seen_BxS = (positions_S <= cache.length) & (positions_S >= cache.padding_B[:, None])
+    seen_BxS = (positions_S < cache.length) & (positions_S >= cache.padding_B[:, None])
     mask_Bx1x1xS = jnp.where(seen_BxS, 0.0, -jnp.inf)[:, None, None]
     keys, values = [], []
 
     def attend(block, query_BxHx1xK, key_BxHx1xK, value_BxHx1xK):
-        keys.append(jax.lax.dynamic_update_slice_in_dim(cache.keys[block], key_BxHx1xK, cache.length, axis=2))
-        values.append(jax.lax.dynamic_update_slice_in_dim(cache.values[block], value_BxHx1xK, cache.length, axis=2))
-        return gpt2.attention(query_BxHx1xK, keys[-1], values[-1], mask_Bx1x1xS)
+        keys.append(key_BxHx1xK)
+        values.append(value_BxHx1xK)
+        return _attention_of_last(
+            query_BxHx1xK, key_BxHx1xK, value_BxHx1xK, cache.keys[block], cache.values[block], mask_Bx1x1xS
+        )
 
     positions_Bx1 = (cache.length - cache.padding_B)[:, None]
     log_probabilities_BxV = _forward(
         models, parameters, tokens_B[:, None], positions_Bx1, lambda block: functools.partial(attend, block)
     )
-    return log_probabilities_BxV, Cache(tuple(keys), tuple(values), cache.length + 1, cache.padding_B)
+
+    def extended(arrays, new):
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.length, axis=2)
+        return tuple(map(update, arrays, new))
+
+    return log_probabilities_BxV, Cache(
+        extended(cache.keys, keys), extended(cache.values, values), cache.length + 1, cache.padding_B
+    )
+
+
+def _attention_of_last(query_BxHx1xK, key_BxHx1xK, value_BxHx1xK, keys_BxHxSxK, values_BxHxSxK, mask_Bx1x1xS):
+    """Attention of one position to those of the cache and to itself, [B, H, 1, K].
+
+    Itself apart from the cache: an update of the cache that is read in the same step would copy all of it.
+    """
+    query_BxHx1xK = query_BxHx1xK * query_BxHx1xK.shape[-1] ** -0.5
+    scores_BxHx1xS = jnp.einsum("bhtk,bhsk->bhts", query_BxHx1xK, keys_BxHxSxK) + mask_Bx1x1xS
+    own_BxHx1x1 = jnp.sum(query_BxHx1xK * key_BxHx1xK, axis=-1, keepdims=True)
+    maximum_BxHx1x1 = jnp.maximum(own_BxHx1x1, scores_BxHx1xS.max(-1, keepdims=True))
+    weights_BxHx1xS, own_BxHx1x1 = jnp.exp(scores_BxHx1xS - maximum_BxHx1x1), jnp.exp(own_BxHx1x1 - maximum_BxHx1x1)
+    mixed_BxHx1xK = jnp.einsum("bhts,bhsk->bhtk", weights_BxHx1xS, values_BxHxSxK) + own_BxHx1x1 * value_BxHx1xK
+    return mixed_BxHx1xK / (weights_BxHx1xS.sum(-1, keepdims=True) + own_BxHx1x1)
 
 
 def _forward(models, parameters, tokens_BxT, positions_BxT, attention_of_block) -> jax.Array:

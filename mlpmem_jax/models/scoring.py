@@ -22,13 +22,16 @@ from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
 
 LOGITS_AT_ONCE = 2**25
-"""Logits of a chunk by default: 128 MiB of float32 over all devices."""
+"""Logits of a chunk by default, for each part of the batch axis: 128 MiB of float32."""
+
+POSITIONS_AT_ONCE = 2**13
+"""Positions of a chunk at the most, for each part of the batch axis: a small vocabulary has hidden states too."""
 
 
 def chunk_positions(vocab_size: int, mesh: Mesh) -> int:
-    """Positions per chunk: about LOGITS_AT_ONCE logits, a multiple of what the batch axis is cut in."""
+    """Positions per chunk: as many as both limits allow, a multiple of what the batch axis is cut in."""
     parts = meshes.batch_shards(mesh)
-    return max(1, LOGITS_AT_ONCE // (vocab_size * parts)) * parts
+    return max(1, min(LOGITS_AT_ONCE // vocab_size, POSITIONS_AT_ONCE)) * parts
 
 
 def memory_log_probabilities(
@@ -211,6 +214,7 @@ def _in_chunks(
     call: Callable[..., jax.Array], arrays: tuple[np.ndarray, ...], chunk: int, mesh: Mesh, rules: meshes.Rules
 ) -> np.ndarray:
     """call(*rows) over chunks of the arrays' first axis; the last chunk is padded by repeating its last row."""
+    chunk = min(chunk, _rounded(len(arrays[0]), mesh))
     pending, results = None, []
     for rows, length in _padded_chunks(arrays, chunk):
         result = call(*(_on_mesh(array, mesh, rules) for array in rows))

@@ -109,7 +109,8 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _train_step(task: Task, optimizer: optax.GradientTransformation, parameter_shardings):
+def train_step(task: Task, optimizer: optax.GradientTransformation, parameter_shardings):
+    """One optimizer step as a function (state, frozen, batch) -> (state, statistics), to be jitted."""
     value_and_grad = accumulated_value_and_grad(task.loss, task.settings.accumulation_steps)
 
     def step(state, frozen, batch):
@@ -155,8 +156,8 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
 
     batches = data.batches(task.source, settings.batch_sequences, settings.seed)
     batches.set_state({"next_index": next_sequence // jax.process_count()})
-    train_step = jax.jit(
-        _train_step(task, optimizer, parameter_shardings), donate_argnums=0, out_shardings=(shardings, None)
+    run_step = jax.jit(
+        train_step(task, optimizer, parameter_shardings), donate_argnums=0, out_shardings=(shardings, None)
     )
     positions_per_step = settings.batch_sequences * task.positions_per_sequence
     peak = matmul_rate(settings.compute_dtype) * jax.device_count()
@@ -169,7 +170,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
             wait_start = time.perf_counter()
             batch = meshes.global_batch(mesh, next(batches), rules)
             waited += time.perf_counter() - wait_start
-            state, measured = train_step(state, task.frozen, batch)
+            state, measured = run_step(state, task.frozen, batch)
             losses.append((step, measured["loss"]))
 
             stopping = must_stop(step)

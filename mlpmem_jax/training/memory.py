@@ -106,7 +106,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     datastore = open_artifact(workdir / "datastore" / "train", "datastore")
     targets = open_artifact(workdir / "targets" / "train", "targets")
     tokens = open_artifact(workdir / "tokens", "tokens")
-    if targets.inputs.get("datastore") not in (None, datastore.fingerprint):
+    if targets.inputs["datastore/train"] != datastore.fingerprint:
         raise ConfigError(f"{targets.path}: was made from another datastore than {datastore.path}; run `targets` again")
 
     path = workdir / folder

@@ -1,0 +1,56 @@
+"""The command `mlpmem benchmark`: the rates of this machine, as a table and as JSON."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+
+import jax
+import ml_collections
+import rich.console
+import rich.table
+from etils import epath
+
+from mlpmem_jax.core.artifacts import library_versions
+from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.progress import say
+
+PARTS = {
+    "train": "mlpmem_jax.training.benchmark",
+    "generate": "mlpmem_jax.inference.benchmark",
+    "targets": "mlpmem_jax.retrieval.benchmark",
+}
+
+
+def run(config: ml_collections.ConfigDict, parts: list[str], json_file: str | None) -> list[dict]:
+    """Measures the parts (all by default), prints them and writes them to `json_file`.
+
+    Raises:
+      ConfigError: a part does not exist.
+    """
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise ConfigError(f"--rows={','.join(parts)}: no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    rows = []
+    for part in parts or PARTS:
+        say(f"== benchmark: {part}")
+        rows += importlib.import_module(PARTS[part]).rows(config)
+    machine = {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "cpu_cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        **library_versions(("jax", "jaxlib", "scann", "numpy")),
+    }
+    table = rich.table.Table(title="mlpmem benchmark", caption=", ".join(f"{k} {v}" for k, v in machine.items()))
+    for column in ("row", "value", "unit", "detail"):
+        table.add_column(column, justify="right" if column == "value" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(row["name"], f"{row['value']:,.4g}", row["unit"], row["detail"])
+    rich.console.Console().print(table)
+    if json_file:
+        file = epath.Path(json_file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    return rows

@@ -1,0 +1,149 @@
+"""L(N, D) = E + A / N^a + B / D^b, the law of Hoffmann et al., "Training Compute-Optimal Large Language Models"
+(arXiv 2203.15556, section 3.3), fitted as they do: Huber loss with delta 1e-3 on log L, L-BFGS from many starts.
+
+L is log perplexity in nats per token, N parameters, D training tokens. At compute C = kappa N D the best size
+grows as C^(b / (a + b)) and the best number of tokens as C^(a / (a + b)).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import scipy.optimize
+
+from mlpmem_jax.scaling import draws
+from mlpmem_jax.scaling.points import Runs, set_of
+from mlpmem_jax.scaling.power_law import with_errors
+
+DELTA = 1e-3
+COEFFICIENTS = ("E", "A", "B", "a", "b")
+_LEAST_RUNS = 7  # two more than coefficients
+_REFITS = 500
+_START_EXPONENTS, _START_FLOORS = (0.15, 0.5, 1.0), (0.2, 0.5, 0.8)
+_EXPONENT_BOUNDS, _TERM_BOUNDS = (1e-3, 4.0), (-14.0, 4.0)
+_OPTIONS = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 20}
+
+
+def absent(runs: Runs) -> str | None:
+    """Why these runs cannot tell the five coefficients apart; None when they can."""
+    sizes, tokens = len(set_of(runs.parameters_R)), len(set_of(runs.tokens_R))
+    varied = sum(len(set_of(runs.tokens_R[runs.parameters_R == size])) > 1 for size in set_of(runs.parameters_R))
+    if len(runs) >= _LEAST_RUNS and sizes >= 3 and tokens >= 3 and varied >= 2:
+        return None
+    return (
+        f"five coefficients need at least {_LEAST_RUNS} runs over 3 sizes and 3 numbers of tokens, 2 sizes or more with "
+        f"several numbers of tokens; found {len(runs)} runs, {sizes} sizes, {tokens} numbers of tokens, "
+        f"{varied} sizes with several"
+    )
+
+
+def fit(runs: Runs, *, confidence: float, samples: int, generator: np.random.Generator) -> dict:
+    """Fits the law to the runs of one arm.
+
+    Args:
+      runs: for which `absent` finds nothing.
+      confidence: of the intervals.
+      samples: draws for the intervals; at most 500 are refitted.
+      generator: of the draws.
+
+    Returns:
+      {value, low, high} for E, A, B, a, b and for the exponents optimal_parameters and optimal_tokens in
+      compute; goodness of fit, and errors of predicting each run from the others. Ready for JSON.
+    """
+    points = _Points(runs)
+    fitted_5 = points.fit(np.log(runs.losses_R))
+    residuals_R = np.log(runs.losses_R) - points.log_losses(fitted_5)
+    degrees_of_freedom = len(runs) - len(COEFFICIENTS)
+    scatter = float(np.sqrt(residuals_R @ residuals_R / degrees_of_freedom))
+    noise_SxR = draws.noise(scatter, degrees_of_freedom, (min(samples, _REFITS), len(runs)), generator)
+    drawn_Sx5 = np.array([points.refit(points.log_losses(fitted_5) + noise_R, fitted_5) for noise_R in noise_SxR])
+    values, of_draws = points.coefficients(fitted_5), points.coefficients(drawn_Sx5)
+    return {
+        **{name: draws.interval(values[name], of_draws[name], confidence) for name in values},
+        "goodness": _goodness(runs, residuals_R, scatter),
+        "leave_one_out": _leave_one_out(runs, fitted_5),
+        "refits": len(drawn_Sx5),
+    }
+
+
+class _Points:
+    """Objective and solver for one set of runs.
+
+    Parameters of the search are (log E, log A', log B', a, b), with A' and B' the terms at the runs' mean log N and
+    log D: so centered they hardly depend on the exponents, and every start finds the same optimum.
+    """
+
+    def __init__(self, runs: Runs):
+        self._log_sizes, self._log_tokens = np.log(runs.parameters_R), np.log(runs.tokens_R)
+        self._centers = self._log_sizes.mean(), self._log_tokens.mean()
+        self._sizes_R, self._tokens_R = self._log_sizes - self._centers[0], self._log_tokens - self._centers[1]
+
+    def _terms(self, search_5: np.ndarray) -> np.ndarray:
+        log_e, log_a, log_b, a, b = search_5
+        return np.stack([np.full_like(self._sizes_R, log_e), log_a - a * self._sizes_R, log_b - b * self._tokens_R])
+
+    def log_losses(self, search_5: np.ndarray) -> np.ndarray:
+        """log L of the runs by the law."""
+        return np.logaddexp.reduce(self._terms(search_5))
+
+    def objective(self, search_5: np.ndarray, observed_R: np.ndarray) -> tuple[float, np.ndarray]:
+        """Sum of Huber losses in units of delta squared, and its gradient."""
+        terms_3xR = self._terms(search_5)
+        log_losses_R = np.logaddexp.reduce(terms_3xR)
+        residuals_R = (log_losses_R - observed_R) / DELTA
+        beyond_R = np.abs(residuals_R)
+        value = np.sum(np.where(beyond_R <= 1.0, 0.5 * residuals_R**2, beyond_R - 0.5))
+        slopes_3xR = np.exp(terms_3xR - log_losses_R) * np.clip(residuals_R, -1.0, 1.0) / DELTA
+        exponents_2 = -slopes_3xR[1] @ self._sizes_R, -slopes_3xR[2] @ self._tokens_R
+        return float(value), np.array([*slopes_3xR.sum(axis=1), *exponents_2])
+
+    def refit(self, observed_R: np.ndarray, start_5: np.ndarray) -> np.ndarray:
+        return self._minimize(observed_R, start_5).x
+
+    def fit(self, observed_R: np.ndarray) -> np.ndarray:
+        """The best of the optima found from a grid of starts."""
+        level, starts = float(np.log(np.mean(np.exp(observed_R)))), []
+        for a, b, floor in itertools.product(_START_EXPONENTS, _START_EXPONENTS, _START_FLOORS):
+            term = level + np.log((1.0 - floor) / 2.0)
+            starts.append(np.array([level + np.log(floor), term, term, a, b]))
+        return min((self._minimize(observed_R, start_5) for start_5 in starts), key=lambda found: found.fun).x
+
+    def _minimize(self, observed_R: np.ndarray, start_5: np.ndarray) -> scipy.optimize.OptimizeResult:
+        return scipy.optimize.minimize(
+            self.objective,
+            start_5,
+            args=(observed_R,),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[_TERM_BOUNDS] * 3 + [_EXPONENT_BOUNDS] * 2,
+            options=_OPTIONS,
+        )
+
+    def coefficients(self, search: np.ndarray) -> dict[str, np.ndarray]:
+        """The law's own coefficients, and the exponents of the optimum, of search parameters [..., 5]."""
+        log_e, log_a, log_b, a, b = np.moveaxis(search, -1, 0)
+        with np.errstate(over="ignore"):
+            terms = np.exp(log_e), np.exp(log_a + a * self._centers[0]), np.exp(log_b + b * self._centers[1])
+        optima = {"optimal_parameters": b / (a + b), "optimal_tokens": a / (a + b)}
+        return dict(zip(COEFFICIENTS, (*terms, a, b), strict=True)) | optima
+
+
+def _goodness(runs: Runs, residuals_R: np.ndarray, scatter: float) -> dict:
+    """scatter: standard deviation of log L around the law."""
+    observed_R = np.log(runs.losses_R)
+    total = float(np.sum(np.square(observed_R - observed_R.mean())))
+    return {
+        "r_squared": 1.0 - float(residuals_R @ residuals_R) / total if total > 0.0 else None,
+        "scatter": scatter,
+        "degrees_of_freedom": len(runs) - len(COEFFICIENTS),
+    }
+
+
+def _leave_one_out(runs: Runs, fitted_5: np.ndarray) -> dict:
+    """Each run's perplexity predicted by a law fitted to the others."""
+    points, predictions = _Points(runs), []
+    for left_out in range(len(runs)):
+        weights_R = np.arange(len(runs)) != left_out
+        others_5 = points.refit_without(left_out, np.log(runs.losses_R), fitted_5)
+    return with_errors(predictions)

@@ -1,0 +1,161 @@
+"""PPL = (beta X)^gamma, the scaling law of the paper's figure 1, by least squares in logarithms.
+
+X is the number of parameters, or the training compute. With L = log PPL the law is the straight line
+L = gamma log X + gamma log beta.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import scipy.stats
+
+from mlpmem_jax.scaling import draws
+from mlpmem_jax.scaling.points import Runs
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerLaw:
+    """A fitted law and its draws. The line is L = height + gamma (log X - center).
+
+    Attributes:
+      runs: the runs it was fitted to, one for each X.
+      x_U: their X.
+      center: mean of log X.
+      line: the fit; its coefficients are height and gamma.
+    """
+
+    runs: Runs
+    x_U: np.ndarray
+    center: float
+    line: draws.LeastSquares
+
+    @property
+    def gamma(self) -> float:
+        return float(self.line.coefficients_K[1])
+
+    @property
+    def gammas_S(self) -> np.ndarray:
+        return self.line.draws_SxK[:, 1]
+
+    @property
+    def log_beta(self) -> float:
+        return float(_log_beta(*self.line.coefficients_K, self.center, self.gamma))
+
+    @property
+    def log_betas_S(self) -> np.ndarray:
+        heights_S, gammas_S = self.line.draws_SxK.T
+        return _log_beta(heights_S, gammas_S, self.center, self.gamma)
+
+    def losses(self, x: float | np.ndarray) -> np.ndarray:
+        """log PPL at x."""
+        height, gamma = self.line.coefficients_K
+        return height + gamma * (np.log(x) - self.center)
+
+    def drawn_losses(self, x_G: np.ndarray) -> np.ndarray:
+        """log PPL at x by every draw, [S, G]."""
+        heights_S, gammas_S = self.line.draws_SxK.T
+        return heights_S[:, None] + gammas_S[:, None] * (np.log(x_G) - self.center)
+
+
+def _log_beta(height, gamma, center: float, fitted_gamma: float):
+    """log beta = intercept / gamma; a gamma drawn beyond zero lies past the pole of that quotient, not back from it."""
+    intercept = height - gamma * center
+    with np.errstate(divide="ignore"):
+        beyond = np.copysign(np.inf, intercept) * math.copysign(1.0, fitted_gamma)
+        return np.where(np.sign(gamma) == np.sign(fitted_gamma), intercept / gamma, beyond)
+
+
+def fit(runs: Runs, *, against: str, samples: int, generator: np.random.Generator) -> PowerLaw:
+    """Fits one arm. Where an X was run in several ways, its run of lowest loss stands for it.
+
+    Args:
+      runs: of one arm, at least three different X.
+      against: "parameters", or "flops" for a law in training compute (runs of about equal compute share an X).
+      samples: draws for the intervals.
+      generator: of the draws.
+    """
+    used = runs.best(runs.budgets() if against == "flops" else runs.parameters_R)
+    x_U = used.flops_R if against == "flops" else used.parameters_R
+    center = float(np.mean(np.log(x_U)))
+    return PowerLaw(used, x_U, center, draws.least_squares(_design(x_U, center), used.losses_R, samples, generator))
+
+
+def _design(x_U: np.ndarray, center: float) -> np.ndarray:
+    return np.stack([np.ones(len(x_U)), np.log(x_U) - center], axis=1)
+
+
+def summary(law: PowerLaw, confidence: float) -> dict:
+    """Coefficients with intervals, goodness of fit and leave-one-out errors, ready for JSON.
+
+    beta.low and beta.high are None where the interval of gamma includes zero, because beta is then unbounded.
+    """
+    with np.errstate(over="ignore"):
+        beta = draws.interval(np.exp(law.log_beta), np.exp(law.log_betas_S), confidence)
+    gamma = draws.interval(law.gamma, law.gammas_S, confidence)
+    if gamma["low"] <= 0.0 <= gamma["high"]:
+        beta |= {"low": None, "high": None}
+    return {
+        "beta": beta,
+        "gamma": gamma,
+        "goodness": _goodness(law),
+        "leave_one_out": leave_one_out(law),
+        "runs": described(law.runs),
+    }
+
+
+def described(runs: Runs) -> list[dict]:
+    """Runs as JSON values; the perplexity of several seeds is their geometric mean."""
+    rows = zip(runs.parameters_R, runs.tokens_R, runs.flops_R, np.exp(runs.losses_R), runs.seeds_R, strict=True)
+    names = ("parameters", "tokens", "flops", "perplexity", "seeds")
+    return [dict(zip(names, map(float, row[:4]), strict=False)) | {"seeds": int(row[4])} for row in rows]
+
+
+def _goodness(law: PowerLaw) -> dict:
+    """How well the line fits; scatters are standard deviations of log perplexity, about relative errors.
+
+    lack_of_fit_p: of the F test of the scatter around the line against the scatter between seeds; small where the
+    points bend away from a power law by more than seeds explain. None without repeated seeds.
+    """
+    runs, total = law.runs, float(np.sum(np.square(law.runs.losses_R - np.mean(law.runs.losses_R))))
+    of_seeds = int(np.sum(runs.seeds_R - 1))
+    squares = float(np.sum(runs.squares_R))
+    probability = None
+    if of_seeds and squares > 0.0:
+        # The mean of several seeds varies less than one of them.
+        around = law.line.scatter**2 * len(runs) / np.sum(1.0 / runs.seeds_R)
+        probability = float(scipy.stats.f.sf(around * of_seeds / squares, law.line.degrees_of_freedom, of_seeds))
+    return {
+        "r_squared": 1.0 - float(law.line.residuals_U @ law.line.residuals_U) / total if total > 0.0 else None,
+        "scatter_of_sizes": law.line.scatter,
+        "scatter_of_seeds": math.sqrt(squares / of_seeds) if of_seeds else None,
+        "degrees_of_freedom": law.line.degrees_of_freedom,
+        "lack_of_fit_p": probability,
+    }
+
+
+def leave_one_out(law: PowerLaw) -> dict:
+    """Each size predicted by a law fitted to the others; errors are predicted over observed perplexity, minus 1."""
+    sizes = []
+    for left_out in range(len(law.x_U)):
+        others = np.arange(len(law.x_U)) != left_out
+        design_UxK = _design(law.x_U, law.center)
+        coefficients_K = np.linalg.pinv(design_UxK[others]) @ law.runs.losses_R[others]
+        predicted = float(design_UxK[left_out] @ coefficients_K)
+        observed = float(law.runs.losses_R[left_out])
+        sizes.append({"x": float(law.x_U[left_out]), "observed": math.exp(observed), "predicted": math.exp(predicted)})
+    return with_errors(sizes)
+
+
+def with_errors(predictions: list[dict]) -> dict:
+    """The relative error of each prediction, their root mean square, and the largest."""
+    errors = [prediction["predicted"] / prediction["observed"] - 1.0 for prediction in predictions]
+    return {
+        "root_mean_square_error": float(np.sqrt(np.mean(np.square(errors)))),
+        "largest_error": float(max(errors, key=abs)),
+        "predictions": [
+            prediction | {"error": error} for prediction, error in zip(predictions, errors, strict=True)
+        ],
+    }

@@ -1,0 +1,223 @@
+"""Rates of training on this machine: the train step against the matmul rate, the input pipeline, the loss's memory."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
+from mlpmem_jax.models import flops, memory
+from mlpmem_jax.models.memory import MemoryConfig
+from mlpmem_jax.training import data, loop
+from mlpmem_jax.training.loss import sparse_cross_entropy
+from mlpmem_jax.training.metrics import matmul_rate
+from mlpmem_jax.training.optimizer import make_optimizer
+from mlpmem_jax.training.state import initial_state
+
+INPUT_WIDTH, VOCABULARY, ENTRIES = 64, 4096, 64
+STEPS = (
+    # (width, optimizer, positions in a step)
+    (256, "muon", 8192),
+    (256, "adamw", 8192),
+    (768, "adamw", 4096),
+)
+
+
+def _row(name: str, value: float, unit: str, detail: str) -> dict:
+    return {"name": name, "value": value, "unit": unit, "detail": detail}
+
+
+def _model(width: int) -> MemoryConfig:
+    return MemoryConfig("gpt2", VOCABULARY, VOCABULARY, INPUT_WIDTH, width, 4, 4 * width)
+
+
+def _batch(positions: int) -> dict:
+    random = np.random.default_rng(0)
+    weights = random.random((positions, ENTRIES)).astype(np.float32)
+    return {
+        "memory_inputs": random.normal(size=(positions, INPUT_WIDTH)).astype(np.float32),
+        "token_ids": random.integers(0, VOCABULARY, (positions, ENTRIES)).astype(np.int32),
+        "probabilities": weights / weights.sum(1, keepdims=True),
+        "next_tokens": random.integers(0, VOCABULARY, positions).astype(np.int32),
+    }
+
+
+def _loss(model, mesh, chunk, parameters, frozen, batch):
+    del frozen
+    return sparse_cross_entropy(
+        memory.hidden(parameters, model, batch["memory_inputs"]),
+        memory.output_kernel(parameters),
+        batch["token_ids"],
+        batch["probabilities"],
+        batch["next_tokens"],
+        alpha=0.4,
+        vocab_size=VOCABULARY,
+        chunk=chunk,
+        mesh=mesh,
+    )
+
+
+def _train_step_row(config: ml_collections.ConfigDict, width: int, optimizer_name: str, positions: int) -> dict:
+    """Median of five steps, and the matmul rate measured just before and after, of the same process."""
+    mesh = meshes.make_mesh()
+    model = _model(width)
+    settings = ml_collections.ConfigDict(config.training)
+    settings.optimizer = optimizer_name
+    settings.warmup_steps, settings.accumulation_steps = 1, 1
+    task = loop.Task(
+        name="benchmark",
+        folder="",
+        settings=settings,
+        initialise=functools.partial(memory.init, model, jax.random.key(0)),
+        logical_axes=memory.logical_axes(model),
+        loss=functools.partial(_loss, model, mesh, settings.loss_chunk),
+        frozen={},
+        source=None,
+        validate=lambda parameters: {},
+        positions_per_sequence=1,
+        flops_per_position=3 * flops.memory_forward(model),
+    )
+    optimizer = make_optimizer(settings, 100, task.logical_axes)
+    placed = meshes.shardings(mesh, task.logical_axes)
+    step = jax.jit(loop.train_step(task, optimizer, placed), donate_argnums=0)
+    state = jax.jit(initial_state(task.initialise, optimizer))()
+    batch = meshes.global_batch(mesh, _batch(positions))
+    state, measured = step(state, {}, batch)
+    jax.block_until_ready(measured)
+    rates, seconds = [], []
+    for _ in range(5):
+        matmul_rate.cache_clear()
+        rates.append(matmul_rate("float32", seconds=0.2))
+        start = time.perf_counter()
+        state, measured = step(state, {}, batch)
+        jax.block_until_ready((state, measured))
+        seconds.append(time.perf_counter() - start)
+    step_flops = task.flops_per_position * positions
+    shares = [step_flops / duration / rate for duration, rate in zip(seconds, rates, strict=True)]
+    return _row(
+        f"train step, width {width}, {optimizer_name}",
+        statistics.median(shares),
+        "of the matmul rate",
+        f"float32, {positions} positions, 4 blocks, vocabulary {VOCABULARY}, {ENTRIES} entries; "
+        f"{positions / statistics.median(seconds):,.0f} positions/s, {step_flops / statistics.median(seconds) / 1e9:.0f} of "
+        f"{statistics.median(rates) / 1e9:.0f} GFLOP/s, medians of 5; the optimizer's own FLOPs are not counted",
+    )
+
+
+def _write_sample(folder: epath.Path, sequences: int, length: int):
+    """A datastore and targets of random content, shaped like the quickstart's."""
+    random = np.random.default_rng(0)
+    store = ArtifactWriter.create(
+        folder / "datastore",
+        "datastore",
+        {},
+        {},
+        {
+            "keys": ArraySpec((sequences, length, INPUT_WIDTH), "float16", 128, (1, length, INPUT_WIDTH)),
+            "next_tokens": ArraySpec((sequences, length), "int32", 128, (1, length)),
+        },
+    )
+    capacity = 128 * length * ENTRIES
+    found = ArtifactWriter.create(
+        folder / "targets",
+        "targets",
+        {},
+        {},
+        {
+            "offsets": ArraySpec((sequences, length + 1), "int32", 128, (1, length + 1)),
+            "token_ids": ArraySpec((sequences // 128, capacity), "uint16", 1, (1, 8192)),
+            "probabilities": ArraySpec((sequences // 128, capacity), "float16", 1, (1, 8192)),
+        },
+    )
+    for shard in range(sequences // 128):
+        keys = random.normal(size=(128, length, INPUT_WIDTH)).astype(np.float16)
+        following = random.integers(0, VOCABULARY, (128, length))
+        store.write_shard(shard, {"keys": keys, "next_tokens": following})
+        counts = random.integers(1, ENTRIES * 2 // 3, 128 * length)
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        offsets = ends[np.arange(128)[:, None] * length + np.arange(length + 1)]
+        ids = random.integers(0, VOCABULARY, (1, ends[-1]))
+        found.write_shard(
+            shard, {"offsets": offsets, "token_ids": ids, "probabilities": random.random((1, ends[-1]))}
+        )
+    return store.seal({}), found.seal({"max_entries": ENTRIES})
+
+
+def _pipeline_row(step_row: dict) -> dict:
+    """Positions per second that the input pipeline delivers with nothing else running."""
+    length, batch_sequences = 128, 32
+    with tempfile.TemporaryDirectory() as folder:
+        source = data.TargetSource(*_write_sample(epath.Path(folder), 1024, length))
+        batches = data.batches(source, batch_sequences, seed=0)
+        for _ in range(4):
+            next(batches)
+        start, count = time.perf_counter(), 40
+        for _ in range(count):
+            next(batches)
+        rate = count * batch_sequences * length / (time.perf_counter() - start)
+        batches.close()
+    consumed = float(step_row["detail"].split("; ")[1].split(" positions/s")[0].replace(",", ""))
+    return _row(
+        "input pipeline",
+        rate,
+        "positions/s",
+        f"Grain over TensorStore, {length} positions a sequence, up to {ENTRIES} entries each, alone on the machine; "
+        f"{rate / consumed:.1f}x what the train step at width 256 consumes",
+    )
+
+
+def _loss_memory_rows() -> list[dict]:
+    """Temporary memory of the compiled loss and its gradient, by batch and by chunk."""
+    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    model = _model(256)
+    rows = []
+    for positions, chunk in ((4096, 256), (16384, 256), (4096, 1024), (16384, 1024)):
+
+        def gradient(hidden_NxD, kernel_DxV, batch, chunk=chunk):
+            def loss(hidden_NxD, kernel_DxV):
+                return sparse_cross_entropy(
+                    hidden_NxD,
+                    kernel_DxV,
+                    batch["token_ids"],
+                    batch["probabilities"],
+                    batch["next_tokens"],
+                    alpha=0.4,
+                    vocab_size=VOCABULARY,
+                    chunk=chunk,
+                    mesh=mesh,
+                )[0]
+
+            return jax.grad(loss, argnums=(0, 1))(hidden_NxD, kernel_DxV)
+
+        shapes = (
+            jax.ShapeDtypeStruct((positions, model.width), jnp.float32),
+            jax.ShapeDtypeStruct((model.width, VOCABULARY), jnp.float32),
+            jax.eval_shape(lambda positions=positions: jax.tree.map(jnp.asarray, _batch(positions))),
+        )
+        compiled = jax.jit(gradient).lower(*shapes).compile()
+        logits = positions * VOCABULARY * 4 / 2**20
+        rows.append(
+            _row(
+                f"loss memory, {positions} positions, chunk {chunk}",
+                compiled.memory_analysis().temp_size_in_bytes / 2**20,
+                "MiB",
+                f"temporaries of the compiled gradient; the logits of the whole batch would be {logits:.0f} MiB",
+            )
+        )
+    return rows
+
+
+def rows(config: ml_collections.ConfigDict) -> list[dict]:
+    """Measures; each row has name, value, unit and detail."""
+    steps = [_train_step_row(config, *step) for step in STEPS]
+    matmul = _row("matmul", matmul_rate("float32") / 1e9, "GFLOP/s", "float32, 1536 x 1536 x 1536, best of half a second")
+    return [matmul, *steps, _pipeline_row(steps[0]), *_loss_memory_rows()]
