@@ -65,6 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.datastore = datastore = ml_collections.ConfigDict()
     datastore.dtype = "float16"  # of keys and memory inputs: "float16" or "bfloat16"
+    datastore.compute_dtype = "float32"  # of the forward pass: "float32", or "bfloat16" on accelerators
     datastore.input_depth = 1.0  # relative depth of the memory's input: 1.0 = the keys, 0.7 = the paper's best
     datastore.key_model = ""  # Hugging Face GPT-2 whose keys the targets are built from; "" = the base
     datastore.batch_sequences = 32  # sequences in one forward pass, over all devices

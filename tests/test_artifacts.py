@@ -160,7 +160,9 @@ def test_truncated_and_missing_files_are_refused_at_opening(tmp_path):
 def test_a_full_disk_leaves_what_was_complete(tmp_path):
     mounted = tmp_path / "small"
     mounted.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(mounted)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(mounted)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
         specs = {"keys": ArraySpec((3, 60_000), "float16", 1, (1, 60_000))}

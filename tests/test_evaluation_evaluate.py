@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import default
+from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.evaluation import evaluate, provenance
@@ -23,10 +24,6 @@ def log_softmax(logits):
     logits = np.asarray(logits, np.float64)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def sharpened(parameters, factor=6.0):
-    return jax.tree.map(lambda array: array * factor, parameters)
 
 
 def write_tokens(workdir, streams):
@@ -89,12 +86,28 @@ def write_targets(workdir, split, counts_SxT, labels_SxT):
     writer.seal({"recall_at_k": 0.99, "total_variation": 0.001, "bytes_per_position": 12.5})
 
 
+@jax.jit
+def fresh_models(key):
+    """Parameters of a language model and of a memory, far from uniform."""
+    parameters = gpt2.init(LANGUAGE_MODEL, key), memory.init(MEMORY, key)
+    return jax.tree.map(lambda array: array * 6.0, parameters)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """Sharded scoring has tests of its own; here one device compiles faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        patch.setattr(meshes, "mesh_of", lambda config: (mesh, meshes.RULES))
+        yield
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A working directory of finished stages, and what an independent computation says about it."""
     workdir = tmp_path_factory.mktemp("evaluate")
     generator = np.random.default_rng(0)
-    base, trained = (sharpened(init(jax.random.key(n))) for n, init in enumerate(_initializers()))
+    base, trained = fresh_models(jax.random.key(0))
     streams = {split: generator.integers(VOCABULARY, size=n * LENGTH + 3) for split, n in SEQUENCES.items()}
     write_tokens(workdir, streams)
     base_artifact = write_model(workdir / "base", "base", LANGUAGE_MODEL, base, {})
@@ -122,10 +135,6 @@ def world(tmp_path_factory):
     return workdir, expected
 
 
-def _initializers():
-    return lambda key: gpt2.init(LANGUAGE_MODEL, key), lambda key: memory.init(MEMORY, key)
-
-
 def config_of(workdir):
     config = default.get_config()
     config.workdir = str(workdir)
@@ -138,13 +147,20 @@ def perplexity(probabilities):
     return np.exp(-np.mean(np.log(probabilities)))
 
 
-def test_the_stage_agrees_with_numpy_on_the_logits(world, monkeypatch):
-    workdir, expected = world
-    monkeypatch.setattr(evaluate, "_PROBABILITIES_AT_ONCE", 7 * VOCABULARY)
+@pytest.fixture(scope="module")
+def metrics(world):
+    """What the stage says about it."""
+    workdir, _ = world
     (workdir / "stages.jsonl").write_text(
         "".join(json.dumps({"stage": "tokens", "seconds": s, "peak_rss_bytes": b}) + "\n" for s, b in ((1, 9), (2, 5)))
     )
-    metrics = evaluate.run(config_of(workdir))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "_PROBABILITIES_AT_ONCE", 13 * VOCABULARY)  # several chunks, the last ones short
+        return evaluate.run(config_of(workdir))
+
+
+def test_the_stage_agrees_with_numpy_on_the_logits(world, metrics):
+    workdir, expected = world
     assert json.loads((workdir / "report" / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     weights = metrics["interpolation_weight"]
     for split in ("validation", "test"):
@@ -168,10 +184,8 @@ def test_the_stage_agrees_with_numpy_on_the_logits(world, monkeypatch):
     assert metrics["targets"]["recall_at_k"] == 0.99
 
 
-def test_shapes_are_means_over_all_positions_when_all_are_asked_for(world):
-    workdir, expected = world
-    shapes = evaluate.run(config_of(workdir))["sharpness"]
-    of = expected["test"]
+def test_shapes_are_means_over_all_positions_when_all_are_asked_for(world, metrics):
+    shapes, of = metrics["sharpness"], world[1]["test"]
     assert {shape["positions"] for shape in shapes.values()} == {SEQUENCES["test"] * LENGTH}
     # Uniform over n of at most four tokens: n above zero, n above 0.1, and n for 99 % of the mass.
     mean = pytest.approx(of["counts"].mean())
@@ -189,7 +203,7 @@ def test_shapes_are_means_over_all_positions_when_all_are_asked_for(world):
 def test_controls_are_found_scored_and_left_out_when_foreign(world):
     workdir, _ = world
     base = evaluate.open_artifact(workdir / "base", "base").fingerprint
-    continued, ce_only = (sharpened(init(jax.random.key(n + 7))) for n, init in enumerate(_initializers()))
+    continued, ce_only = fresh_models(jax.random.key(7))
     write_model(workdir / "controls" / "continued", "base", LANGUAGE_MODEL, continued, {"base": base})
     write_model(workdir / "controls" / "ce_only", "memory", MEMORY, ce_only, {"base": "another"})
     metrics = evaluate.run(config_of(workdir))
@@ -207,7 +221,7 @@ def test_a_memory_of_another_base_is_refused(world, tmp_path):
     for entry in workdir.iterdir():
         if entry.name not in ("memory", "report"):
             (tmp_path / entry.name).symlink_to(entry)
-    trained = memory.init(MEMORY, jax.random.key(0))
+    trained = fresh_models(jax.random.key(0))[1]
     write_model(tmp_path / "memory", "memory", MEMORY, trained, {"base": "another"})
     with pytest.raises(ArtifactError, match="another base"):
         evaluate.run(config_of(tmp_path))

@@ -17,7 +17,10 @@ def log_softmax_oracle(logits):
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def sharpened(parameters):
+@jax.jit
+def fresh_models(key):
+    """Parameters of a memory and of a language model, far from uniform."""
+    parameters = memory.init(MEMORY, key), gpt2.init(LANGUAGE_MODEL, key)
     return jax.tree.map(lambda array: array * 8.0, parameters)
 
 
@@ -30,7 +33,7 @@ def mesh(request):
 
 
 def test_memory_scores_are_its_softmax_at_the_next_token(mesh):
-    parameters = sharpened(memory.init(MEMORY, jax.random.key(0)))
+    parameters = fresh_models(jax.random.key(0))[0]
     generator = np.random.default_rng(0)
     inputs_NxD = generator.normal(size=(27, 12)).astype(np.float16)
     next_N = generator.integers(37, size=27).astype(np.int32)
@@ -45,7 +48,7 @@ def test_memory_scores_are_its_softmax_at_the_next_token(mesh):
 
 
 def test_language_model_scores_and_distributions_agree_with_its_logits(mesh):
-    parameters = sharpened(gpt2.init(LANGUAGE_MODEL, jax.random.key(1)))
+    parameters = fresh_models(jax.random.key(0))[1]
     tokens_SxT = np.random.default_rng(1).integers(36, size=(5, 8)).astype(np.int32)
     next_SxT = np.roll(tokens_SxT, -1, axis=1)
     expected_SxTxV = log_softmax_oracle(gpt2.logits(parameters, LANGUAGE_MODEL, tokens_SxT))
@@ -68,7 +71,7 @@ def test_a_chunk_holds_no_more_than_the_limits():
 
 
 def test_few_positions_are_not_padded_to_a_whole_chunk(mesh, monkeypatch):
-    parameters = memory.init(MEMORY, jax.random.key(0))
+    parameters = fresh_models(jax.random.key(0))[0]
     shapes = []
     monkeypatch.setattr(scoring, "_on_mesh", lambda rows, *_: shapes.append(rows.shape) or rows)
     scoring.memory_log_probabilities(

@@ -142,7 +142,9 @@ def test_goes_on_with_another_mesh(tmp_path):
     second = meshes.make_mesh(1, 2, 2, devices=jax.devices()[:4])
     whole, _ = loop.fit(task(tmp_path / "whole", first, learning_rate=0.0, adam_learning_rate=0.0), first, meshes.RULES)
     loop.fit(task(tmp_path / "parts", first, steps=10), first, meshes.RULES)
-    parts, _ = loop.fit(task(tmp_path / "parts", second, learning_rate=0.0, adam_learning_rate=0.0), second, meshes.RULES)
+    parts, _ = loop.fit(
+        task(tmp_path / "parts", second, learning_rate=0.0, adam_learning_rate=0.0), second, meshes.RULES
+    )
     assert jax.tree.leaves(parts)[0].sharding.mesh.shape == second.shape
     assert jax.tree.structure(whole) == jax.tree.structure(parts)
 

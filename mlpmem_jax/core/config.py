@@ -82,6 +82,7 @@ SCHEMA: dict[str, Any] = {
     },
     "datastore": {
         "dtype": _one_of("float16", "bfloat16"),
+        "compute_dtype": _one_of("float32", "bfloat16"),
         "input_depth": ((int, float), lambda value: 0 < value <= 1, "a number above 0, up to 1"),
         "key_model": _TEXT,
         "batch_sequences": _POSITIVE,
@@ -119,7 +120,7 @@ SCHEMA: dict[str, Any] = {
         "slice": _MESH_SIZE,
         "fsdp": _MESH_SIZE,
         "tensor": _MESH_SIZE,
-        "rules": {axis: _MESH_AXES for axis in ("batch", "embed", "mlp", "heads", "vocab")},
+        "rules": dict.fromkeys(("batch", "embed", "mlp", "heads", "vocab"), _MESH_AXES),
     },
 }
 
@@ -167,7 +168,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     ):
         if source and not needed:
             group = name.split(".")[0]
-            raise ConfigError(f"config.{name}: is needed with config.{group}.source={config[group].source!r}, but empty")
+            raise ConfigError(
+                f"config.{name}: is needed with config.{group}.source={config[group].source!r}, but empty"
+            )
     if corpus.validation_fraction + corpus.test_fraction >= 1:
         raise ConfigError("config.corpus: validation_fraction + test_fraction leave nothing to train on")
     if base.width % base.heads:

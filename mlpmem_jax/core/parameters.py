@@ -66,7 +66,8 @@ def read(artifact: Artifact, abstract, shardings):
             parameters = checkpointer.restore(folder, wanted)
     except (ValueError, OSError, KeyError) as error:
         raise ArtifactError(
-            f"{folder}: parameters could not be read: {str(error)[:300]}; delete {artifact.path} and run its stage again"
+            f"{folder}: parameters could not be read: {str(error)[:300]}; "
+            f"delete {artifact.path} and run its stage again"
         ) from error
     if fingerprint(parameters) != artifact.summary["parameters_fingerprint"]:
         raise ArtifactError(

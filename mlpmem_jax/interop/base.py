@@ -5,7 +5,6 @@ from __future__ import annotations
 import ml_collections
 from etils import epath
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError

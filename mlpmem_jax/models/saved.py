@@ -61,4 +61,3 @@ def load_memory(path, mesh: Mesh, rules: meshes.Rules) -> tuple[dict, MemoryConf
     abstract = jax.eval_shape(functools.partial(memory.init, config), jax.random.key(0))
     placed = meshes.shardings(mesh, memory.logical_axes(config), rules)
     return stored.read(artifact, abstract, placed), config, artifact
-

@@ -31,10 +31,10 @@ def tapped_block(blocks: int, depth: float) -> int:
     return max(1, round(depth * blocks))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "taps", "dtype", "vocab_sharding"))
-def _forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, vocab_sharding):
+@functools.partial(jax.jit, static_argnames=("config", "taps", "dtype", "compute_dtype", "vocab_sharding"))
+def _forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, vocab_sharding):
     """Hidden states at the taps, [B, T, D] of `dtype`, and log p_LM(next) unless `vocab_sharding` is None."""
-    final, tapped = gpt2.features(parameters, config, tokens_BxT, taps=taps)
+    final, tapped = gpt2.features(parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype)
     outputs = [tapped[tap].astype(dtype) for tap in taps]
     if vocab_sharding is None:
         return outputs, None
@@ -43,7 +43,7 @@ def _forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, vocab_sha
         gpt2.output_kernel(parameters),
         next_BxT,
         vocab_size=config.vocab_size,
-        compute_dtype=jnp.float32,
+        compute_dtype=compute_dtype,
         logits_sharding=vocab_sharding,
     )
     return outputs, log_probabilities
@@ -59,6 +59,7 @@ class _Models:
         )
         self.fingerprints = {"base": base_artifact.fingerprint}
         self.dtype = jnp.dtype(config.datastore.dtype)
+        self.compute_dtype = jnp.dtype(config.datastore.compute_dtype)
         self.input_tap = tapped_block(self.base_config.blocks, config.datastore.input_depth)
         self.key_model, self.key_config = self.base, self.base_config
         if config.datastore.key_model:
@@ -76,7 +77,7 @@ class _Models:
     def outputs(self, tokens_BxT: np.ndarray, next_BxT: np.ndarray, scored: bool) -> dict[str, np.ndarray]:
         """This process's rows of every array of the datastore that needs a model."""
         tokens, following = meshes.global_batch(self.mesh, (tokens_BxT, next_BxT), self.rules)
-        run = functools.partial(_forward, dtype=self.dtype)
+        run = functools.partial(_forward, dtype=self.dtype, compute_dtype=self.compute_dtype)
         vocab_sharding = meshes.sharding(self.mesh, ("batch", None, "vocab"), self.rules) if scored else None
         base_taps = (self.input_tap,) if self.separate_inputs else (self.base_config.blocks,)
         if self.separate_inputs and self.key_model is self.base:

@@ -19,6 +19,7 @@ from mlpmem_jax.scaling.power_law import with_errors
 DELTA = 1e-3
 COEFFICIENTS = ("E", "A", "B", "a", "b")
 _LEAST_RUNS = 7  # two more than coefficients
+_LEAST_SPREAD = 0.1  # of log tokens around a smooth function of the size
 _REFITS = 500
 _START_EXPONENTS, _START_FLOORS = (0.15, 0.5, 1.0), (0.2, 0.5, 0.8)
 _EXPONENT_BOUNDS, _TERM_BOUNDS = (1e-3, 4.0), (-14.0, 4.0)
@@ -27,15 +28,20 @@ _OPTIONS = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-15, "gtol": 1e-9, "maxc
 
 def absent(runs: Runs) -> str | None:
     """Why these runs cannot tell the five coefficients apart; None when they can."""
+    if np.min(runs.losses_R) <= 0.0:
+        return "log L needs perplexities above 1"
     sizes, tokens = len(set_of(runs.parameters_R)), len(set_of(runs.tokens_R))
-    varied = sum(len(set_of(runs.tokens_R[runs.parameters_R == size])) > 1 for size in set_of(runs.parameters_R))
-    if len(runs) >= _LEAST_RUNS and sizes >= 3 and tokens >= 3 and varied >= 2:
-        return None
-    return (
-        f"five coefficients need at least {_LEAST_RUNS} runs over 3 sizes and 3 numbers of tokens, 2 sizes or more with "
-        f"several numbers of tokens; found {len(runs)} runs, {sizes} sizes, {tokens} numbers of tokens, "
-        f"{varied} sizes with several"
-    )
+    if len(runs) < _LEAST_RUNS or sizes < 3 or tokens < 3:
+        return (
+            f"five coefficients need at least {_LEAST_RUNS} runs over 3 sizes and 3 numbers of tokens; "
+            f"found {len(runs)} runs, {sizes} sizes, {tokens} numbers of tokens"
+        )
+    log_sizes_R, log_tokens_R = np.log(runs.parameters_R), np.log(runs.tokens_R)
+    curve_3 = np.polyfit(log_sizes_R - log_sizes_R.mean(), log_tokens_R, 2)
+    apart_R = log_tokens_R - np.polyval(curve_3, log_sizes_R - log_sizes_R.mean())
+    if np.std(apart_R) < _LEAST_SPREAD:
+        return "tokens follow from the size in these runs: train sizes on several numbers of tokens each"
+    return None
 
 
 def fit(runs: Runs, *, confidence: float, samples: int, generator: np.random.Generator) -> dict:
@@ -74,10 +80,10 @@ class _Points:
     log D: so centered they hardly depend on the exponents, and every start finds the same optimum.
     """
 
-    def __init__(self, runs: Runs):
-        self._log_sizes, self._log_tokens = np.log(runs.parameters_R), np.log(runs.tokens_R)
-        self._centers = self._log_sizes.mean(), self._log_tokens.mean()
-        self._sizes_R, self._tokens_R = self._log_sizes - self._centers[0], self._log_tokens - self._centers[1]
+    def __init__(self, runs: Runs, centers_2: np.ndarray | None = None):
+        log_2xR = np.log([runs.parameters_R, runs.tokens_R])
+        self.centers_2 = log_2xR.mean(axis=1) if centers_2 is None else centers_2
+        self._sizes_R, self._tokens_R = log_2xR - self.centers_2[:, None]
 
     def _terms(self, search_5: np.ndarray) -> np.ndarray:
         log_e, log_a, log_b, a, b = search_5
@@ -124,7 +130,7 @@ class _Points:
         """The law's own coefficients, and the exponents of the optimum, of search parameters [..., 5]."""
         log_e, log_a, log_b, a, b = np.moveaxis(search, -1, 0)
         with np.errstate(over="ignore"):
-            terms = np.exp(log_e), np.exp(log_a + a * self._centers[0]), np.exp(log_b + b * self._centers[1])
+            terms = np.exp(log_e), np.exp(log_a + a * self.centers_2[0]), np.exp(log_b + b * self.centers_2[1])
         optima = {"optimal_parameters": b / (a + b), "optimal_tokens": a / (a + b)}
         return dict(zip(COEFFICIENTS, (*terms, a, b), strict=True)) | optima
 
@@ -142,8 +148,16 @@ def _goodness(runs: Runs, residuals_R: np.ndarray, scatter: float) -> dict:
 
 def _leave_one_out(runs: Runs, fitted_5: np.ndarray) -> dict:
     """Each run's perplexity predicted by a law fitted to the others."""
-    points, predictions = _Points(runs), []
+    points, observed_R, predictions = _Points(runs), np.log(runs.losses_R), []
     for left_out in range(len(runs)):
-        weights_R = np.arange(len(runs)) != left_out
-        others_5 = points.refit_without(left_out, np.log(runs.losses_R), fitted_5)
+        others = np.arange(len(runs)) != left_out
+        refitted_5 = _Points(runs.take(others), points.centers_2).refit(observed_R[others], fitted_5)
+        predictions.append(
+            {
+                "parameters": float(runs.parameters_R[left_out]),
+                "tokens": float(runs.tokens_R[left_out]),
+                "observed": float(np.exp(runs.losses_R[left_out])),
+                "predicted": float(np.exp(np.exp(points.log_losses(refitted_5)[left_out]))),
+            }
+        )
     return with_errors(predictions)

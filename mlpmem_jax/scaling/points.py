@@ -96,8 +96,7 @@ def read(points_csv, against: str = "parameters") -> Sweep:
 
     Raises:
       UserError: the file is missing or empty, lacks a column, or a row has a value that cannot be: not a number, not
-        positive, a perplexity of 1 or less; points of several corpora; the same point twice; an arm with
-        fewer than three sizes (budgets).
+        positive; points of several corpora; the same point twice; an arm with fewer than three sizes (budgets).
     """
     path = epath.Path(points_csv)
     if not path.is_file():
@@ -164,10 +163,9 @@ def _value(path: str, line: int, column: str, text: str) -> str | int | float:
         value = int(text) if column == "seed" else float(text)
     except ValueError:
         raise UserError(f"{found}; expected {'a whole number' if column == 'seed' else 'a number'}") from None
-    if column == "perplexity" and not 1.0 < value < math.inf:
-        raise UserError(f"{found}; a perplexity is a finite number above 1: leave out runs that diverged")
-    if column in ("parameters", "tokens", "flops") and not 0.0 < value < math.inf:
-        raise UserError(f"{found}; expected a finite number above 0")
+    if column != "seed" and not 0.0 < value < math.inf:
+        advice = ": leave out runs that diverged" if column == "perplexity" else ""
+        raise UserError(f"{found}; expected a finite number above 0{advice}")
     return value
 
 

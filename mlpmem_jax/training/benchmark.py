@@ -108,7 +108,8 @@ def _train_step_row(config: ml_collections.ConfigDict, width: int, optimizer_nam
         statistics.median(shares),
         "of the matmul rate",
         f"float32, {positions} positions, 4 blocks, vocabulary {VOCABULARY}, {ENTRIES} entries; "
-        f"{positions / statistics.median(seconds):,.0f} positions/s, {step_flops / statistics.median(seconds) / 1e9:.0f} of "
+        f"{positions / statistics.median(seconds):,.0f} positions/s, "
+        f"{step_flops / statistics.median(seconds) / 1e9:.0f} of "
         f"{statistics.median(rates) / 1e9:.0f} GFLOP/s, medians of 5; the optimizer's own FLOPs are not counted",
     )
 
@@ -146,9 +147,7 @@ def _write_sample(folder: epath.Path, sequences: int, length: int):
         ends = np.concatenate([[0], np.cumsum(counts)])
         offsets = ends[np.arange(128)[:, None] * length + np.arange(length + 1)]
         ids = random.integers(0, VOCABULARY, (1, ends[-1]))
-        found.write_shard(
-            shard, {"offsets": offsets, "token_ids": ids, "probabilities": random.random((1, ends[-1]))}
-        )
+        found.write_shard(shard, {"offsets": offsets, "token_ids": ids, "probabilities": random.random((1, ends[-1]))})
     return store.seal({}), found.seal({"max_entries": ENTRIES})
 
 
@@ -219,5 +218,7 @@ def _loss_memory_rows() -> list[dict]:
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
     """Measures; each row has name, value, unit and detail."""
     steps = [_train_step_row(config, *step) for step in STEPS]
-    matmul = _row("matmul", matmul_rate("float32") / 1e9, "GFLOP/s", "float32, 1536 x 1536 x 1536, best of half a second")
+    matmul = _row(
+        "matmul", matmul_rate("float32") / 1e9, "GFLOP/s", "float32, 1536 x 1536 x 1536, best of half a second"
+    )
     return [matmul, *steps, _pipeline_row(steps[0]), *_loss_memory_rows()]

@@ -85,8 +85,8 @@ def check_batch(settings: ml_collections.ConfigDict, mesh: Mesh, rules: meshes.R
     micro_batch = settings.batch_sequences // settings.accumulation_steps
     if micro_batch % shards or settings.batch_sequences % jax.process_count():
         raise ConfigError(
-            f"config.{group}.batch_sequences: {settings.batch_sequences} over {settings.accumulation_steps} accumulation "
-            f"steps is {micro_batch} sequences, which {shards} batch shards of the mesh do not divide"
+            f"config.{group}.batch_sequences: {settings.batch_sequences} over {settings.accumulation_steps} "
+            f"accumulation steps is {micro_batch} sequences, which {shards} batch shards of the mesh do not divide"
         )
 
 
@@ -200,7 +200,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
                 clock = time.perf_counter()  # neither validation nor saving counts in the training rate
             if stopping and step < steps:
                 checkpoints.wait()
-                raise UserError(f"{task.name}: asked to stop; a checkpoint at step {step} is written, run again to go on")
+                raise UserError(f"{task.name}: asked to stop; a checkpoint at step {step} is written, run again")
     checkpoints.wait()
     writer.close()
     best = checkpoints.best_step()

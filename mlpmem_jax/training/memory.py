@@ -27,7 +27,9 @@ from mlpmem_jax.training.loss import sparse_cross_entropy
 _VOCABULARY_MULTIPLE = 128  # columns of the output projection: whole tiles of a matrix unit on every tensor shard
 
 
-def dimensions(config: ml_collections.ConfigDict, vocab_size: int, input_width: int, tensor_shards: int) -> MemoryConfig:
+def dimensions(
+    config: ml_collections.ConfigDict, vocab_size: int, input_width: int, tensor_shards: int
+) -> MemoryConfig:
     """The memory's dimensions; the vocabulary is padded to what the mesh divides."""
     multiple = _VOCABULARY_MULTIPLE * tensor_shards
     return MemoryConfig(

@@ -1,4 +1,4 @@
-"""Training metrics: one JSON line a record, the same to TensorBoard, and the matmul rate that speed is compared with."""
+"""Training metrics: one JSON line a record, the same to TensorBoard, and the matmul rate to compare speed with."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Checkpoints:
         self._manager.save(step, args=arguments, metrics=validation, force=True)
 
     def restore(self, step: int, abstract_state) -> tuple[dict, int]:
-        """The state at `step`, laid out as `abstract_state` (ShapeDtypeStruct with shardings), and the data position."""
+        """The state at `step`, laid out as `abstract_state` says (with shardings), and the data position."""
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()),

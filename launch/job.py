@@ -1,0 +1,167 @@
+"""What every launcher does: read and check the config against the devices, then send a document to a command."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pprint
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+
+import ml_collections
+
+from launch import accelerators
+from mlpmem_jax import cli
+from mlpmem_jax.core import config as configs
+from mlpmem_jax.core.errors import ConfigError, UserError
+
+USER_ERROR = 2
+"""Exit code of `mlpmem` for input that cannot work. A restart would only meet it again."""
+
+
+def parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    """The options that all launchers share. Overrides (--config.key=value) are left to `run`."""
+    result = argparse.ArgumentParser(
+        prog=f"python -m launch.{name}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    result.add_argument("--config", required=True, metavar="FILE", help="a config; --config.key=value overrides it")
+    stages = ["run", "controls", *cli.STAGES]
+    result.add_argument("--stage", default="run", choices=stages, metavar="STAGE", help="of mlpmem (default run)")
+    result.add_argument("--dry_run", action="store_true", help="print exactly what would be sent, and send nothing")
+    return result
+
+
+def add_tpu_options(result: argparse.ArgumentParser) -> None:
+    """The options that the launchers of TPU slices share."""
+    result.add_argument("--name", required=True, help="of the job")
+    result.add_argument("--accelerator", required=True, metavar="TYPE", help="e.g. v5litepod-256, v5p-256 or v5p:4x4x8")
+    result.add_argument("--slices", type=int, default=1, help="joined by the data-centre network (default 1)")
+    result.add_argument("--image", required=True, help="container image made from launch/Dockerfile")
+    result.add_argument("--service_account", help="that may read and write config.workdir")
+    result.add_argument("--spot", action="store_true", help="cheaper capacity that may be taken back")
+    result.add_argument("--max_restarts", type=int, default=10, help="after failures (default 10)")
+
+
+def run(
+    result: argparse.ArgumentParser,
+    launch: Callable[[argparse.Namespace, list[str]], int],
+    arguments: list[str] | None,
+) -> None:
+    """Parses the arguments and exits with what launch(options, overrides) returns, or with 2 and one clear error."""
+    options, overrides = result.parse_known_args(arguments)
+    strangers = [word for word in overrides if not word.startswith("--config.")]
+    if strangers:
+        result.error(f"unknown option {strangers[0]}")
+    try:
+        sys.exit(launch(options, overrides))
+    except UserError as error:
+        print(f"{result.prog}: error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def read_config(
+    options: argparse.Namespace, overrides: list[str], devices: int, processes: int, slices: int = 1
+) -> ml_collections.ConfigDict:
+    """The resolved config, checked by itself and against the devices that it will meet.
+
+    Raises:
+      ConfigError: a key is wrong, or the mesh or a batch does not divide over the devices.
+    """
+    config = cli.read_config(options.config, overrides)
+    sizes = _mesh_sizes(config, devices)
+    if sizes["slice"] % slices:
+        raise ConfigError(
+            f"config.mesh.slice: expected a multiple of --slices={slices}, so that the other axes stay inside a slice, "
+            f"found {sizes['slice']}; add --config.mesh.slice={slices}"
+        )
+    groups = {"datastore": config.datastore, "training": config.training}
+    if config.base.source == "train":
+        groups["base.training"] = config.base.training
+    for name, group in groups.items():
+        _check_batch(name, group, _batch_shards(config, sizes), processes)
+    return config
+
+
+def _batch_shards(config: ml_collections.ConfigDict, sizes: dict[str, int]) -> int:
+    axes = configs.mesh_rules(config)["batch"] or ()
+    return math.prod(sizes[axis] for axis in ([axes] if isinstance(axes, str) else axes))
+
+
+def _check_batch(name: str, group: ml_collections.ConfigDict, shards: int, processes: int) -> None:
+    steps = group.get("accumulation_steps", 1)
+    unit = math.lcm(shards * steps, processes)
+    if group.batch_sequences % unit:
+        raise ConfigError(
+            f"config.{name}.batch_sequences: expected a multiple of {unit} (accumulation steps: {steps}, batch shards of "
+            f"the mesh: {shards}, processes: {processes}), found {group.batch_sequences}"
+        )
+
+
+def _mesh_sizes(config: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
+    """The size of each mesh axis on so many devices, by the rule of `core.mesh.make_mesh`."""
+    sizes = {axis: config.mesh[axis] for axis in ("slice", "fsdp", "tensor")}
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(open_axes) > 1 or devices % known or (not open_axes and known != devices):
+        raise ConfigError(
+            f"config.mesh: slice x fsdp x tensor = {' x '.join(map(str, sizes.values()))} does not fit {devices} "
+            "devices; the product must be that number, and one of the sizes may be -1 for all the rest"
+        )
+    return sizes | dict.fromkeys(open_axes, devices // known)
+
+
+def read_tpu_job(
+    options: argparse.Namespace, overrides: list[str], longest_name: int
+) -> tuple[accelerators.Slice, ml_collections.ConfigDict]:
+    """The slice and the checked config of a job on TPU slices.
+
+    Raises:
+      UserError: no such slice, a name the service refuses, a config that cannot work there.
+    """
+    if len(options.name) > longest_name or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", options.name):
+        raise UserError(
+            f"--name={options.name}: expected lower-case letters, digits and '-', a letter first and no '-' last, "
+            f"at most {longest_name} characters"
+        )
+    for option, least in (("slices", 1), ("max_restarts", 0)):
+        if getattr(options, option) < least:
+            raise UserError(f"--{option}={getattr(options, option)}: expected {least} or more")
+    tpu = accelerators.resolve(options.accelerator)
+    hosts = tpu.hosts * options.slices
+    config = read_config(options, overrides, tpu.chips * options.slices, hosts, options.slices)
+    if "://" not in config.workdir:
+        raise ConfigError(
+            f"config.workdir: {config.workdir!r} would be lost with the machines that wrote it; name a place that all "
+            "hosts share and that outlives them, e.g. --config.workdir=gs://BUCKET/RUN"
+        )
+    return tpu, config
+
+
+def config_file(config: ml_collections.ConfigDict, options: argparse.Namespace, overrides: list[str]) -> str:
+    """The resolved config as a config file that needs no other file: what runs is what was checked here."""
+    made_from = shlex.join([f"--config={options.config}", *overrides])
+    values = pprint.pformat(config.to_dict(), width=100, sort_dicts=False)
+    return (
+        f"{f'Resolved when the job was launched, from {made_from}'!r}\n"
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict(\n{values}\n    )\n"
+    )
+
+
+def send(command: list[str], document: str) -> int:
+    """Runs the command with the document on its standard input and returns its exit code.
+
+    Raises:
+      UserError: the command is not installed.
+    """
+    if shutil.which(command[0]) is None:
+        raise UserError(f"the command {command[0]!r} is not installed here; --dry_run prints what it would be sent")
+    return subprocess.run(command, input=document, text=True, check=False).returncode

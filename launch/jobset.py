@@ -1,0 +1,175 @@
+"""TPU slices under Kubernetes (GKE): one JobSet, one Job a slice, one pod a host. Sent to `kubectl apply -f -`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import yaml
+
+from launch import accelerators, job
+from mlpmem_jax.core.errors import UserError
+
+_EXAMPLE = (
+    "python -m launch.jobset --name=memory --accelerator=v5p-256 --image=IMAGE --config=configs/default.py \\\n"
+    "      --config.workdir=gs://BUCKET/memory --config.training.batch_sequences=128 --dry_run"
+)
+_COMMAND = ["kubectl", "apply", "-f", "-"]
+_CONFIG_FOLDER = "/etc/mlpmem"
+_GRACE_SECONDS = 300  # from SIGTERM to SIGKILL: time for a checkpoint of all hosts together
+_PORTS = (8471, 8476, 8080)  # TPU runtime, coordinator of jax.distributed, transfers between slices
+_LONGEST_POD_SUFFIX = len("-slice-999-9999-abcde")  # a pod's name must fit the 63 characters of a host name
+
+
+def _failure_policy(max_restarts: int) -> dict:
+    """Restart the whole set after a failure; at no charge after a preemption; not at all after a user error.
+
+    The patterns tell apart which rule of `_pod_failure_policy` ended the Job (JobSet 0.10 or later).
+    """
+    return {
+        "maxRestarts": max_restarts,
+        # No pod of the new attempt may meet the coordinator of the old one.
+        "restartStrategy": "BlockingRecreate",
+        "rules": [
+            {
+                "name": "preempted",
+                "action": "RestartJobSetAndIgnoreMaxRestarts",
+                "onJobFailureReasons": ["PodFailurePolicy"],
+                "onJobFailureMessagePatterns": ["rule at index 0$"],
+            },
+            {
+                "name": "userError",
+                "action": "FailJobSet",
+                "onJobFailureReasons": ["PodFailurePolicy"],
+                "onJobFailureMessagePatterns": ["rule at index 1$"],
+            },
+        ],
+    }
+
+
+def _pod_failure_policy() -> dict:
+    return {
+        "rules": [
+            {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            {
+                "action": "FailJob",
+                "onExitCodes": {"containerName": "mlpmem", "operator": "In", "values": [job.USER_ERROR]},
+            },
+        ]
+    }
+
+
+def _pod(options: argparse.Namespace, tpu: accelerators.Slice) -> dict:
+    """The pod template: one process on one host, with all its chips."""
+    chips = {"google.com/tpu": tpu.chips_per_host}
+    spec = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": _GRACE_SECONDS,
+        "nodeSelector": {
+            "cloud.google.com/gke-tpu-accelerator": tpu.generation.gke_accelerator,
+            "cloud.google.com/gke-tpu-topology": tpu.topology,
+        },
+        "containers": [
+            {
+                "name": "mlpmem",
+                "image": options.image,
+                "args": [options.stage, f"--config={_CONFIG_FOLDER}/config.py"],
+                "env": [
+                    # Hosts, ids and the coordinator come from what GKE sets (TPU_WORKER_*, MEGASCALE_*).
+                    {"name": "MLPMEM_DISTRIBUTED", "value": "1"},
+                    # A host whose chips cannot be opened must fail, not train on its processor.
+                    {"name": "JAX_PLATFORMS", "value": "tpu,cpu"},
+                ],
+                "ports": [{"containerPort": port} for port in _PORTS],
+                "resources": {"requests": chips, "limits": dict(chips)},
+                "volumeMounts": [{"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True}],
+            }
+        ],
+        "volumes": [{"name": "config", "configMap": {"name": options.name}}],
+    }
+    if options.service_account:
+        spec["serviceAccountName"] = options.service_account
+    if options.spot:
+        spec["nodeSelector"]["cloud.google.com/gke-spot"] = "true"
+        spec["tolerations"] = [{"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"}]
+    if options.slices > 1:  # transfers between slices skip the pods' virtual network
+        spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+    return {"spec": spec}
+
+
+def manifests(options: argparse.Namespace, tpu: accelerators.Slice, config_file: str) -> list[dict]:
+    """The ConfigMap with the config, and the JobSet that runs it."""
+    metadata = {"name": options.name, "namespace": options.namespace}
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": metadata,
+        "immutable": True,  # a restart must not find another config than the first attempt
+        "data": {"config.py": config_file},
+    }
+    slice_job = {
+        "completionMode": "Indexed",
+        "completions": tpu.hosts,
+        "parallelism": tpu.hosts,
+        "backoffLimit": 0,
+        "podFailurePolicy": _pod_failure_policy(),
+        "template": _pod(options, tpu),
+    }
+    job_set = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": dict(metadata),
+        "spec": {
+            # Hosts find the coordinator by its name, before any of them is ready.
+            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+            "failurePolicy": _failure_policy(options.max_restarts),
+            "replicatedJobs": [{"name": "slice", "replicas": options.slices, "template": {"spec": slice_job}}],
+        },
+    }
+    if tpu.hosts > 1:  # a node pool is one slice: its pods must not be spread over two
+        job_set["metadata"]["annotations"] = {
+            "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+        }
+    return [config_map, job_set]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as they are read."""
+
+    def ignore_aliases(self, data):
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
+    tpu, config = job.read_tpu_job(options, overrides, longest_name=63 - _LONGEST_POD_SUFFIX)
+    if options.slices > 1 and tpu.hosts == 1:
+        raise UserError(
+            f"--slices={options.slices}: GKE joins only slices of several hosts, and {tpu} is one; the smallest that "
+            f"can be joined: {next(one for one in accelerators.slices(tpu.generation) if one.hosts > 1)}"
+        )
+    documents = manifests(options, tpu, job.config_file(config, options, overrides))
+    text = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=110, explicit_start=True)
+    print(f"{options.slices} x {tpu}, {tpu.machine_type}: {' '.join(_COMMAND)}", file=sys.stderr)
+    if options.dry_run:
+        print(text, end="")
+        return 0
+    return job.send(_COMMAND, text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `python -m launch.jobset`."""
+    parser = job.parser("jobset", __doc__, _EXAMPLE)
+    job.add_tpu_options(parser)
+    parser.add_argument("--namespace", default="default", help="of Kubernetes (default: default)")
+    job.run(parser, _launch, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""GPU clusters under SLURM: one process a GPU, found by JAX through SLURM's environment. Sent to `sbatch`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+from launch import job
+from mlpmem_jax.core.errors import UserError
+
+_EXAMPLE = (
+    "python -m launch.slurm --nodes=4 --gpus_per_node=8 --time=12:00:00 --config=configs/default.py \\\n"
+    "      --config.workdir=/shared/memory --config.training.batch_sequences=64 --dry_run"
+)
+_WARNING_SECONDS = 300  # before the time limit: SIGTERM, so that a checkpoint is written in time
+
+_SCRIPT = """\
+#!/bin/bash
+{directives}
+export MLPMEM_DISTRIBUTED=1
+# A process whose GPU cannot be opened must fail, not train on its processor.
+export JAX_PLATFORMS=cuda
+status=0
+srun --label --kill-on-bad-exit=1 {command} || status=$?
+# {user_error} is the user's error, which a restart would only meet again. Finished stages and steps are not done twice.
+if [ "$status" -ne 0 ] && [ "$status" -ne {user_error} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
+
+
+def script(options: argparse.Namespace, overrides: list[str]) -> str:
+    """The batch script. Every process sees all GPUs of its node and JAX gives it the one of its local rank, so GPUs are
+    asked for by node: SLURM's own binding (--gpus-per-task) would hide from a process the one that JAX names."""
+    directives = {
+        "job-name": options.name,
+        "nodes": options.nodes,
+        "ntasks-per-node": options.gpus_per_node,
+        "gpus-per-node": options.gpus_per_node,
+        "time": options.time,
+        "partition": options.partition,
+        "account": options.account,
+        "output": f"{options.name}-%j.log",
+        "open-mode": "append",
+        "signal": f"TERM@{_WARNING_SECONDS}",
+    }
+    lines = [f"#SBATCH --{key}={value}" for key, value in directives.items() if value is not None]
+    words = [f"{options.venv}/bin/mlpmem", options.stage, f"--config={options.config}", *overrides]
+    return _SCRIPT.format(
+        directives="\n".join([*lines, "#SBATCH --requeue"]),
+        command=shlex.join(words),
+        user_error=job.USER_ERROR,
+        max_restarts=options.max_restarts,
+    )
+
+
+def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
+    for option, least in (("nodes", 1), ("gpus_per_node", 1), ("max_restarts", 0)):
+        if getattr(options, option) < least:
+            raise UserError(f"--{option}={getattr(options, option)}: expected {least} or more")
+    gpus = options.nodes * options.gpus_per_node
+    job.read_config(options, overrides, devices=gpus, processes=gpus)
+    text = script(options, overrides)
+    print(f"{gpus} GPUs on {options.nodes} nodes: sbatch", file=sys.stderr)
+    if options.dry_run:
+        print(text, end="")
+        return 0
+    return job.send(["sbatch"], text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `python -m launch.slurm`."""
+    parser = job.parser("slurm", __doc__, _EXAMPLE)
+    parser.add_argument("--name", default="mlpmem", help="of the job (default mlpmem)")
+    parser.add_argument("--nodes", type=int, required=True, help="machines")
+    parser.add_argument("--gpus_per_node", type=int, required=True, help="GPUs, and processes, of one machine")
+    parser.add_argument("--time", required=True, metavar="HH:MM:SS", help="limit of one attempt")
+    parser.add_argument("--partition", help="of the cluster (default: its own)")
+    parser.add_argument("--account", help="that is charged (default: the cluster's)")
+    parser.add_argument("--venv", default=".venv", help="on the shared disk, with jax[cuda13] (default .venv)")
+    parser.add_argument("--max_restarts", type=int, default=10, help="after failures and time limits (default 10)")
+    job.run(parser, _launch, arguments)
+
+
+if __name__ == "__main__":
+    main()

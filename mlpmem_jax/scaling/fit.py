@@ -1,0 +1,104 @@
+"""`mlpmem fit`: points of a sweep in, laws with intervals out (fit.json, and pictures of them)."""
+
+from __future__ import annotations
+
+import json
+
+from etils import epath
+
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.scaling import chinchilla, comparison, draws, figure, frontier, points, power_law
+
+INTERVALS = (
+    "parametric bootstrap in Student's form over sizes: the seeds of a run are averaged; sweeps are drawn from the "
+    "fitted law with normal noise on log perplexity, one value a size, of a scale drawn for each sweep from the "
+    "chi-square law of the scatter around the fit; every drawn sweep is fitted again and percentiles are taken"
+)
+
+
+def run(
+    points_csv,
+    output_dir,
+    *,
+    against: str = "parameters",
+    confidence: float = 0.95,
+    samples: int = 10_000,
+    seed: int = 0,
+) -> dict:
+    """Fits the laws of every arm, compares the arms, and writes fit.json, fit.svg and fit.png.
+
+    frontier.svg and frontier.png stand beside them where training budgets were spent on several sizes.
+
+    Args:
+      points_csv: CSV file with the columns of `points.COLUMNS`.
+      output_dir: created where it does not exist.
+      against: "parameters" for PPL = (beta N)^gamma, "flops" for the same law in training compute, for sweeps of one
+        size over several budgets.
+      confidence: of the intervals, between 0 and 1.
+      samples: draws for the intervals.
+      seed: of the draws; the same points and seed give the same bytes.
+
+    Returns:
+      What fit.json holds.
+
+    Raises:
+      UserError: an argument or the points cannot be fitted; nothing has been written then.
+    """
+    if against not in ("parameters", "flops"):
+        raise UserError(f"against={against!r}: a law is fitted against 'parameters' or 'flops'")
+    if not 0.0 < confidence < 1.0:
+        raise UserError(f"confidence={confidence}: expected a number between 0 and 1, for example 0.95")
+    if samples < (least := round(20 / (1.0 - confidence))):
+        raise UserError(f"samples={samples}: an interval of {100 * confidence:g} % needs at least {least} draws")
+    sweep = points.read(points_csv, against)
+    fitted, laws = fit(sweep, against=against, confidence=confidence, samples=samples, seed=seed)
+    folder = epath.Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = figure.pictures(fitted, laws, sweep)
+    encoded = json.dumps(fitted, indent=1, allow_nan=False) + "\n"
+    for name, content in {**pictures, "fit.json": encoded.encode()}.items():
+        partial = folder / f"{name}.partial"
+        partial.write_bytes(content)
+        partial.replace(folder / name)
+    say(fitted["comparison"]["verdict"] if fitted["comparison"] else "One arm: nothing to compare it with.")
+    return fitted
+
+
+def fit(
+    sweep: points.Sweep, *, against: str, confidence: float, samples: int, seed: int
+) -> tuple[dict, dict[str, power_law.PowerLaw]]:
+    """All fits of a sweep: the content of fit.json, and the power law of each arm."""
+    options = {"confidence": confidence, "samples": samples}
+    laws, arms = {}, {}
+    for name, runs in sweep.arms.items():
+        laws[name] = power_law.fit(
+            runs, against=against, samples=samples, generator=draws.generator_of(seed, name, "power_law")
+        )
+        arms[name] = {"power_law": power_law.summary(laws[name], confidence), "chinchilla": None}
+        if reason := chinchilla.absent(runs):
+            arms[name]["chinchilla_absent"] = reason
+        else:
+            generator = draws.generator_of(seed, name, "chinchilla")
+            arms[name]["chinchilla"] = chinchilla.fit(runs, **options, generator=generator)
+        arms[name]["frontier"] = {
+            kind.__name__: kind(runs, **options, generator=draws.generator_of(seed, name, kind.__name__))
+            for kind in (frontier.envelope, frontier.isoflop)
+        }
+    comparisons = [
+        comparison.compare((one, laws[one]), (other, laws[other]), against=against, confidence=confidence)
+        for one, other in comparison.pairs(list(laws))
+    ]
+    fitted = {
+        "against": against,
+        "corpus": sweep.corpus,
+        "points": sweep.rows,
+        "confidence": confidence,
+        "intervals": INTERVALS,
+        "samples": samples,
+        "seed": seed,
+        "arms": arms,
+        "comparison": comparisons[0] if comparisons else None,
+        "further_comparisons": comparisons[1:],
+    }
+    return fitted, laws

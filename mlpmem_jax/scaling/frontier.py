@@ -1,0 +1,137 @@
+"""What size to train for a given compute, read off the runs in two ways.
+
+The lower envelope keeps the runs that no run of less or equal compute beats. The iso-FLOP way (Hoffmann et al., arXiv
+2203.15556, section 3.2) fits, at each training budget, a parabola of log perplexity in log parameters, whose
+minimum is the best size for that budget. Through either set of optima go power laws in compute: of the size, the tokens
+and the perplexity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import scipy.linalg
+
+from mlpmem_jax.scaling import draws
+from mlpmem_jax.scaling.points import LEAST_SIZES, Runs, set_of
+from mlpmem_jax.scaling.power_law import described
+
+
+def envelope(runs: Runs, *, confidence: float, samples: int, generator: np.random.Generator) -> dict:
+    """The lower envelope of one arm and its laws in compute, ready for JSON; or {"absent": reason}."""
+    best = runs.best(runs.budgets())
+    on_it = best.losses_R < np.minimum.accumulate(np.append(np.inf, best.losses_R[:-1]))
+    if len(best) == len(runs):
+        return {"absent": "every run has a training budget of its own, so no size was chosen over another"}
+    frontier = best.take(on_it)
+    if len(frontier) < LEAST_SIZES:
+        return {"absent": f"{len(frontier)} runs lie on it, a law needs {LEAST_SIZES}", "runs": described(frontier)}
+    log_flops_U = np.log(frontier.flops_R)
+    design_UxK = np.stack([np.ones(len(frontier)), log_flops_U - log_flops_U.mean()], axis=1)
+    laws = {}
+    for name, values_U in (
+        ("optimal_parameters", np.log(frontier.parameters_R)),
+        ("optimal_tokens", np.log(frontier.tokens_R)),
+        ("perplexity", frontier.losses_R),
+    ):
+        line = draws.least_squares(design_UxK, values_U, samples, generator)
+        laws[name] = draws.interval(line.coefficients_K[1], line.draws_SxK[:, 1], confidence)
+    return {"exponents": laws, "runs": described(frontier)}
+
+
+def isoflop(runs: Runs, *, confidence: float, samples: int, generator: np.random.Generator) -> dict:
+    """Parabolas of one arm's budgets, their optima, and the optima's laws in compute; or {"absent": reason}.
+
+    Each budget with at least three sizes has {flops, coefficients (log PPL = c0 + c1 z + c2 z^2 with z = log(N /
+    center)), center, smallest, largest (sizes), parameters, tokens, perplexity (at the optimum, each with an
+    interval), inside (whether the optimum lies among the sizes tried)}. Scatter is pooled over the budgets.
+    Laws go through the optima that lie inside, three or more of them.
+    """
+    groups_R = runs.budgets()
+    budgets = [runs.take(groups_R == group) for group in set_of(groups_R)]
+    budgets = [budget for budget in budgets if len(set_of(budget.parameters_R)) >= LEAST_SIZES]
+    if not budgets:
+        return {"absent": f"no training budget was spent on {LEAST_SIZES} sizes or more"}
+    parabolas = _parabolas(budgets, samples, generator)
+    inside = [parabola for parabola in parabolas if parabola.is_inside]
+    return {
+        "budgets": [parabola.described(confidence) for parabola in parabolas],
+        "exponents": _exponents(inside, confidence) if len(inside) >= LEAST_SIZES else None,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parabola:
+    """log PPL of one budget by z = log(N / center): coefficients [3], their draws [S, 3] or None."""
+
+    budget: Runs
+    center: float
+    coefficients_3: np.ndarray
+    draws_Sx3: np.ndarray | None
+
+    def optimum(self, coefficients: np.ndarray) -> dict[str, np.ndarray]:
+        """Logarithms of size, tokens and perplexity at the minimum of [..., 3] coefficients; nan where there is none."""
+        height, slope, bend = np.moveaxis(coefficients, -1, 0)
+        z = -slope / (2.0 * np.where(bend > 0.0, bend, np.nan))
+        log_tokens_per_log_size = np.polyfit(np.log(self.budget.parameters_R / self.center), np.log(self.budget.tokens_R), 1)
+        return {
+            "parameters": np.log(self.center) + z,
+            "tokens": np.polyval(log_tokens_per_log_size, z),
+            "perplexity": height + 0.5 * slope * z,
+        }
+
+    @property
+    def is_inside(self) -> bool:
+        best = np.exp(self.optimum(self.coefficients_3)["parameters"])
+        return bool(np.min(self.budget.parameters_R) <= best <= np.max(self.budget.parameters_R))
+
+    def described(self, confidence: float) -> dict:
+        values = self.optimum(self.coefficients_3)
+        of_draws = None if self.draws_Sx3 is None else self.optimum(self.draws_Sx3)
+        return {
+            "flops": float(np.median(self.budget.flops_R)),
+            "center": self.center,
+            "coefficients": self.coefficients_3.tolist(),
+            "smallest": float(np.min(self.budget.parameters_R)),
+            "largest": float(np.max(self.budget.parameters_R)),
+            "inside": self.is_inside,
+            **{
+                name: draws.interval(np.exp(value), None if of_draws is None else np.exp(of_draws[name]), confidence)
+                for name, value in values.items()
+            },
+        }
+
+
+def _parabolas(budgets: list[Runs], samples: int, generator: np.random.Generator) -> list[_Parabola]:
+    """One least-squares problem for all budgets, a block of three columns each, so that they share their scatter."""
+    centers = [float(np.exp(np.mean(np.log(budget.parameters_R)))) for budget in budgets]
+    blocks = [
+        np.vander(np.log(budget.parameters_R / center), 3, increasing=True)
+        for budget, center in zip(budgets, centers, strict=True)
+    ]
+    losses_U = np.concatenate([budget.losses_R for budget in budgets])
+    fitted = draws.least_squares(scipy.linalg.block_diag(*blocks), losses_U, samples, generator)
+    return [
+        _Parabola(
+            budget,
+            center,
+            fitted.coefficients_K[3 * block : 3 * block + 3],
+            None if fitted.draws_SxK is None else fitted.draws_SxK[:, 3 * block : 3 * block + 3],
+        )
+        for block, (budget, center) in enumerate(zip(budgets, centers, strict=True))
+    ]
+
+
+def _exponents(parabolas: list[_Parabola], confidence: float) -> dict:
+    """Slopes of the optima's logarithms over log compute; the draws carry the noise of the runs through the parabolas."""
+    log_flops_U = np.log([np.median(parabola.budget.flops_R) for parabola in parabolas])
+    weights_U = (log_flops_U - log_flops_U.mean()) / np.sum(np.square(log_flops_U - log_flops_U.mean()))
+    exponents = {}
+    for name, key in (("parameters", "optimal_parameters"), ("tokens", "optimal_tokens"), ("perplexity", "perplexity")):
+        slope = weights_U @ np.array([parabola.optimum(parabola.coefficients_3)[name] for parabola in parabolas])
+        slopes_S = None
+        if parabolas[0].draws_Sx3 is not None:
+            slopes_S = weights_U @ np.array([parabola.optimum(parabola.draws_Sx3)[name] for parabola in parabolas])
+        exponents[key] = draws.interval(slope, slopes_S, confidence)
+    return exponents

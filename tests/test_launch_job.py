@@ -1,0 +1,136 @@
+"""What the launchers share: no accelerator runtime, configs checked against the devices, the config that is sent."""
+
+import argparse
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch import job
+from mlpmem_jax import cli
+from mlpmem_jax.core.errors import ConfigError, UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = str(ROOT / "configs" / "default.py")
+WITHOUT_ACCELERATORS = """
+import sys
+for name in ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "torch", "tensorflow", "scann", "numpy"):
+    sys.modules[name] = None
+sys.argv = ["launch"]
+from launch import jobset, local, slurm, tpu_vm
+tpu = ["--name=a", "--accelerator=v5e-16", "--image=I", "--config.workdir=gs://b/r"]
+for launcher, arguments in (
+    (jobset, tpu),
+    (tpu_vm, [*tpu, "--zone=z"]),
+    (slurm, ["--nodes=1", "--gpus_per_node=8", "--time=1:00"]),
+    (local, ["--processes=2"]),
+):
+    try:
+        launcher.main(["--config=CONFIG", "--dry_run", *arguments])
+    except SystemExit as end:
+        assert end.code == 0, end.code
+"""
+
+
+def options(**changes) -> argparse.Namespace:
+    given = {"config": CONFIG, "slices": 1, "name": "a", "accelerator": "v5litepod-16", "max_restarts": 1}
+    return argparse.Namespace(**(given | changes))
+
+
+def test_launching_needs_no_accelerator_runtime():
+    script = WITHOUT_ACCELERATORS.replace("CONFIG", CONFIG)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "kind: JobSet" in done.stdout
+    assert "queued-resources create" in done.stdout
+
+
+def test_launch_imports_the_standard_library_configs_and_core_alone():
+    allowed = {"launch", "configs", "yaml", "ml_collections", "mlpmem_jax.cli", "mlpmem_jax.core.config"}
+    allowed |= {"mlpmem_jax.core.errors"} | set(sys.stdlib_module_names)
+    for file in (ROOT / "launch").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                if node.module in ("mlpmem_jax", "mlpmem_jax.core"):
+                    names = names[1:]
+            for name in names:
+                parts = name.split(".")
+                assert any(".".join(parts[:end]) in allowed for end in range(1, len(parts) + 1)), (file.name, name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices", "processes", "slices", "message"),
+    [
+        (["--config.mesh.tensor=3"], 16, 4, 1, r"config.mesh: .* 1 x -1 x 3 does not fit 16 devices"),
+        (["--config.mesh.fsdp=8"], 16, 4, 1, r"config.mesh: .* 1 x 8 x 1 does not fit 16 devices"),
+        (["--config.mesh.tensor=-1"], 16, 4, 1, r"config.mesh: .* does not fit 16 devices"),
+        ([], 16, 4, 2, r"config.mesh.slice: expected a multiple of --slices=2.*--config.mesh.slice=2"),
+        ([], 256, 64, 1, r"config.datastore.batch_sequences: expected a multiple of 256 .*found 32"),
+        (["--config.training.accumulation_steps=2"], 16, 4, 1, r"config.training.batch_sequences: .* multiple of 32 "),
+        (["--config.training.widht=2"], 16, 4, 1, r"config.training.widht: no such key"),
+    ],
+)
+def test_configs_that_cannot_work_on_the_devices_are_refused(overrides, devices, processes, slices, message):
+    with pytest.raises(ConfigError, match=message):
+        job.read_config(options(), overrides, devices, processes, slices)
+
+
+def test_an_imported_base_needs_no_batch_that_divides():
+    imported = [
+        "--config.base.source=huggingface",
+        "--config.base.path=gpt2",
+        "--config.base.training.batch_sequences=7",
+    ]
+    job.read_config(options(), imported, devices=16, processes=4)
+    with pytest.raises(ConfigError, match=r"config.base.training.batch_sequences"):
+        job.read_config(options(), imported[2:], devices=16, processes=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        ({}, [], r"config.workdir: 'runs/default' would be lost"),
+        ({"name": "My_job"}, ["--config.workdir=gs://b/r"], "--name=My_job: expected lower-case letters"),
+        ({"name": "a" * 41}, ["--config.workdir=gs://b/r"], "at most 40 characters"),
+        ({"slices": 0}, ["--config.workdir=gs://b/r"], "--slices=0: expected 1 or more"),
+        ({"accelerator": "v5e-17"}, ["--config.workdir=gs://b/r"], "no such slice"),
+        ({"config": "nowhere.py"}, [], "no such file"),
+    ],
+)
+def test_jobs_that_cannot_work_on_tpu_slices_are_refused(changes, overrides, message):
+    with pytest.raises(UserError, match=message):
+        job.read_tpu_job(options(**changes), overrides, longest_name=40)
+
+
+@given(path=st.text(max_size=300), learning_rate=st.floats(0, 10), seed=st.integers(0, 2**63))
+def test_the_config_that_is_sent_is_the_config_that_was_checked(tmp_path_factory, path, learning_rate, seed):
+    config = cli.read_config(CONFIG, [])
+    config.corpus.path, config.training.learning_rate, config.training.seed = path, learning_rate, seed
+    file = tmp_path_factory.mktemp("sent") / "config.py"
+    file.write_text(
+        job.config_file(config, options(), [f"--config.corpus.path={path}"]), encoding="utf-8", newline="\n"
+    )
+    assert cli.read_config(str(file), []) == config
+
+
+def test_a_command_that_is_not_installed_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="'kubectl' is not installed"):
+        job.send(["kubectl", "apply"], "")
+
+
+def test_errors_are_one_line_and_exit_code_2(capsys):
+    parser = job.parser("test", "", "")
+    for arguments in (["--config=nowhere.py"], [f"--config={CONFIG}", "--dryrun"]):
+        with pytest.raises(SystemExit) as end:
+            job.run(parser, lambda options, overrides: job.read_config(options, overrides, 1, 1) and 0, arguments)
+        assert end.value.code == 2
+        assert capsys.readouterr().err.count("error: ") == 1

@@ -1,0 +1,165 @@
+"""Manifests against the published schemas of Kubernetes and of JobSet."""
+
+import pathlib
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from launch import jobset
+from mlpmem_jax import cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+JOBSET_CRD = ROOT.parent / "shared" / "schemas" / "jobset-crd.yaml"
+KUBERNETES = "1.31"
+BATCH = [f"--config.{name}.batch_sequences=256" for name in ("datastore", "training", "base.training")]
+CASES = {
+    "one host": ["--accelerator=v6e-8"],
+    "one slice": ["--accelerator=v5litepod-256", "--namespace=research", "--max_restarts=3"],
+    "two slices": [
+        *("--accelerator=v5p:4x4x8", "--slices=2", "--spot", "--service_account=writer", "--stage=train"),
+        "--config.mesh.slice=2",
+    ],
+}
+
+
+@pytest.fixture
+def manifests(capsys):
+    def make(*arguments):
+        base = ["--name=memory", "--image=eu-docker.pkg.dev/p/r/mlpmem:1", f"--config={ROOT}/configs/default.py"]
+        with pytest.raises(SystemExit) as end:
+            jobset.main([*base, "--config.workdir=gs://bucket/memory", *BATCH, "--dry_run", *arguments])
+        assert end.value.code == 0, capsys.readouterr().err
+        return list(yaml.safe_load_all(capsys.readouterr().out))
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_map_job_and_pod_follow_the_schemas_of_kubernetes(manifests, case):
+    config_map, job_set = manifests(*CASES[case])
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}}
+    job["spec"] = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "host"}, "spec": job["spec"]["template"]["spec"]}
+    for resource in (config_map, job, pod):
+        kubernetes_validate.validate(resource, KUBERNETES, strict=True)
+    pod["spec"]["nodeSelectors"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+def closed(schema):
+    """The schema with unknown fields refused, as the API server's strict validation does."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        schema.setdefault("additionalProperties", False)
+    return schema
+
+
+@pytest.fixture(scope="module")
+def jobset_schema():
+    if not JOBSET_CRD.exists():
+        pytest.skip(f"JobSet's own schema is not here: {JOBSET_CRD}")
+    with JOBSET_CRD.open() as file:
+        versions = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]["versions"]
+    [version] = [version for version in versions if version["name"] == "v1alpha2"]
+    schema = closed(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_job_sets_follow_the_schema_of_jobset(manifests, jobset_schema, case):
+    _, job_set = manifests(*CASES[case])
+    jobset_schema.validate(job_set)
+    job_set["spec"]["failurePolicy"]["restartStrategy"] = "Sometimes"
+    job_set["spec"]["networks"] = {}
+    errors = {error.validator for error in jobset_schema.iter_errors(job_set)}
+    assert errors == {"enum", "additionalProperties"}
+
+
+def test_a_slice_is_one_indexed_job_with_a_pod_on_each_host(manifests):
+    config_map, job_set = manifests(*CASES["one slice"])
+    [replicated] = job_set["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert replicated["replicas"] == 1
+    assert (job["completionMode"], job["completions"], job["parallelism"], job["backoffLimit"]) == (
+        "Indexed",
+        64,
+        64,
+        0,
+    )
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "16x16",
+    }
+    [container] = pod["containers"]
+    assert container["resources"]["limits"] == container["resources"]["requests"] == {"google.com/tpu": 4}
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert environment == {"MLPMEM_DISTRIBUTED": "1", "JAX_PLATFORMS": "tpu,cpu"}
+    assert job_set["spec"]["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
+    assert job_set["metadata"]["annotations"]
+    assert job_set["metadata"]["namespace"] == config_map["metadata"]["namespace"] == "research"
+    assert "hostNetwork" not in pod
+
+
+def test_slices_are_replicas_on_the_hosts_network(manifests):
+    _, job_set = manifests(*CASES["two slices"])
+    [replicated] = job_set["spec"]["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    assert replicated["replicas"] == 2
+    assert replicated["template"]["spec"]["completions"] == 32
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert pod["serviceAccountName"] == "writer"
+    assert pod["containers"][0]["args"] == ["train", "--config=/etc/mlpmem/config.py"]
+
+
+def test_one_host_slices_are_not_joined(capsys):
+    arguments = ["--name=a", "--image=I", f"--config={ROOT}/configs/default.py", "--config.workdir=gs://b/r"]
+    with pytest.raises(SystemExit, match="2"):
+        jobset.main([*arguments, "--accelerator=v6e-8", "--slices=2", "--config.mesh.slice=2"])
+    assert "v6e-16" in capsys.readouterr().err
+
+
+def test_failures_restart_preemptions_are_free_and_user_errors_end(manifests):
+    _, job_set = manifests(*CASES["one slice"])
+    policy = job_set["spec"]["failurePolicy"]
+    pod_rules = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert (policy["maxRestarts"], policy["restartStrategy"]) == (3, "BlockingRecreate")
+    actions = {rule["onJobFailureMessagePatterns"][0]: rule["action"] for rule in policy["rules"]}
+    assert pod_rules[0]["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert actions["rule at index 0$"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert pod_rules[1]["onExitCodes"]["values"] == [2]
+    assert actions["rule at index 1$"] == "FailJobSet"
+
+
+def test_the_pods_find_the_config_that_was_checked(manifests, tmp_path):
+    config_map, job_set = manifests(*CASES["one slice"], "--config.targets.k=77")
+    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert config_map["immutable"] is True
+    assert pod["volumes"] == [{"name": "config", "configMap": {"name": config_map["metadata"]["name"]}}]
+    assert pod["containers"][0]["volumeMounts"][0]["mountPath"] == "/etc/mlpmem"
+    file = tmp_path / "config.py"
+    file.write_text(config_map["data"]["config.py"])
+    assert cli.read_config(str(file), []).targets.k == 77
+
+
+def test_without_dry_run_the_manifests_go_to_kubectl(monkeypatch, tmp_path, capsys):
+    fake = tmp_path / "kubectl"
+    fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\n/bin/cat > {tmp_path}/sent\nexit 3\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ["--name=a", "--image=I", "--accelerator=v5e-16", f"--config={ROOT}/configs/default.py"]
+    for extra, code in (["--dry_run"], 0), ([], 3):
+        with pytest.raises(SystemExit) as end:
+            jobset.main([*arguments, "--config.workdir=gs://b/r", *extra])
+        assert end.value.code == code
+    assert (tmp_path / "words").read_text() == "apply -f -\n"
+    assert (tmp_path / "sent").read_text() == capsys.readouterr().out

@@ -1,0 +1,107 @@
+"""Real processes: their exit codes, their output, and a job that jax.distributed joins over gloo."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch import local
+
+ROOT = pathlib.Path(__file__).parents[1]
+JOINED = """
+from mlpmem_jax.core.runtime import join_job
+join_job()
+import jax, numpy
+from jax.experimental import multihost_utils
+print("devices", jax.local_device_count(), jax.device_count())
+print("sum", multihost_utils.process_allgather(numpy.ones(1) * (1 + jax.process_index())).sum())
+"""
+
+
+def python(script: str) -> list[str]:
+    return [
+        sys.executable,
+        "-S",
+        "-c",
+        "import os, sys, time, signal\nme = int(os.environ['JAX_PROCESS_ID'])\n" + script,
+    ]
+
+
+def test_processes_join_one_job_with_their_virtual_devices(capfd):
+    command = [sys.executable, "-c", JOINED]
+    assert local.run_processes(command, local.environments(2, 3, local.free_port())) == 0
+    lines = capfd.readouterr().out.splitlines()
+    for index in (0, 1):
+        assert f"[{index}] devices 3 6" in lines
+        assert f"[{index}] sum 3.0" in lines
+
+
+def test_lines_carry_the_number_of_their_process(capfd):
+    script = "print('out', me); print('error', me, file=sys.stderr); sys.stdout.buffer.write(b'\\xff no newline')"
+    assert local.run_processes(python(script), local.environments(3, 1, 1)) == 0
+    lines = capfd.readouterr().out.splitlines()
+    for index in range(3):
+        assert f"[{index}] out {index}" in lines
+        assert f"[{index}] error {index}" in lines
+        assert f"[{index}] \N{REPLACEMENT CHARACTER} no newline" in lines
+
+
+@pytest.mark.parametrize(
+    ("death", "code", "said"),
+    [
+        ("sys.exit(7)", 7, "process 1 exited with 7"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "process 1 was killed by SIGKILL"),
+    ],
+)
+def test_when_one_dies_the_others_are_stopped(capfd, death, code, said):
+    # Process 2 does not heed SIGTERM, as one that hangs in a collective.
+    script = (
+        "ready = lambda: (print('ready', flush=True), time.sleep(600))\n"
+        f"if me == 1: time.sleep(0.5); {death}\n"
+        "if me == 2: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "ready()"
+    )
+    start = time.monotonic()
+    assert local.run_processes(python(script), local.environments(3, 1, 1), grace_seconds=0.5) == code
+    assert time.monotonic() - start < 60
+    assert said in capfd.readouterr().err
+
+
+def test_sigterm_is_passed_on_so_that_a_checkpoint_can_be_written(tmp_path):
+    written = "signal.signal(signal.SIGTERM, lambda *_: (open(f'checkpoint{me}', 'w').close(), sys.exit(9)))"
+    child = python(f"{written}; open(f'started{{me}}', 'w').close(); time.sleep(600)")
+    script = (
+        f"import sys; from launch import local\nsys.exit(local.run_processes({child!r}, local.environments(2, 1, 1)))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    launcher = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"started{index}").exists() for index in (0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(60) == 9
+    assert all((tmp_path / f"checkpoint{index}").exists() for index in (0, 1))
+
+
+def test_dry_run_prints_the_commands(capsys):
+    arguments = [f"--config={ROOT}/configs/smoke.py", "--processes=2", "--devices=4", "--stage=train"]
+    with pytest.raises(SystemExit, match="0"):
+        local.main([*arguments, "--config.workdir=runs/two", "--dry_run"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert "JAX_PROCESS_ID=0" in first
+    assert "JAX_PROCESS_ID=1" in second
+    for line in (first, second):
+        assert "JAX_NUM_PROCESSES=2" in line
+        assert "--xla_force_host_platform_device_count=4" in line
+        assert line.endswith(f"mlpmem_jax.cli train --config={ROOT}/configs/smoke.py --config.workdir=runs/two &")
+
+
+def test_a_config_that_does_not_fit_starts_nothing(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        local.main([f"--config={ROOT}/configs/smoke.py", "--processes=3", "--devices=1"])
+    assert "config.datastore.batch_sequences: expected a multiple of 3" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""The batch script, run with stand-ins for srun and scontrol."""
+
+import pathlib
+import subprocess
+
+import pytest
+
+from launch import slurm
+
+ROOT = pathlib.Path(__file__).parents[1]
+BASE = ["--nodes=2", "--gpus_per_node=8", "--time=12:00:00", f"--config={ROOT}/configs/default.py"]
+
+
+def printed(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as end:
+        slurm.main([*BASE, *arguments, "--dry_run"])
+    output = capsys.readouterr()
+    assert end.value.code == 0, output.err
+    return output.out
+
+
+def test_one_process_for_each_gpu_that_sees_all_of_its_node(capsys):
+    script = printed(capsys, "--partition=a100", "--account=lab", "--name=memory")
+    lines = script.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    directives = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+    assert directives >= {
+        *("--job-name=memory", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=12:00:00"),
+        *("--partition=a100", "--account=lab", "--requeue", "--signal=TERM@300", "--open-mode=append"),
+    }
+    assert "gpus-per-task" not in script
+    assert "export MLPMEM_DISTRIBUTED=1" in lines
+    assert "export JAX_PLATFORMS=cuda" in lines
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "requeued"),
+    [(0, None, False), (1, None, True), (137, "2", True), (1, "3", False), (2, None, False)],
+)
+def test_failures_are_requeued_until_the_limit_but_user_errors_are_not(capsys, tmp_path, status, restarts, requeued):
+    script = printed(capsys, "--max_restarts=3", "--venv=/opt/venv", "--config.workdir=/shared/a b")
+    for name, code in (("srun", status), ("scontrol", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{name}.words\nexit {code}\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": str(tmp_path), "SLURM_JOB_ID": "17"}
+    if restarts:
+        environment["SLURM_RESTART_COUNT"] = restarts
+    done = subprocess.run(["/bin/bash"], input=script, text=True, env=environment, check=False)
+    assert done.returncode == status
+    assert (tmp_path / "srun.words").read_text().splitlines()[-4:] == [
+        *("/opt/venv/bin/mlpmem", "run", f"--config={ROOT}/configs/default.py", "--config.workdir=/shared/a b")
+    ]
+    assert (tmp_path / "scontrol.words").exists() == requeued
+    if requeued:
+        assert (tmp_path / "scontrol.words").read_text().split() == ["requeue", "17"]
+
+
+def test_without_dry_run_the_script_goes_to_sbatch(capsys, monkeypatch, tmp_path):
+    script = printed(capsys)
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\n/bin/cat > {tmp_path}/sent\nexit 5\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="5"):
+        slurm.main(BASE)
+    assert (tmp_path / "sent").read_text() == script
+
+
+def test_impossible_sizes_are_refused(capsys):
+    for wrong, message in (("--nodes=0", "--nodes=0: expected 1 or more"), ("--gpus_per_node=3", "config.datastore")):
+        with pytest.raises(SystemExit, match="2"):
+            slurm.main([*BASE, wrong, "--dry_run"])
+        assert message in capsys.readouterr().err

@@ -1,0 +1,160 @@
+"""All stages in one process on a small corpus, held against brute force from the equations of the paper."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import smoke
+from mlpmem_jax.cli import STAGES, _run_stage
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.errors import ArtifactError, ConfigError
+from mlpmem_jax.corpus.tokens import TokenStream
+from mlpmem_jax.models import gpt2, saved
+from mlpmem_jax.training import controls, data
+
+NEIGHBORS = 5
+
+
+def small(workdir):
+    config = smoke.get_config()
+    config.workdir = str(workdir)
+    config.corpus.max_bytes = 60_000
+    config.tokenizer.vocab_size = 300
+    config.base.update({"context_length": 16, "width": 16, "blocks": 3})
+    for settings in (config.base.training, config.training):
+        settings.update({"steps": 20, "warmup_steps": 2, "evaluate_every": 10, "checkpoint_every": 10})
+    config.datastore.update({"sequences_per_shard": 100, "input_depth": 0.7})
+    config.targets.update({"k": NEIGHBORS, "temperature": 3.0, "backend": "exact", "quality_positions": 64})
+    config.memory.update({"width": 16, "blocks": 1})
+    config.evaluation.update({"bootstrap_samples": 50, "sharpness_positions": 100})
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
+    config = small(folder)
+    for stage in STAGES:
+        _run_stage(stage, config)
+    return folder
+
+
+def opened(workdir, split):
+    datastore = open_artifact(workdir / "datastore" / split, "datastore")
+    targets = open_artifact(workdir / "targets" / split, "targets")
+    sequences, length = datastore.arrays["next_tokens"].shape
+    return datastore, targets, sequences, length
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_values_are_the_corpus_shifted_by_one(workdir, split):
+    """Position t's value is token t + 1, and its key is a function of tokens up to t alone."""
+    datastore, _, sequences, length = opened(workdir, split)
+    stream = TokenStream(open_artifact(workdir / "tokens", "tokens"), split)
+    tokens = stream.read(0, sequences * length + 1)
+    following = datastore.read("next_tokens", 0, sequences).reshape(-1)
+    np.testing.assert_array_equal(following, tokens[1:])
+    assert not np.array_equal(following, tokens[:-1])
+
+    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    base, model, _ = saved.load_language_model(workdir / "base", mesh, meshes.RULES)
+    changed = tokens[:length].copy()
+    changed[9:] = (changed[9:] + 1) % model.vocab_size  # only what comes after position 8 differs
+    _, tapped = gpt2.features(base, model, jnp.asarray(changed)[None], taps=(2, 3))
+    keys, inputs = (datastore.read(name, 0, 1)[0].astype(np.float32) for name in ("keys", "memory_inputs"))
+    for stored, tap in ((keys, 3), (inputs, 2)):  # depth 0.7 of three blocks is block 2
+        np.testing.assert_allclose(stored[:9], tapped[tap][0, :9], atol=5e-3)
+        assert np.abs(stored[9:] - tapped[tap][0, 9:]).max() > 0.05
+
+
+def brute_force(workdir, split, positions):
+    """p_kNN of some positions, float64 [positions, V], written from the paper's equations."""
+    train, _, count, length = opened(workdir, "train")
+    keys = train.read("keys", 0, count).reshape(count * length, -1).astype(np.float64)
+    values = train.read("next_tokens", 0, count).reshape(-1)
+    datastore, _, sequences, _ = opened(workdir, split)
+    queries = datastore.read("keys", 0, sequences).reshape(sequences * length, -1).astype(np.float64)[positions]
+    distances = ((queries[:, None] - keys[None]) ** 2).sum(-1)
+    if split == "train":
+        distances[np.arange(len(positions)), positions] = np.inf
+    nearest = np.argsort(distances, axis=1, kind="stable")[:, :NEIGHBORS]
+    result = np.zeros((len(positions), 300))
+    for row, found in enumerate(nearest):
+        weights = np.exp(-(distances[row, found] - distances[row, found].min()) / 3.0)
+        np.add.at(result[row], values[found], weights / weights.sum())
+    return result
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_targets_are_p_knn(workdir, split):
+    datastore, targets, sequences, length = opened(workdir, split)
+    positions = np.random.default_rng(0).choice(sequences * length, 60, replace=False)
+    expected = brute_force(workdir, split, positions)
+    labels = datastore.read("next_tokens", 0, sequences).reshape(-1)[positions]
+    found = targets.read("label_probabilities", 0, sequences).reshape(-1)[positions]
+    np.testing.assert_allclose(found, expected[np.arange(60), labels], atol=2e-4)
+
+    source = data.TargetSource(datastore, targets)
+    for position, row in zip(positions, expected, strict=True):
+        item = source[position // length]
+        dense = np.zeros(300)
+        np.add.at(dense, item["token_ids"][position % length], item["probabilities"][position % length])
+        np.testing.assert_allclose(dense, row, atol=1e-3)
+
+
+def test_online_training_sees_what_offline_training_sees(workdir):
+    """The base LM inside the step gives the losses that the stored memory inputs give, but for float16."""
+    losses = {}
+    for mode in ("offline", "online"):
+        config = small(workdir)
+        config.training.mode = mode
+        from mlpmem_jax.training import memory
+
+        memory.train(config, mode)
+        lines = [json.loads(line) for line in (workdir / mode / "metrics.jsonl").read_text().splitlines()]
+        losses[mode] = [line["loss"] for line in lines if "loss" in line]
+    np.testing.assert_allclose(losses["online"], losses["offline"], rtol=2e-3)
+
+
+def test_report_has_every_promised_figure(workdir):
+    controls.run(small(workdir))
+    _run_stage("evaluate", small(workdir))
+    metrics = json.loads((workdir / "report" / "metrics.json").read_text())
+    for split in ("validation", "test"):
+        assert set(metrics["perplexity"][split]) >= {"base", "memory", "knn_lm", "augmented"}
+        assert split in metrics["gain_kept"]
+    assert set(metrics["interpolation_weight"]) >= {"memory", "knn_lm"}
+    low, high = metrics["interval"]["test"]["augmented_over_base"]
+    assert low <= metrics["perplexity"]["test"]["augmented"] / metrics["perplexity"]["test"]["base"] <= high
+    assert set(metrics["targets"]) >= {"recall_at_k", "total_variation", "bytes_per_position"}
+    assert set(metrics["controls"]) == {"continued", "ce_only"}
+    assert set(STAGES) <= set(metrics["seconds"])
+    assert set(STAGES) <= set(metrics["peak_rss_bytes"])
+    assert metrics["bytes"]["targets/train"] > 0
+    assert "<html" in (workdir / "report" / "index.html").read_text()
+
+
+def test_a_stage_without_its_input_says_which_stage_is_missing(tmp_path):
+    for stage in list(STAGES)[1:]:
+        with pytest.raises(ArtifactError, match="run the stage that makes it"):
+            _run_stage(stage, small(tmp_path / stage))
+
+
+def test_another_config_does_not_touch_a_finished_workdir(workdir):
+    config = small(workdir)
+    config.targets.k = NEIGHBORS + 1
+    before = (workdir / "targets" / "train" / "manifest.json").read_bytes()
+    with pytest.raises(ArtifactError, match=r"config.k: 5 there, 6 now"):
+        _run_stage("targets", config)
+    assert (workdir / "targets" / "train" / "manifest.json").read_bytes() == before
+
+
+def test_sizes_that_do_not_divide_the_mesh_are_refused(workdir, tmp_path):
+    config = small(workdir)
+    config.datastore.batch_sequences = 12
+    with pytest.raises(ConfigError, match=r"config.datastore.batch_sequences: 12 is not divided by the 8"):
+        _run_stage("datastore", config)
