@@ -100,8 +100,8 @@ def _check_batch(name: str, group: ml_collections.ConfigDict, shards: int, proce
     unit = math.lcm(shards * steps, processes)
     if group.batch_sequences % unit:
         raise ConfigError(
-            f"config.{name}.batch_sequences: expected a multiple of {unit} (accumulation steps: {steps}, batch shards of "
-            f"the mesh: {shards}, processes: {processes}), found {group.batch_sequences}"
+            f"config.{name}.batch_sequences: expected a multiple of {unit} (accumulation steps: {steps}, batch shards "
+            f"of the mesh: {shards}, processes: {processes}), found {group.batch_sequences}"
         )
 
 

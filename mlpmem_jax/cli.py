@@ -43,7 +43,7 @@ Every key of a config can be given as --config.GROUP.KEY=VALUE; configs/default.
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlpmem",
-        description="Pretrain an MLP Memory: a network that stands in for nearest-neighbor search beside a language model.",
+        description="Pretrain an MLP Memory: a network that replaces nearest-neighbor search beside a language model.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -137,7 +137,11 @@ def test_one_flipped_bit_anywhere_is_refused(tmp_path_factory, data):
     try:
         keys, ids = read_all()
     except ArtifactError as error:
-        assert str(path) in str(error)
+        message = str(error)
+    else:
+        message = None
+    if message is not None:
+        assert str(path) in message
         return
     # The only damage that may pass is damage to bytes that mean nothing: the data read must be right.
     np.testing.assert_array_equal(keys, np.concatenate([content(shard)["keys"] for shard in range(3)]))
@@ -161,7 +165,7 @@ def test_a_full_disk_leaves_what_was_complete(tmp_path):
     mounted = tmp_path / "small"
     mounted.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(mounted)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=320k", "none", str(mounted)], capture_output=True
     ).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
@@ -169,11 +173,10 @@ def test_a_full_disk_leaves_what_was_complete(tmp_path):
         writer = ArtifactWriter.create(mounted / "a", "datastore", CONFIG, {}, specs)
         rows = np.random.default_rng(0).normal(size=(1, 60_000)).astype(np.float16)
         writer.write_shard(0, {"keys": rows})
+        writer.write_shard(1, {"keys": rows})
         with pytest.raises(ArtifactError, match="make room"):
-            for shard in (1, 2):
-                writer.write_shard(shard, {"keys": rows})
+            writer.write_shard(2, {"keys": rows})
         again = ArtifactWriter.create(mounted / "a", "datastore", CONFIG, {}, specs)
-        assert 0 not in again.incomplete_shards()
-        assert 2 in again.incomplete_shards()
+        assert again.incomplete_shards() == [2]
     finally:
         subprocess.run(["umount", str(mounted)], check=True)

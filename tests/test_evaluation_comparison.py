@@ -21,6 +21,7 @@ def scores(seed, knn_shift=0.4, **others):
         base_SxT,
         memory_SxT,
         knn_SxT,
+        np.arange(40 * 16).reshape(40, 16) // 20,
         other_models={name: base_SxT + shift for name, shift in others.items()},
         other_memories={"ce_only": np.minimum(base_SxT + generator.normal(size=base_SxT.shape), 0.0)},
     )
@@ -39,6 +40,7 @@ def test_systems_are_the_mixtures_at_the_weights_of_validation():
         of = found["perplexity"][split]
         expected = np.log(of["base"] / of["augmented"]) / np.log(of["base"] / of["knn_lm"])
         assert found["gain_kept"][split] == pytest.approx(expected)
+    assert (found["interval"]["unit"], found["interval"]["units"]) == ("document", 32)
     assert set(found["perplexity"]["test"]) == {"base", "memory", "knn_lm", "augmented"}
     json.dumps(found, allow_nan=False)
 

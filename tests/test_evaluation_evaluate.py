@@ -47,10 +47,12 @@ def write_datastore(workdir, split, inputs_SxTxD, next_SxT, scores_SxT, base):
     specs = {
         "keys": ArraySpec((count, LENGTH, 16), "float16", PER_SHARD, (1, LENGTH, 16)),
         "next_tokens": ArraySpec((count, LENGTH), "int32", PER_SHARD, (1, LENGTH)),
+        "documents": ArraySpec((count, LENGTH), "int32", PER_SHARD, (1, LENGTH)),
         "base_log_probabilities": ArraySpec((count, LENGTH), "float32", PER_SHARD, (1, LENGTH)),
     }
     writer = ArtifactWriter.create(workdir / "datastore" / split, "datastore", {}, {"base": base}, specs)
     rows = {"keys": inputs_SxTxD, "next_tokens": next_SxT, "base_log_probabilities": scores_SxT}
+    rows["documents"] = np.arange(count * LENGTH).reshape(count, LENGTH) // (2 * LENGTH)
     for shard in range(writer.num_shards):
         part = slice(shard * PER_SHARD, (shard + 1) * PER_SHARD)
         writer.write_shard(shard, {name: array[part] for name, array in rows.items()})
@@ -182,6 +184,8 @@ def test_the_stage_agrees_with_numpy_on_the_logits(world, metrics):
     assert metrics["bytes"]["memory"] > 4 * metrics["counts"]["parameters"]["memory"] / 2
     assert metrics["counts"]["tokens"] == {split: n * LENGTH for split, n in SEQUENCES.items()}
     assert metrics["targets"]["recall_at_k"] == 0.99
+    assert metrics["interval"]["unit"] == "document"
+    assert metrics["interval"]["units"] == -(-SEQUENCES["test"] // 2)
 
 
 def test_shapes_are_means_over_all_positions_when_all_are_asked_for(world, metrics):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch import job
@@ -110,6 +110,7 @@ def test_jobs_that_cannot_work_on_tpu_slices_are_refused(changes, overrides, mes
         job.read_tpu_job(options(**changes), overrides, longest_name=40)
 
 
+@settings(deadline=None, max_examples=30)
 @given(path=st.text(max_size=300), learning_rate=st.floats(0, 10), seed=st.integers(0, 2**63))
 def test_the_config_that_is_sent_is_the_config_that_was_checked(tmp_path_factory, path, learning_rate, seed):
     config = cli.read_config(CONFIG, [])

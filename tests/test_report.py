@@ -22,7 +22,9 @@ def metrics_of(gain, controls=False, records=True):
         noise_SxT = 0.05 * generator.normal(size=base_SxT.shape)
         others = {"continued": base_SxT + 0.2 * gain} if controls else {}
         memories = {"ce_only": base_SxT + 2 * gain} if controls else {}
-        return comparison.Scores(base_SxT, base_SxT + gain + noise_SxT, base_SxT + 0.3, memories, others)
+        return comparison.Scores(
+            base_SxT, base_SxT + gain + noise_SxT, base_SxT + 0.3, np.zeros((40, 8), int), memories, others
+        )
 
     metrics = comparison.compare(scores(0), scores(1), samples=200, confidence=0.95, seed=0)
     shape = SharpnessMean()

@@ -114,39 +114,43 @@ def test_accumulation_changes_nothing(tmp_path):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), whole, parts)
 
 
+class Terminating(Source):
+    """Sends SIGTERM to the process while the seventh batch is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if self.reads == 16 * 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+def interrupted(folder, first_mesh, second_mesh):
+    """A run that is stopped on one mesh and goes on on another."""
+    with pytest.raises(UserError, match=r"asked to stop; a checkpoint at step \d+ is written"):
+        loop.fit(task(folder, first_mesh, source=Terminating()), first_mesh, meshes.RULES)
+    return loop.fit(task(folder, second_mesh), second_mesh, meshes.RULES)
+
+
 def test_a_stopped_run_goes_on_to_the_very_same_parameters(tmp_path):
     """SIGTERM in the middle: a checkpoint, a clear message, and the rerun ends bit for bit where one run ends."""
     mesh = meshes.make_mesh(1, 2, 2, devices=jax.devices()[:4])
     whole, figures = loop.fit(task(tmp_path / "whole", mesh), mesh, meshes.RULES)
-
-    class Terminating(Source):
-        reads = 0
-
-        def __getitem__(self, index):
-            self.reads += 1
-            if self.reads == 16 * 7:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().__getitem__(index)
-
-    with pytest.raises(UserError, match=r"asked to stop; a checkpoint at step \d+ is written"):
-        loop.fit(task(tmp_path / "parts", mesh, source=Terminating()), mesh, meshes.RULES)
-    parts, figures_again = loop.fit(task(tmp_path / "parts", mesh), mesh, meshes.RULES)
+    parts, figures_again = interrupted(tmp_path / "parts", mesh, mesh)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     assert figures == figures_again
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
 
 
-def test_goes_on_with_another_mesh(tmp_path):
+def test_a_stopped_run_goes_on_on_another_mesh(tmp_path):
     first = meshes.make_mesh(1, 4, 1, devices=jax.devices()[:4])
-    second = meshes.make_mesh(1, 2, 2, devices=jax.devices()[:4])
-    whole, _ = loop.fit(task(tmp_path / "whole", first, learning_rate=0.0, adam_learning_rate=0.0), first, meshes.RULES)
-    loop.fit(task(tmp_path / "parts", first, steps=10), first, meshes.RULES)
-    parts, _ = loop.fit(
-        task(tmp_path / "parts", second, learning_rate=0.0, adam_learning_rate=0.0), second, meshes.RULES
-    )
+    second = meshes.make_mesh(1, 2, 4)
+    whole, _ = loop.fit(task(tmp_path / "whole", first), first, meshes.RULES)
+    parts, _ = interrupted(tmp_path / "parts", first, second)
     assert jax.tree.leaves(parts)[0].sharding.mesh.shape == second.shape
-    assert jax.tree.structure(whole) == jax.tree.structure(parts)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), whole, parts)
 
 
 def test_the_best_validation_is_kept(tmp_path):

@@ -40,8 +40,8 @@ def join_job() -> None:
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed blocks instead of returning them to the kernel.
 
-    XLA's CPU runtime allocates its large temporaries anew in every step; faulting their pages in again took a third of a
-    step's time (11,000 page faults a step at width 64, 50 with this). Other C libraries have no such call.
+    XLA's CPU runtime allocates its large temporaries anew in every step; faulting their pages in again took a third of
+    a step's time (11,000 page faults a step at width 64, 300 with this). Other C libraries have no such call.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

@@ -24,6 +24,7 @@ class Scores:
       base: the base LM.
       memory: the memory alone.
       knn: p_kNN alone; -inf where no neighbor had the next token.
+      documents: document of every position, int [S, T].
       other_memories: memories trained in another way, by name, to be mixed with the base like the memory.
       other_models: language models to compare with, by name, as they are.
     """
@@ -31,6 +32,7 @@ class Scores:
     base: np.ndarray
     memory: np.ndarray
     knn: np.ndarray
+    documents: np.ndarray
     other_memories: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     other_models: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -40,7 +42,7 @@ def compare(validation: Scores, test: Scores, *, samples: int, confidence: float
 
     Args:
       validation: scores that choose the weights.
-      test: scores that the weights are applied to; its sequences are the blocks of the bootstrap.
+      test: scores that the weights are applied to.
       samples: bootstrap draws.
       confidence: of the intervals, for example 0.95.
       seed: of the draws.
@@ -49,7 +51,8 @@ def compare(validation: Scores, test: Scores, *, samples: int, confidence: float
       Nested dictionaries, ready for JSON:
       perplexity: split -> system -> perplexity, systems base, memory, knn_lm, augmented.
       interpolation_weight: memory, knn_lm and every other memory -> lambda.
-      interval: test -> '<system>_over_<reference>' -> [low, high] of the ratio of perplexities.
+      interval: test -> '<system>_over_<reference>' -> [low, high] of the ratio of perplexities; the unit that the
+        bootstrap drew, and their number.
       gain_kept: split -> log(base / augmented) / log(base / knn_lm), the share of kNN-LM's gain that the memory
         keeps; None where kNN-LM gains nothing.
       controls: name -> perplexity by split, ratio_over_base, interval_over_base, interval_of_augmented_over_it,
@@ -68,7 +71,8 @@ def compare(validation: Scores, test: Scores, *, samples: int, confidence: float
         for split, scores in systems.items()
     }
     controls = [*test.other_models, *test.other_memories]
-    common = {"samples": samples, "confidence": confidence, "seed": seed}
+    unit, units_SxT = bootstrap.coarsest_units(test.documents)
+    common = {"units_N": units_SxT, "samples": samples, "confidence": confidence, "seed": seed}
     compared = {name: systems["test"][name] for name in ("augmented", "knn_lm", "memory", *controls)}
     intervals = {
         f"{name}_over_base": interval
@@ -84,7 +88,7 @@ def compare(validation: Scores, test: Scores, *, samples: int, confidence: float
             for split, scores in perplexity.items()
         },
         "interpolation_weight": weights,
-        "interval": {"test": intervals},
+        "interval": {"test": intervals, "unit": unit, "units": int(units_SxT.max()) + 1},
         "gain_kept": {split: _share_of_gain(scores, "augmented", of="knn_lm") for split, scores in perplexity.items()},
         "controls": {
             name: {

@@ -154,6 +154,7 @@ def _scores(opened: _Run, split: str, parameters: dict, model) -> comparison.Sco
         base=datastore.read("base_log_probabilities", 0, count),
         memory=_memory_scores(opened, split, parameters, model, "memory"),
         knn=knn_SxT,
+        documents=datastore.read("documents", 0, count),
         other_memories=other_memories,
         other_models=other_models,
     )

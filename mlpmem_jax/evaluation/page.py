@@ -139,7 +139,7 @@ def _perplexity_section(metrics: dict) -> str:
         + _figure("Perplexity by interpolation weight", figures.weights(metrics), "weights")
         + f"</div>{_table(heads, lines, main='base + memory')}"
         f"<p>Every λ is tuned on validation alone. Intervals are of the ratio of test perplexities to the base's, by "
-        f"a paired bootstrap over sequences of {metrics['counts']['sequence_length']} positions.</p>"
+        f"a paired bootstrap over {metrics['interval']['units']:,} {metrics['interval']['unit']}s of the test split.</p>"
         + _controls_table(metrics)
     )
 

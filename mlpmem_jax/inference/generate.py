@@ -107,8 +107,12 @@ def step(models: Models, parameters: Parameters, cache: Cache, tokens_B: jax.Arr
         models, parameters, tokens_B[:, None], positions_Bx1, lambda block: functools.partial(attend, block)
     )
 
+    # No log-probability exceeds 1, so this is the length. As a result of the whole step it tells the compiler that the
+    # cache is written after it was read, in place; otherwise it makes copies.
+    end = cache.length + (log_probabilities_BxV[0, 0] > 1)
+
     def extended(arrays, new):
-        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.length, axis=2)
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=end, axis=2)
         return tuple(map(update, arrays, new))
 
     return log_probabilities_BxV, Cache(

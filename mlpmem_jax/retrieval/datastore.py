@@ -187,7 +187,7 @@ def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
     shards = meshes.batch_shards(models.mesh, models.rules)
     if config.datastore.batch_sequences % max(shards, jax.process_count()):
         raise ConfigError(
-            f"config.datastore.batch_sequences: {config.datastore.batch_sequences} is not divided by the {shards} batch "
-            "shards of the mesh"
+            f"config.datastore.batch_sequences: {config.datastore.batch_sequences} is not divided by the {shards} "
+            "batch shards of the mesh"
         )
     return {split: _build_split(config, tokens, models, split) for split in SPLITS}

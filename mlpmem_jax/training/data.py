@@ -69,8 +69,9 @@ class TargetSource:
 def batches(source, batch_sequences: int, seed: int) -> grain.DatasetIterator:
     """An endless, restorable iterator over this process's rows of each global batch.
 
-    The order depends on the seed alone. Step n takes elements n * batch to (n + 1) * batch of one global order, whatever
-    the number of processes, so that a run may go on with another number of them. Each epoch is shuffled differently.
+    The order depends on the seed alone. Step n takes elements n * batch to (n + 1) * batch of one global order,
+    whatever the number of processes, so that a run may go on with another number of them. Each epoch is shuffled
+    differently.
 
     Args:
       source: random-access sequences, trees of arrays.
