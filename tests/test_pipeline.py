@@ -86,7 +86,7 @@ def brute_force(workdir, split, positions):
         distances[np.arange(len(positions)), positions] = np.inf
     order = np.argsort(distances, axis=1, kind="stable")
     ranked = np.take_along_axis(distances, order, axis=1)
-    clear = ranked[:, NEIGHBORS] - ranked[:, NEIGHBORS - 1] > 1e-3
+    clear = ranked[:, NEIGHBORS] - ranked[:, NEIGHBORS - 1] > 1e-4
     nearest = order[:, :NEIGHBORS]
     result = np.zeros((len(positions), 300))
     for row, found in enumerate(nearest):
@@ -98,9 +98,9 @@ def brute_force(workdir, split, positions):
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_targets_are_p_knn(workdir, split):
     datastore, targets, sequences, length = opened(workdir, split)
-    positions = np.random.default_rng(0).choice(sequences * length, 100, replace=False)
+    positions = np.random.default_rng(0).choice(sequences * length, 200, replace=False)
     expected, clear = brute_force(workdir, split, positions)
-    assert clear.sum() > 50
+    assert clear.sum() > 40
     positions, expected = positions[clear], expected[clear]
     labels = datastore.read("next_tokens", 0, sequences).reshape(-1)[positions]
     found = targets.read("label_probabilities", 0, sequences).reshape(-1)[positions]

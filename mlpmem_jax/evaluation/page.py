@@ -131,7 +131,7 @@ def _perplexity_section(metrics: dict) -> str:
                 "" if weight is None else f"{weight:.3f}",
             )
         )
-    level = wording.level(metrics)
+    level, drawn = wording.level(metrics), metrics["interval"]
     heads = ("system", "validation", "test", "ratio to base", f"{level} interval", "λ")
     return (
         '<h2>Perplexity</h2><div class="figures">'
@@ -139,8 +139,7 @@ def _perplexity_section(metrics: dict) -> str:
         + _figure("Perplexity by interpolation weight", figures.weights(metrics), "weights")
         + f"</div>{_table(heads, lines, main='base + memory')}"
         f"<p>Every λ is tuned on validation alone. Intervals are of the ratio of test perplexities to the base's, by "
-        f"a paired bootstrap over {metrics['interval']['units']:,} {metrics['interval']['unit']}s of the test split.</p>"
-        + _controls_table(metrics)
+        f"a paired bootstrap over {drawn['units']:,} {drawn['unit']}s of the test split.</p>" + _controls_table(metrics)
     )
 
 

@@ -11,6 +11,7 @@ import itertools
 
 import numpy as np
 import scipy.optimize
+import scipy.special
 
 from mlpmem_jax.scaling import draws
 from mlpmem_jax.scaling.points import Runs, set_of
@@ -22,7 +23,8 @@ _LEAST_RUNS = 7  # two more than coefficients
 _LEAST_SPREAD = 0.1  # of log tokens around a smooth function of the size
 _REFITS = 500
 _START_EXPONENTS, _START_FLOORS = (0.15, 0.5, 1.0), (0.2, 0.5, 0.8)
-_EXPONENT_BOUNDS, _TERM_BOUNDS = (1e-3, 4.0), (-14.0, 4.0)
+_BOUNDS = [(-14.0, 4.0)] * 3 + [(1e-3, 4.0)] * 2  # of the search: logarithms of terms, then exponents
+_STEPS = 60
 _OPTIONS = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 20}
 
 
@@ -63,7 +65,7 @@ def fit(runs: Runs, *, confidence: float, samples: int, generator: np.random.Gen
     degrees_of_freedom = len(runs) - len(COEFFICIENTS)
     scatter = float(np.sqrt(residuals_R @ residuals_R / degrees_of_freedom))
     noise_SxR = draws.noise(scatter, degrees_of_freedom, (min(samples, _REFITS), len(runs)), generator)
-    drawn_Sx5 = np.array([points.refit(points.log_losses(fitted_5) + noise_R, fitted_5) for noise_R in noise_SxR])
+    drawn_Sx5 = points.refit(points.log_losses(fitted_5) + noise_SxR, np.ones_like(noise_SxR), fitted_5)
     values, of_draws = points.coefficients(fitted_5), points.coefficients(drawn_Sx5)
     return {
         **{name: draws.interval(values[name], of_draws[name], confidence) for name in values},
@@ -80,32 +82,37 @@ class _Points:
     log D: so centered they hardly depend on the exponents, and every start finds the same optimum.
     """
 
-    def __init__(self, runs: Runs, centers_2: np.ndarray | None = None):
+    def __init__(self, runs: Runs):
         log_2xR = np.log([runs.parameters_R, runs.tokens_R])
-        self.centers_2 = log_2xR.mean(axis=1) if centers_2 is None else centers_2
-        self._sizes_R, self._tokens_R = log_2xR - self.centers_2[:, None]
+        self._centers_2 = log_2xR.mean(axis=1)
+        self._sizes_R, self._tokens_R = log_2xR - self._centers_2[:, None]
 
-    def _terms(self, search_5: np.ndarray) -> np.ndarray:
-        log_e, log_a, log_b, a, b = search_5
-        return np.stack([np.full_like(self._sizes_R, log_e), log_a - a * self._sizes_R, log_b - b * self._tokens_R])
+    def _linearized(self, search: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """log L of the runs by the law, [..., R], and its slopes by the parameters, [..., R, 5]."""
+        log_e, log_a, log_b, a, b = np.moveaxis(search, -1, 0)[..., None]
+        terms = np.stack(
+            [log_e + 0.0 * self._sizes_R, log_a - a * self._sizes_R, log_b - b * self._tokens_R], axis=-1
+        )
+        log_losses = scipy.special.logsumexp(terms, axis=-1)
+        shares = np.exp(terms - log_losses[..., None])
+        by_exponents = -shares[..., 1:] * np.stack([self._sizes_R, self._tokens_R], axis=-1)
+        return log_losses, np.concatenate([shares, by_exponents], axis=-1)
 
-    def log_losses(self, search_5: np.ndarray) -> np.ndarray:
+    def log_losses(self, search: np.ndarray) -> np.ndarray:
         """log L of the runs by the law."""
-        return np.logaddexp.reduce(self._terms(search_5))
+        return self._linearized(search)[0]
+
+    def _huber(self, search: np.ndarray, observed: np.ndarray, counted: np.ndarray | float = 1.0) -> np.ndarray:
+        """Sum over runs of Huber losses, in units of delta squared."""
+        residuals = (self.log_losses(search) - observed) / DELTA
+        return np.sum(counted * scipy.special.huber(1.0, residuals), axis=-1)
 
     def objective(self, search_5: np.ndarray, observed_R: np.ndarray) -> tuple[float, np.ndarray]:
-        """Sum of Huber losses in units of delta squared, and its gradient."""
-        terms_3xR = self._terms(search_5)
-        log_losses_R = np.logaddexp.reduce(terms_3xR)
+        """The sum of Huber losses and its gradient."""
+        log_losses_R, slopes_Rx5 = self._linearized(search_5)
         residuals_R = (log_losses_R - observed_R) / DELTA
-        beyond_R = np.abs(residuals_R)
-        value = np.sum(np.where(beyond_R <= 1.0, 0.5 * residuals_R**2, beyond_R - 0.5))
-        slopes_3xR = np.exp(terms_3xR - log_losses_R) * np.clip(residuals_R, -1.0, 1.0) / DELTA
-        exponents_2 = -slopes_3xR[1] @ self._sizes_R, -slopes_3xR[2] @ self._tokens_R
-        return float(value), np.array([*slopes_3xR.sum(axis=1), *exponents_2])
-
-    def refit(self, observed_R: np.ndarray, start_5: np.ndarray) -> np.ndarray:
-        return self._minimize(observed_R, start_5).x
+        value = float(np.sum(scipy.special.huber(1.0, residuals_R)))
+        return value, np.clip(residuals_R, -1.0, 1.0) @ slopes_Rx5 / DELTA
 
     def fit(self, observed_R: np.ndarray) -> np.ndarray:
         """The best of the optima found from a grid of starts."""
@@ -122,15 +129,38 @@ class _Points:
             args=(observed_R,),
             jac=True,
             method="L-BFGS-B",
-            bounds=[_TERM_BOUNDS] * 3 + [_EXPONENT_BOUNDS] * 2,
+            bounds=_BOUNDS,
             options=_OPTIONS,
         )
+
+    def refit(self, observed_SxR: np.ndarray, counted_SxR: np.ndarray, start_5: np.ndarray) -> np.ndarray:
+        """Optima for S sets of losses at once, each near `start_5`; runs where `counted` is 0 are left out.
+
+        Levenberg-Marquardt steps on Huber's weights, which draw a quadratic above the loss that touches it.
+        """
+        search_Sx5, damping_S = np.tile(start_5, (len(observed_SxR), 1)), np.full(len(observed_SxR), 1e-3)
+        lowest_5, highest_5 = np.array(_BOUNDS).T
+        loss_S = self._huber(search_Sx5, observed_SxR, counted_SxR)
+        for _ in range(_STEPS):
+            log_losses_SxR, slopes_SxRx5 = self._linearized(search_Sx5)
+            residuals_SxR = (log_losses_SxR - observed_SxR) / DELTA
+            weighted_SxRx5 = (counted_SxR / np.maximum(np.abs(residuals_SxR), 1.0))[..., None] * slopes_SxRx5
+            normal_Sx5x5 = weighted_SxRx5.mT @ slopes_SxRx5
+            damped = damping_S[:, None] * np.diagonal(normal_Sx5x5, axis1=1, axis2=2) + 1e-12
+            gradient_Sx5x1 = weighted_SxRx5.mT @ residuals_SxR[..., None] * DELTA
+            step_Sx5 = np.linalg.solve(normal_Sx5x5 + damped[:, None, :] * np.eye(5), gradient_Sx5x1)[..., 0]
+            tried_Sx5 = np.clip(search_Sx5 - step_Sx5, lowest_5, highest_5)
+            tried_loss_S = self._huber(tried_Sx5, observed_SxR, counted_SxR)
+            better_S = tried_loss_S < loss_S
+            search_Sx5, loss_S = np.where(better_S[:, None], tried_Sx5, search_Sx5), np.minimum(tried_loss_S, loss_S)
+            damping_S = np.clip(np.where(better_S, damping_S / 4, damping_S * 4), 1e-12, 1e6)
+        return search_Sx5
 
     def coefficients(self, search: np.ndarray) -> dict[str, np.ndarray]:
         """The law's own coefficients, and the exponents of the optimum, of search parameters [..., 5]."""
         log_e, log_a, log_b, a, b = np.moveaxis(search, -1, 0)
         with np.errstate(over="ignore"):
-            terms = np.exp(log_e), np.exp(log_a + a * self.centers_2[0]), np.exp(log_b + b * self.centers_2[1])
+            terms = np.exp(log_e), np.exp(log_a + a * self._centers_2[0]), np.exp(log_b + b * self._centers_2[1])
         optima = {"optimal_parameters": b / (a + b), "optimal_tokens": a / (a + b)}
         return dict(zip(COEFFICIENTS, (*terms, a, b), strict=True)) | optima
 
@@ -148,16 +178,9 @@ def _goodness(runs: Runs, residuals_R: np.ndarray, scatter: float) -> dict:
 
 def _leave_one_out(runs: Runs, fitted_5: np.ndarray) -> dict:
     """Each run's perplexity predicted by a law fitted to the others."""
-    points, observed_R, predictions = _Points(runs), np.log(runs.losses_R), []
-    for left_out in range(len(runs)):
-        others = np.arange(len(runs)) != left_out
-        refitted_5 = _Points(runs.take(others), points.centers_2).refit(observed_R[others], fitted_5)
-        predictions.append(
-            {
-                "parameters": float(runs.parameters_R[left_out]),
-                "tokens": float(runs.tokens_R[left_out]),
-                "observed": float(np.exp(runs.losses_R[left_out])),
-                "predicted": float(np.exp(np.exp(points.log_losses(refitted_5)[left_out]))),
-            }
-        )
-    return with_errors(predictions)
+    points, observed_R = _Points(runs), np.log(runs.losses_R)
+    refitted_Rx5 = points.refit(np.tile(observed_R, (len(runs), 1)), 1.0 - np.eye(len(runs)), fitted_5)
+    predicted_R = np.exp(np.exp(np.diagonal(points.log_losses(refitted_Rx5))))
+    columns = zip(runs.parameters_R, runs.tokens_R, np.exp(runs.losses_R), predicted_R, strict=True)
+    names = ("parameters", "tokens", "observed", "predicted")
+    return with_errors([dict(zip(names, map(float, row), strict=True)) for row in columns])
