@@ -13,7 +13,7 @@ def get_config():
     config.targets.k = 64
     config.memory.width = 256
     config.memory.blocks = 4
-    config.training.epochs = 2.0
+    config.training.epochs = 1.5
     config.training.batch_sequences = 32
     config.training.warmup_steps = 20
     config.training.evaluate_every = 100

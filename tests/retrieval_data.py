@@ -24,9 +24,7 @@ def write_datastore(path, rng, sequences, scored, document_length=23):
         "documents": (np.arange(positions) // document_length).reshape(sequences, LENGTH).astype(np.int32),
     }
     if scored:
-        arrays["base_log_probabilities"] = np.log(rng.uniform(0.01, 0.5, (sequences, LENGTH))).astype(
-            np.float32
-        )
+        arrays["base_log_probabilities"] = np.log(rng.uniform(0.01, 0.5, (sequences, LENGTH))).astype(np.float32)
     specs = {
         name: ArraySpec(array.shape, str(array.dtype), PER_SHARD, (1, *array.shape[1:]))
         for name, array in arrays.items()

@@ -104,3 +104,12 @@ def test_versions_are_the_inputs():
     inputs = installed_docs.open_source().inputs
     assert inputs["jax"] == importlib.metadata.version("jax")
     assert inputs["Python"].startswith("3.")
+
+
+def test_no_long_line_stands_twice_in_the_corpus():
+    texts = installed_docs.documents()
+    lines = [" ".join(line.split()) for text in texts for line in text.split("\n")]
+    long_lines = [line for line in lines if len(line) >= installed_docs.MINIMUM_LINE]
+    assert len(long_lines) > 50_000
+    assert len(set(long_lines)) == len(long_lines)
+    assert len(set(lines)) < len(lines)  # short ones may

@@ -41,9 +41,7 @@ def test_agrees_with_the_papers_sum(seed, temperature, k):
         assert set(row) <= set(expected)
         for token, probability in expected.items():
             assert row.get(token, 0.0) == pytest.approx(probability, rel=1e-4, abs=1e-7)
-        assert found.label_probabilities_Q[q] == pytest.approx(
-            expected.get(labels[q], 0.0), rel=1e-4, abs=1e-7
-        )
+        assert found.label_probabilities_Q[q] == pytest.approx(expected.get(labels[q], 0.0), rel=1e-4, abs=1e-7)
         assert list(row.values()) == sorted(row.values(), reverse=True)
         assert sum(row.values()) == pytest.approx(1, abs=1e-5)
 

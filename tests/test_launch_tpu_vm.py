@@ -65,9 +65,10 @@ def test_the_startup_script_starts_the_container_with_the_checked_config(capsys,
         stand_in(command)
     for command in ("mkdir", "cat"):
         (tmp_path / "bin" / command).symlink_to(f"/bin/{command}")
-    script = script.replace("/etc/mlpmem", str(tmp_path / "etc"))
+    file = tmp_path / "startup.sh"
+    file.write_text(script.replace("/etc/mlpmem", str(tmp_path / "etc")))
     for _ in range(2):  # at every boot
-        subprocess.run(["/bin/bash"], input=script, text=True, check=True)
+        subprocess.run(["/bin/bash", file], stdin=subprocess.DEVNULL, check=True)
     assert cli.read_config(str(tmp_path / "etc" / "config.py"), []).targets.k == 77
     assert (tmp_path / "gcloud.words").read_text().splitlines()[0] == "auth configure-docker us-docker.pkg.dev --quiet"
     removed, started = (tmp_path / "docker.words").read_text().splitlines()[:2]

@@ -75,9 +75,7 @@ def test_scann_asks_again_until_a_long_exclusion_is_passed(keys, index):
 @needs_scann
 def test_scann_without_enough_keys_says_so():
     keys = mixture(np.random.default_rng(0), 30).astype(np.float32)
-    distances, ids = ScannIndex.build(keys, Options.derive(30, 40)).search(
-        keys, 40, np.tile([[0, 10]], (30, 1))
-    )
+    distances, ids = ScannIndex.build(keys, Options.derive(30, 40)).search(keys, 40, np.tile([[0, 10]], (30, 1)))
     assert (np.isfinite(distances).sum(axis=1) == 20).all()
     assert (ids[np.isinf(distances)] == neighbors.MISSING).all()
 

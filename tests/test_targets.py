@@ -138,9 +138,7 @@ def test_the_automatic_temperature_is_near_the_best(workdir):
             knn_distribution(d, label(keys)[i], candidate).get(int(own), 0.0)
             for d, i, own in zip(distances, ids, label(queries), strict=True)
         ]
-        return min(
-            -np.mean(np.log(w * np.array(p) + (1 - w) * np.exp(base))) for w in np.linspace(0, 0.99, 100)
-        )
+        return min(-np.mean(np.log(w * np.array(p) + (1 - w) * np.exp(base))) for w in np.linspace(0, 0.99, 100))
 
     choice = temperature.choose(distances.astype(np.float32), label(keys)[ids], label(queries), base)
     others = [best_mixture(choice.temperature * 2.0**octave) for octave in np.arange(-6, 6.5, 0.5)]
@@ -177,11 +175,7 @@ def test_one_document_leaves_nothing_to_exclude(tmp_path):
 
 
 def tree(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 class Interruption(Exception):

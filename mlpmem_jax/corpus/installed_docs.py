@@ -30,6 +30,8 @@ from mlpmem_jax.corpus.documents import Part, Source
 PACKAGE = "mlpmem_jax"
 MINIMUM_CHARACTERS = 500
 """Shorter docstrings are mostly labels, not prose; a language model sees little context in them."""
+MINIMUM_LINE = 40
+"""Shorter lines may repeat: headings, "Parameters", names of arguments."""
 
 # Parts of the standard library that some systems ship apart from Python, and its test suite.
 _OMITTED_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "test", "tkinter", "turtledemo"}
@@ -82,14 +84,19 @@ def dependencies(package: str) -> dict[str, importlib.metadata.Distribution]:
 
 @functools.cache
 def documents() -> tuple[str, ...]:
-    """The documents, each a topic or a docstring of some length, without repetitions."""
+    """The documents, each a topic or a docstring of some length, without the lines that stand in earlier ones.
+
+    Packages repeat whole paragraphs from function to function. With repetitions in it a test split is in good part a
+    copy of the training split, and any search of that finds the answers verbatim.
+    """
     distributions = dependencies(PACKAGE)
-    unique: dict[str, None] = {}
+    unique: list[str] = []
+    seen: set[str] = set()
     collects = gc.isenabled()
     gc.disable()  # syntax trees have no cycles, and walking them for some costs a third of the time
     try:
         for file in [*_standard_library(), *(file for name in distributions for file in _files(distributions[name]))]:
-            unique.update(dict.fromkeys(_prose(file)))
+            unique += (text for text in map(functools.partial(_new_lines, seen), _prose(file)) if _is_long(text))
     finally:
         if collects:
             gc.enable()
@@ -99,6 +106,21 @@ def documents() -> tuple[str, ...]:
         f"{platform.python_version()} and {len(distributions)} packages"
     )
     return tuple(unique)
+
+
+def _new_lines(seen: set[str], text: str) -> str:
+    """The text without its long lines that are in `seen`, which the others are added to."""
+    kept = []
+    for line in text.split("\n"):
+        words = " ".join(line.split())
+        if len(words) < MINIMUM_LINE or words not in seen:
+            kept.append(line)
+            seen.add(words)
+    return "\n".join(kept)
+
+
+def _is_long(text: str) -> bool:
+    return len(text) >= MINIMUM_CHARACTERS
 
 
 def _standard_library() -> Iterator[pathlib.Path]:
@@ -140,7 +162,7 @@ def _prose(file: pathlib.Path) -> Iterator[str]:
     except (SyntaxError, ValueError):
         return  # a template, or code of another version
     texts = _topics(tree) if file.name == "topics.py" else _docstrings(tree)
-    yield from (text for text in map(inspect.cleandoc, texts) if len(text) >= MINIMUM_CHARACTERS)
+    yield from filter(_is_long, map(inspect.cleandoc, texts))
 
 
 def _topics(tree: ast.Module) -> Iterator[str]:

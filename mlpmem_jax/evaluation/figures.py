@@ -149,7 +149,7 @@ def draw_weights(axes: matplotlib.axes.Axes, metrics: dict) -> None:
     curves, finite = metrics["curves"], []
     for name, system in (("memory", "augmented"), ("knn_lm", "knn_lm")):
         color, chosen = COLORS[system], metrics["interpolation_weight"][name]
-        for split, dashes in (("test", "-"), ("validation", (0, (4, 2)))):
+        for split, dashes in (("validation", (0, (4, 2))), ("test", "-")):
             values = [math.nan if value is None else value for value in curves[split][name]]
             label = LABELS[system] if split == "test" else None
             axes.plot(curves["weights"], values, color=color, ls=dashes, label=label, lw=2.0 if label else 1.4)
@@ -262,8 +262,8 @@ def _plain_logarithmic_ticks(axes: matplotlib.axes.Axes) -> None:
     """Ticks of a logarithmic axis as plain numbers, also where it spans less than a decade."""
     low, high = axes.get_ylim()
     decades = math.log10(high / low)
-    subdivisions = (1,) if decades > 2 else (1, 2, 5) if decades > 1.2 else (1, 1.5, 2, 3, 5, 7)
-    if decades > 0.3:
+    subdivisions = (1,) if decades > 2.5 else (1, 2, 5) if decades > 1.2 else (1, 1.5, 2, 3, 5, 7)
+    if decades > 0.7:
         axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subdivisions))
     else:
         axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))

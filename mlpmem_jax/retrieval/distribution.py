@@ -1,8 +1,8 @@
-"""From neighbours to next-token distributions: equation of p_kNN in the paper, for many positions at once.
+"""From neighbors to next-token distributions: equation of p_kNN in the paper, for many positions at once.
 
-    p_kNN(y | c)  is proportional to  sum over neighbours i with next token y of exp(-d_i / T)
+    p_kNN(y | c)  is proportional to  sum over neighbors i with next token y of exp(-d_i / T)
 
-with d the squared L2 distance between the key of neighbour i and the query, T the temperature (paper, section on
+with d the squared L2 distance between the key of neighbor i and the query, T the temperature (paper, section on
 the construction of the targets; arXiv 2508.01832).
 """
 
@@ -23,7 +23,7 @@ class SparseDistributions:
     Attributes:
       offsets_Q1: int64 [Q + 1].
       token_ids_M: int32 [M].
-      probabilities_M: float32 [M]; the entries of one position sum to 1. A position without neighbours has none.
+      probabilities_M: float32 [M]; the entries of one position sum to 1. A position without neighbors has none.
       label_probabilities_Q: float32 [Q], p_kNN(next token) before anything was cut.
       cut_mass_Q: float32 [Q], probability of the entries that were cut.
     """
@@ -56,11 +56,11 @@ def sparse_distributions(
     minimum_probability: float = 0.0,
     keep: int = 0,
 ) -> SparseDistributions:
-    """p_kNN of each position from its neighbours, as sparse distributions.
+    """p_kNN of each position from its neighbors, as sparse distributions.
 
     Args:
-      distances_QxK: squared L2 distances, float; infinite where there is no neighbour.
-      neighbor_tokens_QxK: the token that followed each neighbour, int; any value where there is no neighbour.
+      distances_QxK: squared L2 distances, float; infinite where there is no neighbor.
+      neighbor_tokens_QxK: the token that followed each neighbor, int; any value where there is no neighbor.
       next_tokens_Q: the token that followed each query, int.
       temperature: T > 0, in units of squared distance.
       minimum_probability: entries of this probability or less are cut.
@@ -97,9 +97,7 @@ def _row_sums(values_M: np.ndarray, rows_M: np.ndarray, count: int) -> np.ndarra
     return np.bincount(rows_M, weights=values_M, minlength=count)  # adds up in float64
 
 
-def _cut(
-    rows_M, token_ids_M, probabilities_M, labels_Q, minimum_probability: float, keep: int
-) -> SparseDistributions:
+def _cut(rows_M, token_ids_M, probabilities_M, labels_Q, minimum_probability: float, keep: int) -> SparseDistributions:
     """Orders the entries of each row by falling probability, and cuts."""
     kept_M = probabilities_M > minimum_probability
     rows_M, token_ids_M, probabilities_M = rows_M[kept_M], token_ids_M[kept_M], probabilities_M[kept_M]

@@ -100,9 +100,7 @@ def _search_block(queries_QxD, keys_BxD, norms_B, excluded_Qx2, *, k: int, group
     candidates_QxC = jnp.take_along_axis(scores_QxGxg, nearest_groups_QxK[..., None], axis=1)
     candidates_QxC = candidates_QxC.reshape(-1, groups * group)
     negated_QxK, places_QxK = jax.lax.top_k(-candidates_QxC, min(k, groups * group))
-    ids_QxK = (
-        jnp.take_along_axis(nearest_groups_QxK, places_QxK // group, axis=1) * group + places_QxK % group
-    )
+    ids_QxK = jnp.take_along_axis(nearest_groups_QxK, places_QxK // group, axis=1) * group + places_QxK % group
 
     # Differences, not norms and products, so that near duplicates come out near zero.
     distances_QxK = jnp.sum((keys_BxD[ids_QxK] - queries_QxD[:, None]) ** 2, axis=2)

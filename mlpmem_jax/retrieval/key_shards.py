@@ -54,18 +54,14 @@ def read_queries(datastore: Artifact, first: int, last: int) -> Queries:
         next_tokens_Q=datastore.read("next_tokens", first, last).ravel(),
         positions_Q=np.arange(first * length, last * length),
         documents_Q=datastore.read("documents", first, last).ravel(),
-        base_log_probabilities_Q=datastore.read("base_log_probabilities", first, last).ravel()
-        if scored
-        else None,
+        base_log_probabilities_Q=datastore.read("base_log_probabilities", first, last).ravel() if scored else None,
     )
 
 
 def sample_queries(datastore: Artifact, count: int, seed: int = 0) -> Queries:
     """`count` positions drawn from the whole split, without repetition; all of them when there are no more."""
     sequences, length = datastore.arrays["next_tokens"].shape
-    draw = np.random.default_rng(seed).choice(
-        sequences * length, min(count, sequences * length), replace=False
-    )
+    draw = np.random.default_rng(seed).choice(sequences * length, min(count, sequences * length), replace=False)
     draw.sort()
     parts = []
     for sequence in np.unique(draw // length):
@@ -99,9 +95,7 @@ class KeyShard:
           exclude: "self" (the query's own position, the paper's rule) or "document" (its whole document).
         """
         if exclude == "document":
-            ranges = [
-                np.searchsorted(self.documents_N, queries.documents_Q, side) for side in ("left", "right")
-            ]
+            ranges = [np.searchsorted(self.documents_N, queries.documents_Q, side) for side in ("left", "right")]
         else:
             own = queries.positions_Q - self.first_position
             ranges = [np.clip(own + end, 0, len(self.next_tokens_N)) for end in (0, 1)]
@@ -111,9 +105,7 @@ class KeyShard:
 class KeyShards:
     """All key shards of a training datastore. One index is in memory at a time; each is built once and kept."""
 
-    def __init__(
-        self, datastore: Artifact, rows: int, scratch: epath.Path, backend: str, k: int, options: dict
-    ):
+    def __init__(self, datastore: Artifact, rows: int, scratch: epath.Path, backend: str, k: int, options: dict):
         """Divides the sequences evenly over the fewest shards of at most `rows` keys (and at least one sequence).
 
         Args:
@@ -137,9 +129,7 @@ class KeyShards:
     def keys(self, shard: int) -> np.ndarray:
         """float32 [N, D]."""
         first, last = self.bounds[shard : shard + 2]
-        keys_NxD = np.empty(
-            ((last - first) * self._length, self._datastore.arrays["keys"].shape[2]), np.float32
-        )
+        keys_NxD = np.empty(((last - first) * self._length, self._datastore.arrays["keys"].shape[2]), np.float32)
         step = self._datastore.arrays["keys"].rows_per_shard
         for start in range(first, last, step):
             part = self._datastore.read("keys", start, min(start + step, last))

@@ -18,9 +18,7 @@ def contains(ids_QxK: np.ndarray, wanted_QxK: np.ndarray) -> np.ndarray:
     return found_QxK & (wanted_QxK != neighbors.MISSING)
 
 
-def measure(
-    key_shards: KeyShards, queries: Queries, exclude: str, k: int, temperature: float
-) -> dict[str, float]:
+def measure(key_shards: KeyShards, queries: Queries, exclude: str, k: int, temperature: float) -> dict[str, float]:
     """Compares the indices of all key shards with exact search.
 
     Args:
@@ -37,9 +35,7 @@ def measure(
         shard = key_shards.open(number)
         excluded_Qx2 = shard.excluded(queries, exclude)
         distances_QxK, ids_QxK = shard.index.search(queries.keys_QxD, k, excluded_Qx2)
-        true_distances_QxK, true_ids_QxK = ExactIndex(key_shards.keys(number)).search(
-            queries.keys_QxD, k, excluded_Qx2
-        )
+        true_distances_QxK, true_ids_QxK = ExactIndex(key_shards.keys(number)).search(queries.keys_QxD, k, excluded_Qx2)
         found_QxK = contains(ids_QxK, true_ids_QxK).astype(np.int32)
         was_found = neighbors.merge(was_found, neighbors.pack(true_distances_QxK, found_QxK))
         tokens = shard.next_tokens_N

@@ -122,12 +122,8 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
     plan = Plan(**{field.name: settings[field.name] for field in dataclasses.fields(Plan)})
     _check(plan, datastores["train"])
     digest = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()[:12]
-    scratch = (
-        workdir / "targets" / "scratch" / digest
-    )  # what another config left there is not taken for this one's
-    token_dtype = (
-        "uint16" if open_artifact(workdir / "tokens", "tokens").arrays["train"].dtype == "uint16" else "int32"
-    )
+    scratch = workdir / "targets" / "scratch" / digest  # what another config left there is not taken for this one's
+    token_dtype = "uint16" if open_artifact(workdir / "tokens", "tokens").arrays["train"].dtype == "uint16" else "int32"
     writers = {
         split: ArtifactWriter.create(
             workdir / "targets" / split,

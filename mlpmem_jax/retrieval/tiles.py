@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -22,8 +23,7 @@ from mlpmem_jax.retrieval import neighbors
 from mlpmem_jax.retrieval.distribution import SparseDistributions, sparse_distributions
 from mlpmem_jax.retrieval.key_shards import KeyShard, KeyShards, Queries, read_queries
 
-_NEIGHBORS_AT_ONCE = 1 << 22  # of one block of queries: 32 MiB of ids and distances
-_ROWS_AT_ONCE = 64  # positions whose neighbors fit a core's cache while they are sorted
+_NEIGHBORS_AT_ONCE = 1 << 18  # of one thread: what it sorts stays in its core's cache
 _SMALLEST_FLOAT16 = 2.0**-25  # this and less is stored as zero
 
 
@@ -50,29 +50,13 @@ def find_neighbors(shard: KeyShard, queries: Queries, plan: Plan, split: str) ->
     return neighbors.pack(distances_QxK, shard.next_tokens_N[ids_QxK])
 
 
-def _blocks(count: int, k: int) -> list[slice]:
-    rows = max(_ROWS_AT_ONCE, _NEIGHBORS_AT_ONCE // k)
-    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+def _distributions(packed_QxK: np.ndarray, queries: Queries, plan: Plan, temperature: float) -> SparseDistributions:
+    minimum = max(plan.minimum_probability, _SMALLEST_FLOAT16)
+    distances_QxK, tokens_QxK = neighbors.unpack(packed_QxK)
+    return sparse_distributions(distances_QxK, tokens_QxK, queries.next_tokens_Q, temperature, minimum, plan.keep)
 
 
-def distributions(packed_QxK, queries: Queries, plan: Plan, temperature: float) -> list[SparseDistributions]:
-    """p_kNN of each query, in order, in blocks of a few rows that several threads work on."""
-
-    def block(start: int) -> SparseDistributions:
-        part = slice(start, start + _ROWS_AT_ONCE)
-        return sparse_distributions(
-            *neighbors.unpack(packed_QxK[part]),
-            queries.next_tokens_Q[part],
-            temperature,
-            max(plan.minimum_probability, _SMALLEST_FLOAT16),
-            plan.keep,
-        )
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(block, range(0, len(queries), _ROWS_AT_ONCE)))
-
-
-def _shard_arrays(parts: list[SparseDistributions], length: int, token_dtype: str) -> tuple[dict, dict]:
+def _shard_arrays(parts: Sequence[SparseDistributions], length: int, token_dtype: str) -> tuple[dict, dict]:
     """The arrays of one shard of the artifact, and figures about it."""
     counts_N = np.concatenate([np.diff(part.offsets_Q1) for part in parts])
     ends_SxT = np.cumsum(counts_N).reshape(-1, length)
@@ -81,9 +65,7 @@ def _shard_arrays(parts: list[SparseDistributions], length: int, token_dtype: st
         "offsets": np.concatenate([starts_S[:, None], ends_SxT], axis=1).astype(np.int32),
         "token_ids": np.concatenate([part.token_ids_M for part in parts])[None].astype(token_dtype),
         "probabilities": np.concatenate([part.probabilities_M for part in parts])[None].astype(np.float16),
-        "label_probabilities": np.concatenate([part.label_probabilities_Q for part in parts]).reshape(
-            -1, length
-        ),
+        "label_probabilities": np.concatenate([part.label_probabilities_Q for part in parts]).reshape(-1, length),
     }
     figures = {
         "entries": int(counts_N.sum()),
@@ -96,17 +78,13 @@ def _shard_arrays(parts: list[SparseDistributions], length: int, token_dtype: st
 class Split:
     """The targets of one split while they are being made."""
 
-    def __init__(
-        self, name: str, datastore: Artifact, writer: ArtifactWriter, scratch: epath.Path, token_dtype: str
-    ):
+    def __init__(self, name: str, datastore: Artifact, writer: ArtifactWriter, scratch: epath.Path, token_dtype: str):
         self.name, self._datastore, self._writer, self._token_dtype = name, datastore, writer, token_dtype
         self._scratch = scratch / "neighbors" / name
         spec = datastore.arrays["next_tokens"]
         (self._sequences, self.length), self._per_shard = spec.shape, spec.rows_per_shard
         self.shards = [  # not a slice of the incomplete ones: processes may list them at different moments
-            shard
-            for shard in writer.incomplete_shards()
-            if shard % jax.process_count() == jax.process_index()
+            shard for shard in writer.incomplete_shards() if shard % jax.process_count() == jax.process_index()
         ]
 
     def positions(self, shard: int) -> int:
@@ -138,15 +116,13 @@ class Split:
         if key_shard:
             self._tile(shard, key_shard - 1).unlink(missing_ok=True)
 
-    def write(self, shard: int, parts: list[SparseDistributions], lacking: int) -> None:
+    def write(self, shard: int, parts: Sequence[SparseDistributions], lacking: int) -> None:
         arrays, figures = _shard_arrays(parts, self.length, self._token_dtype)
         self._writer.write_shard(shard, arrays, {**figures, "positions_lacking_k": lacking})
 
     def seal(self, measured: dict) -> None:
         folder = epath.Path(self._writer.path) / "shards"
-        records = [
-            json.loads((folder / f"{n:06d}.json").read_bytes()) for n in range(self._writer.num_shards)
-        ]
+        records = [json.loads((folder / f"{n:06d}.json").read_bytes()) for n in range(self._writer.num_shards)]
         figures = [record["extra"] for record in records]
         positions = self._sequences * self.length
         stored = sum(array["bytes"] for record in records for array in record["arrays"].values())
@@ -168,9 +144,7 @@ def make_tiles(splits: list[Split], key_shards: KeyShards, plan: Plan, temperatu
     count = len(key_shards)
     merged = {(split.name, shard): split.merged(shard, count) for split in splits for shard in split.shards}
     total = sum(split.positions(shard) for split in splits for shard in split.shards) * count
-    done = sum(
-        split.positions(shard) * merged[split.name, shard] for split in splits for shard in split.shards
-    )
+    done = sum(split.positions(shard) * merged[split.name, shard] for split in splits for shard in split.shards)
     with progress(total, "targets", "positions" if count == 1 else "positions x key shards", done) as bar:
         for number in range(count):
             for split in splits:
@@ -179,26 +153,30 @@ def make_tiles(splits: list[Split], key_shards: KeyShards, plan: Plan, temperatu
                         _make_tile(split, shard, key_shards, number, plan, temperature, bar)
 
 
-def _make_tile(
-    split: Split, shard: int, key_shards: KeyShards, number: int, plan: Plan, temperature: float, bar
-):
+def _make_tile(split: Split, shard: int, key_shards: KeyShards, number: int, plan: Plan, temperature: float, bar):
     """Searches one key shard for one query shard, and writes its tile or, after the last key shard, its targets."""
     queries, key_shard = split.queries(shard), key_shards.open(number)
     before_QxK = split.read_tile(shard, number - 1) if number else None
     is_last = number == len(key_shards) - 1
-    kept = None if is_last else np.empty((len(queries), plan.k), np.uint64)
-    parts: list[SparseDistributions] = []
-    lacking = 0
-    for block in _blocks(len(queries), plan.k):
-        found_QxK = find_neighbors(key_shard, queries[block], plan, split.name)
-        packed_QxK = neighbors.merge(None if before_QxK is None else before_QxK[block], found_QxK)
-        if is_last:
-            lacking += int(np.isinf(neighbors.unpack(packed_QxK[:, -1])[0]).sum())
-            parts += distributions(packed_QxK, queries[block], plan, temperature)
-        else:
-            kept[block] = packed_QxK
-        bar.advance(block.stop - block.start)
+    rows = max(1, _NEIGHBORS_AT_ONCE // plan.k)
+
+    def work(start: int):
+        part = slice(start, start + rows)
+        found_QxK = find_neighbors(key_shard, queries[part], plan, split.name)
+        packed_QxK = neighbors.merge(None if before_QxK is None else before_QxK[part], found_QxK)
+        if not is_last:
+            return packed_QxK
+        lacking = int(np.isinf(neighbors.unpack(packed_QxK)[0][:, -1]).sum())
+        return _distributions(packed_QxK, queries[part], plan, temperature), lacking
+
+    done = []
+    # NumPy and the searches let other threads run; pieces come back in order, whatever the number of threads.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        for piece in threads.map(work, range(0, len(queries), rows)):
+            done.append(piece)
+            bar.advance(min(rows, len(queries) - (len(done) - 1) * rows))
     if is_last:
-        split.write(shard, parts, lacking)
+        distributions, lacking = zip(*done, strict=True)
+        split.write(shard, distributions, sum(lacking))
     else:
-        split.write_tile(shard, number, kept)
+        split.write_tile(shard, number, np.concatenate(done))
