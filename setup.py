@@ -11,7 +11,13 @@ EXTRAS = {
     "hub": ["datasets>=4.0,<6", "huggingface_hub>=1.0", "pyarrow>=18"],
     # The reference's way of searching, for `mlpmem benchmark`.
     "bench": ["faiss-cpu>=1.10,<2"],
-    "test": ["pytest>=8.3,<10", "hypothesis>=6.130,<7", "pyarrow>=18", "ruff>=0.11,<0.18"],
+    "test": [
+        "pytest>=8.3,<10",
+        "hypothesis>=6.130,<7",
+        "pyarrow>=18",
+        "ruff>=0.11,<0.18",
+        "kubernetes-validate>=1.30",
+    ],
 }
 
 setuptools.setup(

@@ -1,4 +1,4 @@
 """Starting a job on many hosts: GKE (jobset), TPU VMs (tpu_vm), SLURM clusters (slurm), one machine (local).
 
-Imports no accelerator runtime: a machine that only launches needs ml_collections (which brings PyYAML) and etils alone.
+Imports no accelerator runtime: a machine that only launches needs ml_collections alone, which brings absl and PyYAML.
 """

@@ -85,8 +85,7 @@ def read_config(
     groups = {"datastore": config.datastore, "training": config.training}
     if config.base.source == "train":
         groups["base.training"] = config.base.training
-    for name, group in groups.items():
-        _check_batch(name, group, _batch_shards(config, sizes), processes)
+    _check_batches(groups, _batch_shards(config, sizes), processes)
     return config
 
 
@@ -95,13 +94,18 @@ def _batch_shards(config: ml_collections.ConfigDict, sizes: dict[str, int]) -> i
     return math.prod(sizes[axis] for axis in ([axes] if isinstance(axes, str) else axes))
 
 
-def _check_batch(name: str, group: ml_collections.ConfigDict, shards: int, processes: int) -> None:
-    steps = group.get("accumulation_steps", 1)
-    unit = math.lcm(shards * steps, processes)
-    if group.batch_sequences % unit:
+def _check_batches(groups: dict[str, ml_collections.ConfigDict], shards: int, processes: int) -> None:
+    wrong = []
+    for name, group in groups.items():
+        unit = math.lcm(shards * group.get("accumulation_steps", 1), processes)
+        if group.batch_sequences % unit:
+            wrong.append(
+                f"config.{name}.batch_sequences: expected a multiple of {unit}, found {group.batch_sequences}; "
+            )
+    if wrong:
         raise ConfigError(
-            f"config.{name}.batch_sequences: expected a multiple of {unit} (accumulation steps: {steps}, batch shards "
-            f"of the mesh: {shards}, processes: {processes}), found {group.batch_sequences}"
+            f"{''.join(wrong)}an accumulation step is shared out evenly over {shards} batch shards of "
+            f"the mesh, a whole step over {processes} processes"
         )
 
 

@@ -11,8 +11,8 @@ from launch import accelerators, job
 from mlpmem_jax.core.errors import UserError
 
 _EXAMPLE = (
-    "python -m launch.jobset --name=memory --accelerator=v5p-256 --image=IMAGE --config=configs/default.py \\\n"
-    "      --config.workdir=gs://BUCKET/memory --config.training.batch_sequences=128 --dry_run"
+    "python -m launch.jobset --name=memory --accelerator=v5p-128 --image=IMAGE \\\n"
+    "      --config=configs/wikitext103_gpt2_large.py --config.workdir=gs://BUCKET/memory --dry_run"
 )
 _COMMAND = ["kubectl", "apply", "-f", "-"]
 _CONFIG_FOLDER = "/etc/mlpmem"

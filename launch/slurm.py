@@ -10,8 +10,8 @@ from launch import job
 from mlpmem_jax.core.errors import UserError
 
 _EXAMPLE = (
-    "python -m launch.slurm --nodes=4 --gpus_per_node=8 --time=12:00:00 --config=configs/default.py \\\n"
-    "      --config.workdir=/shared/memory --config.training.batch_sequences=64 --dry_run"
+    "python -m launch.slurm --nodes=4 --gpus_per_node=8 --time=12:00:00 \\\n"
+    "      --config=configs/wikitext103_gpt2_large.py --dry_run"
 )
 _WARNING_SECONDS = 300  # before the time limit: SIGTERM, so that a checkpoint is written in time
 

@@ -8,8 +8,8 @@ import shlex
 from launch import accelerators, job
 
 _EXAMPLE = (
-    "python -m launch.tpu_vm --name=memory --accelerator=v5litepod-16 --zone=us-west4-a --image=IMAGE \\\n"
-    "      --config=configs/default.py --config.workdir=gs://BUCKET/memory --dry_run"
+    "python -m launch.tpu_vm --name=memory --accelerator=v5litepod-64 --zone=us-west4-a --image=IMAGE \\\n"
+    "      --config=configs/wikitext103_gpt2_large.py --config.workdir=gs://BUCKET/memory --dry_run"
 )
 _LONGEST_NAME = 40
 _STARTUP_SCRIPT = """\
@@ -42,7 +42,9 @@ def startup_script(options: argparse.Namespace, config_file: str) -> str:
 
 def command(options: argparse.Namespace, tpu: accelerators.Slice) -> list[str]:
     """The request for capacity. The startup script is read from standard input."""
-    words = ["gcloud", "compute", "tpus", "queued-resources", "create", options.name, f"--zone={options.zone}"]
+    # Outside its alpha track gcloud takes --type for v2, v3 and v4 alone.
+    track = [] if tpu.has_default_topology else ["alpha"]
+    words = ["gcloud", *track, "compute", "tpus", "queued-resources", "create", options.name, f"--zone={options.zone}"]
     if options.project:
         words.append(f"--project={options.project}")
     if tpu.has_default_topology:

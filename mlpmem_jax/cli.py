@@ -8,7 +8,7 @@ import os
 import sys
 
 import ml_collections
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from mlpmem_jax.core import config as configs
@@ -116,6 +116,7 @@ def _run_stage(name: str, config: ml_collections.ConfigDict):
 def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
     from mlpmem_jax.core import runtime
 
+    logging.set_verbosity(logging.ERROR)  # libraries' notes on their own doings are no news to the user
     runtime.keep_freed_memory()
     runtime.join_job()
     if options.verb == "run":
@@ -139,19 +140,15 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exits with 2 and one clear error when something the user gave cannot work."""
+    """Entry point. When something the user gave cannot work, one clear error and the exit code of that error."""
     options, overrides = _parser().parse_known_args(arguments)
     if options.quiet:
         os.environ["MLPMEM_QUIET"] = "1"
     try:
         _dispatch(options, read_config(options.config, overrides))
     except UserError as error:
-        sys.exit(_exit_with(f"mlpmem {options.verb}: error: {error}"))
-
-
-def _exit_with(text: str) -> int:
-    print(text, file=sys.stderr)
-    return 2
+        print(f"mlpmem {options.verb}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The stage `evaluate` on small artifacts made by hand, against NumPy on the models' logits."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,9 +12,9 @@ from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.evaluation import evaluate, provenance
-from mlpmem_jax.models import gpt2, memory, saved
+from mlpmem_jax.models import gpt2, memory, saved, scoring
 
-VOCABULARY, LENGTH, ENTRIES = 31, 8, 4
+VOCABULARY, LENGTH, ENTRIES = 31, 8, 12
 LANGUAGE_MODEL = gpt2.GPT2Config(VOCABULARY, LENGTH, 16, 2, 2)
 MEMORY = memory.MemoryConfig("gpt2", VOCABULARY, 32, 16, 16, 2, 32)
 SEQUENCES = {"train": 3, "validation": 7, "test": 9}
@@ -157,7 +158,9 @@ def metrics(world):
         "".join(json.dumps({"stage": "tokens", "seconds": s, "peak_rss_bytes": b}) + "\n" for s, b in ((1, 9), (2, 5)))
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "_PROBABILITIES_AT_ONCE", 13 * VOCABULARY)  # several chunks, the last ones short
+        # Several chunks of everything, the last ones short.
+        patch.setattr(evaluate, "_PROBABILITIES_AT_ONCE", 13 * VOCABULARY)
+        patch.setattr(scoring, "POSITIONS_AT_ONCE", 3 * LENGTH)
         return evaluate.run(config_of(workdir))
 
 
@@ -191,11 +194,11 @@ def test_the_stage_agrees_with_numpy_on_the_logits(world, metrics):
 def test_shapes_are_means_over_all_positions_when_all_are_asked_for(world, metrics):
     shapes, of = metrics["sharpness"], world[1]["test"]
     assert {shape["positions"] for shape in shapes.values()} == {SEQUENCES["test"] * LENGTH}
-    # Uniform over n of at most four tokens: n above zero, n above 0.1, and n for 99 % of the mass.
-    mean = pytest.approx(of["counts"].mean())
-    assert shapes["knn"]["tokens_above"]["0"] == mean
-    assert shapes["knn"]["tokens_above"]["0.1"] == mean
-    assert shapes["knn"]["tokens_for_mass"]["0.99"] == mean
+    # Uniform over n tokens, 12 at most: n above zero, n above 0.1 if n < 10, and 0.8 n, rounded up, for 80 %.
+    counts_SxT = of["counts"]
+    assert shapes["knn"]["tokens_above"]["0"] == pytest.approx(counts_SxT.mean())
+    assert shapes["knn"]["tokens_above"]["0.1"] == pytest.approx((counts_SxT * (counts_SxT < 10)).mean())
+    assert shapes["knn"]["tokens_for_mass"]["0.8"] == pytest.approx(np.ceil(0.8 * counts_SxT - 1e-9).mean())
     for name in ("base", "memory"):
         rows_NxV = np.exp(of["rows"][name]).reshape(-1, VOCABULARY)
         assert shapes[name]["tokens_above"]["0.01"] == pytest.approx((rows_NxV > 0.01).sum(axis=1).mean(), abs=0.03)
@@ -212,11 +215,23 @@ def test_controls_are_found_scored_and_left_out_when_foreign(world):
     write_model(workdir / "controls" / "ce_only", "memory", MEMORY, ce_only, {"base": "another"})
     metrics = evaluate.run(config_of(workdir))
     assert set(metrics["controls"]) == {"continued"}
+    shutil.rmtree(workdir / "controls" / "ce_only")
+    write_model(workdir / "controls" / "ce_only", "memory", MEMORY, ce_only, {"base": base})
+    metrics = evaluate.run(config_of(workdir))
+    assert set(metrics["controls"]) == {"continued", "ce_only"}
     opened = evaluate._open(config_of(workdir))
     tokens_SxT, next_SxT = opened.tokens("test", 0, SEQUENCES["test"])
     rows_SxTxV = log_softmax(gpt2.logits(continued, LANGUAGE_MODEL, tokens_SxT))
     picked_SxT = np.take_along_axis(rows_SxTxV, next_SxT[..., None], 2)[..., 0]
-    assert metrics["controls"]["continued"]["perplexity"]["test"] == pytest.approx(perplexity(np.exp(picked_SxT)), 1e-4)
+    found = metrics["controls"]["continued"]["perplexity"]["test"]
+    assert found == pytest.approx(perplexity(np.exp(picked_SxT)), rel=1e-4)
+    inputs_SxTxD = opened.inputs("test", 0, SEQUENCES["test"]).astype(np.float32)
+    rows_SxTxV = log_softmax(np.asarray(memory.logits(ce_only, MEMORY, inputs_SxTxD))[..., :VOCABULARY])
+    picked_SxT = np.take_along_axis(rows_SxTxV, next_SxT[..., None], 2)[..., 0]
+    weight = metrics["interpolation_weight"]["ce_only"]
+    mixed_SxT = weight * np.exp(picked_SxT) + (1 - weight) * np.exp(world[1]["test"]["base"])
+    found = metrics["controls"]["ce_only"]["perplexity"]["test"]
+    assert found == pytest.approx(perplexity(mixed_SxT), rel=1e-4)
     assert "controls/continued" in metrics["bytes"]
 
 
@@ -232,7 +247,7 @@ def test_a_memory_of_another_base_is_refused(world, tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-def test_a_missing_stage_and_a_short_test_split_are_refused(world, tmp_path, monkeypatch):
+def test_a_missing_stage_and_a_short_test_split_are_refused(world, tmp_path):
     workdir, _ = world
     with pytest.raises(ArtifactError, match="run the stage"):
         evaluate.run(config_of(tmp_path))

@@ -6,20 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.mesh import make_mesh
-from mlpmem_jax.inference import generate, sampling
-from mlpmem_jax.inference.generate import Models, Parameters
-from mlpmem_jax.inference.sampling import Sampling
+from mlpmem_jax.inference import decoding, sampling
+from mlpmem_jax.inference.decoding import Models, Parameters, Reading, prepare
+from mlpmem_jax.inference.generate import can_change_the_likeliest, draw, generate
+from mlpmem_jax.inference.sampling import GREEDY, Sampling
 from mlpmem_jax.interop import huggingface
 from mlpmem_jax.models import gpt2, memory
 
-BASE = gpt2.GPT2Config(vocab_size=40, context_length=64, width=16, blocks=3, heads=2)
+BASE = gpt2.GPT2Config(vocab_size=40, context_length=64, width=16, blocks=2, heads=2)
 MEMORY = memory.MemoryConfig("gpt2", 40, 48, 16, 24, 2, 48)
 PROMPTS = [[3, 9, 27], [5, 1, 17, 30, 8, 8, 21], [11]]
 ALONE = Models(BASE)
-BOTH = Models(BASE, MEMORY, input_block=2)
+BOTH = Models(BASE, MEMORY, input_block=1)
 
 
 def scaled(parameters):
@@ -72,23 +76,24 @@ def continued(base, beside, weight, prompt, count):
 def test_greedy_tokens_are_those_of_uncached_forward_passes(base, beside, weight):
     models = ALONE if weight is None else BOTH
     beside = None if weight is None else beside
-    parameters = generate.prepare(Parameters(base, beside, weight))
-    together = generate.generate(models, parameters, PROMPTS, count=6)
+    parameters = prepare(Parameters(base, beside, weight))
+    together = generate(models, parameters, PROMPTS, count=6)
     for prompt, new in zip(PROMPTS, together, strict=True):
         assert new.tolist() == continued(base, beside, weight, prompt, 6)
     assert len({tuple(new.tolist()) for new in together}) == len(PROMPTS)
 
 
 def test_prefill_and_step_give_the_mixture_of_both_models(base, beside):
-    parameters = generate.prepare(Parameters(base, beside, 0.3))
+    parameters = prepare(Parameters(base, beside, 0.3))
     tokens_BxT = np.array([[0, 0, *PROMPTS[1][:4]], PROMPTS[1][:6]])
-    prefill = jax.jit(generate.prefill, static_argnums=(0, 4))
+    prefill = jax.jit(decoding.prefill, static_argnums=(0, 4))
     before, cache = prefill(BOTH, parameters, tokens_BxT, np.array([2, 0]), 9)
-    after, _ = jax.jit(generate.step, static_argnums=0)(BOTH, parameters, cache, np.array([7, 12]))
+    after, _ = jax.jit(decoding.step, static_argnums=0)(BOTH, parameters, cache, np.array([7, 12]))
     for row, (prompt, token) in enumerate(((PROMPTS[1][:4], 7), (PROMPTS[1][:6], 12))):
-        for found, tokens in ((before, prompt), (after, [*prompt, token])):
-            expected = distribution(base, beside, 0.3, tokens)
-            np.testing.assert_allclose(np.exp(found[row]), expected, rtol=1e-4, atol=1e-6)
+        for reading, tokens in ((before, prompt), (after, [*prompt, token])):
+            memory_log = decoding.memory_log_probabilities(BOTH, parameters, reading)
+            mixed = np.exp(decoding.mix(reading.base_log_BxV, memory_log, 0.3))
+            np.testing.assert_allclose(mixed[row], distribution(base, beside, 0.3, tokens), rtol=1e-4, atol=1e-6)
 
 
 def test_greedy_tokens_are_those_of_transformers(tmp_path):
@@ -97,7 +102,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path):
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=40, n_positions=64, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0
+            vocab_size=40, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
         )
     ).eval()
     with torch.no_grad():
@@ -106,38 +111,84 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path):
     model.save_pretrained(tmp_path)
     parameters, config = huggingface.load_gpt2(str(tmp_path), make_mesh(1, 1, 1, jax.devices()[:1]))
     expected = model.generate(
-        torch.tensor([PROMPTS[1]]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        torch.tensor([PROMPTS[1]]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
     )[0, len(PROMPTS[1]) :]
-    found = generate.generate(Models(config), generate.prepare(Parameters(parameters)), [PROMPTS[1]], count=12)
+    found = generate(Models(config), prepare(Parameters(parameters)), [PROMPTS[1]], count=6)
     assert found[0].tolist() == expected.tolist()
 
 
 def test_generation_stops_at_the_end_of_text(base):
-    parameters = generate.prepare(Parameters(base))
-    free = [new.tolist() for new in generate.generate(ALONE, parameters, PROMPTS, count=8)]
+    parameters = prepare(Parameters(base))
+    free = [new.tolist() for new in generate(ALONE, parameters, PROMPTS, count=6)]
     end = free[0][3]
-    stopped = generate.generate(ALONE, parameters, PROMPTS, count=8, end_token=end)
+    stopped = generate(ALONE, parameters, PROMPTS, count=6, end_token=end)
     for new, whole in zip(stopped, free, strict=True):
         assert new.tolist() == (whole[: whole.index(end)] if end in whole else whole)
     assert len(stopped[0]) <= 3
 
 
-def test_draws_follow_the_distribution_and_the_seed(base):
-    parameters = generate.prepare(Parameters(base))
-    draws = generate.generate(
-        ALONE, parameters, [PROMPTS[0]] * 4000, count=1, sampling=Sampling(temperature=1.5), seed=3
-    )
-    counts = np.bincount(np.concatenate(draws), minlength=40)
-    logits = np.log(distribution(base, None, None, PROMPTS[0]))
-    expected = softmax(logits / 1.5)
-    assert np.abs(counts / 4000 - expected).max() < 5 * np.sqrt(0.25 / 4000)
+@pytest.fixture(scope="module")
+def draws(beside):
+    """A function of (p_LM, weight, sampling, number of draws): tokens drawn beside a memory, and its p_MLP."""
+    input_1xD = np.random.default_rng(4).normal(size=(1, BASE.width)).astype(np.float32)
+    memory_p_V = softmax(np.asarray(memory.logits(beside, MEMORY, input_1xD), np.float64))[0, :40]
 
-    hot = Sampling(temperature=3.0)
+    def drawn(base_p_V, weight, how, count, beside=beside):
+        models, parameters = (ALONE, Parameters({})) if weight is None else (BOTH, Parameters({}, beside, weight))
+        reading = Reading(jnp.tile(jnp.log(base_p_V), (count, 1)), jnp.tile(input_1xD, (count, 1)))
+        return np.asarray(draw(models, parameters, reading, jax.random.key(3), how)), memory_p_V
+
+    return drawn
+
+
+@pytest.mark.parametrize("how", [Sampling(1.0), Sampling(1.5)])
+@pytest.mark.parametrize("weight", [None, 0.3])
+def test_draws_follow_the_distribution(draws, weight, how):
+    base_p = softmax(np.random.default_rng(5).normal(0, 2, 40))
+    tokens, memory_p = draws(base_p, weight, how, 4000)
+    mixed = base_p if weight is None else weight * memory_p + (1 - weight) * base_p
+    expected = softmax(np.log(mixed) / how.temperature)
+    found = np.bincount(tokens, minlength=40) / 4000
+    assert np.all(np.abs(found - expected) < 5 * np.sqrt(expected / 4000) + 1e-3)
+
+
+def test_greedy_takes_the_likeliest_of_the_mixture_and_lets_the_memory_rest_where_it_can(draws, beside):
+    broken = jax.tree.map(lambda array: array * np.nan, beside)
+    certain, open_ = np.full(40, 0.3 / 39), np.full(40, 0.6 / 39)
+    certain[7], open_[7] = 0.7, 0.4
+    for base_p, rests in ((certain, True), (open_, False)):
+        tokens, memory_p = draws(base_p, 0.39, GREEDY, 2)
+        assert np.all(tokens == np.argmax(0.39 * memory_p + 0.61 * base_p))
+        assert np.all(draws(base_p, 0.39, GREEDY, 2, broken)[0] == 7) == rests
+    assert np.all(draws(certain, 1e-6, Sampling(1.0), 2, broken)[0] < 40)
+
+
+def test_the_seed_decides_the_draws(base):
     first, again, other = (
-        generate.generate(ALONE, parameters, PROMPTS, count=8, sampling=hot, seed=seed) for seed in (1, 1, 2)
+        generate(ALONE, prepare(Parameters(base)), PROMPTS, count=6, sampling=Sampling(3.0), seed=seed)
+        for seed in (1, 1, 2)
     )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+@settings(deadline=None)
+@given(
+    base_p=arrays(np.float64, 5, elements=st.floats(0.01, 1)),
+    memory_p=arrays(np.float64, 5, elements=st.floats(0, 1)),
+    weight=st.floats(0, 1),
+)
+def test_a_likeliest_token_said_to_be_certain_is(base_p, memory_p, weight):
+    base_p, memory_p = base_p / base_p.sum(), memory_p / max(memory_p.sum(), 1e-9)
+    second, first = np.sort(base_p)[-2:]
+    if abs((1 - weight) * (first - second) - weight) < 1e-5:
+        return  # float32 may round to either side
+    if not can_change_the_likeliest(jnp.log(base_p)[None], weight)[0]:
+        assert np.argmax(weight * memory_p + (1 - weight) * base_p) == np.argmax(base_p)
+    else:
+        worst = np.zeros(5)
+        worst[np.argsort(base_p)[-2]] = 1
+        assert np.argmax(weight * worst + (1 - weight) * base_p) == np.argmax(worst)
 
 
 def test_top_k_and_top_p_keep_the_likeliest_tokens():
@@ -160,18 +211,22 @@ def test_sampling_out_of_range_is_refused(wrong):
 
 def test_too_long_and_empty_prompts_are_refused(base):
     with pytest.raises(UserError, match="context"):
-        generate.generate(ALONE, Parameters(base), [[1] * 60], count=5)
+        generate(ALONE, Parameters(base), [[1] * 60], count=5)
     with pytest.raises(UserError, match="prompt"):
-        generate.generate(ALONE, Parameters(base), [[1], []], count=5)
+        generate(ALONE, Parameters(base), [[1], []], count=5)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_the_ends_of_the_interpolation_are_one_model_exactly(weight):
     base_log, memory_log = jnp.log(jnp.array([[0.2, 0.3, 0.5]])), jnp.log(jnp.array([[0.9, 0.1, 0.0]]))
-    np.testing.assert_array_equal(generate.mix(base_log, memory_log, weight), memory_log if weight else base_log)
+    np.testing.assert_array_equal(decoding.mix(base_log, memory_log, weight), memory_log if weight else base_log)
 
 
-def test_tokens_that_the_memory_does_not_know_keep_the_share_of_the_base():
-    base_p, memory_p = np.array([[0.2, 0.3, 0.5]]), np.array([[0.9, 0.1]])
-    mixed = generate.mix(jnp.log(base_p), jnp.log(memory_p), 0.25)
-    np.testing.assert_allclose(np.exp(mixed), [[0.375, 0.25, 0.375]], rtol=1e-6)
+def test_tokens_that_the_memory_does_not_know_keep_the_share_of_the_base(base):
+    config = dataclasses.replace(MEMORY, vocab_size=30)
+    models, parameters = Models(BASE, config, 1), Parameters(base, memory.init(config, jax.random.key(0)), 0.25)
+    reading = Reading(jnp.log(jnp.full((1, 40), 1 / 40)), jnp.ones((1, 16)))
+    memory_log = decoding.memory_log_probabilities(models, parameters, reading)
+    mixed = np.exp(decoding.mix(reading.base_log_BxV, memory_log, 0.25))
+    assert mixed.sum() == pytest.approx(1, rel=1e-5)
+    np.testing.assert_allclose(mixed[0, 30:], 0.75 / 40, rtol=1e-5)

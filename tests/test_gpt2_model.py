@@ -136,6 +136,12 @@ def test_every_array_has_logical_axes_and_a_mesh_changes_no_hidden_state(sizes):
     assert final.sharding.is_equivalent_to(batch, 3)
 
 
+def test_a_vocabulary_is_cut_where_a_mesh_divides_it():
+    cut = gpt2.logical_axes(gpt2.GPT2Config(4096, 8, 16, 1, 2))["wte"]["embedding"]
+    whole = gpt2.logical_axes(gpt2.GPT2Config(50257, 8, 16, 1, 2))["wte"]["embedding"]
+    assert (cut, whole) == (("vocab", "embed"), (None, "embed"))
+
+
 def test_a_tap_outside_the_model_and_a_sequence_too_long_are_refused():
     parameters = random_parameters()
     with pytest.raises(ValueError, match="taps"):

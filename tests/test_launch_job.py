@@ -73,8 +73,8 @@ def test_launch_imports_the_standard_library_configs_and_core_alone():
         (["--config.mesh.fsdp=8"], 16, 4, 1, r"config.mesh: .* 1 x 8 x 1 does not fit 16 devices"),
         (["--config.mesh.tensor=-1"], 16, 4, 1, r"config.mesh: .* does not fit 16 devices"),
         ([], 16, 4, 2, r"config.mesh.slice: expected a multiple of --slices=2.*--config.mesh.slice=2"),
-        ([], 256, 64, 1, r"config.datastore.batch_sequences: expected a multiple of 256 .*found 32"),
-        (["--config.training.accumulation_steps=2"], 16, 4, 1, r"config.training.batch_sequences: .* multiple of 32 "),
+        ([], 256, 64, 1, r"config.datastore.batch_sequences: expected a multiple of 256, found 32; config.training"),
+        (["--config.training.accumulation_steps=2"], 16, 4, 1, r"config.training.batch_sequences: .* multiple of 32, "),
         (["--config.training.widht=2"], 16, 4, 1, r"config.training.widht: no such key"),
     ],
 )

@@ -24,6 +24,12 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_real_commands(tmp_path, monkeypatch):
+    """A test that fails must not reach a real kubectl of the machine it runs on."""
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+
 @pytest.fixture
 def manifests(capsys):
     def make(*arguments):
@@ -124,7 +130,7 @@ def test_slices_are_replicas_on_the_hosts_network(manifests):
 def test_one_host_slices_are_not_joined(capsys):
     arguments = ["--name=a", "--image=I", f"--config={ROOT}/configs/default.py", "--config.workdir=gs://b/r"]
     with pytest.raises(SystemExit, match="2"):
-        jobset.main([*arguments, "--accelerator=v6e-8", "--slices=2", "--config.mesh.slice=2"])
+        jobset.main([*arguments, "--accelerator=v6e-8", "--slices=2", "--config.mesh.slice=2", "--dry_run"])
     assert "v6e-16" in capsys.readouterr().err
 
 

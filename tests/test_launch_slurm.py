@@ -11,6 +11,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 BASE = ["--nodes=2", "--gpus_per_node=8", "--time=12:00:00", f"--config={ROOT}/configs/default.py"]
 
 
+@pytest.fixture(autouse=True)
+def no_real_commands(tmp_path, monkeypatch):
+    """A test that fails must not reach a real sbatch of the machine it runs on."""
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+
 def printed(capsys, *arguments) -> str:
     with pytest.raises(SystemExit) as end:
         slurm.main([*BASE, *arguments, "--dry_run"])

@@ -14,6 +14,12 @@ BASE = ["--name=memory", "--zone=us-west4-a", f"--config={ROOT}/configs/default.
 BATCH = [f"--config.{name}.batch_sequences=256" for name in ("datastore", "training", "base.training")]
 
 
+@pytest.fixture(autouse=True)
+def no_real_commands(tmp_path, monkeypatch):
+    """A test that fails must not reach a real gcloud of the machine it runs on."""
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """Makes commands that write their words, and what they are sent, beside themselves."""
@@ -53,6 +59,7 @@ def test_several_slices_of_a_chosen_topology(capsys):
     arguments = ["--accelerator=v5p:4x4x16", "--slices=4", "--image=I", "--config.mesh.slice=4"]
     batches = [word.replace("256", "1024") for word in BATCH]
     command, _ = printed(capsys, *arguments, *batches)
+    assert command[:3] == ["gcloud", "alpha", "compute"]
     assert {"--type=v5p", "--topology=4x4x16", "--node-count=4", "--node-prefix=memory"} <= set(command)
     assert not any(word.startswith(("--accelerator-type", "--node-id")) for word in command)
 

@@ -1,6 +1,7 @@
 import itertools
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -111,6 +112,23 @@ def test_keep_cuts_and_reports(workdir):
         lost.append(1 - sum(kept))
     assert artifact.summary["cut_mass"] == pytest.approx(np.mean(lost), abs=1e-4)
     assert artifact.summary["max_entries"] == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_key_shards_smaller_than_k(workdir, backend):
+    folder, arrays = workdir
+    artifact = targets.run(config_for(folder, k=100, key_shard_rows=90, backend=backend))["train"]
+    expected, _ = expected_rows(arrays, "train", 100, 0.5)
+    for row, truth in zip(read_rows(artifact, arrays["train"]), expected, strict=True):
+        for token, probability in truth.items():
+            assert row.get(token, 0) == pytest.approx(probability, rel=2e-3, abs=1e-5)
+
+
+def test_a_backend_that_is_not_there_is_refused_or_replaced(monkeypatch):
+    monkeypatch.setattr(scann_index, "is_available", lambda: False)
+    assert targets.resolve_backend("auto") == "exact"
+    with pytest.raises(ConfigError, match="'scann' is not installed"):
+        targets.resolve_backend("scann")
 
 
 def test_positions_that_lack_k_are_counted(workdir):
@@ -231,4 +249,25 @@ def test_killed_while_it_writes_it_ends_with_the_same_bytes(workdir):
     process.kill()
     process.wait()
     targets.run(config_for(folder, **settings))
+    assert tree(folder / "targets") == expected
+
+
+def test_two_processes_share_the_work_and_end_with_the_same_bytes(workdir):
+    folder, _ = workdir
+    settings = {"key_shard_rows": 250, "temperature": 0.0, "quality_positions": 32}
+    targets.run(config_for(folder, **settings))
+    expected = tree(folder / "targets")
+    shutil.rmtree(folder / "targets")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); import jax; "
+        f"jax.distributed.initialize({address!r}, 2, int(sys.argv[1])); "
+        "from retrieval_data import config_for; from mlpmem_jax.retrieval import targets; "
+        f"targets.run(config_for({str(folder)!r}, **{settings!r}))"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(rank)], cwd=root) for rank in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
     assert tree(folder / "targets") == expected

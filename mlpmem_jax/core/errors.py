@@ -1,4 +1,4 @@
-"""Errors that a user can act on. The command line prints their text alone and exits with 2."""
+"""Errors that a user can act on. The command line prints their text alone and exits with their code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from types import ModuleType
 class UserError(Exception):
     """Something the user gave cannot work. The text names it, what was expected, what was found, what to do."""
 
+    exit_code = 2
+    """What the command line exits with: 2, as for wrong options. Launchers do not restart a job that ends so."""
+
 
 class ConfigError(UserError):
     """A config key is unknown, has the wrong type, or contradicts another key."""
@@ -16,6 +19,13 @@ class ConfigError(UserError):
 
 class ArtifactError(UserError):
     """An artifact is missing, unfinished, corrupt, foreign, newer, or made by another config."""
+
+
+class Stopped(UserError):
+    """The job was asked to stop, and what it had done is kept: the same command goes on from there."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: launchers start the job again."""
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlpmem_jax.core.config import mesh_rules
@@ -54,7 +54,13 @@ def make_mesh(slice_: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | 
         )
     types = (AxisType.Auto,) * len(AXES)
     if len(devices) == jax.device_count() and devices[0].platform == "tpu":
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+        # Neighbors on the mesh should be neighbors on the wires; slices are joined by the data-centre network alone.
+        arranged = (
+            mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (sizes[0], 1, 1), devices=devices)
+            if (sizes[0] > 1)
+            else mesh_utils.create_device_mesh(tuple(sizes), devices=devices)
+        )
+        return Mesh(arranged, AXES, axis_types=types)
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
 
 

@@ -14,8 +14,8 @@ from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.corpus import tokenizer as tokenizers
 from mlpmem_jax.corpus.tokens import read_tokenizer
-from mlpmem_jax.inference import generate
-from mlpmem_jax.inference.generate import Models, Parameters
+from mlpmem_jax.inference.decoding import Models, Parameters, prepare
+from mlpmem_jax.inference.generate import generate
 from mlpmem_jax.inference.sampling import Sampling
 from mlpmem_jax.models import saved
 from mlpmem_jax.retrieval.datastore import tapped_block
@@ -49,8 +49,8 @@ def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
         (f"base LM + memory (lambda {weight:.2f})", Models(base_config, memory_config, block),
          Parameters(base, beside, weight)),
     ):
-        new = generate.generate(
-            models, generate.prepare(parameters), prompts,
+        new = generate(
+            models, prepare(parameters), prompts,
             count=options.tokens, sampling=sampling, seed=options.seed, end_token=end,
         )
         columns[title] = [tokenizer.decode(ids.tolist()) for ids in new]

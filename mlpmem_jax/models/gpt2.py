@@ -15,6 +15,8 @@ from flax import nnx
 
 from mlpmem_jax.models import modules
 
+_WHOLE_SHARDS = 128  # vocabularies that this divides are cut over the mesh
+
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
@@ -93,9 +95,11 @@ class GPT2(nnx.Module):
     """The parameters of the whole network; blocks are stacked on a leading axis."""
 
     def __init__(self, config: GPT2Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        # GPT-2's own vocabulary of 50,257 divides by nothing: it stays whole on a mesh that cuts vocabularies.
+        vocab = "vocab" if config.vocab_size % _WHOLE_SHARDS == 0 else None
         self.wte = nnx.Embed(
             config.vocab_size, config.width, rngs=rngs, embedding_init=nnx.initializers.normal(0.02),
-            embedding_metadata={"logical_axes": ("vocab", "embed")},
+            embedding_metadata={"logical_axes": (vocab, "embed")},
         )
         self.wpe = nnx.Embed(
             config.context_length, config.width, rngs=rngs, embedding_init=nnx.initializers.normal(0.02),

@@ -87,20 +87,26 @@ class ExactIndex:
 @functools.partial(jax.jit, static_argnames=("k", "group"))
 def _search_block(queries_QxD, keys_BxD, norms_B, excluded_Qx2, *, k: int, group: int):
     """(squared distances [Q, k], ids within the block [Q, k]) of the k nearest keys, in no special order."""
-    count = keys_BxD.shape[0]
+    groups = keys_BxD.shape[0] // group  # group j is the keys j, j + groups, j + 2 groups, ...
     products_QxB = jnp.matmul(queries_QxD, keys_BxD.T, precision=jax.lax.Precision.HIGHEST)
-    scores_QxB = norms_B - 2 * products_QxB  # the query's own norm does not change the order
-    ids_B = jnp.arange(count)
-    is_excluded_QxB = (ids_B >= excluded_Qx2[:, :1]) & (ids_B < excluded_Qx2[:, 1:])
-    scores_QxB = jnp.where(is_excluded_QxB, jnp.inf, scores_QxB)
+    products_QxgxG, norms_gxG = products_QxB.reshape(-1, group, groups), norms_B.reshape(group, groups)
 
-    scores_QxGxg = scores_QxB.reshape(-1, count // group, group)
-    groups = min(k, count // group)
-    _, nearest_groups_QxK = jax.lax.top_k(-scores_QxGxg.min(axis=2), groups)
-    candidates_QxC = jnp.take_along_axis(scores_QxGxg, nearest_groups_QxK[..., None], axis=1)
-    candidates_QxC = candidates_QxC.reshape(-1, groups * group)
-    negated_QxK, places_QxK = jax.lax.top_k(-candidates_QxC, min(k, groups * group))
-    ids_QxK = jnp.take_along_axis(nearest_groups_QxK, places_QxK // group, axis=1) * group + places_QxK % group
+    def scores(products, norms, ids):
+        """Distances but for the query's own norm, which does not change the order; infinite where excluded."""
+        is_excluded = (ids >= excluded_Qx2[:, :1]) & (ids < excluded_Qx2[:, 1:])
+        return jnp.where(is_excluded, jnp.inf, norms - 2 * products)
+
+    def nearer(member, nearest_QxG):
+        member_scores = scores(products_QxgxG[:, member], norms_gxG[member], member * groups + jnp.arange(groups))
+        return jnp.minimum(nearest_QxG, member_scores)
+
+    # A loop of minima, because XLA on CPUs makes slow scalar code of a reduction that is fused with its operands.
+    nearest_QxG = jax.lax.fori_loop(0, group, nearer, jnp.full((len(queries_QxD), groups), jnp.inf))
+    _, chosen_QxK = jax.lax.top_k(-nearest_QxG, min(k, groups))
+    ids_QxC = (chosen_QxK[:, None] + groups * jnp.arange(group)[:, None]).reshape(len(queries_QxD), -1)
+    scores_QxC = scores(jnp.take_along_axis(products_QxB, ids_QxC, axis=1), norms_B[ids_QxC], ids_QxC)
+    negated_QxK, places_QxK = jax.lax.top_k(-scores_QxC, min(k, ids_QxC.shape[1]))
+    ids_QxK = jnp.take_along_axis(ids_QxC, places_QxK, axis=1)
 
     # Differences, not norms and products, so that near duplicates come out near zero.
     distances_QxK = jnp.sum((keys_BxD[ids_QxK] - queries_QxD[:, None]) ** 2, axis=2)

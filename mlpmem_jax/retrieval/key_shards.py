@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import pathlib
 import tempfile
@@ -10,10 +12,13 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.core.artifacts import Artifact
+from mlpmem_jax.core.errors import ArtifactError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.retrieval import scann_index
 from mlpmem_jax.retrieval.exact import ExactIndex
 from mlpmem_jax.retrieval.scann_index import ScannIndex
+
+_READS_AT_ONCE = 16  # small range reads, which wait for storage more than they work
 
 Index = ExactIndex | ScannIndex
 
@@ -63,10 +68,12 @@ def sample_queries(datastore: Artifact, count: int, seed: int = 0) -> Queries:
     sequences, length = datastore.arrays["next_tokens"].shape
     draw = np.random.default_rng(seed).choice(sequences * length, min(count, sequences * length), replace=False)
     draw.sort()
-    parts = []
-    for sequence in np.unique(draw // length):
-        inside = draw[draw // length == sequence] % length
-        parts.append(read_queries(datastore, int(sequence), int(sequence) + 1)[inside])
+
+    def drawn_from(sequence: int) -> Queries:
+        return read_queries(datastore, sequence, sequence + 1)[draw[draw // length == sequence] % length]
+
+    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+        parts = list(threads.map(drawn_from, np.unique(draw // length).tolist()))
     columns = ([getattr(part, field.name) for part in parts] for field in dataclasses.fields(Queries))
     return Queries(*(None if column[0] is None else np.concatenate(column) for column in columns))
 
@@ -164,15 +171,29 @@ class KeyShards:
         index = ScannIndex.build(self.keys(shard), options)
         if folder.exists():
             folder.rmtree()
-        folder.mkdir(parents=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            target = temporary if _is_remote(folder) else str(folder)
-            index.save(target)
-            if _is_remote(folder):
-                for file in epath.Path(temporary).iterdir():
-                    file.copy(folder / file.name)
-        complete.write_text("")
+        with writing(folder), tempfile.TemporaryDirectory() as temporary:
+            folder.mkdir(parents=True)
+            index.save(temporary if _is_remote(folder) else str(folder))
+            for file in epath.Path(temporary).iterdir():
+                file.copy(folder / file.name)
+            complete.write_text("")
         return index
+
+
+@contextlib.contextmanager
+def writing(path: epath.Path):
+    """Turns errors of writing to the scratch folder, a full disk for instance, into one that says what to do.
+
+    Raises:
+      ArtifactError: `path` could not be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ScaNN raises RuntimeError
+        raise ArtifactError(
+            f"{path}: could not be written: {error}. What was complete before is kept: make room (or fix access) and "
+            "run the same command again"
+        ) from error
 
 
 def _is_remote(path: epath.Path) -> bool:

@@ -14,7 +14,6 @@ import os
 
 import numpy as np
 
-from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.retrieval import neighbors
 
 _BRUTE_FORCE_BELOW = 4096  # too few keys to cluster and hash well
@@ -58,11 +57,11 @@ class Options:
         """
         leaves = min(leaves or round(math.sqrt(num_keys)), num_keys)
         # The ball that holds k neighbors touches more leaves as it grows, but fewer than in proportion.
-        touched = math.ceil(36 * (k * leaves / num_keys) ** 0.4)
+        touched = math.ceil(40 * (k * leaves / num_keys) ** 0.4)
         return cls(
             leaves=leaves,
             leaves_to_search=min(leaves_to_search or touched, leaves),
-            reorder=reorder / k if reorder else 1 + 8 / math.sqrt(k),
+            reorder=round(reorder / k if reorder else 1 + 9 / math.sqrt(k), 2),
             training_sample=min(training_sample, num_keys),
         )
 
@@ -75,11 +74,7 @@ class ScannIndex:
 
     @classmethod
     def build(cls, keys_NxD: np.ndarray, options: Options) -> ScannIndex:
-        """Trains clusters and hashes on `keys_NxD` (float32 [N, D]) and fills the index.
-
-        Raises:
-          UserError: ScaNN is not installed.
-        """
+        """Trains clusters and hashes on `keys_NxD` (float32 [N, D]) and fills the index."""
         builder = _scann().builder(np.ascontiguousarray(keys_NxD, np.float32), 1, "squared_l2")
         if len(keys_NxD) < _BRUTE_FORCE_BELOW:
             builder = builder.score_brute_force()
@@ -159,13 +154,8 @@ class ScannIndex:
 
 
 def _scann():
-    try:
-        from scann import scann_ops_pybind
-    except ImportError as error:
-        raise UserError(
-            f"config.targets.backend: 'scann' needs ScaNN, which cannot be imported here ({error}); its wheels are for "
-            "Linux on x86-64. Set config.targets.backend to 'exact' or 'auto'"
-        ) from error
+    from scann import scann_ops_pybind  # here, because there is no wheel for every machine
+
     return scann_ops_pybind
 
 

@@ -27,15 +27,23 @@ from mlpmem_jax.retrieval.datastore import SPLITS
 from mlpmem_jax.retrieval.key_shards import KeyShards, sample_queries
 from mlpmem_jax.retrieval.tiles import Plan, Split, find_neighbors, make_tiles
 
+_GOOD_RECALL = 0.95
 _ENTRIES_PER_CHUNK = 8192  # unit of one range read of the ragged arrays
 
 
 def resolve_backend(name: str) -> str:
-    """ "scann" or "exact" for the config's "auto", "scann" or "exact"."""
-    if name != "auto":
-        return name
-    if scann_index.is_available():
-        return "scann"
+    """The backend, "scann" or "exact", that the config's "auto", "scann" or "exact" stands for.
+
+    Raises:
+      ConfigError: ScaNN is asked for and not installed.
+    """
+    if name == "exact" or scann_index.is_available():
+        return "exact" if name == "exact" else "scann"
+    if name == "scann":
+        raise ConfigError(
+            "config.targets.backend: 'scann' is not installed (its wheels are for Linux on x86-64); set it to 'auto' "
+            "or 'exact', or install scann"
+        )
     say("targets: ScaNN is not installed (its wheels are for Linux on x86-64): taking the exact backend")
     return "exact"
 
@@ -81,7 +89,13 @@ def _measure(config, plan: Plan, datastores: dict[str, Artifact], key_shards: Ke
     if plan.backend == "exact":
         return figures | {"recall_at_k": 1.0, "total_variation": 0.0}
     queries = sample_queries(datastores["train"], count)
-    return figures | quality.measure(key_shards, queries, plan.exclude, plan.k, figures["temperature"])
+    figures |= quality.measure(key_shards, queries, plan.exclude, plan.k, figures["temperature"])
+    advice = "" if figures["recall_at_k"] >= _GOOD_RECALL else "; raise config.targets.leaves_to_search or .reorder"
+    say(
+        f"targets: temperature {figures['temperature']:.4g}, recall@{plan.k} {figures['recall_at_k']:.3f}, "
+        f"total variation {figures['total_variation']:.4f}{advice}"
+    )
+    return figures
 
 
 def _measured_once(scratch: epath.Path, measure) -> dict:

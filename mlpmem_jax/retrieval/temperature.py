@@ -55,7 +55,7 @@ def choose(distances_QxK, neighbor_tokens_QxK, next_tokens_Q, base_log_probabili
     median = median if median > 0 else 1.0
 
     def mixture(log2_multiple: float) -> Choice:
-        temperature = median * 2.0**log2_multiple
+        temperature = float(median * 2.0**log2_multiple)
         log_probabilities_Q = label_log_probabilities(distances_QxK, is_label_QxK, temperature)
         return Choice(temperature, *tune_weight(base_log_probabilities_Q, log_probabilities_Q))
 

@@ -11,7 +11,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter
 from mlpmem_jax.core.progress import progress
 from mlpmem_jax.retrieval import neighbors
 from mlpmem_jax.retrieval.distribution import SparseDistributions, sparse_distributions
-from mlpmem_jax.retrieval.key_shards import KeyShard, KeyShards, Queries, read_queries
+from mlpmem_jax.retrieval.key_shards import KeyShard, KeyShards, Queries, read_queries, writing
 
 _NEIGHBORS_AT_ONCE = 1 << 18  # of one thread: what it sorts stays in its core's cache
 _SMALLEST_FLOAT16 = 2.0**-25  # this and less is stored as zero
@@ -98,9 +98,13 @@ class Split:
     def _tile(self, shard: int, key_shard: int) -> epath.Path:
         return self._scratch / f"{shard:06d}.{key_shard:04d}.npy"
 
-    def merged(self, shard: int, num_key_shards: int) -> int:
-        """How many key shards the kept tile of this query shard has been through."""
-        return max((n + 1 for n in range(num_key_shards) if self._tile(shard, n).exists()), default=0)
+    def merged(self) -> dict[int, int]:
+        """How many key shards the kept tile of each query shard has been through."""
+        done: dict[int, int] = {}
+        for file in self._scratch.glob("*.npy") if self._scratch.exists() else ():
+            shard, key_shard = (int(part) for part in file.stem.split("."))
+            done[shard] = max(done.get(shard, 0), key_shard + 1)
+        return done
 
     def read_tile(self, shard: int, key_shard: int) -> np.ndarray:
         return np.load(io.BytesIO(self._tile(shard, key_shard).read_bytes()))
@@ -109,12 +113,15 @@ class Split:
         content = io.BytesIO()
         np.save(content, packed_QxK)
         tile = self._tile(shard, key_shard)
-        self._scratch.mkdir(parents=True, exist_ok=True)
         unfinished = tile.with_suffix(".unfinished")
-        unfinished.write_bytes(content.getbuffer())
-        unfinished.replace(tile)
-        if key_shard:
-            self._tile(shard, key_shard - 1).unlink(missing_ok=True)
+        with writing(tile):
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(content.getbuffer())
+            unfinished.replace(tile)
+        self.drop_tile(shard, key_shard - 1)
+
+    def drop_tile(self, shard: int, key_shard: int) -> None:
+        self._tile(shard, key_shard).unlink(missing_ok=True)
 
     def write(self, shard: int, parts: Sequence[SparseDistributions], lacking: int) -> None:
         arrays, figures = _shard_arrays(parts, self.length, self._token_dtype)
@@ -139,44 +146,65 @@ class Split:
         )
 
 
-def make_tiles(splits: list[Split], key_shards: KeyShards, plan: Plan, temperature: float) -> None:
-    """All tiles of this process: the innermost work of the stage."""
-    count = len(key_shards)
-    merged = {(split.name, shard): split.merged(shard, count) for split in splits for shard in split.shards}
-    total = sum(split.positions(shard) for split in splits for shard in split.shards) * count
-    done = sum(split.positions(shard) * merged[split.name, shard] for split in splits for shard in split.shards)
-    with progress(total, "targets", "positions" if count == 1 else "positions x key shards", done) as bar:
-        for number in range(count):
-            for split in splits:
-                for shard in split.shards:
-                    if merged[split.name, shard] <= number:
-                        _make_tile(split, shard, key_shards, number, plan, temperature, bar)
+def pieces(
+    queries: Queries,
+    split: str,
+    key_shard: KeyShard,
+    plan: Plan,
+    before_QxK: np.ndarray | None,
+    temperature: float | None,
+) -> Iterator[np.ndarray] | Iterator[tuple[SparseDistributions, int]]:
+    """One tile, in pieces of a few rows, in order, worked on by as many threads as there are cores.
 
+    Args:
+      queries: positions of the split named `split`.
+      before_QxK: packed neighbors from the key shards before this one, uint64 [Q, k]; None when it is the first.
+      temperature: None when more key shards follow.
 
-def _make_tile(split: Split, shard: int, key_shards: KeyShards, number: int, plan: Plan, temperature: float, bar):
-    """Searches one key shard for one query shard, and writes its tile or, after the last key shard, its targets."""
-    queries, key_shard = split.queries(shard), key_shards.open(number)
-    before_QxK = split.read_tile(shard, number - 1) if number else None
-    is_last = number == len(key_shards) - 1
+    Yields:
+      Packed neighbors; or, with a temperature, distributions and how many of their positions lack k neighbors.
+    """
     rows = max(1, _NEIGHBORS_AT_ONCE // plan.k)
 
     def work(start: int):
         part = slice(start, start + rows)
-        found_QxK = find_neighbors(key_shard, queries[part], plan, split.name)
+        found_QxK = find_neighbors(key_shard, queries[part], plan, split)
         packed_QxK = neighbors.merge(None if before_QxK is None else before_QxK[part], found_QxK)
-        if not is_last:
+        if temperature is None:
             return packed_QxK
         lacking = int(np.isinf(neighbors.unpack(packed_QxK)[0][:, -1]).sum())
         return _distributions(packed_QxK, queries[part], plan, temperature), lacking
 
-    done = []
-    # NumPy and the searches let other threads run; pieces come back in order, whatever the number of threads.
+    # NumPy and the searches let other threads run.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        for piece in threads.map(work, range(0, len(queries), rows)):
-            done.append(piece)
-            bar.advance(min(rows, len(queries) - (len(done) - 1) * rows))
+        yield from threads.map(work, range(0, len(queries), rows))
+
+
+def make_tiles(splits: list[Split], key_shards: KeyShards, plan: Plan, temperature: float) -> None:
+    """All tiles of this process: the innermost work of the stage."""
+    count = len(key_shards)
+    merged = {split.name: split.merged() for split in splits}
+    work = [(split, shard, merged[split.name].get(shard, 0)) for split in splits for shard in split.shards]
+    total = count * sum(split.positions(shard) for split, shard, _ in work)
+    done = sum(split.positions(shard) * begun for split, shard, begun in work)
+    with progress(total, "targets", "positions" if count == 1 else "positions x key shards", done) as bar:
+        for number in range(count):
+            for split, shard, begun in work:
+                if begun <= number:
+                    _make_tile(split, shard, key_shards, number, plan, temperature)
+                    bar.advance(split.positions(shard))
+
+
+def _make_tile(split: Split, shard: int, key_shards: KeyShards, number: int, plan: Plan, temperature: float) -> None:
+    """Searches one key shard for one query shard, and writes its tile or, after the last key shard, its targets."""
+    before_QxK = split.read_tile(shard, number - 1) if number else None
+    is_last = number == len(key_shards) - 1
+    done = pieces(
+        split.queries(shard), split.name, key_shards.open(number), plan, before_QxK, temperature if is_last else None
+    )
     if is_last:
         distributions, lacking = zip(*done, strict=True)
         split.write(shard, distributions, sum(lacking))
+        split.drop_tile(shard, number - 1)
     else:
-        split.write_tile(shard, number, np.concatenate(done))
+        split.write_tile(shard, number, np.concatenate(list(done)))

@@ -18,13 +18,14 @@ from mlpmem_jax.scaling.points import Runs, set_of
 from mlpmem_jax.scaling.power_law import with_errors
 
 DELTA = 1e-3
+_PRECISION = 1e-9  # of log L at the solver's optimum: no fit is more certain than this
 COEFFICIENTS = ("E", "A", "B", "a", "b")
 _LEAST_RUNS = 7  # two more than coefficients
 _LEAST_SPREAD = 0.1  # of log tokens around a smooth function of the size
 _REFITS = 500
 _START_EXPONENTS, _START_FLOORS = (0.15, 0.5, 1.0), (0.2, 0.5, 0.8)
 _BOUNDS = [(-14.0, 4.0)] * 3 + [(1e-3, 4.0)] * 2  # of the search: logarithms of terms, then exponents
-_STEPS = 60
+_STEPS = 100
 _OPTIONS = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 20}
 
 
@@ -63,7 +64,7 @@ def fit(runs: Runs, *, confidence: float, samples: int, generator: np.random.Gen
     fitted_5 = points.fit(np.log(runs.losses_R))
     residuals_R = np.log(runs.losses_R) - points.log_losses(fitted_5)
     degrees_of_freedom = len(runs) - len(COEFFICIENTS)
-    scatter = float(np.sqrt(residuals_R @ residuals_R / degrees_of_freedom))
+    scatter = max(float(np.sqrt(residuals_R @ residuals_R / degrees_of_freedom)), _PRECISION)
     noise_SxR = draws.noise(scatter, degrees_of_freedom, (min(samples, _REFITS), len(runs)), generator)
     drawn_Sx5 = points.refit(points.log_losses(fitted_5) + noise_SxR, np.ones_like(noise_SxR), fitted_5)
     values, of_draws = points.coefficients(fitted_5), points.coefficients(drawn_Sx5)
@@ -90,13 +91,12 @@ class _Points:
     def _linearized(self, search: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log L of the runs by the law, [..., R], and its slopes by the parameters, [..., R, 5]."""
         log_e, log_a, log_b, a, b = np.moveaxis(search, -1, 0)[..., None]
-        terms = np.stack(
-            [log_e + 0.0 * self._sizes_R, log_a - a * self._sizes_R, log_b - b * self._tokens_R], axis=-1
-        )
-        log_losses = scipy.special.logsumexp(terms, axis=-1)
-        shares = np.exp(terms - log_losses[..., None])
+        logarithms = np.broadcast_arrays(log_e, log_a - a * self._sizes_R, log_b - b * self._tokens_R)
+        terms = np.exp(np.stack(logarithms, axis=-1))
+        losses = np.sum(terms, axis=-1)
+        shares = terms / losses[..., None]
         by_exponents = -shares[..., 1:] * np.stack([self._sizes_R, self._tokens_R], axis=-1)
-        return log_losses, np.concatenate([shares, by_exponents], axis=-1)
+        return np.log(losses), np.concatenate([shares, by_exponents], axis=-1)
 
     def log_losses(self, search: np.ndarray) -> np.ndarray:
         """log L of the runs by the law."""

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import scipy.optimize
+import scipy.special
 
+from mlpmem_jax.evaluation.wording import magnitude
 from mlpmem_jax.scaling import draws
 from mlpmem_jax.scaling.points import SAME_BUDGET
-from mlpmem_jax.scaling.power_law import PowerLaw
+from mlpmem_jax.scaling.power_law import PowerLaw, goodness
 
 PREFERRED_REFERENCE, PREFERRED_ARM = "continued", "augmented"
+Laws = tuple[PowerLaw, PowerLaw]  # of the reference, and of the arm compared with it
+_GAMMA = np.array([0.0, 1.0])  # weights of height and gamma
 
 
 def pairs(arms: list[str]) -> list[tuple[str, str]]:
@@ -25,7 +30,10 @@ def pairs(arms: list[str]) -> list[tuple[str, str]]:
 
 
 def compare(reference: tuple[str, PowerLaw], other: tuple[str, PowerLaw], *, against: str, confidence: float) -> dict:
-    """Compares the laws of two arms, each drawn independently.
+    """Compares the laws of two arms, fitted independently.
+
+    Differences between arms have Student's t intervals with Welch's degrees of freedom, because neither arm's scatter
+    need be that of the other; the ratio of exponents has Fieller's interval, built on the same.
 
     Args:
       reference: name and law of the arm compared with.
@@ -44,21 +52,53 @@ def compare(reference: tuple[str, PowerLaw], other: tuple[str, PowerLaw], *, aga
       verdict: what the data support.
     """
     (reference_name, law), (name, other_law) = reference, other
-    ratio = draws.interval(other_law.gamma / law.gamma, other_law.gammas_S / law.gammas_S, confidence)
-    gammas = [draws.interval(each.gamma, each.gammas_S, confidence) for each in (law, other_law)]
-    if _includes(gammas[0], 0.0):
-        ratio |= {"low": None, "high": None}
+    laws = law, other_law
+    low, high = _difference(laws, [_GAMMA, _GAMMA], confidence)
     found = {
         "reference": reference_name,
         "arm": name,
-        "gamma_ratio": ratio,
-        "gamma_difference": draws.interval(
-            other_law.gamma - law.gamma, other_law.gammas_S - law.gammas_S, confidence
-        ),
-        "perplexity_ratio": _perplexity_ratio(law, other_law, confidence),
-        "equal_compute": _equal_compute(law, other_law),
+        "gamma_ratio": _ratio(laws, confidence),
+        "gamma_difference": {"value": other_law.gamma - law.gamma, "low": low, "high": high},
+        "perplexity_ratio": _perplexity_ratio(laws, confidence),
+        "equal_compute": _equal_compute(*laws),
     }
-    return found | {"verdict": " ".join(_sentences(found, gammas, against, confidence))}
+    gammas = [draws.interval(each.gamma, each.line.draws_SxK[:, 1], confidence) for each in laws]
+    return found | {"verdict": " ".join(_sentences(found, laws, gammas, against, confidence))}
+
+
+def _half_width(laws: Laws, variances: list[float], confidence: float) -> float:
+    """Of the interval of a difference of two independent estimates, with Welch's degrees of freedom."""
+    degrees = [law.line.degrees_of_freedom for law in laws]
+    total = sum(variances)
+    welch = total**2 / sum(variance**2 / each for variance, each in zip(variances, degrees, strict=True))
+    return float(scipy.special.stdtrit(welch, 0.5 + confidence / 2.0) * math.sqrt(total))
+
+
+def _difference(laws: Laws, weights: list[np.ndarray], confidence: float) -> tuple[float, float]:
+    """Bounds of the second arm's weighted sum of height and gamma minus the first arm's."""
+    (value, variance), (other, other_variance) = (
+        law.combination(each) for law, each in zip(laws, weights, strict=True)
+    )
+    half = _half_width(laws, [variance, other_variance], confidence)
+    return other - value - half, other - value + half
+
+
+def _ratio(laws: Laws, confidence: float) -> dict:
+    """Fieller's interval: the ratios r for which gamma - r gamma_reference is not distinguishable from zero."""
+    (reference, reference_variance), (gamma, variance) = (law.combination(_GAMMA) for law in laws)
+    ratio = gamma / reference if reference else math.nan
+
+    def margin(r: float) -> float:
+        return abs(gamma - r * reference) - _half_width(laws, [r**2 * reference_variance, variance], confidence)
+
+    bounds = {}
+    for name, direction in (("low", -1.0), ("high", 1.0)):
+        steps = direction * abs(ratio) * 2.0 ** np.arange(-40, 41)
+        outside = [ratio + step for step in steps if margin(ratio + step) > 0.0]
+        bounds[name] = float(scipy.optimize.brentq(margin, ratio, outside[0])) if outside else None
+    if None in bounds.values():
+        bounds = {"low": None, "high": None}
+    return {"value": draws.finite(ratio), **bounds}
 
 
 def _includes(interval: dict, value: float) -> bool:
@@ -68,13 +108,14 @@ def _includes(interval: dict, value: float) -> bool:
     return low <= value <= high
 
 
-def _perplexity_ratio(law: PowerLaw, other: PowerLaw, confidence: float) -> dict | None:
-    x = min(law.x_U.max(), other.x_U.max())
-    if x < max(law.x_U.min(), other.x_U.min()):
+def _perplexity_ratio(laws: Laws, confidence: float) -> dict | None:
+    x = min(law.x_U.max() for law in laws)
+    if x < max(law.x_U.min() for law in laws):
         return None
-    value = math.exp(other.losses(x) - law.losses(x))
-    at_Sx1 = np.exp(other.drawn_losses(np.array([x])) - law.drawn_losses(np.array([x])))
-    return {"x": float(x)} | draws.interval(value, at_Sx1[:, 0], confidence)
+    low, high = _difference(laws, [np.array([1.0, math.log(x) - law.center]) for law in laws], confidence)
+    bounds = {"low": low, "value": (low + high) / 2.0, "high": high}
+    with np.errstate(over="ignore"):
+        return {"x": float(x)} | {name: draws.finite(np.exp(bounds[name])) for name in ("value", "low", "high")}
 
 
 def _equal_compute(law: PowerLaw, other: PowerLaw) -> bool:
@@ -84,7 +125,7 @@ def _equal_compute(law: PowerLaw, other: PowerLaw) -> bool:
     return bool(np.all(np.maximum(flops / other_flops, other_flops / flops) <= SAME_BUDGET))
 
 
-def _sentences(found: dict, gammas: list[dict], against: str, confidence: float) -> list[str]:
+def _sentences(found: dict, laws: Laws, gammas: list[dict], against: str, confidence: float) -> list[str]:
     reference, arm, ratio = found["reference"], found["arm"], found["gamma_ratio"]
     level, what = f"{100 * confidence:g} %", "training compute" if against == "flops" else "size"
     for name, gamma in zip((reference, arm), gammas, strict=True):
@@ -93,23 +134,40 @@ def _sentences(found: dict, gammas: list[dict], against: str, confidence: float)
                 f"The exponents cannot be compared: the perplexity of {name} is not shown to fall with {what} "
                 f"(gamma {_with_interval(gamma, level)})."
             ]
-    measured = f"gamma {gammas[1]['value']:.4g} against {gammas[0]['value']:.4g}, ratio {_with_interval(ratio, level)}"
+    measured = f"gamma {gammas[1]['value']:.3f} against {gammas[0]['value']:.3f}, ratio {_with_interval(ratio, level)}"
     if _includes(ratio, 1.0):
         sentences = [f"The data do not support a difference in exponents between {arm} and {reference}: {measured}."]
     else:
         steeper = "steeper" if ratio["low"] > 1.0 else "shallower"
         sentences = [f"The data support a {steeper} exponent of {arm} than of {reference}: {measured}."]
     if (there := found["perplexity_ratio"]) is not None:
-        unit = "FLOPs" if against == "flops" else "parameters"
-        how = "not shown to differ" if _includes(there, 1.0) else "lower" if there["high"] < 1.0 else "higher"
-        sentences.append(
-            f"At {there['x']:.3g} {unit} the fitted perplexity of {arm} is {how}: ratio {_with_interval(there, level)}."
+        x = (
+            f"{there['x']:.3g} FLOPs".replace("e+", "e")
+            if against == "flops"
+            else f"{magnitude(round(there['x']))} parameters"
         )
+        how = "not shown to differ" if _includes(there, 1.0) else "lower" if there["high"] < 1.0 else "higher"
+        sentences.append(f"At {x} the fitted perplexity of {arm} is {how}: ratio {_with_interval(there, level)}.")
+    sentences += [warning for name, each in zip((reference, arm), laws, strict=True) for warning in _doubts(name, each)]
     if not found["equal_compute"]:
         sentences.append("The two arms did not spend the same training compute.")
     return sentences
 
 
+def _doubts(arm: str, law: PowerLaw) -> list[str]:
+    """Whether a straight line was the right thing to fit, and to what was meant to be perplexities."""
+    if np.min(law.runs.losses_R) <= 0.0:
+        return [f"Perplexities of {arm} lie below 1, which no language model reaches."]
+    fit = goodness(law)
+    if fit["lack_of_fit_p"] is not None and fit["lack_of_fit_p"] < 0.01:
+        return [
+            f"The points of {arm} leave a power law by more than their seeds explain (p = {fit['lack_of_fit_p']:.2g})."
+        ]
+    if fit["r_squared"] is not None and fit["r_squared"] < 0.9:
+        return [f"A power law describes the points of {arm} poorly (R squared {fit['r_squared']:.2f})."]
+    return []
+
+
 def _with_interval(estimate: dict, level: str) -> str:
-    low, high = ("unbounded" if bound is None else f"{bound:.4g}" for bound in (estimate["low"], estimate["high"]))
-    return f"{estimate['value']:.4g} ({level} interval {low} to {high})"
+    low, high = ("unbounded" if bound is None else f"{bound:.3g}" for bound in (estimate["low"], estimate["high"]))
+    return f"{estimate['value']:.3g} ({level} interval {low} to {high})"

@@ -16,13 +16,17 @@ import math
 
 import numpy as np
 
+ROUNDING = 1e-12  # of logarithms in float64, several operations on: no fit is more certain than this
+
 
 def generator_of(seed: int, *names: str) -> np.random.Generator:
     """Random numbers of their own for each quantity, whatever others are computed."""
     return np.random.default_rng([seed, *(int.from_bytes(name.encode(), "big") for name in names)])
 
 
-def noise(scatter: float, degrees_of_freedom: int, shape: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+def noise(
+    scatter: float, degrees_of_freedom: int, shape: tuple[int, int], generator: np.random.Generator
+) -> np.ndarray:
     """Noise of drawn sweeps, float64 [S, U]; the scale of each row is drawn as well."""
     scales_Sx1 = scatter * np.sqrt(degrees_of_freedom / generator.chisquare(degrees_of_freedom, (shape[0], 1)))
     return scales_Sx1 * generator.standard_normal(shape)
@@ -37,6 +41,7 @@ class LeastSquares:
       draws_SxK: coefficients of the drawn sweeps; None without a degree of freedom to draw them from.
       residuals_U: observed minus fitted.
       scatter: standard deviation around the fit, corrected for the K coefficients; None likewise.
+      covariance_KxK: of the coefficients; None likewise.
       degrees_of_freedom: U - K.
     """
 
@@ -44,6 +49,7 @@ class LeastSquares:
     draws_SxK: np.ndarray | None
     residuals_U: np.ndarray
     scatter: float | None
+    covariance_KxK: np.ndarray | None
     degrees_of_freedom: int
 
 
@@ -56,12 +62,13 @@ def least_squares(
     residuals_U = observed_U - design_UxK @ coefficients_K
     degrees_of_freedom = len(observed_U) - design_UxK.shape[1]
     if degrees_of_freedom < 1:
-        return LeastSquares(coefficients_K, None, residuals_U, None, degrees_of_freedom)
-    scatter = math.sqrt(float(residuals_U @ residuals_U) / degrees_of_freedom)
+        return LeastSquares(coefficients_K, None, residuals_U, None, None, degrees_of_freedom)
+    scatter = max(math.sqrt(float(residuals_U @ residuals_U) / degrees_of_freedom), ROUNDING)
     draws_SxK = (
         coefficients_K + noise(scatter, degrees_of_freedom, (samples, len(observed_U)), generator) @ inverse_KxU.T
     )
-    return LeastSquares(coefficients_K, draws_SxK, residuals_U, scatter, degrees_of_freedom)
+    covariance_KxK = scatter**2 * inverse_KxU @ inverse_KxU.T
+    return LeastSquares(coefficients_K, draws_SxK, residuals_U, scatter, covariance_KxK, degrees_of_freedom)
 
 
 def interval(value: float, draws_S: np.ndarray | None, confidence: float) -> dict[str, float | None]:

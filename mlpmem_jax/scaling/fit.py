@@ -61,6 +61,9 @@ def run(
         partial = folder / f"{name}.partial"
         partial.write_bytes(content)
         partial.replace(folder / name)
+    for name in figure.FILES:
+        if name not in pictures:
+            (folder / name).unlink(missing_ok=True)  # of other points, fitted here before
     say(fitted["comparison"]["verdict"] if fitted["comparison"] else "One arm: nothing to compare it with.")
     return fitted
 

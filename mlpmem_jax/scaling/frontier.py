@@ -19,25 +19,51 @@ from mlpmem_jax.scaling.power_law import described
 
 
 def envelope(runs: Runs, *, confidence: float, samples: int, generator: np.random.Generator) -> dict:
-    """The lower envelope of one arm and its laws in compute, ready for JSON; or {"absent": reason}."""
-    best = runs.best(runs.budgets())
-    on_it = best.losses_R < np.minimum.accumulate(np.append(np.inf, best.losses_R[:-1]))
-    if len(best) == len(runs):
-        return {"absent": "every run has a training budget of its own, so no size was chosen over another"}
-    frontier = best.take(on_it)
+    """The lower envelope of one arm and its laws in compute, ready for JSON; or {"absent": reason}.
+
+    Sizes on it are sizes that were tried: the true optimum may lie anywhere up to half way to the next size. The
+    draws spread each optimum over that range, beside the scatter of the optima around their law.
+    """
+    groups_R = runs.budgets()
+    best = runs.best(groups_R)
+    if len(best) == len(set_of(runs.parameters_R)) == len(runs):
+        return {"absent": "each size has a training budget of its own, so none was chosen over another"}
+    frontier = best.take(best.losses_R < np.minimum.accumulate(np.append(np.inf, best.losses_R[:-1])))
+    if len(frontier) == len(runs):
+        return {"absent": "no run is beaten by another of less or equal compute, so no size was chosen over another"}
     if len(frontier) < LEAST_SIZES:
         return {"absent": f"{len(frontier)} runs lie on it, a law needs {LEAST_SIZES}", "runs": described(frontier)}
     log_flops_U = np.log(frontier.flops_R)
     design_UxK = np.stack([np.ones(len(frontier)), log_flops_U - log_flops_U.mean()], axis=1)
-    laws = {}
-    for name, values_U in (
-        ("optimal_parameters", np.log(frontier.parameters_R)),
-        ("optimal_tokens", np.log(frontier.tokens_R)),
-        ("perplexity", frontier.losses_R),
+    spread_SxU = np.stack(
+        [
+            _spread(runs, groups_R, flops, size, samples, generator)
+            for flops, size in zip(frontier.flops_R, frontier.parameters_R, strict=True)
+        ],
+        axis=1,
+    )
+    of_spread_S = spread_SxU @ np.linalg.pinv(design_UxK)[1]
+    exponents = {}
+    for name, values_U, spread in (
+        ("optimal_parameters", np.log(frontier.parameters_R), 1.0),
+        ("optimal_tokens", np.log(frontier.tokens_R), -1.0),
+        ("perplexity", frontier.losses_R, 0.0),
     ):
         line = draws.least_squares(design_UxK, values_U, samples, generator)
-        laws[name] = draws.interval(line.coefficients_K[1], line.draws_SxK[:, 1], confidence)
-    return {"exponents": laws, "runs": described(frontier)}
+        drawn_S = line.draws_SxK[:, 1] + spread * of_spread_S
+        exponents[name] = draws.interval(line.coefficients_K[1], drawn_S, confidence)
+    return {"exponents": exponents, "runs": described(frontier)}
+
+
+def _spread(runs: Runs, groups_R: np.ndarray, flops: float, size: float, samples: int, generator) -> np.ndarray:
+    """Draws of log(optimum / size) over the range that belongs to a size among those tried at its budget, [S]."""
+    budget = runs.take(groups_R == groups_R[np.flatnonzero(runs.flops_R == flops)[0]])
+    tried = budget if len(set_of(budget.parameters_R)) > 1 else runs
+    sizes = np.log(set_of(tried.parameters_R))
+    steps = np.diff(sizes) / 2.0
+    place = int(np.searchsorted(sizes, np.log(size)))
+    below, above = steps[max(place - 1, 0)], steps[min(place, len(steps) - 1)]
+    return generator.uniform(-below, above, samples)
 
 
 def isoflop(runs: Runs, *, confidence: float, samples: int, generator: np.random.Generator) -> dict:
@@ -71,10 +97,12 @@ class _Parabola:
     draws_Sx3: np.ndarray | None
 
     def optimum(self, coefficients: np.ndarray) -> dict[str, np.ndarray]:
-        """Logarithms of size, tokens and perplexity at the minimum of [..., 3] coefficients; nan where there is none."""
+        """Logarithms of size, tokens and perplexity at the minimum by coefficients [..., 3]; nan without one."""
         height, slope, bend = np.moveaxis(coefficients, -1, 0)
         z = -slope / (2.0 * np.where(bend > 0.0, bend, np.nan))
-        log_tokens_per_log_size = np.polyfit(np.log(self.budget.parameters_R / self.center), np.log(self.budget.tokens_R), 1)
+        log_tokens_per_log_size = np.polyfit(
+            np.log(self.budget.parameters_R / self.center), np.log(self.budget.tokens_R), 1
+        )
         return {
             "parameters": np.log(self.center) + z,
             "tokens": np.polyval(log_tokens_per_log_size, z),
@@ -87,8 +115,11 @@ class _Parabola:
         return bool(np.min(self.budget.parameters_R) <= best <= np.max(self.budget.parameters_R))
 
     def described(self, confidence: float) -> dict:
-        values = self.optimum(self.coefficients_3)
-        of_draws = None if self.draws_Sx3 is None else self.optimum(self.draws_Sx3)
+        bounds = {}
+        for name, value in self.optimum(self.coefficients_3).items():
+            drawn_S = None if self.draws_Sx3 is None else self.optimum(self.draws_Sx3)[name]
+            with np.errstate(over="ignore"):
+                bounds[name] = draws.interval(np.exp(value), None if drawn_S is None else np.exp(drawn_S), confidence)
         return {
             "flops": float(np.median(self.budget.flops_R)),
             "center": self.center,
@@ -96,10 +127,7 @@ class _Parabola:
             "smallest": float(np.min(self.budget.parameters_R)),
             "largest": float(np.max(self.budget.parameters_R)),
             "inside": self.is_inside,
-            **{
-                name: draws.interval(np.exp(value), None if of_draws is None else np.exp(of_draws[name]), confidence)
-                for name, value in values.items()
-            },
+            **bounds,
         }
 
 
@@ -124,7 +152,7 @@ def _parabolas(budgets: list[Runs], samples: int, generator: np.random.Generator
 
 
 def _exponents(parabolas: list[_Parabola], confidence: float) -> dict:
-    """Slopes of the optima's logarithms over log compute; the draws carry the noise of the runs through the parabolas."""
+    """Slopes of the optima's logarithms over log compute; draws carry the noise of the runs through the parabolas."""
     log_flops_U = np.log([np.median(parabola.budget.flops_R) for parabola in parabolas])
     weights_U = (log_flops_U - log_flops_U.mean()) / np.sum(np.square(log_flops_U - log_flops_U.mean()))
     exponents = {}

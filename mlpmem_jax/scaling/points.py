@@ -57,7 +57,9 @@ class Runs:
 
     def best(self, groups_R: np.ndarray) -> Runs:
         """Of each group the run of lowest loss, in the order of the groups' labels."""
-        rows = [min(np.flatnonzero(groups_R == group), key=lambda row: self.losses_R[row]) for group in set_of(groups_R)]
+        rows = [
+            min(np.flatnonzero(groups_R == group), key=lambda row: self.losses_R[row]) for group in set_of(groups_R)
+        ]
         return self.take(np.asarray(rows))
 
 
@@ -112,8 +114,8 @@ def read(points_csv, against: str = "parameters") -> Sweep:
     if len(corpora) > 1:
         (one, first), (other, second) = list(corpora.items())[:2]
         raise UserError(
-            f"{path}: column 'corpus' is {one!r} in row {first} and {other!r} in row {second}; perplexities of different "
-            "corpora share no law: fit one file for each corpus"
+            f"{path}: column 'corpus' is {one!r} in row {first} and {other!r} in row {second}; perplexities of "
+            "different corpora share no law: fit one file for each corpus"
         )
     _refuse_repeated(str(path), rows)
     arms, points = {}, {}
@@ -157,7 +159,9 @@ def _value(path: str, line: int, column: str, text: str) -> str | int | float:
     found = f"{path}: row {line}, column {column!r} is {text!r}"
     if column == "arm":
         if not text:
-            raise UserError(f"{path}: row {line}, column 'arm' is empty; expected a name such as continued or augmented")
+            raise UserError(
+                f"{path}: row {line}, column 'arm' is empty; expected a name such as continued or augmented"
+            )
         return text
     try:
         value = int(text) if column == "seed" else float(text)
@@ -193,7 +197,8 @@ def _refuse_few(path: str, arm: str, runs: Runs, against: str) -> None:
     if len(found) < LEAST_SIZES:
         listed = ", ".join(f"{value:.6g}" for value in found)
         raise UserError(
-            f"{path}: arm {arm!r} has {len(found)} {what} ({listed}), a power law needs at least {LEAST_SIZES} ({advice})"
+            f"{path}: arm {arm!r} has too few {what}: {listed}; "
+            f"a power law needs at least {LEAST_SIZES} different ones ({advice})"
         )
 
 
@@ -204,6 +209,8 @@ def _gather(rows: list[dict]) -> Runs:
         seeds.setdefault((row["parameters"], row["tokens"], row["flops"]), []).append(math.log(row["perplexity"]))
     keys = sorted(seeds)
     losses_R = np.array([np.mean(seeds[key]) for key in keys])
-    squares_R = np.array([np.sum(np.square(np.array(seeds[key]) - loss)) for key, loss in zip(keys, losses_R, strict=True)])
+    squares_R = np.array(
+        [np.sum(np.square(np.array(seeds[key]) - loss)) for key, loss in zip(keys, losses_R, strict=True)]
+    )
     parameters_R, tokens_R, flops_R = np.array(keys).T
     return Runs(parameters_R, tokens_R, flops_R, losses_R, np.array([len(seeds[key]) for key in keys]), squares_R)

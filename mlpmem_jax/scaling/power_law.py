@@ -10,7 +10,7 @@ import dataclasses
 import math
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 from mlpmem_jax.scaling import draws
 from mlpmem_jax.scaling.points import Runs
@@ -37,10 +37,6 @@ class PowerLaw:
         return float(self.line.coefficients_K[1])
 
     @property
-    def gammas_S(self) -> np.ndarray:
-        return self.line.draws_SxK[:, 1]
-
-    @property
     def log_beta(self) -> float:
         return float(_log_beta(*self.line.coefficients_K, self.center, self.gamma))
 
@@ -48,6 +44,10 @@ class PowerLaw:
     def log_betas_S(self) -> np.ndarray:
         heights_S, gammas_S = self.line.draws_SxK.T
         return _log_beta(heights_S, gammas_S, self.center, self.gamma)
+
+    def combination(self, weights_2: np.ndarray) -> tuple[float, float]:
+        """Value and variance of a weighted sum of height and gamma."""
+        return float(weights_2 @ self.line.coefficients_K), float(weights_2 @ self.line.covariance_KxK @ weights_2)
 
     def losses(self, x: float | np.ndarray) -> np.ndarray:
         """log PPL at x."""
@@ -94,13 +94,13 @@ def summary(law: PowerLaw, confidence: float) -> dict:
     """
     with np.errstate(over="ignore"):
         beta = draws.interval(np.exp(law.log_beta), np.exp(law.log_betas_S), confidence)
-    gamma = draws.interval(law.gamma, law.gammas_S, confidence)
+    gamma = draws.interval(law.gamma, law.line.draws_SxK[:, 1], confidence)
     if gamma["low"] <= 0.0 <= gamma["high"]:
         beta |= {"low": None, "high": None}
     return {
         "beta": beta,
         "gamma": gamma,
-        "goodness": _goodness(law),
+        "goodness": goodness(law),
         "leave_one_out": leave_one_out(law),
         "runs": described(law.runs),
     }
@@ -113,7 +113,7 @@ def described(runs: Runs) -> list[dict]:
     return [dict(zip(names, map(float, row[:4]), strict=False)) | {"seeds": int(row[4])} for row in rows]
 
 
-def _goodness(law: PowerLaw) -> dict:
+def goodness(law: PowerLaw) -> dict:
     """How well the line fits; scatters are standard deviations of log perplexity, about relative errors.
 
     lack_of_fit_p: of the F test of the scatter around the line against the scatter between seeds; small where the
@@ -126,7 +126,7 @@ def _goodness(law: PowerLaw) -> dict:
     if of_seeds and squares > 0.0:
         # The mean of several seeds varies less than one of them.
         around = law.line.scatter**2 * len(runs) / np.sum(1.0 / runs.seeds_R)
-        probability = float(scipy.stats.f.sf(around * of_seeds / squares, law.line.degrees_of_freedom, of_seeds))
+        probability = float(scipy.special.fdtrc(law.line.degrees_of_freedom, of_seeds, around * of_seeds / squares))
     return {
         "r_squared": 1.0 - float(law.line.residuals_U @ law.line.residuals_U) / total if total > 0.0 else None,
         "scatter_of_sizes": law.line.scatter,
@@ -155,7 +155,5 @@ def with_errors(predictions: list[dict]) -> dict:
     return {
         "root_mean_square_error": float(np.sqrt(np.mean(np.square(errors)))),
         "largest_error": float(max(errors, key=abs)),
-        "predictions": [
-            prediction | {"error": error} for prediction, error in zip(predictions, errors, strict=True)
-        ],
+        "predictions": [prediction | {"error": error} for prediction, error in zip(predictions, errors, strict=True)],
     }

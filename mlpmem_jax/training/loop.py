@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mlpmem_jax.core import mesh as meshes
-from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.training import data
 from mlpmem_jax.training.metrics import MetricsWriter, matmul_rate
@@ -132,7 +132,8 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
       The parameters with the lowest validation perplexity, and what was measured of them ("step" included).
 
     Raises:
-      UserError: the loss is not a number (the step is named), or the job was asked to stop (a checkpoint is there).
+      UserError: the loss is not a number; the step is named.
+      Stopped: the job was asked to stop; a checkpoint is there.
     """
     settings = task.settings
     steps = total_steps(settings, len(task.source))
@@ -200,7 +201,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
                 clock = time.perf_counter()  # neither validation nor saving counts in the training rate
             if stopping and step < steps:
                 checkpoints.wait()
-                raise UserError(f"{task.name}: asked to stop; a checkpoint at step {step} is written, run again")
+                raise Stopped(f"{task.name}: asked to stop; a checkpoint at step {step} is written, run again")
     checkpoints.wait()
     writer.close()
     best = checkpoints.best_step()

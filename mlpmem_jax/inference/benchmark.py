@@ -1,0 +1,111 @@
+"""What a memory costs beside its language model: time to the first token and per next token, at random weights.
+
+GPT-2 small (124M parameters) and the paper's memory for it (18 blocks of width 768, 124M), float32, batch 1. Nearly
+flat random distributions are the worst case of greedy generation: every step needs the memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from mlpmem_jax.inference.decoding import Models, Parameters, prepare
+from mlpmem_jax.inference.generate import first_tokens, following_tokens
+from mlpmem_jax.inference.sampling import GREEDY, Sampling
+from mlpmem_jax.models import flops, gpt2, memory
+
+BASE = gpt2.GPT2Config(vocab_size=50257, context_length=1024, width=768, blocks=12, heads=12)
+MEMORY = memory.MemoryConfig("gpt2", 50257, 50304, input_width=768, width=768, blocks=18, feed_forward_width=3072)
+WEIGHT = 0.25  # the paper's interpolation weight on WikiText-103
+PROMPT = 512
+COUNT = 64
+ROUNDS = 5
+
+
+def rows(config: ml_collections.ConfigDict) -> list[dict]:
+    """Measures; each row has name, value, unit and detail. Sizes are fixed, whatever the config. 3 GB of memory."""
+    del config
+    initialize = jax.jit(
+        lambda key: prepare(Parameters(gpt2.init(BASE, key), memory.init(MEMORY, jax.random.fold_in(key, 1)), WEIGHT))
+    )
+    both = initialize(jax.random.key(0))
+    alone = Parameters(both.base)
+    with_memory = Models(BASE, MEMORY, BASE.blocks)
+    plain = Sampling(temperature=1.0)
+    cases = {
+        "base alone": (Models(BASE), alone, GREEDY),
+        "base and memory, greedy": (with_memory, both, GREEDY),
+        "base and memory, drawn at temperature 1": (with_memory, both, plain),
+    }
+    first, following = {}, {}
+    for name, (models, parameters, sampling) in cases.items():
+        first[name], following[name] = _programs(models, parameters, sampling)
+    del first["base and memory, drawn at temperature 1"]  # its prefill is that of greedy
+    weights = {"base": flops.gpt2_parameters(BASE), "memory": flops.memory_parameters(MEMORY)}
+    result = [
+        _row("weights of the memory over those of the base", weights["memory"] / weights["base"], "ratio",
+             "1 + this bounds a greedy step that waits for its weights"),
+        _row("weights read by one matrix-vector product", _read_rate(both) / 1e9, "GB/s", "[768] x [768, 50304]"),
+    ]  # fmt: skip
+    first_seconds, next_seconds = _interleaved(first), _interleaved(following)
+    next_seconds = {name: seconds / (COUNT - 1) for name, seconds in next_seconds.items()}
+    traffic = 4 * weights["base"] / np.median(next_seconds["base alone"])
+    result.append(_row("weights read by a step, base alone", traffic / 1e9, "GB/s", "bytes of weights over time"))
+    result += _time_rows("first token", first_seconds, f"prompt of {PROMPT} tokens, batch 1, float32")
+    result += _time_rows("next token", next_seconds, f"mean of {COUNT - 1} after {PROMPT}, batch 1, float32")
+    return result
+
+
+def _time_rows(title: str, seconds: dict[str, np.ndarray], detail: str) -> list[dict]:
+    """Times, and ratios to the base alone: medians over the rounds."""
+    result = [_row(f"{title}, {name}", 1e3 * np.median(values), "ms", detail) for name, values in seconds.items()]
+    alone = seconds["base alone"]
+    for name, values in seconds.items():
+        if values is not alone:
+            result.append(_row(f"{title}, {name} / base alone", np.median(values / alone), "ratio", f"lambda {WEIGHT}"))
+    return result
+
+
+def _row(name: str, value: float, unit: str, detail: str) -> dict:
+    return {"name": name, "value": float(value), "unit": unit, "detail": detail}
+
+
+def _programs(models: Models, parameters: Parameters, sampling: Sampling) -> tuple[Callable, Callable]:
+    """Calls that make the first token and the following ones, compiled."""
+    tokens_1xT = np.random.default_rng(0).integers(0, BASE.vocab_size, (1, PROMPT), dtype=np.int32)
+    key, padding = jax.random.key(0), jnp.zeros(1, jnp.int32)
+    first = functools.partial(
+        first_tokens, models, parameters, tokens_1xT, padding, key, room=PROMPT + COUNT, sampling=sampling
+    )
+    tokens_1, cache = first()
+    following = functools.partial(
+        following_tokens, models, parameters, cache, tokens_1, key, -1, count=COUNT, sampling=sampling
+    )
+    jax.block_until_ready(following())
+    return first, following
+
+
+def _interleaved(calls: dict[str, Callable]) -> dict[str, np.ndarray]:
+    """Seconds of each call in every round; rounds take the calls in turn, so that other load meets them all."""
+    seconds = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def _read_rate(parameters: Parameters) -> float:
+    """Bytes a second of the largest matrix-vector product of a step."""
+    kernel_DxV = memory.output_kernel(parameters.memory)
+    product = jax.jit(lambda x_1xD, kernel_DxV: x_1xD @ kernel_DxV)
+    call = functools.partial(product, jnp.ones((1, kernel_DxV.shape[0])), kernel_DxV)
+    jax.block_until_ready(call())
+    return kernel_DxV.nbytes / np.median(_interleaved({"product": call})["product"])

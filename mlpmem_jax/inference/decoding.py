@@ -1,0 +1,160 @@
+"""A language model with a KV cache, and its memory: one pass over the prompts, then one token at a time.
+
+The memory reads the hidden state of the position whose next token is wanted and nothing else, so a prompt costs it one
+position, and a step that does not ask for it costs it nothing.
+
+Dimensions: B sequences, T positions of the prompts, S of the cache, D width, H heads, K width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mlpmem_jax.models import gpt2, memory, modules
+from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.models.memory import MemoryConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Dimensions of a base LM and of its memory, if any; the memory reads tap `input_block` of the base."""
+
+    base: GPT2Config
+    memory: MemoryConfig | None = None
+    input_block: int = 0
+
+
+class Parameters(NamedTuple):
+    """Parameters of both, and the interpolation weight lambda. Without a memory the last two are None."""
+
+    base: dict
+    memory: dict | None = None
+    weight: float | jax.Array | None = None
+
+
+class Cache(NamedTuple):
+    """Keys and values of all positions so far, for each block [B, H, S, K]; S is the room there is."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length: jax.Array  # positions filled, padding included
+    padding_B: jax.Array  # positions in front of each prompt that are no part of it
+
+
+class Reading(NamedTuple):
+    """What the base LM says after the last position: log p_LM, float32 [B, V], and the memory's input [B, D]."""
+
+    base_log_BxV: jax.Array
+    memory_input_BxD: jax.Array | None
+
+
+@jax.jit
+def prepare(parameters: Parameters) -> Parameters:
+    """Parameters as `prefill` and `step` take them: each block's arrays on their own, read where they lie."""
+    base, beside, weight = parameters
+    return Parameters(modules.unstack(base), beside and modules.unstack(beside), weight)
+
+
+def prefill(
+    models: Models, parameters: Parameters, tokens_BxT: jax.Array, padding_B: jax.Array, room: int
+) -> tuple[Reading, Cache]:
+    """Reads the prompts.
+
+    Args:
+      models: dimensions (static).
+      parameters: from `prepare`.
+      tokens_BxT: int32; prompts end at the last position, `padding_B` positions in front of them are ignored.
+      room: positions the cache has room for, T and what will be added (static).
+    """
+    length = tokens_BxT.shape[1]
+    positions_T = jnp.arange(length)
+    seen_BxTxT = (positions_T[:, None] >= positions_T) & (positions_T >= padding_B[:, None, None])
+    # Padding sees itself: a softmax over nothing is no number, and would spread through the values.
+    mask_Bx1xTxT = jnp.where(seen_BxTxT | jnp.eye(length, dtype=bool), 0.0, -jnp.inf)[:, None]
+    keys, values = [], []
+
+    def attend(query_BxHxTxK, key_BxHxTxK, value_BxHxTxK):
+        extra = ((0, 0), (0, 0), (0, room - length), (0, 0))
+        keys.append(jnp.pad(key_BxHxTxK, extra))
+        values.append(jnp.pad(value_BxHxTxK, extra))
+        return gpt2.attention(query_BxHxTxK, key_BxHxTxK, value_BxHxTxK, mask_Bx1xTxT)
+
+    positions_BxT = jnp.maximum(positions_T - padding_B[:, None], 0)
+    reading = _read(models, parameters.base, tokens_BxT, positions_BxT, lambda block: attend)
+    return reading, Cache(tuple(keys), tuple(values), jnp.int32(length), padding_B)
+
+
+def step(models: Models, parameters: Parameters, cache: Cache, tokens_B: jax.Array) -> tuple[Reading, Cache]:
+    """Reads one more token of each sequence, int32 [B]."""
+    positions_S = jnp.arange(cache.keys[0].shape[2])
+    seen_BxS = (positions_S < cache.length) & (positions_S >= cache.padding_B[:, None])
+    mask_Bx1x1xS = jnp.where(seen_BxS, 0.0, -jnp.inf)[:, None, None]
+    keys, values = [], []
+
+    def attend(block, query_BxHx1xK, key_BxHx1xK, value_BxHx1xK):
+        keys.append(key_BxHx1xK)
+        values.append(value_BxHx1xK)
+        return _attention_of_last(
+            query_BxHx1xK, key_BxHx1xK, value_BxHx1xK, cache.keys[block], cache.values[block], mask_Bx1x1xS
+        )
+
+    positions_Bx1 = (cache.length - cache.padding_B)[:, None]
+    reading = _read(
+        models, parameters.base, tokens_B[:, None], positions_Bx1, lambda block: functools.partial(attend, block)
+    )
+    # No log-probability exceeds 1, so this is the length. As a result of the whole step it tells the compiler that the
+    # cache is written after it was read, in place; otherwise it makes copies.
+    end = cache.length + (reading.base_log_BxV[0, 0] > 1)
+    extend = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=end, axis=2)
+    longer = (tuple(map(extend, arrays, new)) for arrays, new in ((cache.keys, keys), (cache.values, values)))
+    return reading, Cache(*longer, cache.length + 1, cache.padding_B)
+
+
+def memory_log_probabilities(models: Models, parameters: Parameters, reading: Reading) -> jax.Array:
+    """log p_MLP, float32 [B, V]; minus infinity for tokens of the base that the memory does not know."""
+    logits_BxV = memory.logits(parameters.memory, models.memory, reading.memory_input_BxD)
+    log_BxV = jax.nn.log_softmax(logits_BxV[:, : models.memory.vocab_size])
+    unknown = models.base.vocab_size - models.memory.vocab_size
+    return jnp.pad(log_BxV, ((0, 0), (0, unknown)), constant_values=-jnp.inf)
+
+
+def mix(base_log_BxV: jax.Array, memory_log_BxV: jax.Array, weight: float | jax.Array) -> jax.Array:
+    """log(lambda p_MLP + (1 - lambda) p_LM) (section 3 of the paper "MLP Memory", arXiv 2508.01832), [B, V]."""
+    return jnp.logaddexp(jnp.log(weight) + memory_log_BxV, jnp.log1p(-weight) + base_log_BxV)
+
+
+def _read(
+    models: Models, base: dict, tokens_BxT: jax.Array, positions_BxT: jax.Array, attention_of: Callable
+) -> Reading:
+    """The base LM over new positions; `attention_of(block)` is a block's attention."""
+    x_BxTxD = base["wte"]["embedding"][tokens_BxT] + base["wpe"]["embedding"][positions_BxT]
+    memory_input_BxD = None
+    build = functools.partial(gpt2.Block, models.base, jnp.float32)
+    for index, block in enumerate(base["h"]):
+        x_BxTxD, tap_BxTxD = modules.bind(build, block)(x_BxTxD, attention_of(index))
+        if index + 1 == models.input_block:
+            memory_input_BxD = tap_BxTxD[:, -1]
+    last_BxD = gpt2.final_norm(base, models.base, x_BxTxD[:, -1])
+    # No transpose of the embedding: in a loop over steps the compiler would make that a copy.
+    logits_BxV = jnp.einsum("bd,vd->bv", last_BxD, base["wte"]["embedding"])
+    return Reading(jax.nn.log_softmax(logits_BxV), memory_input_BxD)
+
+
+def _attention_of_last(query_BxHx1xK, key_BxHx1xK, value_BxHx1xK, keys_BxHxSxK, values_BxHxSxK, mask_Bx1x1xS):
+    """Attention of one position to those of the cache and to itself, [B, H, 1, K].
+
+    Itself apart from the cache: a cache that is extended before it is read is copied in every step.
+    """
+    query_BxHx1xK = query_BxHx1xK * query_BxHx1xK.shape[-1] ** -0.5
+    scores_BxHx1xS = jnp.einsum("bhtk,bhsk->bhts", query_BxHx1xK, keys_BxHxSxK) + mask_Bx1x1xS
+    own_BxHx1x1 = jnp.sum(query_BxHx1xK * key_BxHx1xK, axis=-1, keepdims=True)
+    maximum_BxHx1x1 = jnp.maximum(own_BxHx1x1, scores_BxHx1xS.max(-1, keepdims=True))
+    weights_BxHx1xS, own_BxHx1x1 = jnp.exp(scores_BxHx1xS - maximum_BxHx1x1), jnp.exp(own_BxHx1x1 - maximum_BxHx1x1)
+    mixed_BxHx1xK = jnp.einsum("bhts,bhsk->bhtk", weights_BxHx1xS, values_BxHxSxK) + own_BxHx1x1 * value_BxHx1xK
+    return mixed_BxHx1xK / (weights_BxHx1xS.sum(-1, keepdims=True) + own_BxHx1x1)

@@ -1,0 +1,173 @@
+"""Rates of making targets on this machine, beside the way of the reference implementation.
+
+The conditions: 764,000 keys of width 128, 1,024 neighbors, the query left out, sparse distributions at the end. The
+keys are drawn from a mixture of clusters of clusters, about as hard to search as the keys of a small language model;
+real keys are measured too where the config's working directory has a datastore.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import ml_collections
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.errors import UserError, require
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.retrieval import quality, tiles
+from mlpmem_jax.retrieval.exact import ExactIndex
+from mlpmem_jax.retrieval.key_shards import KeyShard, Queries
+from mlpmem_jax.retrieval.scann_index import Options, ScannIndex
+from mlpmem_jax.retrieval.targets import resolve_backend
+
+KEYS, WIDTH, NEIGHBORS, VOCABULARY = 764_000, 128, 1024, 50_257
+POSITIONS, RECALL_POSITIONS = 16_384, 512
+MINIMUM_PROBABILITY = 1e-8
+
+
+def _row(name: str, value: float, unit: str, detail: str) -> dict:
+    return {"name": name, "value": value, "unit": unit, "detail": detail}
+
+
+def clustered_keys(count: int, width: int, seed: int = 0) -> np.ndarray:
+    """float32 [count, width]: three levels of clusters within clusters, sizes by Zipf's law, falling spectrum."""
+    random = np.random.default_rng(seed)
+    spectrum_D = (np.arange(1, width + 1) ** -0.25).astype(np.float32)
+    keys_NxD = random.standard_normal((count, width), dtype=np.float32)
+    keys_NxD *= spectrum_D
+    cluster_N = np.zeros(count, np.int64)
+    for branches, spread in ((60, 1.0), (40, 0.8), (40, 0.8)):
+        shares = 1 / np.arange(1, branches + 1)
+        cluster_N = cluster_N * branches + random.choice(branches, size=count, p=shares / shares.sum())
+        _, cluster_N = np.unique(cluster_N, return_inverse=True)
+        centers_CxD = random.standard_normal((cluster_N.max() + 1, width), dtype=np.float32) * spectrum_D * spread
+        for start in range(0, count, 1 << 16):
+            part = slice(start, start + (1 << 16))
+            keys_NxD[part] += centers_CxD[cluster_N[part]]
+    return keys_NxD
+
+
+def _workload(keys_NxD: np.ndarray, next_tokens_N: np.ndarray) -> Queries:
+    """Consecutive positions from the middle of the keys."""
+    first = max(0, (len(keys_NxD) - POSITIONS) // 2)
+    part = slice(first, min(first + POSITIONS, len(keys_NxD)))
+    positions_Q = np.arange(part.start, part.stop)
+    return Queries(keys_NxD[part], next_tokens_N[part], positions_Q, np.zeros(len(positions_Q), np.int32))
+
+
+def _truth(keys_NxD: np.ndarray, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of some sampled queries, and the ids of their exact neighbors."""
+    chosen = np.linspace(0, len(queries) - 1, RECALL_POSITIONS).astype(int)
+    own_Q = queries.positions_Q[chosen]
+    excluded_Qx2 = np.stack([own_Q, own_Q + 1], axis=1)
+    return chosen, ExactIndex(keys_NxD).search(queries.keys_QxD[chosen], k, excluded_Qx2)[1]
+
+
+def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: int, options: dict) -> list[dict]:
+    """This package's way, the very code of the stage."""
+    chosen, true_ids = truth
+    derived = Options.derive(len(keys_NxD), k, **options)
+    start = time.perf_counter()
+    index = ScannIndex.build(keys_NxD, derived)
+    built = time.perf_counter() - start
+    shard = KeyShard(index, 0, next_tokens_N, np.zeros(len(next_tokens_N), np.int32))
+    plan = tiles.Plan("scann", k, "self", 0, MINIMUM_PROBABILITY)
+    distances, ids = index.search(queries.keys_QxD[chosen], k, shard.excluded(queries, "self")[chosen])
+    recall = quality.contains(ids, true_ids).mean()
+    temperature = 0.15 * float(np.median(distances))
+
+    start, cpu = time.perf_counter(), time.process_time()
+    made = list(tiles.pieces(queries, "train", shard, plan, None, temperature))
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    entries = sum(len(distribution.token_ids_M) for distribution, _ in made) / len(queries)
+    return [
+        _row(
+            f"targets, {name}",
+            len(queries) / seconds,
+            "positions/s",
+            f"recall@{k} {recall:.3f}; {len(keys_NxD):,} keys of width {keys_NxD.shape[1]}, ScaNN with "
+            f"{derived.leaves_to_search} of {derived.leaves} leaves searched, {derived.reorder:.2f} x {k} reordered; "
+            f"{entries:.0f} entries a position; {1e6 * cpu / len(queries):.0f} us of CPU time a position",
+        ),
+        _row(f"targets, {name}: index", built, "s", f"to train and fill, {os.cpu_count()} cores"),
+    ]
+
+
+def _reference_rows(keys_NxD, next_tokens_N, queries: Queries, truth, k: int) -> list[dict]:
+    """The reference implementation's way: FAISS IVFPQ, first result dropped, a dense row and a loop.
+
+    Raises:
+      UserError: FAISS is not installed.
+    """
+    faiss = require("faiss", extra="bench")
+    chosen, true_ids = truth
+    width = keys_NxD.shape[1]
+    lists, probes, code_bytes = min(4096, len(keys_NxD) // 39), 32, 64
+    start = time.perf_counter()
+    index = faiss.IndexIVFPQ(faiss.IndexFlatL2(width), width, lists, code_bytes, 8)
+    index.train(keys_NxD[:: max(1, len(keys_NxD) // (39 * lists))])
+    index.add(keys_NxD)
+    index.nprobe = probes
+    built = time.perf_counter() - start
+    temperature = 0.15 * float(np.median(index.search(queries.keys_QxD[chosen], k + 1)[0][:, 1:]))
+    queries = queries[: min(4096, len(queries))]
+
+    start, cpu = time.perf_counter(), time.process_time()
+    distances_QxK, ids_QxK = (found[:, 1:] for found in index.search(queries.keys_QxD, k + 1))
+    sparse = []
+    for distances_K, ids_K in zip(distances_QxK, ids_QxK, strict=True):
+        weights_K = np.exp((distances_K[0] - distances_K) / temperature)
+        dense_V = np.zeros(VOCABULARY, np.float32)
+        np.add.at(dense_V, next_tokens_N[ids_K], weights_K / weights_K.sum())
+        tokens = np.flatnonzero(dense_V > MINIMUM_PROBABILITY)
+        sparse.append((tokens.astype(np.int32), dense_V[tokens].astype(np.float16)))
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    found = index.search(np.ascontiguousarray(_workload(keys_NxD, next_tokens_N).keys_QxD[chosen]), k + 1)[1][:, 1:]
+    return [
+        _row(
+            "targets, the reference's way",
+            len(sparse) / seconds,
+            "positions/s",
+            f"recall@{k} {quality.contains(found, true_ids).mean():.3f}; FAISS IVFPQ, {lists} lists, {probes} probed, "
+            f"{code_bytes}-byte codes, then a dense row of {VOCABULARY:,} and a loop; the same {len(keys_NxD):,} keys; "
+            f"{1e6 * cpu / len(sparse):.0f} us of CPU time a position",
+        ),
+        _row("targets, the reference's way: index", built, "s", f"to train and fill, {os.cpu_count()} cores"),
+    ]
+
+
+def rows(config: ml_collections.ConfigDict) -> list[dict]:
+    """Measures; each row has name, value, unit and detail. ScaNN's and FAISS's rows need those to be installed."""
+    if resolve_backend(config.targets.backend) != "scann":
+        say("targets: no rows, ScaNN is not the backend here")
+        return []
+    random = np.random.default_rng(1)
+    keys_NxD = clustered_keys(KEYS, WIDTH)
+    next_tokens_N = (random.zipf(1.3, KEYS) % VOCABULARY).astype(np.int32)
+    queries = _workload(keys_NxD, next_tokens_N)
+    truth = _truth(keys_NxD, queries, NEIGHBORS)
+    measured = _own_rows("clustered keys", keys_NxD, next_tokens_N, queries, truth, NEIGHBORS, {})
+    try:
+        measured += _reference_rows(keys_NxD, next_tokens_N, queries, truth, NEIGHBORS)
+    except UserError as error:
+        say(f"targets: without the reference's row: {error}")
+    del keys_NxD, queries
+
+    folder = epath.Path(config.workdir) / "datastore" / "train"
+    if folder.exists():
+        datastore = open_artifact(folder, "datastore")
+        sequences = datastore.arrays["next_tokens"].shape[0]
+        keys_SxTxD = datastore.read("keys", 0, sequences)
+        keys_NxD = keys_SxTxD.reshape(-1, keys_SxTxD.shape[-1]).astype(np.float32)
+        next_tokens_N = datastore.read("next_tokens", 0, sequences).ravel()
+        queries = _workload(keys_NxD, next_tokens_N)
+        for k in sorted({config.targets.k, NEIGHBORS}):
+            truth = _truth(keys_NxD, queries, k)
+            options = {
+                name: config.targets[name] for name in ("leaves", "leaves_to_search", "reorder", "training_sample")
+            }
+            measured += _own_rows(f"keys of {folder}, k {k}", keys_NxD, next_tokens_N, queries, truth, k, options)
+    return measured

@@ -1,0 +1,180 @@
+"""Power laws against the paper's published ones, against textbook formulas, and the coverage of their intervals."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from mlpmem_jax.scaling import comparison, draws, power_law
+from mlpmem_jax.scaling.points import Runs
+
+# Figure 1 of the paper; its betas belong to N in billions.
+PUBLISHED = {
+    "wikitext": {"continued": (9.3e-8, -0.143), "augmented": (1.1e-6, -0.168)},
+    "web": {"continued": (7.7e-5, -0.216), "augmented": (5.0e-4, -0.268)},
+}
+SIZES = {"continued": [124e6, 345e6, 774e6, 1558e6, 3.1e9], "augmented": [248e6, 710e6, 1.5e9, 3.1e9, 6.2e9]}
+
+
+def runs_of(parameters_U, losses_UxM):
+    parameters_U, losses_UxM = np.asarray(parameters_U, float), np.atleast_2d(np.asarray(losses_UxM).T).T
+    means_U = losses_UxM.mean(axis=1)
+    squares_U = np.square(losses_UxM - means_U[:, None]).sum(axis=1)
+    seeds_U = np.full(len(means_U), losses_UxM.shape[1])
+    return Runs(parameters_U, np.full(len(means_U), 1e9), 6e9 * parameters_U, means_U, seeds_U, squares_U)
+
+
+def fit(parameters_U, losses_UxM, samples=4000, seed=0):
+    generator = np.random.default_rng(seed)
+    return power_law.fit(runs_of(parameters_U, losses_UxM), against="parameters", samples=samples, generator=generator)
+
+
+def holds(interval, truth):
+    return (interval["low"] is None or interval["low"] <= truth) and (
+        interval["high"] is None or truth <= interval["high"]
+    )
+
+
+@pytest.mark.parametrize("corpus", PUBLISHED)
+@pytest.mark.parametrize("arm", SIZES)
+@pytest.mark.parametrize("unit", [1.0, 1e-9])
+def test_published_laws_without_noise(corpus, arm, unit):
+    beta, gamma = PUBLISHED[corpus][arm]
+    sizes_U = np.array(SIZES[arm])
+    found = power_law.summary(fit(sizes_U, gamma * np.log(beta * unit * sizes_U)), 0.95)
+    assert found["gamma"]["value"] == pytest.approx(gamma, abs=1e-6)
+    assert found["beta"]["value"] == pytest.approx(beta * unit, rel=1e-6)
+    assert holds(found["gamma"], gamma)
+    assert holds(found["beta"], beta * unit)
+    assert found["goodness"]["r_squared"] == pytest.approx(1.0)
+    assert found["leave_one_out"]["root_mean_square_error"] < 1e-9
+
+
+def test_published_betas_belong_to_billions_of_parameters():
+    beta, gamma = PUBLISHED["wikitext"]["continued"]
+    assert (beta * 0.774) ** gamma == pytest.approx(10.42, rel=0.02)  # GPT2-large fine-tuned, as published
+
+
+def test_gamma_is_textbook_regression_with_students_interval():
+    generator = np.random.default_rng(3)
+    log_sizes_U = np.log(np.geomspace(1e6, 1e9, 6))
+    losses_U = 5.0 - 0.1 * log_sizes_U + 0.02 * generator.normal(size=6)
+    found = power_law.summary(fit(np.exp(log_sizes_U), losses_U, samples=200_000), 0.9)
+    expected = scipy.stats.linregress(log_sizes_U, losses_U)
+    half = scipy.stats.t.ppf(0.95, 4) * expected.stderr
+    assert found["gamma"]["value"] == pytest.approx(expected.slope, rel=1e-9)
+    assert found["gamma"]["low"] == pytest.approx(expected.slope - half, abs=0.02 * half)
+    assert found["gamma"]["high"] == pytest.approx(expected.slope + half, abs=0.02 * half)
+    assert found["beta"]["value"] == pytest.approx(math.exp(expected.intercept / expected.slope), rel=1e-6)
+    assert found["goodness"]["r_squared"] == pytest.approx(expected.rvalue**2)
+
+
+def test_leave_one_out_is_a_refit_without_each_size():
+    log_sizes_U, losses_U = np.log([1e6, 4e6, 9e6, 3e7]), np.array([4.0, 3.8, 3.75, 3.4])
+    found = power_law.leave_one_out(fit(np.exp(log_sizes_U), losses_U))
+    errors = []
+    for left_out in range(4):
+        others = np.arange(4) != left_out
+        line = scipy.stats.linregress(log_sizes_U[others], losses_U[others])
+        predicted = line.intercept + line.slope * log_sizes_U[left_out]
+        errors.append(math.exp(predicted - losses_U[left_out]) - 1.0)
+    assert [prediction["error"] for prediction in found["predictions"]] == pytest.approx(errors)
+    assert found["largest_error"] == pytest.approx(max(errors, key=abs))
+
+
+def test_the_best_run_of_a_size_stands_for_it():
+    runs = runs_of([1e6, 1e6, 2e6, 4e6, 8e6], np.array([4.0, 3.0, 2.9, 2.8, 2.7]))
+    law = power_law.fit(runs, against="parameters", samples=100, generator=np.random.default_rng(0))
+    assert np.exp(law.runs.losses_R[0]) == pytest.approx(math.exp(3.0))
+    assert len(law.x_U) == 4
+
+
+def test_perplexities_that_do_not_fall_have_an_unbounded_beta_and_no_comparison():
+    flat = fit([1e6, 1e7, 1e8, 1e9], [3.0, 3.1, 2.95, 3.05])
+    steep = fit([1e6, 1e7, 1e8, 1e9], [4.0, 3.5, 3.01, 2.5])
+    assert power_law.summary(flat, 0.95)["beta"]["low"] is None
+    found = comparison.compare(("a", flat), ("b", steep), against="parameters", confidence=0.95)
+    assert found["gamma_ratio"]["low"] is found["gamma_ratio"]["high"] is None
+    assert found["verdict"].startswith("The exponents cannot be compared: the perplexity of a is not shown to fall")
+
+
+def test_equal_perplexities_everywhere_are_still_json():
+    constant = fit([1e6, 1e7, 1e8], [3.0, 3.0, 3.0])
+    assert power_law.summary(constant, 0.95)["beta"]["low"] is None
+    found = comparison.compare(("a", constant), ("b", constant), against="parameters", confidence=0.95)
+    assert "cannot be compared" in found["verdict"]
+
+
+def test_lack_of_fit_compares_a_bend_with_the_seeds():
+    log_sizes_U = np.log(np.geomspace(1e6, 1e8, 5))
+    straight_U = 4.0 - 0.1 * log_sizes_U
+    bent_U = straight_U + 0.01 * np.square(log_sizes_U - log_sizes_U.mean())
+    seeds_UxM = 0.002 * np.random.default_rng(0).normal(size=(5, 3))
+    probabilities = [
+        power_law.goodness(fit(np.exp(log_sizes_U), losses_U[:, None] + seeds_UxM))["lack_of_fit_p"]
+        for losses_U in (straight_U, bent_U)
+    ]
+    assert probabilities[0] > 0.05
+    assert probabilities[1] < 1e-4
+    generator = np.random.default_rng(1)
+    under_the_law = [
+        power_law.goodness(fit(np.exp(log_sizes_U), straight_U[:, None] + generator.normal(size=(5, 3)), samples=2))
+        for _ in range(300)
+    ]
+    assert scipy.stats.kstest([found["lack_of_fit_p"] for found in under_the_law], "uniform").pvalue > 0.01
+
+
+def test_ratio_is_fiellers_interval_and_the_verdict_follows_it():
+    sizes_U, noise_U = np.geomspace(1e6, 1e8, 6), 0.004 * np.array([1.0, -1.0, 0.5, -0.5, 1.0, -1.0])
+    laws = [fit(sizes_U, 6.0 + gamma * np.log(sizes_U) + noise_U) for gamma in (-0.1, -0.13)]
+    found = comparison.compare(("a", laws[0]), ("b", laws[1]), against="parameters", confidence=0.95)
+    # Fieller's quadratic; equal scatters of equal designs leave Welch 4 + 4 degrees of freedom where r is about 1.
+    gammas, variance = [law.gamma for law in laws], laws[0].line.covariance_KxK[1, 1]
+    for r in (found["gamma_ratio"]["low"], found["gamma_ratio"]["high"]):
+        degrees = 4 * (1 + r**2) ** 2 / (1 + r**4)
+        t = (gammas[1] - r * gammas[0]) / math.sqrt(variance * (1 + r**2))
+        assert 2 * scipy.stats.t.sf(abs(t), degrees) == pytest.approx(0.05, rel=1e-6)
+    assert found["verdict"].startswith("The data support a steeper exponent of b than of a")
+    back = comparison.compare(("b", laws[1]), ("a", laws[0]), against="parameters", confidence=0.95)
+    assert back["verdict"].startswith("The data support a shallower exponent of a than of b")
+    assert back["gamma_ratio"]["low"] == pytest.approx(1.0 / found["gamma_ratio"]["high"])
+    same = comparison.compare(("a", laws[0]), ("a2", laws[0]), against="parameters", confidence=0.95)
+    assert same["verdict"].startswith("The data do not support a difference")
+    assert same["perplexity_ratio"]["value"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("sizes", "seeds"), [(3, 2), (5, 1), (5, 2), (8, 3)])
+def test_intervals_of_500_sweeps_cover_the_published_laws(sizes, seeds):
+    generator, sweeps = np.random.default_rng(sizes * 10 + seeds), 500
+    laws, x_U = PUBLISHED["web"], np.geomspace(0.124, 3.0, sizes)
+    truth = {"gamma_ratio": laws["augmented"][1] / laws["continued"][1]}
+    covered = dict.fromkeys(("gamma", "beta", "gamma_ratio", "perplexity_ratio"), 0)
+    for _ in range(sweeps):
+        fitted = {}
+        for arm, (beta, gamma) in laws.items():
+            # What is peculiar to a size is shared by its seeds.
+            noise_UxM = 0.01 * generator.normal(size=(sizes, 1)) + 0.01 * generator.normal(size=(sizes, seeds))
+            losses_UxM = gamma * np.log(beta * x_U)[:, None] + noise_UxM
+            fitted[arm] = power_law.fit(
+                runs_of(x_U, losses_UxM), against="parameters", samples=1000, generator=generator
+            )
+        found = power_law.summary(fitted["continued"], 0.95)
+        found |= comparison.compare(*fitted.items(), against="parameters", confidence=0.95)
+        truth["perplexity_ratio"] = math.prod(
+            (beta * x_U[-1]) ** (sign * gamma) for (beta, gamma), sign in zip(laws.values(), (-1, 1), strict=True)
+        )
+        truth["beta"], truth["gamma"] = laws["continued"]
+        for name in covered:
+            covered[name] += holds(found[name], truth[name])
+    for name, count in covered.items():
+        assert abs(count / sweeps - 0.95) <= 0.03, (name, count / sweeps)
+
+
+def test_bounds_of_draws_that_run_away_or_do_not_exist():
+    drawn_S = np.concatenate([np.linspace(0.0, 1.0, 96), [np.nan] * 4])
+    assert draws.interval(0.5, drawn_S, 0.95) == {"value": 0.5, "low": None, "high": None}
+    bounded = draws.interval(0.5, drawn_S, 0.9)
+    assert 0.0 <= bounded["low"] < 0.02
+    assert 0.98 < bounded["high"] <= 1.0
+    assert draws.interval(math.inf, None, 0.9) == {"value": None, "low": None, "high": None}
