@@ -9,7 +9,7 @@ def get_config():
     config.corpus.max_bytes = 2_500_000
     config.tokenizer.vocab_size = 2048
     config.base.context_length = 128
-    # Small enough to have flattened after these steps: what more training gives it is a small part of the memory's gain.
+    # Small enough to have flattened after these steps: more training gives it a small part of the memory's gain.
     config.base.width = 32
     config.base.training.steps = 4000
     config.targets.k = 64
