@@ -29,7 +29,7 @@ benchmark: $(VENV)/installed-bench
 	$(BIN)/mlpmem benchmark --config=configs/quickstart.py --json=runs/benchmark.json
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ EXTRAS = {
     "test": [
         "pytest>=8.3,<10",
         "hypothesis>=6.130,<7",
+        "pytest-xdist>=3.6,<4",
         "pyarrow>=18",
         "ruff>=0.11,<0.18",
         "kubernetes-validate>=1.30",

@@ -18,6 +18,7 @@ from mlpmem_jax.evaluation.wording import label
 from mlpmem_jax.scaling.points import Runs, Sweep, set_of
 from mlpmem_jax.scaling.power_law import PowerLaw
 
+FILES = ("fit.svg", "fit.png", "frontier.svg", "frontier.png")
 # Okabe and Ito's colors, which color-blind readers tell apart; marker and line style carry the same distinction.
 _KNOWN = {
     "continued": {"color": "#5f6b78", "marker": "s", "ls": "--"},
@@ -36,9 +37,6 @@ _STYLE = {**STYLE, "mathtext.default": "regular"}
 _LEGEND = {"frameon": True, "framealpha": 0.85, "edgecolor": "none"}
 _OUTSIDE = 100.0  # log perplexity beyond any picture, still a number after exp
 _AXIS_LABELS = {"parameters": "total parameters", "flops": "training compute (FLOPs)"}
-
-
-FILES = ("fit.svg", "fit.png", "frontier.svg", "frontier.png")
 
 
 def pictures(fitted: dict, laws: dict[str, PowerLaw], sweep: Sweep) -> dict[str, bytes]:

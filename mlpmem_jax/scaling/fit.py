@@ -23,7 +23,7 @@ def run(
     *,
     against: str = "parameters",
     confidence: float = 0.95,
-    samples: int = 10_000,
+    samples: int = 40_000,
     seed: int = 0,
 ) -> dict:
     """Fits the laws of every arm, compares the arms, and writes fit.json, fit.svg and fit.png.
