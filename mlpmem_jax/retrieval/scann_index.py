@@ -1,7 +1,8 @@
 """Approximate nearest neighbors with ScaNN: a tree of clusters, asymmetric hashing, exact reordering in float32.
 
-The clusters are seeded by k-means++ and not at random, because ScaNN draws random seeds from the operating system:
-with k-means++ two builds from the same keys are the same, byte for byte, on any number of threads.
+Two builds from the same keys are the same, byte for byte. ScaNN does not promise that: it draws random seeds from the
+operating system, so the clusters are seeded by k-means++; and threads that share the work of assigning keys to clusters
+disagree about a few of them from run to run, so one thread builds. Searches may use any number.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import numpy as np
 from mlpmem_jax.retrieval import neighbors
 
 _BRUTE_FORCE_BELOW = 4096  # too few keys to cluster and hash well
+# More than these of ScaNN's trainings made no difference to the recall.
+_TREE_ITERATIONS, _HASHING_ITERATIONS, _HASHING_SAMPLE = 6, 5, 25_000
+_SMALLEST_LEAF = 4  # of the sample; ScaNN's 50 dissolves leaves when the sample has fewer than about 100 keys a leaf
 _ROWS_PER_CALL = 256
 _RETRIED_NEIGHBORS = 1 << 22  # of one call: 32 MiB of ids and distances
 
@@ -83,10 +87,17 @@ class ScannIndex:
                 options.leaves,
                 options.leaves_to_search,
                 training_sample_size=options.training_sample,
+                training_iterations=_TREE_ITERATIONS,
+                min_partition_size=_SMALLEST_LEAF,
                 random_init=False,
             )
             # One dimension a block: more bytes to scan than two, far fewer candidates to reorder for the same recall.
-            builder = builder.score_ah(1, training_sample_size=options.training_sample).reorder(1)
+            builder = builder.score_ah(
+                1,
+                training_sample_size=min(_HASHING_SAMPLE, options.training_sample),
+                training_iterations=_HASHING_ITERATIONS,
+            ).reorder(1)
+        builder.set_n_training_threads(1)
         with _no_native_log():
             return cls(builder.build(), len(keys_NxD), options)
 
