@@ -94,7 +94,7 @@ def test_two_builds_in_two_processes_are_the_same_bytes(tmp_path):
         import hashlib, pathlib, sys, tempfile
         import numpy as np
         from mlpmem_jax.retrieval.scann_index import Options, ScannIndex
-        # Keys on a coarse grid are often about as near to two clusters: threads that race would settle them differently.
+        # Keys on a coarse grid are often as near to two clusters: threads that race settle them differently.
         keys = np.round(4 * np.random.default_rng(0).normal(size=(100_000, {WIDTH}))).astype(np.float32)
         index = ScannIndex.build(keys, Options.derive(len(keys), 20, leaves=1000, training_sample=10_000))
         digest = hashlib.sha256()
