@@ -15,6 +15,7 @@ def get_config():
     config.memory.width = 384
     config.training.epochs = 3.0
     config.training.batch_sequences = 64
+    config.training.accumulation_steps = 8
     config.training.evaluate_every = 200
     config.training.evaluation_sequences = 400
     config.training.checkpoint_every = 100

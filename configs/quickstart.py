@@ -20,6 +20,7 @@ def get_config():
     config.memory.blocks = 4
     config.training.epochs = 1.5
     config.training.batch_sequences = 32
+    config.training.accumulation_steps = 4  # 1,024 positions at once stay in a CPU's caches
     config.training.warmup_steps = 20
     config.training.evaluate_every = 100
     config.training.checkpoint_every = 100
