@@ -109,7 +109,8 @@ def _train_step_row(
         f"train step, width {width}, {optimizer_name}",
         statistics.median(shares),
         "of the matmul rate",
-        f"float32, {positions} positions in {micro_batches} micro-batches, 4 blocks, vocabulary {VOCABULARY}, {ENTRIES} entries; "
+        f"float32, {positions} positions in {micro_batches} micro-batches, 4 blocks, vocabulary {VOCABULARY}, "
+        f"{ENTRIES} entries; "
         f"{positions / statistics.median(seconds):,.0f} positions/s, "
         f"{step_flops / statistics.median(seconds) / 1e9:.0f} of "
         f"{statistics.median(rates) / 1e9:.0f} GFLOP/s, medians of 5; the optimizer's own FLOPs are not counted",
