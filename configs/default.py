@@ -56,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.base = base = ml_collections.ConfigDict()
     base.source = "train"  # "train" or "huggingface"
-    base.path = ""  # Hugging Face folder or name of a GPT-2, for "huggingface"
+    base.path = ""  # Hugging Face folder or name of a GPT-2, Llama or Mistral, for "huggingface"
     base.context_length = 256  # positions of one sequence (block), in every stage
     base.width = 64  # of the trained base
     base.blocks = 2
@@ -67,7 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
     datastore.dtype = "float16"  # of keys and memory inputs: "float16" or "bfloat16"
     datastore.compute_dtype = "float32"  # of the forward pass: "float32", or "bfloat16" on accelerators
     datastore.input_depth = 1.0  # relative depth of the memory's input: 1.0 = the keys, 0.7 = the paper's best
-    datastore.key_model = ""  # Hugging Face GPT-2 whose keys the targets are built from; "" = the base
+    datastore.key_model = ""  # Hugging Face model whose keys the targets are built from; "" = the base
     datastore.batch_sequences = 32  # sequences in one forward pass, over all devices
     datastore.sequences_per_shard = 256  # sequences that are written as one shard
 
@@ -89,7 +89,7 @@ def get_config() -> ml_collections.ConfigDict:
     memory.family = "gpt2"  # "gpt2" (LayerNorm, GELU) or "llama" (RMSNorm, SwiGLU)
     memory.width = 256
     memory.blocks = 4
-    memory.feed_forward_width = 0  # 0 = 4 x width
+    memory.feed_forward_width = 0  # 0 = 4 x width; the paper: the base's
     memory.output_from_base = False  # output projection starts as the base LM's (needs the base's width)
 
     config.training = training = optimization()

@@ -49,6 +49,7 @@ def load_language_model(
     Raises:
       UserError: no such folder or model, another architecture, or a tensor that is missing, left over, of another
         shape than the config says, or unreadable; the text names it.
+      ConfigError: the mesh does not divide the model.
     """
     folder = _folder(source)
     config = huggingface_config.read_config(folder)
@@ -58,6 +59,7 @@ def load_language_model(
     stored = layouts(family, abstract, config.blocks)
     _check_tensors(folder, files, jax.tree.leaves(stored), has_output="lm_head" in abstract)
     placed = meshes.shardings(mesh, language_model.logical_axes(config), rules)
+    meshes.check_cuts(abstract, placed)
     count = sum(len(layout.names) for layout in jax.tree.leaves(stored))
     with progress(count, f"importing {source}", "tensors") as bar:
         return jax.tree.map(functools.partial(_array, files, bar), stored, placed), config

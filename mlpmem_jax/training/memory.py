@@ -144,7 +144,8 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
             f"config.memory.output_from_base: needs config.memory.width ({model.width}) equal to the base's width "
             f"({base_config.width})"
         )
-    kernel_DxV = language_model.output_kernel(frozen) if config.memory.output_from_base else None
+    # The base's vocabulary may be padded beyond the tokenizer's.
+    kernel_DxV = language_model.output_kernel(frozen)[:, : model.vocab_size] if config.memory.output_from_base else None
     key = jax.random.key(config.training.seed)
 
     source = data.TargetSource(datastore, targets, TokenStream(tokens, "train") if online else None)
