@@ -28,6 +28,7 @@ _OTHER = {
     "generate": "continue a prompt with the base LM alone and with the memory",
     "benchmark": "measure the rates of this machine",
 }
+_FIT = "points of a sweep -> scaling laws with intervals, and their picture"
 _EXAMPLES = """\
 examples:
   mlpmem run --config=configs/quickstart.py
@@ -64,7 +65,32 @@ def _parser() -> argparse.ArgumentParser:
         if name == "benchmark":
             verb.add_argument("--json", metavar="FILE", help="write the rows here as well")
             verb.add_argument("--rows", default="", metavar="A,B", help="only these parts, e.g. train,generate")
+    _add_fit(verbs)
     return parser
+
+
+def _add_fit(verbs) -> None:
+    """`mlpmem fit`, which reads points rather than a config."""
+    verb = verbs.add_parser("fit", help=_FIT, description=_FIT, allow_abbrev=False)
+    source = verb.add_mutually_exclusive_group(required=True)
+    source.add_argument("--runs", metavar="DIR", help="workdir of a sweep, which holds points.csv")
+    source.add_argument("--points", metavar="CSV", help="columns arm,parameters,tokens,flops,perplexity,seed")
+    verb.add_argument("--output", required=True, metavar="DIR", help="fit.json, fit.svg and fit.png go here")
+    verb.add_argument(
+        "--against",
+        default="parameters",
+        choices=("parameters", "flops"),
+        help="what the power law is a law in (default parameters)",
+    )
+    verb.add_argument("--quiet", action="store_true", help="errors alone")
+
+
+def _fit(options: argparse.Namespace, strangers: list[str]) -> None:
+    from mlpmem_jax.scaling import fit, points
+
+    if strangers:
+        raise UserError(f"{strangers[0]}: unknown option; see mlpmem fit --help")
+    fit.run(options.points or points.of_sweep(options.runs), options.output, against=options.against)
 
 
 def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
@@ -145,7 +171,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quiet:
         os.environ["MLPMEM_QUIET"] = "1"
     try:
-        _dispatch(options, read_config(options.config, overrides))
+        if options.verb == "fit":
+            _fit(options, overrides)
+        else:
+            _dispatch(options, read_config(options.config, overrides))
     except UserError as error:
         print(f"mlpmem {options.verb}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -102,7 +102,7 @@ def _laws(fitted: dict, laws: dict[str, PowerLaw], sweep: Sweep, styles: dict) -
     )
     _draw_exponents(right, fitted, styles)
     if fitted["comparison"]:
-        verdict = textwrap.fill(_plain(fitted["comparison"]["verdict"]), 165)
+        verdict = textwrap.fill(_plain(fitted["comparison"]["verdict"]), 140)
         figure.supxlabel(verdict, fontsize=9.5, x=0.012, ha="left", color=INK)
     return figure
 
@@ -134,8 +134,7 @@ def _draw_exponents(axes: matplotlib.axes.Axes, fitted: dict, styles: dict) -> N
         numbers = "unbounded"
         if ratio["low"] is not None:
             numbers = f"{ratio['value']:.2f}  [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-        text = _plain(f"ratio {comparison['arm']} / {comparison['reference']}: {numbers}")
-        axes.set_title(text, loc="left", pad=10, fontsize=11)
+        axes.set_title(f"ratio of exponents: {numbers}", loc="left", pad=10)
 
 
 def _label(arm: str) -> str:
