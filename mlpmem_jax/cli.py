@@ -25,9 +25,11 @@ STAGES = {
 _OTHER = {
     "run": "all stages in order; finished ones are skipped, unfinished ones go on",
     "controls": "train the controls (base trained on; memory without targets) and report them beside",
+    "continued": "train the base on with the settings config.training, and score it: an arm of sweeps",
     "generate": "continue a prompt with the base LM alone and with the memory",
     "benchmark": "measure the rates of this machine",
 }
+_SWEEP = "many models over size, compute and arm -> points.csv; run again, it goes on where it stopped"
 _FIT = "points of a sweep -> scaling laws with intervals, and their picture"
 _EXAMPLES = """\
 examples:
@@ -65,8 +67,18 @@ def _parser() -> argparse.ArgumentParser:
         if name == "benchmark":
             verb.add_argument("--json", metavar="FILE", help="write the rows here as well")
             verb.add_argument("--rows", default="", metavar="A,B", help="only these parts, e.g. train,generate")
+    _add_sweep(verbs)
     _add_fit(verbs)
     return parser
+
+
+def _add_sweep(verbs) -> None:
+    """`mlpmem sweep`, whose config is a sweep."""
+    verb = verbs.add_parser("sweep", help=_SWEEP, description=_SWEEP, allow_abbrev=False)
+    verb.add_argument("--config", required=True, metavar="FILE", help="e.g. configs/sweeps/quickstart_sizes.py")
+    verb.add_argument("--workers", type=int, default=1, help="points at once on this machine's cores (default 1)")
+    verb.add_argument("--launch", choices=("jobset", "slurm"), help="write jobs for launch/ instead of running here")
+    verb.add_argument("--quiet", action="store_true", help="no progress, errors alone")
 
 
 def _add_fit(verbs) -> None:
@@ -83,6 +95,17 @@ def _add_fit(verbs) -> None:
         help="what the power law is a law in (default parameters)",
     )
     verb.add_argument("--quiet", action="store_true", help="errors alone")
+
+
+def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
+    from mlpmem_jax.scaling import launching, runner, sweep
+
+    _refuse_strangers(overrides)
+    found = sweep.read(options.config, overrides)
+    if options.launch:
+        launching.write(found, options.launch)
+    else:
+        runner.run(found, options.workers)
 
 
 def _fit(options: argparse.Namespace, strangers: list[str]) -> None:
@@ -104,9 +127,7 @@ def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
     values = flags.FlagValues()
     words = ["mlpmem", f"--config={file}", *overrides]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
-    strangers = [word for word in overrides if not word.startswith("--config.")]
-    if strangers:
-        raise ConfigError(f"{strangers[0]}: unknown option; see mlpmem --help")
+    _refuse_strangers(overrides)
     try:
         values(words)
         config = values["config"].value
@@ -114,6 +135,12 @@ def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
         raise _explained(file, overrides, error) from error
     configs.check(config)
     return config
+
+
+def _refuse_strangers(overrides: list[str]) -> None:
+    strangers = [word for word in overrides if not word.startswith("--config.")]
+    if strangers:
+        raise ConfigError(f"{strangers[0]}: unknown option; see mlpmem --help")
 
 
 def _explained(file: str, overrides: list[str], error: Exception) -> ConfigError:
@@ -158,6 +185,11 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
         from mlpmem_jax import benchmark
 
         benchmark.run(config, [part for part in options.rows.split(",") if part], options.json)
+    elif options.verb == "continued":
+        from mlpmem_jax.training import continued
+
+        with runtime.measured_stage(config.workdir, "continued"):
+            continued.run(config)
     else:
         from mlpmem_jax.training import controls
 
@@ -173,6 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.verb == "fit":
             _fit(options, overrides)
+        elif options.verb == "sweep":
+            _sweep(options, overrides)
         else:
             _dispatch(options, read_config(options.config, overrides))
     except UserError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import pprint
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -207,3 +208,12 @@ def mesh_rules(config: ml_collections.ConfigDict) -> dict[str, str | tuple[str, 
 def plain(group: ml_collections.ConfigDict) -> dict:
     """A group as JSON-able dictionaries, as manifests keep it."""
     return json.loads(group.to_json_best_effort())
+
+
+def as_file(config: ml_collections.ConfigDict, note: str) -> str:
+    """A resolved config as a config file that needs no other file; the note stands at its head."""
+    values = pprint.pformat(config.to_dict(), width=100, sort_dicts=False)
+    return (
+        f"{note!r}\nfrom ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict(\n{values}\n    )\n"
+    )
