@@ -145,16 +145,8 @@ def _refuse_strangers(overrides: list[str]) -> None:
 
 def _explained(file: str, overrides: list[str], error: Exception) -> ConfigError:
     """What was wrong with an override, in our words where the key does not exist."""
-    for word in overrides:
-        key = word.removeprefix("--config.").split("=", 1)[0]
-        group = configs.SCHEMA
-        for depth, part in enumerate(key.split("."), start=1):
-            if not isinstance(group, dict) or part not in group:
-                prefix = ".".join(key.split(".")[: depth - 1])
-                allowed = group if isinstance(group, dict) else {}
-                return configs.unknown_key(key, [f"{prefix}.{name}".lstrip(".") for name in allowed])
-            group = group[part]
-    return ConfigError(f"{file} {' '.join(overrides)}: {error}")
+    unknown = configs.first_unknown(overrides)
+    return unknown or ConfigError(f"{file} {' '.join(overrides)}: {error}")
 
 
 def _run_stage(name: str, config: ml_collections.ConfigDict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import pprint
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -131,6 +131,20 @@ def unknown_key(key: str, allowed: list[str]) -> ConfigError:
     near = difflib.get_close_matches(key, allowed, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return ConfigError(f"config.{key}: no such key; {hint}Keys there: {', '.join(sorted(allowed))}")
+
+
+def first_unknown(overrides: Iterable[str]) -> ConfigError | None:
+    """The error for the first of `--config.key=value` whose key does not exist; None where all do."""
+    for word in overrides:
+        key = word.removeprefix("--config.").split("=", 1)[0]
+        group = SCHEMA
+        for depth, part in enumerate(key.split("."), start=1):
+            if not isinstance(group, dict) or part not in group:
+                prefix = ".".join(key.split(".")[: depth - 1])
+                allowed = group if isinstance(group, dict) else {}
+                return unknown_key(key, [f"{prefix}.{name}".lstrip(".") for name in allowed])
+            group = group[part]
+    return None
 
 
 def _check_tree(config: Mapping, schema: Mapping, prefix: str) -> None:

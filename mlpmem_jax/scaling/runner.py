@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import pathlib
 import signal
@@ -60,6 +61,24 @@ def run(sweep: Sweep, workers: int) -> None:
       UserError: `workers` cannot be, the workdir is not on this machine, or points failed; they are named.
       Stopped: SIGTERM or SIGINT came; children were asked to write checkpoints.
     """
+    units = of_sweep(sweep)
+    states = {unit.name: State("finished" if unit.is_finished() else "waits") for unit in units}
+    rows = table.Rows(sweep, units, states)
+    say(f"{sweep.name}: {len(sweep.points)} points, {len(units)} units, {rows.finished} of them finished already")
+    stopped = rows.finished < len(units) and _run_units(sweep, units, states, rows, workers)
+    finished = {point.name for point in sweep.points if states[point.name].phase == "finished"}
+    if finished:
+        say(f"{len(finished)} of {len(sweep.points)} points: {collection.write(sweep, finished)}")
+    if stopped:
+        raise Stopped(f"{sweep.name}: asked to stop; what was done is kept, run the same command again")
+    if failed := [unit for unit in units if states[unit.name].phase == "failed"]:
+        reasons = "\n  ".join(f"{unit.name}: {states[unit.name].reason}" for unit in failed)
+        missing = [point.name for point in sweep.points if point.name not in finished]
+        raise UserError(f"these failed:\n  {reasons}\npoints without a result: {', '.join(missing)}")
+
+
+def _run_units(sweep: Sweep, units: list[Unit], states: dict[str, State], rows: table.Rows, workers: int) -> bool:
+    """Runs what is left and keeps `states`; returns whether it was asked to stop before the end."""
     cores = _cores()
     if not 1 <= workers <= len(cores):
         raise UserError(f"--workers={workers}: expected 1 to {len(cores)}, the cores of this machine")
@@ -68,44 +87,45 @@ def run(sweep: Sweep, workers: int) -> None:
             f"config.workdir: {sweep.workdir!r} is not on this machine, where the points are to run; name a folder, or "
             "write jobs for other machines with --launch"
         )
-    units = of_sweep(sweep)
-    states = {unit.name: State("finished" if unit.is_finished() else "waits") for unit in units}
     logs = pathlib.Path(sweep.workdir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    rows = table.Rows(sweep, units, states)
-    say(f"{sweep.name}: {len(sweep.points)} points, {len(units)} units, {rows.finished} of them finished already")
-    with _stop_requests() as must_stop, live(rows.render) as is_live:
-        children: list[_Child] = []
+    children: list[_Child] = []
+    with _alone(logs), _stop_requests() as must_stop, live(rows.render) as is_live:
         try:
             while not must_stop():
                 for child in [child for child in children if child.process.poll() is not None]:
                     children.remove(child)
-                    _note_end(child, states, units)
+                    _note_end(child, states)
                     if not is_live:
                         say(rows.line(child.unit))
                 free = sorted(set(range(workers)) - {child.slot for child in children})
                 ready = _ready(units, states)
+                if not children and not ready:
+                    return False
                 for slot, unit in zip(free, ready, strict=False):
                     children.append(_started(unit, slot, cores[slot::workers], logs))
                     states[unit.name].phase = "runs"
                     if not is_live:
                         say(rows.line(unit))
-                if not children and not ready:
-                    break
                 for child in children:
                     states[child.unit.name].seconds = time.monotonic() - child.start
                 time.sleep(_POLL_SECONDS)
+            return True
         finally:
             _stop(children)
-    finished = {point.name for point in sweep.points if states[point.name].phase == "finished"}
-    if finished:
-        say(f"{len(finished)} of {len(sweep.points)} points: {collection.write(sweep, finished)}")
-    if must_stop():
-        raise Stopped(f"{sweep.name}: asked to stop; what was done is kept, run the same command again")
-    if failed := [unit for unit in units if states[unit.name].phase == "failed"]:
-        reasons = "\n  ".join(f"{unit.name}: {states[unit.name].reason}" for unit in failed)
-        missing = [point.name for point in sweep.points if point.name not in finished]
-        raise UserError(f"these failed:\n  {reasons}\npoints without a result: {', '.join(missing)}")
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """Refuses a second sweep in the same workdir; the kernel drops the lock with the process, however it ends."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{folder.parent}: another mlpmem sweep runs in this workdir; wait for it, or stop it"
+            ) from error
+        yield
 
 
 def _cores() -> list[int]:
@@ -179,7 +199,7 @@ def _on_cores(cores: list[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _note_end(child: _Child, states: dict[str, State], units: list[Unit]) -> None:
+def _note_end(child: _Child, states: dict[str, State]) -> None:
     state = states[child.unit.name]
     state.seconds = time.monotonic() - child.start
     code = child.process.returncode

@@ -132,13 +132,14 @@ def _load(file: str) -> dict:
 
 
 def _overridden(file: str, config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    values, words = flags.FlagValues(), ["mlpmem", *overrides]
     try:
-        values(["mlpmem", *overrides])
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
+        values(words)
         config = values["config"].value
     except (AttributeError, KeyError, flags.Error, TypeError, ValueError) as error:
-        raise ConfigError(f"{file} {' '.join(overrides)}: {error}") from error
+        unknown = configs.first_unknown(overrides)
+        raise unknown or ConfigError(f"{file} {' '.join(overrides)}: {error}") from error
     configs.check(config)
     return config
 
