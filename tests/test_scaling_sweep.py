@@ -5,7 +5,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 
 import pytest
@@ -26,17 +25,17 @@ def file_of(folder, points="[]", positions=0, counted="training", workdir="runs/
     """A sweep file whose points are this text."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "toy.py"
-    text = f"""
-        from configs import quickstart
-        from configs.sweeps import point
+    text = f"""\
+from configs import quickstart
+from configs.sweeps import point
 
-        def get_sweep():
-            config = quickstart.get_config()
-            config.workdir = {str(workdir)!r}
-            points = {points}
-            return {{"config": config, "counted": {counted!r}, "positions": {positions}, "points": points}}
-    """
-    file.write_text(textwrap.dedent(text))
+def get_sweep():
+    config = quickstart.get_config()
+    config.workdir = {str(workdir)!r}
+    points = {points}
+    return {{"config": config, "counted": {counted!r}, "positions": {positions}, "points": points}}
+"""
+    file.write_text(text)
     return str(file)
 
 
@@ -294,7 +293,8 @@ def test_a_sweep_that_is_stopped_stops_its_children(toy):
 
 
 @pytest.mark.parametrize(("workers", "workdir", "message"), [(0, "x", "--workers=0"), (1, "gs://b/x", "--launch")])
-def test_what_cannot_be_run_here(tmp_path, workers, workdir, message):
+def test_what_cannot_be_run_here(tmp_path, monkeypatch, workers, workdir, message):
+    monkeypatch.setattr(Unit, "is_finished", lambda unit: False)
     with pytest.raises(UserError, match=message):
         runner.run(sweep.read(file_of(tmp_path, SIZES, workdir=workdir)), workers)
 

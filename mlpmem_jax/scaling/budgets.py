@@ -21,7 +21,6 @@ from mlpmem_jax.training import memory
 COUNTED = ("training", "training and targets")
 _GPT2 = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25)}
 """(width, blocks, heads) of the published models that a config names instead of describing."""
-_TREE_ITERATIONS = 6  # of k-means over the sample, as in retrieval.scann_index
 
 
 def base_model(config: ml_collections.ConfigDict) -> GPT2Config:
@@ -118,7 +117,7 @@ def _search(width: int, positions: int, backend: str, targets: dict) -> float:
 
     Exact search is one product of all queries with all keys. ScaNN compares each key and query with the centers of
     all leaves, adds one number from a table for each dimension of each key in the leaves searched, and computes the
-    distances of the candidates that it reorders.
+    distances of the candidates that it reorders. Finding the centers, from a sample, is left out.
     """
     if backend == "exact":
         return 2.0 * width * positions**2
@@ -129,8 +128,7 @@ def _search(width: int, positions: int, backend: str, targets: dict) -> float:
         **{name: targets[name] for name in ("leaves", "leaves_to_search", "reorder", "training_sample")},
     )
     shards = math.ceil(positions / keys)
-    training = _TREE_ITERATIONS * options.training_sample * options.leaves * 2.0 * width
     filling = keys * options.leaves * 2.0 * width
     scanned = keys * options.leaves_to_search / options.leaves
     query = options.leaves * 2.0 * width + scanned * width + targets["k"] * options.reorder * 2.0 * width
-    return shards * (training + filling + positions * query)
+    return shards * (filling + positions * query)

@@ -34,9 +34,8 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
 
 def settings_of(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """`config.training` without the keys that only a memory has."""
-    settings = ml_collections.ConfigDict(config.training)
-    del settings["mode"], settings["alpha"]
-    return settings
+    of_a_memory = ("mode", "alpha")
+    return ml_collections.ConfigDict({key: value for key, value in config.training.items() if key not in of_a_memory})
 
 
 def train_on(
