@@ -20,18 +20,18 @@ SWEEP = """
     def get_sweep():
         config = smoke.get_config()
         config.workdir = {workdir!r}
-        config.corpus.max_bytes = 60_000
+        config.corpus.update({{"source": "files", "path": {text!r}, "max_bytes": 0, "document_bytes": 500}})
         config.tokenizer.vocab_size = 300
         config.base.update({{"context_length": 16, "blocks": 1}})
-        config.base.training.update({{"steps": 10, "warmup_steps": 2}})
-        config.training.update({{"batch_sequences": 8, "warmup_steps": 2}})
+        config.base.training.update({{"steps": 10, "warmup_steps": 2, "optimizer": "adamw"}})
+        config.training.update({{"batch_sequences": 8, "warmup_steps": 2, "optimizer": "adamw"}})
         config.targets.update({{"k": 5, "temperature": 3.0, "backend": "exact", "quality_positions": 64}})
         config.memory.update({{"blocks": 1}})
         config.evaluation.update({{"bootstrap_samples": 50, "sharpness_positions": 50}})
         points = []
         for width in (16, 32):
             size = {{"base.width": width, "memory.width": width}}
-            still = {{"training.learning_rate": 0.0, "training.adam_learning_rate": 0.0}} if width == 16 else {{}}
+            still = {{"training.learning_rate": 0.0}} if width == 16 else {{}}
             points.append(point(f"w{{width}}-continued", "continued", 1e8, overrides=size | still))
             points.append(point(f"w{{width}}-augmented", "augmented", 1e8, overrides=size))
         return {{"config": config, "counted": "training", "positions": 0, "points": points}}
@@ -42,8 +42,13 @@ SWEEP = """
 def trained(tmp_path_factory):
     """The sweep, with every unit run."""
     folder = tmp_path_factory.mktemp("sweep")
+    generator = np.random.default_rng(0)
+    words = [f"{first}{second}" for first in ("alpha", "beta", "gamma") for second in ("", "s", " of", " and")]
+    lines = [" ".join(generator.choice(words, 12)) for _ in range(250)]
+    (folder / "text.txt").write_text("\n\n".join(lines))
     file = folder / "toy.py"
-    file.write_text(textwrap.dedent(SWEEP.format(workdir=str(folder / "work"))))
+    text = SWEEP.format(workdir=str(folder / "work"), text=str(folder / "text.txt"))
+    file.write_text(textwrap.dedent(text))
     found = sweep.read(str(file))
     for unit in units.of_sweep(found):
         assert not unit.is_finished()
@@ -58,9 +63,10 @@ def test_points_say_what_was_trained_and_what_it_cost(trained):
     with open(file, newline="", encoding="utf-8") as text:
         rows = {row["name"]: row for row in csv.DictReader(text)}
     assert list(rows) == [point.name for point in trained.points]
+    vocabulary = artifacts.open_artifact(f"{trained.points[0].config.workdir}/tokens", "tokens").summary["vocab_size"]
     for width in (16, 32):
-        base = 12 * width**2 + 13 * width + 2 * width + (300 + 16) * width
-        memory = 8 * width**2 + 7 * width + 2 * width + 384 * width  # 300 tokens padded to three tiles
+        base = 12 * width**2 + 13 * width + 2 * width + (vocabulary + 16) * width
+        memory = 8 * width**2 + 7 * width + 2 * width + 384 * width  # padded to three tiles
         continued, augmented = rows[f"w{width}-continued"], rows[f"w{width}-augmented"]
         assert int(continued["parameters"]) == base
         assert int(augmented["parameters"]) == base + memory

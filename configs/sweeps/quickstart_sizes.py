@@ -4,8 +4,8 @@
     mlpmem fit --runs=runs/quickstart_sizes --output=runs/quickstart_sizes/fit
 
 As in the paper the memory is about as large as its base, the corpus is small for the larger models, and every base is
-trained until it has flattened, so that `continued` is not merely an unfinished base: bases see the corpus from 6 times
-(the largest) to 17 times (the smallest), and the best validation is kept. Each arm gets a quarter of its base's
+trained until it has flattened, so that `continued` is not merely an unfinished base: bases see the corpus from 8 times
+(the largest) to 13 times (the smallest), and the best validation is kept. Each arm gets a quarter of its base's
 compute.
 
 Learning rates are the same at every width: Muon's update of a matrix has a scale that does not depend on its size, and
@@ -18,9 +18,9 @@ from configs.sweeps import point
 SIZES = {  # width, blocks, heads and steps of the base; blocks of the memory; budget of each arm in FLOPs
     "38k": (16, 1, 2, 4000, 2, 4.7e11),
     "95k": (32, 2, 2, 4000, 3, 1.2e12),
-    "239k": (64, 2, 2, 3000, 3, 2.25e12),
-    "545k": (96, 3, 4, 2000, 5, 3.5e12),
-    "1m3": (128, 5, 4, 1500, 8, 6.1e12),
+    "239k": (64, 2, 2, 3500, 3, 2.6e12),
+    "545k": (96, 3, 4, 3000, 5, 5.2e12),
+    "1m3": (128, 5, 4, 2500, 8, 1.02e13),
 }
 SEEDS = (0, 1)
 
@@ -28,7 +28,7 @@ SEEDS = (0, 1)
 def get_sweep():
     config = quickstart.get_config()
     config.workdir = "runs/quickstart_sizes"
-    config.corpus.max_bytes = 1_500_000
+    config.corpus.max_bytes = 2_000_000
     config.training.evaluate_every = 100
     config.training.checkpoint_every = 200
     config.evaluation.bootstrap_samples = 200
