@@ -12,7 +12,7 @@ import math
 import ml_collections
 
 from mlpmem_jax.core.errors import ConfigError
-from mlpmem_jax.models import flops
+from mlpmem_jax.models import flops, language_model
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval import scann_index
@@ -56,7 +56,7 @@ def memory_model(config: ml_collections.ConfigDict) -> MemoryConfig:
 def per_position(arm: str, config: ml_collections.ConfigDict) -> int:
     """FLOPs of one position of a training step of what the arm trains."""
     if arm == "continued":
-        return 3 * flops.gpt2_forward(base_model(config), config.base.context_length)
+        return 3 * flops.language_model_forward(base_model(config), config.base.context_length)
     return 3 * flops.memory_forward(memory_model(config))
 
 
@@ -95,7 +95,12 @@ def planned_construction(config: ml_collections.ConfigDict, positions: int) -> f
 
 
 def construction(
-    base: GPT2Config, key_model: GPT2Config | None, length: int, positions: int, backend: str, targets: dict
+    base: language_model.Config,
+    key_model: language_model.Config | None,
+    length: int,
+    positions: int,
+    backend: str,
+    targets: dict,
 ) -> float:
     """FLOPs of inputs and targets of the training split.
 
@@ -108,7 +113,7 @@ def construction(
       targets: the settings `config.targets`.
     """
     models = [base] if key_model is None else [base, key_model]
-    forward = sum(flops.gpt2_forward(model, length, output_projection=False) for model in models)
+    forward = sum(flops.language_model_forward(model, length, output_projection=False) for model in models)
     return float(positions) * forward + _search(models[-1].width, positions, backend, targets)
 
 

@@ -12,8 +12,7 @@ from etils import epath
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import ArtifactError
 from mlpmem_jax.evaluation import provenance
-from mlpmem_jax.models import flops
-from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.models import flops, saved
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.scaling import budgets
 from mlpmem_jax.scaling.points import COLUMNS, FILE
@@ -67,10 +66,10 @@ def row(sweep: Sweep, point: Point) -> dict[str, str | float]:
     empty where it was imported. Perplexities are of the test split but for validation_perplexity.
     """
     base = _opened(point, "base", "base")
-    model, length = GPT2Config(**base.summary["model"]), point.config.base.context_length
+    model, length = saved.language_model_config(base), point.config.base.context_length
     values = _augmented(point, base) if point.arm == "augmented" else _continued(point, base)
     base_steps = base.summary.get("steps")
-    per_step = 3 * flops.gpt2_forward(model, length) * point.config.base.training.batch_sequences * length
+    per_step = 3 * flops.language_model_forward(model, length) * point.config.base.training.batch_sequences * length
     counted = values["training_flops"]
     if sweep.counted == budgets.COUNTED[1]:
         counted += values["construction_flops"]
@@ -127,12 +126,12 @@ def _construction(point: Point, base: Artifact, trained_positions: int) -> float
     datastore, targets = (_opened(point, f"{kind}/train", kind) for kind in ("datastore", "targets"))
     key_model = None
     if point.config.datastore.key_model:
-        key_model = GPT2Config(**_opened(point, "key_model", "base").summary["model"])
-    model, length = GPT2Config(**base.summary["model"]), point.config.base.context_length
+        key_model = saved.language_model_config(_opened(point, "key_model", "base"))
+    model, length = saved.language_model_config(base), point.config.base.context_length
     positions, backend = datastore.summary["positions"], targets.config["backend"]
     made = budgets.construction(model, key_model, length, positions, backend, targets.config)
     if point.config.training.mode == "online":  # the base runs again in every step
-        made += float(trained_positions) * flops.gpt2_forward(model, length, output_projection=False)
+        made += float(trained_positions) * flops.language_model_forward(model, length, output_projection=False)
     return made
 
 

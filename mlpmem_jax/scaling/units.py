@@ -124,7 +124,7 @@ def _flops(verb: str, config: ml_collections.ConfigDict) -> float:
     if verb != "base" or config.base.source != "train":
         return 0.0
     positions = config.base.training.steps * config.base.training.batch_sequences * config.base.context_length
-    return 3.0 * flops.gpt2_forward(budgets.base_model(config), config.base.context_length) * positions
+    return 3.0 * flops.language_model_forward(budgets.base_model(config), config.base.context_length) * positions
 
 
 def _with_paths(units: list[Unit]) -> list[Unit]:

@@ -67,7 +67,7 @@ def train_on(
     writer = ArtifactWriter.create(workdir / name, "base", kept, inputs, {})
     best, figures = base.train(config, settings, name, writer.path, model, lambda: parameters, group)
     length = config.base.context_length
-    per_step = 3 * flops.gpt2_forward(model, length) * settings.batch_sequences * length
+    per_step = 3 * flops.language_model_forward(model, length) * settings.batch_sequences * length
     figures["training_flops"] = float(per_step) * figures["steps"]
     tokens = open_artifact(workdir / "tokens", "tokens")
     figures["perplexity"] = {

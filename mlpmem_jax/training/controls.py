@@ -12,8 +12,7 @@ from etils import epath
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.runtime import measured_stage
-from mlpmem_jax.models import flops
-from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.models import flops, saved
 from mlpmem_jax.training import continued as continued_training
 from mlpmem_jax.training import memory
 
@@ -26,8 +25,8 @@ def continued(config: ml_collections.ConfigDict) -> Artifact:
     trained, base = open_artifact(workdir / "memory", "memory"), open_artifact(workdir / "base", "base")
     settings = ml_collections.ConfigDict(config.base.training)
     length = config.base.context_length
-    model = GPT2Config(**base.summary["model"])
-    per_step = 3 * flops.gpt2_forward(model, length) * settings.batch_sequences * length
+    model = saved.language_model_config(base)
+    per_step = 3 * flops.language_model_forward(model, length) * settings.batch_sequences * length
     settings.steps = max(1, round(trained.summary["training_flops"] / per_step))
     settings.warmup_steps = min(settings.warmup_steps, settings.steps // 10)
     settings.seed += 1  # another order of the sequences
