@@ -40,9 +40,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.corpus = corpus = ml_collections.ConfigDict()
     corpus.source = "installed_docs"  # "installed_docs", "files" or "hub"
     corpus.path = ""  # file or folder (text, JSONL, Parquet; plain, gz, zst) for "files"
-    corpus.name = ""  # Hugging Face data set for "hub"
-    corpus.subset = ""  # its configuration, e.g. "wikitext-103-raw-v1"
-    corpus.text_key = "text"  # field of JSONL and Parquet rows that holds the text
+    corpus.name = ""  # Hugging Face data set for "hub"; several, with commas between, are mixed and split anew
+    corpus.subset = ""  # its configuration, e.g. "wikitext-103-raw-v1"; as many entries as names, or one for all
+    corpus.text_key = "text"  # field of JSONL and Parquet rows that holds the text; entries likewise
     corpus.max_bytes = 0  # a deterministic sample of documents up to this many bytes; 0 = all
     corpus.document_bytes = 8192  # longer text files are cut into documents of about this size, at blank lines
     corpus.validation_fraction = 0.05  # of the documents
