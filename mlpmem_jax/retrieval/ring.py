@@ -157,7 +157,7 @@ def _merge(left, right, k: int):
 
 
 class MeshIndex:
-    """Keys on the devices of a mesh. Same interface as `scann_index.ScannIndex`, but for who calls it."""
+    """Keys on the devices of a mesh. Same interface as `ExactIndex`, but that all processes call it together."""
 
     def __init__(self, size: int, width: int, dtype, read: Callable, mesh: Mesh, recall_target: float = 1.0):
         """Each process reads the keys of its own devices and no others.
@@ -208,7 +208,7 @@ class MeshIndex:
         if excluded_Qx2 is None:
             excluded_Qx2 = np.zeros((len(queries_QxD), 2), np.int32)
         local = self._mesh.local_mesh.size
-        count = _most(len(queries_QxD)) if local < self._mesh.size else len(queries_QxD)
+        count = most(len(queries_QxD))
         rows = local * min(QUERIES_PER_DEVICE, 1 << max(3, math.ceil(math.log2(max(1, count / local)))))
         search = search_program(self._mesh, self.size, self._block, k, self._recall_target)
         found = [np.empty((0, k), np.float32)], [np.empty((0, k), np.int32)]
@@ -224,8 +224,9 @@ class MeshIndex:
         return distances_QxK, ids_QxK
 
 
-def _most(count: int) -> int:
-    return int(multihost_utils.process_allgather(np.asarray(count)).max())
+def most(count: int) -> int:
+    """The largest of the counts that the processes call this with, together."""
+    return count if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.asarray(count)).max())
 
 
 def _padded(rows_RxC: np.ndarray, rows: int) -> np.ndarray:
