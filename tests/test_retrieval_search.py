@@ -4,7 +4,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from retrieval_data import WIDTH, brute_force, mixture
+from retrieval_data import WIDTH, brute_force, forbidden, mixture
 
 from mlpmem_jax.retrieval import exact, neighbors, scann_index
 from mlpmem_jax.retrieval.exact import ExactIndex
@@ -16,11 +16,6 @@ needs_scann = pytest.mark.skipif(not scann_index.is_available(), reason="ScaNN h
 @pytest.fixture(scope="module")
 def keys():
     return mixture(np.random.default_rng(0), 6000, clusters=60).astype(np.float32)
-
-
-def forbidden(excluded_Qx2, count):
-    ids = np.arange(count)
-    return (ids >= excluded_Qx2[:, :1]) & (ids < excluded_Qx2[:, 1:])
 
 
 @pytest.mark.parametrize("k", [1, 5, 70])

@@ -152,8 +152,17 @@ def _select(scores_QxB, *, k: int, num_keys: int, recall_target: float):
 def _merge(left, right, k: int):
     """The k nearest of two lists (scores [Q, ...], ids [Q, ...])."""
     scores_QxM, ids_QxM = (jnp.concatenate(arrays, axis=1) for arrays in zip(left, right, strict=True))
-    negated_Qxk, places_Qxk = jax.lax.top_k(-scores_QxM, k)
-    return -negated_Qxk, jnp.take_along_axis(ids_QxM, places_Qxk, axis=1)
+
+    def by_sorting(scores_QxM, ids_QxM):
+        scores_QxM, ids_QxM = jax.lax.sort((scores_QxM, ids_QxM), dimension=1, num_keys=1)
+        return scores_QxM[:, :k], ids_QxM[:, :k]
+
+    def by_selecting(scores_QxM, ids_QxM):
+        negated_Qxk, places_Qxk = jax.lax.top_k(-scores_QxM, k)
+        return -negated_Qxk, jnp.take_along_axis(ids_QxM, places_Qxk, axis=1)
+
+    # A TPU selects by sorting anyhow, and is slow to look the ids up; elsewhere a sort of pairs is what is slow.
+    return jax.lax.platform_dependent(scores_QxM, ids_QxM, tpu=by_sorting, default=by_selecting)
 
 
 class MeshIndex:
