@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import pathlib
 import tempfile
 
 import jax
@@ -153,8 +152,9 @@ class Search:
 def host_bytes(rows: int, width: int, key_bytes: int, search: Search, processes: int = 1) -> int:
     """The most memory, in bytes, that the keys of a shard take in a process.
 
-    ScaNN's was measured: a build holds the keys in float32, its own copy of them, 2 bytes of hashes for each number,
-    and about 16 bytes more a key. Where candidates come from fewer dimensions, whole keys are held beside the index.
+    ScaNN's was measured (docs/neighbors.md): while an index is loaded, the keys in float32, one and a half bytes of
+    hashes for each number, and 96 bytes more a key; while it is trained, 50 bytes for each number of the sample and
+    1,200 more a key. Where candidates come from fewer dimensions, whole keys are held beside the index.
 
     Args:
       rows: keys of the shard.
@@ -164,7 +164,11 @@ def host_bytes(rows: int, width: int, key_bytes: int, search: Search, processes:
       processes: that the exact backend spreads a shard over.
     """
     searched = search.search_dimensions or width
-    index = rows * (10 * searched + 16) if search.backend == "scann" else rows * 8 * searched // processes
+    if search.backend == "scann":
+        sample = min(search.training_sample, rows)
+        index = max(int(rows * (5.5 * searched + 96)), sample * (50 * searched + 1200))
+    else:
+        index = rows * 8 * searched // processes
     return index + (rows * width * key_bytes if search.search_dimensions else 0)
 
 
@@ -285,20 +289,23 @@ class KeyShards:
         )
         folder = self._scratch / f"index_{shard:04d}"
         complete = folder.parent / f"{folder.name}.complete"
-        if complete.exists():
-            with tempfile.TemporaryDirectory() as copy:
-                return ScannIndex.load(_local(folder, pathlib.Path(copy)), size, options)
-        say(f"targets: building index {shard + 1} of {len(self)}: {size:,} keys, {options}")
-        index = ScannIndex.build(self._searched_keys(shard), options)
-        if folder.exists():
-            folder.rmtree()
-        with writing(folder), tempfile.TemporaryDirectory() as temporary:
-            folder.mkdir(parents=True)
-            index.save(temporary if _is_remote(folder) else str(folder))
-            for file in epath.Path(temporary).iterdir():
-                file.copy(folder / file.name)
-            complete.write_text("")
-        return index
+        with tempfile.TemporaryDirectory() as local:  # stays empty where the folder itself is local
+            if not complete.exists():
+                say(f"targets: building index {shard + 1} of {len(self)}: {size:,} keys, {options}")
+                if folder.exists():
+                    folder.rmtree()
+                with writing(folder):
+                    folder.mkdir(parents=True)
+                    read = functools.partial(self._searched_keys, shard)
+                    target = local if _is_remote(folder) else str(folder)
+                    scann_index.write(target, size, self._searched_width, read, options)
+                    for file in epath.Path(local).iterdir():
+                        file.copy(folder / file.name)
+                    complete.write_text("")
+            elif _is_remote(folder):
+                for file in folder.iterdir():
+                    file.copy(epath.Path(local) / file.name)
+            return ScannIndex.load(local if _is_remote(folder) else str(folder), size, options)
 
 
 @contextlib.contextmanager
@@ -318,13 +325,5 @@ def writing(path: epath.Path):
 
 
 def _is_remote(path: epath.Path) -> bool:
+    """ScaNN reads and writes local files alone."""
     return "://" in str(path)
-
-
-def _local(folder: epath.Path, copy: pathlib.Path) -> str:
-    """A local folder with the same files: ScaNN reads and writes local files alone."""
-    if not _is_remote(folder):
-        return str(folder)
-    for file in folder.iterdir():
-        file.copy(copy / file.name)
-    return str(copy)
