@@ -55,6 +55,12 @@ def test_distances_are_those_of_all_dimensions(keys):
     np.testing.assert_array_equal(index.search(keys[:90], 10, excluded)[1], true_ids)
 
 
+def test_every_finite_half_is_widened_exactly():
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)].reshape(-1, 2)
+    np.testing.assert_array_equal(reduction.widened(halves).view(np.uint32), halves.astype(np.float32).view(np.uint32))
+
+
 def test_a_query_with_too_few_neighbors_says_so(keys):
     projection = reduction.fit(keys, 6)
     index = reduction.ReducedIndex(ExactIndex(projection(keys[:9])), projection, keys[:9])

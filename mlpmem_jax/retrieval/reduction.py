@@ -77,11 +77,23 @@ def candidates(k: int) -> int:
     return round(_CANDIDATES * k)
 
 
+def widened(rows_NxD: np.ndarray) -> np.ndarray:
+    """Finite rows in float32, exactly. NumPy would convert float16 one number after the other."""
+    if rows_NxD.dtype != np.float16:
+        return rows_NxD.astype(np.float32)
+    bits_NxD = rows_NxD.view(np.int16).astype(np.int32)  # the sign stays in front
+    bits_NxD <<= 13
+    bits_NxD &= np.int32(-0x70002000)  # sign, five bits of exponent, ten of mantissa, where float32 has them
+    values_NxD = bits_NxD.view(np.float32)
+    values_NxD *= np.float32(2.0**112)  # the exponents' biases are 15 and 127
+    return values_NxD
+
+
 def squared_distances(queries_QxD: np.ndarray, keys_NxD: np.ndarray, ids_QxC: np.ndarray) -> np.ndarray:
     """|q - x|^2 of each query to the keys named for it, float32 [Q, C]; infinite where the id is MISSING."""
     distances_QxC = np.empty(ids_QxC.shape, np.float32)
     for query_D, ids_C, distances_C in zip(queries_QxD.astype(np.float32), ids_QxC, distances_QxC, strict=True):
-        differences_CxD = keys_NxD[ids_C].astype(np.float32)
+        differences_CxD = widened(keys_NxD.take(ids_C, axis=0))
         differences_CxD -= query_D
         np.einsum("cd,cd->c", differences_CxD, differences_CxD, out=distances_C)
     distances_QxC[ids_QxC == neighbors.MISSING] = np.inf

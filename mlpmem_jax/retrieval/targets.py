@@ -177,7 +177,7 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
     if plan.backend == "scann":
         for number in range(jax.process_index(), len(key_shards), jax.process_count()):
             key_shards.open(number)
-        meshes.barrier("targets indices built")
+    meshes.barrier("targets indices built")
     measured = _measured_once(
         scratch, lambda: _measure(config, plan, datastores, key_shards), together=key_shards.are_on_mesh
     )
