@@ -85,14 +85,14 @@ def _files_of_tensors(folder: pathlib.Path, prefix: str) -> Files:
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: expected an index with a 'weight_map', and could not read it: {error}") from error
+            raise UserError(f"{index}: expected a 'weight_map', could not read it: {error}") from error
     found = {}
     for shard in shards:
         try:
             with safetensors.safe_open(folder / shard, framework="numpy") as file:
                 names = file.keys()
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(f"{folder / shard}: expected weights as safetensors, could not read them: {error}") from error
+            raise UserError(f"{folder / shard}: expected safetensors, could not read them: {error}") from error
         found |= {name.removeprefix(prefix): (folder / shard, name) for name in names}
     return {name: at for name, at in found.items() if not name.endswith(_BUFFERS)}
 
