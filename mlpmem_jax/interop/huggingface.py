@@ -80,21 +80,20 @@ def _folder(source: str) -> pathlib.Path:
 
 
 def _files_of_tensors(folder: pathlib.Path, prefix: str) -> Files:
-    try:
-        if (folder / _INDEX).is_file():
-            shards = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        else:
-            shards = {_SINGLE}
-        found = {}
-        for shard in sorted(shards):
+    shards, index = [_SINGLE], folder / _INDEX
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: expected a 'weight_map', could not read it: {error}") from error
+    found = {}
+    for shard in shards:
+        try:
             with safetensors.safe_open(folder / shard, framework="numpy") as file:
                 names = file.keys()
-                found |= {name.removeprefix(prefix): (folder / shard, name) for name in names}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{folder}: expected weights in {_SINGLE}, or in the files of {_INDEX}, and could not read "
-            f"{'them' if (folder / _INDEX).is_file() else _SINGLE}: {error}"
-        ) from error
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(f"{folder / shard}: expected safetensors, could not read them: {error}") from error
+        found |= {name.removeprefix(prefix): (folder / shard, name) for name in names}
     return {name: at for name, at in found.items() if not name.endswith(_BUFFERS)}
 
 

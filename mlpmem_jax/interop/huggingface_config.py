@@ -52,7 +52,7 @@ _ROTARY_KEYS = {
     "dynamic": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": (
-        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor"
+        "original_max_position_embeddings", "factor", "beta_fast", "beta_slow", "truncate", "attention_factor"
     ),
 }  # fmt: skip
 
