@@ -8,7 +8,7 @@ import pathlib
 import ml_collections
 
 from mlpmem_jax.core.errors import UserError
-from mlpmem_jax.interop import arrow, export_model, import_model, verify
+from mlpmem_jax.interop import arrow_export, arrow_import, export_model, import_model, verify
 
 
 def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
@@ -25,7 +25,7 @@ def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
         import_any(config, options.source, options.split)
         return
     if options.verify and options.format != "transformers":
-        raise UserError(f"--verify: needs --format=transformers; {options.format} holds no language model to score with")
+        raise UserError(f"--verify: needs --format=transformers; {options.format} holds no language model to score")
     if options.format == "transformers":
         folder = export_model.transformers_folder(config, options.output)
         if options.verify:
@@ -33,9 +33,9 @@ def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
     elif options.format == "reference":
         export_model.reference_folder(config, options.output)
     elif options.format == "reference-targets":
-        arrow.export_targets(config, options.split, options.output)
+        arrow_export.export_targets(config, options.split, options.output)
     else:
-        arrow.export_datastore(config, options.split, options.output)
+        arrow_export.export_datastore(config, options.split, options.output)
 
 
 def import_any(config: ml_collections.ConfigDict, source: str, split: str) -> None:
@@ -45,4 +45,4 @@ def import_any(config: ml_collections.ConfigDict, source: str, split: str) -> No
     if pathlib.Path(source).is_dir():
         import_model.run(config, source)
     else:
-        arrow.run_import(config, split, source)
+        arrow_import.run(config, split, source)

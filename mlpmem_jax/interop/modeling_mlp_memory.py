@@ -190,7 +190,8 @@ class MLPMemoryForCausalLM(MLPMemoryPreTrainedModel, GenerationMixin):
         """
         blocks = getattr(self.base.base_model, "h", None) or self.base.base_model.layers
         read = []
-        tap = blocks[self.config.input_block - 1].mlp.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        tapped = blocks[self.config.input_block - 1].mlp
+        tap = tapped.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
         try:
             outputs = self.base(
                 input_ids=input_ids,
