@@ -1,8 +1,10 @@
 """Small working directories with a base and a memory of random weights, for the tests of interop."""
 
 import dataclasses
+import functools
 
 import jax
+import ml_collections
 import numpy as np
 import tokenizers
 from etils import epath
@@ -11,16 +13,30 @@ from tokenizers import pre_tokenizers
 
 from configs import default
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter, open_artifact
-from mlpmem_jax.models import gpt2, memory, saved
+from mlpmem_jax.models import gpt2, language_model, llama, memory, rotary, saved
 
 VOCABULARY, LENGTH, WIDTH, WEIGHT = 61, 96, 16, 0.3
-BASE = gpt2.GPT2Config(VOCABULARY, LENGTH, WIDTH, 3, 2)
-INPUT_BLOCK = 2
-MEMORIES = {
-    "gpt2": memory.MemoryConfig("gpt2", VOCABULARY, 128, WIDTH, WIDTH, 2, 4 * WIDTH),
-    "gpt2-projected": memory.MemoryConfig("gpt2", VOCABULARY, 128, WIDTH, 24, 2, 96),
-    "llama": memory.MemoryConfig("llama", VOCABULARY, 128, WIDTH, WIDTH, 2, 40, 1e-6, "silu"),
-    "llama-projected": memory.MemoryConfig("llama", VOCABULARY, 128, WIDTH, 24, 2, 40, 1e-6, "silu"),
+INPUT_BLOCK = 1
+GPT2 = gpt2.GPT2Config(VOCABULARY, LENGTH, WIDTH, 2, 2)
+LLAMA = llama.LlamaConfig(
+    vocab_size=VOCABULARY,
+    context_length=LENGTH,
+    width=WIDTH,
+    blocks=2,
+    heads=4,
+    key_value_heads=2,
+    head_width=6,
+    feed_forward_width=24,
+    norm_epsilon=1e-6,
+    rotary=rotary.Rotary("default", 100.0),
+    family="llama",
+)
+MISTRAL = dataclasses.replace(LLAMA, sliding_window=20, family="mistral")
+MODELS = {  # base and memory
+    "gpt2": (GPT2, memory.MemoryConfig("gpt2", VOCABULARY, 128, WIDTH, WIDTH, 2, 4 * WIDTH)),
+    "gpt2-projected": (GPT2, memory.MemoryConfig("gpt2", VOCABULARY, 128, WIDTH, 24, 2, 96)),
+    "llama-projected": (LLAMA, memory.MemoryConfig("llama", VOCABULARY, 128, WIDTH, 24, 2, 40, 1e-6, "silu")),
+    "mistral": (MISTRAL, memory.MemoryConfig("llama", VOCABULARY, 128, WIDTH, WIDTH, 2, 40, 1e-5, "silu")),
 }
 
 
@@ -49,15 +65,15 @@ def write_tokens(workdir, vocabulary=VOCABULARY, dtype="uint16"):
     return streams
 
 
-def write_base(workdir, model=BASE, seed=0):
-    parameters = noisy(gpt2.init(model, jax.random.key(seed)), seed)
+def write_base(workdir, model=GPT2, seed=0):
+    parameters = noisy(jax.jit(language_model.init, static_argnums=0)(model, jax.random.key(seed)), seed)
     tokens = open_artifact(workdir / "tokens", "tokens")
     writer = ArtifactWriter.create(workdir / "base", "base", {"made": "here"}, {"tokens": tokens.fingerprint}, {})
     return parameters, saved.seal(writer, model, parameters, {})
 
 
 def write_memory(workdir, base, model, seed=1):
-    parameters = noisy(memory.init(model, jax.random.key(seed)), seed)
+    parameters = noisy(jax.jit(memory.init, static_argnums=0)(model, jax.random.key(seed)), seed)
     writer = ArtifactWriter.create(workdir / "memory", "memory", {"made": "here"}, {"base": base.fingerprint}, {})
     saved.seal(writer, model, parameters, {"validation": {"interpolation_weight": WEIGHT}, "step": 7})
     return parameters
@@ -67,7 +83,7 @@ def config_for(workdir, **overrides):
     config = default.get_config()
     config.workdir = str(workdir)
     config.base.context_length = LENGTH
-    config.datastore.input_depth = INPUT_BLOCK / BASE.blocks
+    config.datastore.input_depth = INPUT_BLOCK / GPT2.blocks
     config.datastore.sequences_per_shard = 2
     for key, value in overrides.items():
         config.update_from_flattened_dict({key.replace("__", "."): value})
@@ -76,14 +92,34 @@ def config_for(workdir, **overrides):
 
 @dataclasses.dataclass
 class Workdir:
-    config: object
+    """What lies in a working directory: the config, dimensions of base and memory, and their parameters."""
+
+    config: ml_collections.ConfigDict
+    base_model: language_model.Config
     model: memory.MemoryConfig
     base: dict
     memory: dict
 
+    def log_mixture(self, tokens_BxT, weight):
+        """log(weight p_memory + (1 - weight) p_base) at every position, float64 [B, T, V], mixed outside JAX."""
+        padded = np.zeros((len(tokens_BxT), 24), np.int32)  # later tokens are not seen, and one length compiles once
+        padded[:, : tokens_BxT.shape[1]] = tokens_BxT
+        both = _logits(self.base_model, self.model, self.base, self.memory, padded)
+        p_base, p_memory = (np.exp(x - x.max(-1, keepdims=True)) for x in np.asarray(both, np.float64))
+        p_base, p_memory = p_base / p_base.sum(-1, keepdims=True), p_memory / p_memory.sum(-1, keepdims=True)
+        return np.log(weight * p_memory + (1 - weight) * p_base)[:, : tokens_BxT.shape[1]]
 
-def write_workdir(folder, model):
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(base_model, model, base, beside, tokens_BxT):
+    _, taps = language_model.features(base, base_model, tokens_BxT, taps=(INPUT_BLOCK,))
+    memory_logits = memory.logits(beside, model, taps[INPUT_BLOCK])[..., :VOCABULARY]
+    return language_model.logits(base, base_model, tokens_BxT), memory_logits
+
+
+def write_workdir(folder, name):
+    base_model, model = MODELS[name]
     workdir = epath.Path(folder)
     write_tokens(workdir)
-    base, artifact = write_base(workdir)
-    return Workdir(config_for(workdir), model, base, write_memory(workdir, artifact, model))
+    base, artifact = write_base(workdir, base_model)
+    return Workdir(config_for(workdir), base_model, model, base, write_memory(workdir, artifact, model))

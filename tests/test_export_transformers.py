@@ -6,13 +6,13 @@ import pathlib
 
 import numpy as np
 import pytest
-from interop_data import BASE, INPUT_BLOCK, MEMORIES, VOCABULARY, WEIGHT, write_workdir
+from interop_data import INPUT_BLOCK, MODELS, VOCABULARY, WEIGHT, WIDTH, write_workdir
 
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.inference.decoding import Models, Parameters, prepare
 from mlpmem_jax.inference.generate import generate
 from mlpmem_jax.interop import export_model, modeling_mlp_memory
-from mlpmem_jax.models import gpt2, memory
+from mlpmem_jax.models import memory
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -21,11 +21,11 @@ TOKENS = np.random.default_rng(3).integers(1, VOCABULARY, (2, 24))
 PROMPTS = [[5, 9, 30], [44, 2, 17, 8, 51, 23, 3, 60], [12]]
 
 
-@pytest.fixture(scope="module", params=MEMORIES)
+@pytest.fixture(scope="module", params=MODELS)
 def exported(request, tmp_path_factory):
     """(what is in the working directory, the folder exported from it, the model loaded from that)."""
     root = tmp_path_factory.mktemp("export")
-    made = write_workdir(root / "work", MEMORIES[request.param])
+    made = write_workdir(root / "work", request.param)
     folder = export_model.transformers_folder(made.config, str(root / "out"))
     return made, folder, load(folder)
 
@@ -33,24 +33,13 @@ def exported(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def projected(tmp_path_factory):
     root = tmp_path_factory.mktemp("projected")
-    made = write_workdir(root / "work", MEMORIES["gpt2-projected"])
+    made = write_workdir(root / "work", "gpt2-projected")
     folder = export_model.transformers_folder(made.config, str(root / "out"))
     return made, folder, load(folder)
 
 
 def load(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-
-
-def log_mixture(made, tokens_BxT, weight):
-    """log(weight p_memory + (1 - weight) p_base) at every position, float64 [B, T, V], mixed outside JAX."""
-    _, taps = gpt2.features(made.base, BASE, tokens_BxT, taps=(INPUT_BLOCK,))
-    base = np.asarray(gpt2.logits(made.base, BASE, tokens_BxT), np.float64)
-    beside = np.asarray(memory.logits(made.memory, made.model, taps[INPUT_BLOCK]), np.float64)[..., :VOCABULARY]
-    p_base, p_memory = (np.exp(x - x.max(-1, keepdims=True)) for x in (base, beside))
-    return np.log(
-        weight * p_memory / p_memory.sum(-1, keepdims=True) + (1 - weight) * p_base / p_base.sum(-1, keepdims=True)
-    )
 
 
 @torch.no_grad()
@@ -60,13 +49,13 @@ def test_logits_are_the_log_mixture_of_jax(exported, weight):
     model.config.interpolation_weight = weight
     logits = model(torch.from_numpy(TOKENS)).logits.numpy()
     model.config.interpolation_weight = WEIGHT
-    np.testing.assert_allclose(logits, log_mixture(made, TOKENS, weight), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits, made.log_mixture(TOKENS, weight), rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
 def test_64_greedy_tokens_are_those_of_jax_also_in_a_left_padded_batch(exported):
     made, folder, model = exported
-    models, parameters = Models(BASE, made.model, INPUT_BLOCK), Parameters(made.base, made.memory, WEIGHT)
+    models, parameters = Models(made.base_model, made.model, INPUT_BLOCK), Parameters(made.base, made.memory, WEIGHT)
     expected = generate(models, prepare(parameters), PROMPTS, count=64)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = [" ".join(f"w{token}" for token in prompt) for prompt in PROMPTS]
@@ -82,7 +71,7 @@ def test_loss_is_the_negative_log_mixture_of_the_labels(projected):
     labels = TOKENS.copy()
     labels[0, 5:9] = -100
     loss = float(model(torch.from_numpy(TOKENS), labels=torch.from_numpy(labels)).loss)
-    log_BxTxV = log_mixture(made, TOKENS, WEIGHT)
+    log_BxTxV = made.log_mixture(TOKENS, WEIGHT)
     scores = [log_BxTxV[b, t, labels[b, t + 1]] for b in range(2) for t in range(23) if labels[b, t + 1] >= 0]
     assert loss == pytest.approx(-np.mean(scores), abs=1e-5)
 
@@ -114,7 +103,7 @@ def test_cache_beams_and_sampling_follow_the_mixture(projected):
     torch.testing.assert_close(model.generate(prompt, **fixed, do_sample=False, use_cache=False), greedy)
 
     def score(tokens):
-        log_1xTxV = log_mixture(made, np.asarray(tokens)[None], WEIGHT)
+        log_1xTxV = made.log_mixture(np.asarray(tokens)[None], WEIGHT)
         return sum(log_1xTxV[0, at - 1, tokens[at]] for at in range(8, len(tokens)))
 
     beams = model.generate(prompt, **fixed, num_beams=4, return_dict_in_generate=True, output_scores=True)
@@ -124,7 +113,7 @@ def test_cache_beams_and_sampling_follow_the_mixture(projected):
 
     torch.manual_seed(0)
     drawn = model.generate(prompt.repeat(4000, 1), **{**fixed, "max_new_tokens": 1}, do_sample=True, top_k=0)[:, -1]
-    expected = np.exp(log_mixture(made, np.array([PROMPTS[1]]), WEIGHT)[0, -1])
+    expected = np.exp(made.log_mixture(np.array([PROMPTS[1]]), WEIGHT)[0, -1])
     shares = np.bincount(drawn, minlength=VOCABULARY) / 4000
     assert np.abs(shares - expected).max() < 5 * np.sqrt(0.25 / 4000)
 
@@ -136,7 +125,7 @@ def test_auto_model_is_the_memory_alone(exported):
     assert not report["missing_keys"]
     assert not report["mismatched_keys"]
     assert not [name for name in alone.state_dict() if name.startswith("base.")]
-    inputs = np.random.default_rng(0).normal(size=(3, 5, BASE.width)).astype(np.float32)
+    inputs = np.random.default_rng(0).normal(size=(3, 5, WIDTH)).astype(np.float32)
     found = alone(torch.from_numpy(inputs)).logits
     torch.testing.assert_close(found, whole.memory(torch.from_numpy(inputs)).logits)
     expected = np.asarray(memory.logits(made.memory, made.model, inputs))[..., :VOCABULARY]

@@ -23,7 +23,7 @@ from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.corpus.tokens import TOKENIZER_FILE, read_tokenizer
-from mlpmem_jax.interop import base_tensors, memory_tensors, model_card, tensor_files
+from mlpmem_jax.interop import huggingface, huggingface_config, memory_tensors, model_card, tensor_files
 from mlpmem_jax.models import saved
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval.datastore import tapped_block
@@ -51,7 +51,7 @@ def transformers_folder(
     beside, model, artifact = saved.load_memory(workdir / "memory", mesh, rules)
     if artifact.inputs.get("base") != base_artifact.fingerprint:
         raise UserError(f"{artifact.path}: was made from another base than {base_artifact.path}; run `train` again")
-    base_json = base_tensors.to_json(base_model)
+    base_json = huggingface_config.to_json(base_model)
     values = {
         "model_type": "mlp_memory",
         "architectures": ["MLPMemoryForCausalLM"],
@@ -75,7 +75,7 @@ def transformers_folder(
     tensors = [
         dataclasses.replace(tensor, name=f"{prefix}{tensor.name}")
         for prefix, found in (
-            (BASE_PREFIX, base_tensors.tensors(base, base_model)),
+            (BASE_PREFIX, huggingface.tensors(base, base_model)),
             (MEMORY_PREFIX, memory_tensors.tensors(beside, model)),
         )
         for tensor in found
@@ -103,7 +103,7 @@ def reference_folder(config: ml_collections.ConfigDict, output: str) -> pathlib.
     _, base_model, _ = saved.load_language_model(workdir / "base", mesh, rules)
     parameters, model, artifact = saved.load_memory(workdir / "memory", mesh, rules)
     _check_reference_has_it(model, artifact)
-    values = memory_tensors.to_json(model, base_tensors.to_json(base_model))
+    values = memory_tensors.to_json(model, huggingface_config.to_json(base_model))
     # The reference takes the two widths as arguments of the class, and has no place for them in a config.
     values |= {"architectures": [_REFERENCE_CLASSES[values["model_type"]]]}
     values |= {"input_dim": model.input_width, "output_dim": model.width}

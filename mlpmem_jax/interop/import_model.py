@@ -1,7 +1,7 @@
 """A folder of PyTorch weights as artifacts: `mlpmem import --from=DIR`.
 
-Both formats of `export_model` are read, with their weights in safetensors or in pytorch_model.bin. What was imported
-is an artifact like any other; training, evaluation and generation go on from it.
+Both formats of `export_model` are read; of the reference's, weights may also be in pytorch_model.bin. What was imported
+is an artifact like any other: training, evaluation and generation go on from it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import json
 import pathlib
 from collections.abc import Mapping
 
+import jax
 import ml_collections
 from etils import epath
-from jax.sharding import Mesh
 
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import parameters as stored
@@ -20,14 +20,16 @@ from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, o
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.corpus.tokens import TOKENIZER_FILE
-from mlpmem_jax.interop import base_tensors, memory_tensors, tensor_files
+from mlpmem_jax.interop import huggingface, huggingface_config, memory_tensors, tensor_files
 from mlpmem_jax.interop.export_model import BASE_PREFIX, MEMORY_PREFIX
 from mlpmem_jax.interop.tensor_files import Tensor
-from mlpmem_jax.models import saved
+from mlpmem_jax.models import language_model, saved
+from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval.datastore import tapped_block
 from mlpmem_jax.training.memory import vocabulary_multiple
 
 _DEFAULT_WEIGHT = 0.25  # the paper's for WikiText-103; the reference keeps none with its weights
+_KEYS = ("base_config", "memory_config", "input_block", "interpolation_weight", "provenance")
 
 
 def run(config: ml_collections.ConfigDict, source: str) -> Artifact:
@@ -40,48 +42,50 @@ def run(config: ml_collections.ConfigDict, source: str) -> Artifact:
     Raises:
       UserError: the folder, one of its tensors, or its vocabulary does not fit; the text names which.
     """
-    folder = pathlib.Path(source)
+    folder, workdir = pathlib.Path(source), epath.Path(config.workdir)
     values = _read_config(folder)
     tensors = tensor_files.read(folder)
-    tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
+    tokens = open_artifact(workdir / "tokens", "tokens")
     mesh, rules = meshes.mesh_of(config)
-    if values.get("model_type") == "mlp_memory":
-        _check_tokenizer(folder, tokens)
-        base = _import_base(config, folder, values, _under(tensors, BASE_PREFIX), tokens, mesh, rules)
-        strangers = [name for name in tensors if not name.startswith((BASE_PREFIX, MEMORY_PREFIX))]
-        if strangers:
-            raise UserError(f"{tensors[strangers[0]].file}: tensor {strangers[0]!r} belongs to no part of this model")
-        tensors = _under(tensors, MEMORY_PREFIX)
-        _check_input_block(config, values["input_block"], base, folder)
-        figures = {"validation": {"interpolation_weight": values["interpolation_weight"]}}
-        figures["provenance"] = values["provenance"]
-        values = values["memory_config"]
-    else:
-        base = open_artifact(epath.Path(config.workdir) / "base", "base")
+    multiple = vocabulary_multiple(mesh.shape["tensor"])
+    if values.get("model_type") != "mlp_memory":
+        base = open_artifact(workdir / "base", "base")
+        model = _memory_config(folder, values, tensors, saved.language_model_config(base), tokens, multiple)
         figures = {"validation": {"interpolation_weight": _DEFAULT_WEIGHT}}
         say(f"import: {folder} holds no interpolation weight; taking {_DEFAULT_WEIGHT}")
-    return _import_memory(config, folder, values, tensors, figures, tokens, base, mesh, rules)
+    else:
+        base_model = huggingface_config.read_config(folder, "base")
+        _check_fits(config, folder, values, base_model, tokens)
+        tensors = _memory_part(tensors)
+        model = _memory_config(folder, values["memory_config"], tensors, base_model, tokens, multiple)
+        base_parameters, _ = huggingface.load_language_model(source, mesh, rules, part="base")
+        base = _sealed(workdir, "base", base_model, base_parameters, {}, {"tokens": tokens.fingerprint})
+        figures = {"validation": {"interpolation_weight": values["interpolation_weight"]}}
+        figures["provenance"] = values["provenance"]
+    parameters = memory_tensors.load(tensors, model, mesh, rules)
+    return _sealed(workdir, "memory", model, parameters, figures, {"base": base.fingerprint})
 
 
 def _read_config(folder: pathlib.Path) -> dict:
     file = folder / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: expected the config of an exported memory: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected an object of keys and values, found {type(values).__name__}")
-    needed = {"base_config", "memory_config", "input_block", "interpolation_weight", "provenance"}
-    if values.get("model_type") == "mlp_memory" and (missing := sorted(needed - values.keys())):
+        is_ours = values.get("model_type") == "mlp_memory"
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: expected the config of a memory: {error}") from error
+    if is_ours and (missing := [key for key in _KEYS if key not in values]):
         raise UserError(f"{file}: {missing[0]} is missing; this is no config of an exported memory")
     return values
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _check_tokenizer(folder: pathlib.Path, tokens: Artifact) -> None:
+def _check_fits(
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    values: Mapping,
+    base: language_model.Config,
+    tokens: Artifact,
+) -> None:
+    """Tokenizer, context and input block of an exported folder against the working directory's."""
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         raise UserError(f"{file}: is missing; an exported memory has its tokenizer beside it")
@@ -90,90 +94,77 @@ def _check_tokenizer(folder: pathlib.Path, tokens: Artifact) -> None:
             f"{file}: is another tokenizer than that of {tokens.path}; make the tokens with "
             f"--config.tokenizer.source=file --config.tokenizer.path={file}"
         )
-
-
-def _check_input_block(config: ml_collections.ConfigDict, block: int, base: Artifact, folder: pathlib.Path) -> None:
-    blocks = base.summary["model"]["blocks"]
-    if tapped_block(blocks, config.datastore.input_depth) != block:
-        raise ConfigError(
-            f"config.datastore.input_depth: {config.datastore.input_depth} of {blocks} blocks is block "
-            f"{tapped_block(blocks, config.datastore.input_depth)}; the memory of {folder} reads block {block}: set it "
-            f"to {block / blocks:.4g}"
-        )
-
-
-def _import_base(
-    config: ml_collections.ConfigDict,
-    folder: pathlib.Path,
-    values: Mapping,
-    tensors: Mapping[str, Tensor],
-    tokens: Artifact,
-    mesh: Mesh,
-    rules: meshes.Rules,
-) -> Artifact:
-    model = base_tensors.from_json(values["base_config"], folder / "config.json")
-    if model.vocab_size < tokens.summary["vocab_size"]:
+    if base.vocab_size < tokens.summary["vocab_size"]:
         raise UserError(
-            f"{folder}: its base has a vocabulary of {model.vocab_size}, but the tokenizer makes ids up to "
-            f"{tokens.summary['vocab_size'] - 1}; use the tokenizer that belongs to this model"
+            f"{folder}: its base has a vocabulary of {base.vocab_size}, but the tokenizer makes ids up to "
+            f"{tokens.summary['vocab_size'] - 1}"
         )
-    if model.context_length < config.base.context_length:
+    if base.context_length < config.base.context_length:
         raise ConfigError(
-            f"config.base.context_length: {config.base.context_length} is longer than the {model.context_length} "
+            f"config.base.context_length: {config.base.context_length} is longer than the {base.context_length} "
             f"positions of {folder}"
         )
-    tensor_files.check(tensors, base_tensors.shapes(model), str(folder))
-    parameters = base_tensors.load(tensors, model, mesh, rules)
-    return _sealed(config, "base", model, parameters, {}, {"tokens": tokens.fingerprint})
+    block, block_here = values["input_block"], tapped_block(base.blocks, config.datastore.input_depth)
+    if block != block_here:
+        raise ConfigError(
+            f"config.datastore.input_depth: {config.datastore.input_depth} of {base.blocks} blocks is block "
+            f"{block_here}; the memory of {folder} reads block {block}: set it to {block / base.blocks:.4g}"
+        )
 
 
-def _import_memory(
-    config: ml_collections.ConfigDict,
+def _memory_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        if not name.startswith((BASE_PREFIX, MEMORY_PREFIX)):
+            raise UserError(f"{tensor.file}: tensor {name!r} belongs to neither base nor memory")
+    return {
+        name.removeprefix(MEMORY_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(MEMORY_PREFIX)
+    }
+
+
+def _memory_config(
     folder: pathlib.Path,
     values: Mapping,
     tensors: Mapping[str, Tensor],
-    figures: Mapping,
+    base: language_model.Config,
     tokens: Artifact,
-    base: Artifact,
-    mesh: Mesh,
-    rules: meshes.Rules,
-) -> Artifact:
-    width = base.summary["model"]["width"]
-    transform = tensors.get("embedding_transform.weight")
-    model = memory_tensors.from_json(
-        values, width, vocabulary_multiple(mesh.shape["tensor"]), str(folder / "config.json")
-    )
-    if transform is not None and transform.shape[1:] != (width,):
-        raise UserError(
-            f"{transform.file}: tensor {transform.name!r} is {transform.shape}; the base of {config.workdir} gives the "
-            f"memory inputs of width {width}"
-        )
-    vocabularies = tokens.summary["vocab_size"], base.summary["model"]["vocab_size"]
+    multiple: int,
+) -> MemoryConfig:
+    """Dimensions of the memory, with which its tensors and the base agree."""
+    file = folder / "config.json"
+    model = memory_tensors.from_json(values, base.width, multiple, str(file))
+    vocabularies = base.vocab_size, tokens.summary["vocab_size"]
     if model.vocab_size not in vocabularies:
         raise UserError(
-            f"{folder / 'config.json'}: the memory has a vocabulary of {model.vocab_size}, the base of "
-            f"{vocabularies[1]}; both must use the same tokenizer"
+            f"{file}: the memory has a vocabulary of {model.vocab_size}, the base of {vocabularies[0]}; both must use "
+            "the same tokenizer"
+        )
+    transform = tensors.get("embedding_transform.weight")
+    if transform is not None and transform.shape != (model.width, base.width):
+        raise UserError(
+            f"{transform.file}: tensor {transform.name!r} is {transform.shape}; from a base of width {base.width} to a "
+            f"memory of width {model.width} it would be {(model.width, base.width)}"
         )
     tensor_files.check(tensors, memory_tensors.shapes(model), str(folder))
-    parameters = memory_tensors.load(tensors, model, mesh, rules)
-    return _sealed(config, "memory", model, parameters, dict(figures), {"base": base.fingerprint})
+    return model
 
 
-def _sealed(config: ml_collections.ConfigDict, kind: str, model, parameters, figures: dict, inputs: dict) -> Artifact:
+def _sealed(
+    workdir: epath.Path, kind: str, model: language_model.Config | MemoryConfig, parameters, figures: dict, inputs: dict
+) -> Artifact:
     """The artifact of imported parameters; what is there already must be the same."""
-    path = epath.Path(config.workdir) / kind
-    fingerprint = stored.fingerprint(parameters)
-    if kind == "base" and (manifest := read_manifest(str(path))) and manifest["sealed"]:
-        base = open_artifact(path, kind)
-        if base.summary["parameters_fingerprint"] == fingerprint and base.inputs == inputs:
+    path, fingerprint = workdir / kind, stored.fingerprint(parameters)
+    manifest = read_manifest(str(path))
+    if kind == "base" and manifest and manifest["sealed"]:
+        artifact = open_artifact(path, kind)
+        if artifact.summary["parameters_fingerprint"] == fingerprint and artifact.inputs == inputs:
             say("base: is the same already")
-            return base
+            return artifact
     made_by = {"imported": {"parameters": fingerprint, **figures}}
     if finished := find_finished(path, kind, made_by, inputs):
         say(f"{kind}: imported already")
         return finished
     writer = ArtifactWriter.create(path, kind, made_by, inputs, {})
     saved.seal(writer, model, parameters, figures)
-    artifact = open_artifact(path, kind)
-    say(f"import: {path}, {artifact.summary['parameter_count']:,} parameters")
-    return artifact
+    count = sum(array.size for array in jax.tree.leaves(parameters))
+    say(f"import: {path}, {count:,} parameters")
+    return open_artifact(path, kind)

@@ -12,14 +12,14 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import UserError
-from mlpmem_jax.interop.tensor_files import Tensor
+from mlpmem_jax.interop.tensor_files import Tensor, on_host
 from mlpmem_jax.models import memory
-from mlpmem_jax.models.memory import ACTIVATIONS, MemoryConfig
+from mlpmem_jax.models.layers import ACTIVATIONS
+from mlpmem_jax.models.memory import MemoryConfig
 
 _NAMES = {
     "gpt2": {"h": "h", "norm": "ln_1", "final_norm": "ln_f"},
@@ -87,13 +87,6 @@ def tensors(parameters: dict, config: MemoryConfig) -> list[Tensor]:
         else:
             found.append(Tensor(name, shape, values))
     return found
-
-
-def on_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array, on every process."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def load(found: Mapping[str, Tensor], config: MemoryConfig, mesh: Mesh, rules: meshes.Rules) -> dict:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.experimental import multihost_utils
 
 from mlpmem_jax.core.errors import UserError, require
 
@@ -60,6 +61,13 @@ def write(folder: pathlib.Path, tensors: Sequence[Tensor], maximum_shard_bytes: 
         arrays = {tensor.name: np.ascontiguousarray(tensor.read(), np.float32) for tensor in shard}
         if is_first:
             safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array; every process calls this and gets it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _bytes(tensor: Tensor) -> int:
