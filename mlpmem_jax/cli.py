@@ -40,6 +40,7 @@ examples:
       --config.workdir=runs/mine
   mlpmem train --config=configs/desk.py --config.training.learning_rate=0.01
   mlpmem generate --config=configs/quickstart.py --prompt="Return a new array" --tokens=40
+  mlpmem export --config=configs/quickstart.py --format=transformers --output=exported --verify
 
 Every key of a config can be given as --config.GROUP.KEY=VALUE; configs/default.py lists them with their meaning.
 """

@@ -6,6 +6,7 @@ import functools
 import jax
 import ml_collections
 import numpy as np
+import pyarrow as pa
 import tokenizers
 from etils import epath
 from tokenizers import models as tokenizer_models
@@ -38,6 +39,8 @@ MODELS = {  # base and memory
     "llama-projected": (LLAMA, memory.MemoryConfig("llama", VOCABULARY, 128, WIDTH, 24, 2, 40, 1e-6, "silu")),
     "mistral": (MISTRAL, memory.MemoryConfig("llama", VOCABULARY, 128, WIDTH, WIDTH, 2, 40, 1e-5, "silu")),
 }
+LISTS = [("token_id", pa.list_(pa.int32())), ("prob", pa.list_(pa.float16()))]
+TARGETS = pa.schema([("id_cnt", pa.int32()), *LISTS, ("label", pa.int32())])
 
 
 def noisy(parameters, seed):
@@ -117,8 +120,40 @@ def _logits(base_model, model, base, beside, tokens_BxT):
     return language_model.logits(base, base_model, tokens_BxT), memory_logits
 
 
-def write_workdir(folder, name):
-    base_model, model = MODELS[name]
+def write_stream(file, schema, columns, rows_per_batch=250):
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+        for batch in table.to_batches(max_chunksize=rows_per_batch):
+            writer.write_batch(batch)
+    return str(file)
+
+
+def target_columns(labels, seed=0):
+    """Random distributions in the reference's form; one position in ten has no neighbors."""
+    random = np.random.default_rng(seed)
+    columns = {"id_cnt": [], "token_id": [], "prob": [], "label": [int(label) for label in labels]}
+    for row, label in enumerate(labels):
+        count = 0 if row % 10 == 3 else int(random.integers(1, 9))
+        ids = random.choice(VOCABULARY, count, replace=False)
+        ids[:1] = label if label not in ids else ids[:1]
+        weights = np.sort(random.random(count))[::-1] + 0.01
+        columns["id_cnt"].append(count)
+        columns["token_id"].append([int(token) for token in ids])
+        columns["prob"].append(list((weights / weights.sum()).astype(np.float16)) if count else [])
+    return columns
+
+
+def keys_of(count, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, WIDTH)).astype(np.float16)
+
+
+def datastore_stream(file, vals, keys=None, width=WIDTH):
+    keys = keys_of(len(vals)) if keys is None else keys
+    schema = pa.schema([("keys", pa.list_(pa.float16(), width)), ("vals", pa.int32())])
+    return write_stream(file, schema, {"keys": list(keys), "vals": vals})
+
+
+def write_workdir(folder, base_model, model):
     workdir = epath.Path(folder)
     write_tokens(workdir)
     base, artifact = write_base(workdir, base_model)

@@ -11,7 +11,7 @@ from interop_data import INPUT_BLOCK, MODELS, VOCABULARY, WEIGHT, WIDTH, write_w
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.inference.decoding import Models, Parameters, prepare
 from mlpmem_jax.inference.generate import generate
-from mlpmem_jax.interop import export_model, modeling_mlp_memory
+from mlpmem_jax.interop import export_model
 from mlpmem_jax.models import memory
 
 torch = pytest.importorskip("torch")
@@ -25,7 +25,7 @@ PROMPTS = [[5, 9, 30], [44, 2, 17, 8, 51, 23, 3, 60], [12]]
 def exported(request, tmp_path_factory):
     """(what is in the working directory, the folder exported from it, the model loaded from that)."""
     root = tmp_path_factory.mktemp("export")
-    made = write_workdir(root / "work", request.param)
+    made = write_workdir(root / "work", *MODELS[request.param])
     folder = export_model.transformers_folder(made.config, str(root / "out"))
     return made, folder, load(folder)
 
@@ -33,7 +33,7 @@ def exported(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def projected(tmp_path_factory):
     root = tmp_path_factory.mktemp("projected")
-    made = write_workdir(root / "work", "gpt2-projected")
+    made = write_workdir(root / "work", *MODELS["gpt2-projected"])
     folder = export_model.transformers_folder(made.config, str(root / "out"))
     return made, folder, load(folder)
 
@@ -53,6 +53,7 @@ def test_logits_are_the_log_mixture_of_jax(exported, weight):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("exported", ["gpt2", "llama-projected", "mistral"], indirect=True)
 def test_64_greedy_tokens_are_those_of_jax_also_in_a_left_padded_batch(exported):
     made, folder, model = exported
     models, parameters = Models(made.base_model, made.model, INPUT_BLOCK), Parameters(made.base, made.memory, WEIGHT)
@@ -186,7 +187,7 @@ def test_the_card_and_the_weight_are_those_of_the_report(projected, tmp_path):
 
 
 def test_the_modeling_file_needs_torch_and_transformers_alone():
-    tree = ast.parse(pathlib.Path(modeling_mlp_memory.__file__).read_text())
+    tree = ast.parse(pathlib.Path(export_model.__file__).with_name("modeling_mlp_memory.py").read_text())
     roots = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

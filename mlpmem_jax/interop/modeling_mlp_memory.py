@@ -214,7 +214,7 @@ class MLPMemoryForCausalLM(MLPMemoryPreTrainedModel, GenerationMixin):
         if weight == 0:
             return base
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        memory = self.memory(hidden_states[:, kept]).logits.float().log_softmax(-1)
+        memory = self.memory(hidden_states[:, kept]).logits.to(base.device).float().log_softmax(-1)
         # Tokens that only the base knows have no probability in the memory.
         memory = nn.functional.pad(memory, (0, base.shape[-1] - memory.shape[-1]), value=-math.inf)
         if weight == 1:

@@ -12,6 +12,7 @@ from etils import epath
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.runtime import measured_stage
 from mlpmem_jax.models import flops, saved
@@ -24,6 +25,8 @@ def continued(config: ml_collections.ConfigDict) -> Artifact:
     """Trains the finished base on, with its own settings and a fresh schedule, for the memory's training FLOPs."""
     workdir = epath.Path(config.workdir)
     trained = open_artifact(workdir / "memory", "memory")
+    if "training_flops" not in trained.summary:
+        raise UserError(f"{trained.path}: was imported, so what its training cost, and `continued` may, is not known")
     mesh, rules = meshes.mesh_of(config)
     parameters, model, artifact = saved.load_language_model(workdir / "base", mesh, rules)
     settings = ml_collections.ConfigDict(config.base.training)
