@@ -46,7 +46,7 @@ def imported(tmp_path_factory):
         training__batch_sequences=8,
         training__learning_rate=0.0,
         training__adam_learning_rate=0.0,
-        training__warmup_steps=0,
+        training__warmup_steps=1,
         evaluation__bootstrap_samples=20,
         evaluation__sharpness_positions=40,
     )

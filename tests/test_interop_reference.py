@@ -187,7 +187,7 @@ def put(name, *shape):
         ("reference", put("h.2.ln_1.bias", 24), r"tensor 'h\.2\.ln_1\.bias' belongs to nothing"),
         ("reference", put("h.0.mlp.c_fc.weight", 96, 24), r"'h\.0\.mlp\.c_fc\.weight' is \(96, 24\); config"),
         ("reference", put("embedding_transform.weight", 24, 17), r"'embedding_transform\.weight' is \(24, 17\)"),
-        ("transformers", drop("memory.ln_f.weight"), r"tensor 'ln_f\.weight' of shape \(24,\) is missing"),
+        ("transformers", drop("memory.ln_f.weight"), r"tensor 'memory\.ln_f\.weight' of shape \(24,\) is missing"),
         ("transformers", drop("base.transformer.ln_f.bias"), r"tensor 'ln_f\.bias' of shape \(16,\) is missing"),
         ("transformers", put("other.weight", 3), r"tensor 'other\.weight' belongs to neither base nor memory"),
     ],

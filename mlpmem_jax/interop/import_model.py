@@ -57,7 +57,7 @@ def run(config: ml_collections.ConfigDict, source: str) -> Artifact:
         base_model = huggingface_config.read_config(folder, "base")
         _check_fits(config, folder, values, base_model, tokens)
         tensors = _memory_part(tensors)
-        model = _memory_config(folder, values["memory_config"], tensors, base_model, tokens, multiple)
+        model = _memory_config(folder, values["memory_config"], tensors, base_model, tokens, multiple, MEMORY_PREFIX)
         base_parameters, _ = huggingface.load_language_model(source, mesh, rules, part="base")
         base = _sealed(workdir, "base", base_model, base_parameters, {}, {"tokens": tokens.fingerprint})
         figures = {"validation": {"interpolation_weight": values["interpolation_weight"]}}
@@ -128,6 +128,7 @@ def _memory_config(
     base: language_model.Config,
     tokens: Artifact,
     multiple: int,
+    prefix: str = "",
 ) -> MemoryConfig:
     """Dimensions of the memory, with which its tensors and the base agree."""
     file = folder / "config.json"
@@ -144,7 +145,7 @@ def _memory_config(
             f"{transform.file}: tensor {transform.name!r} is {transform.shape}; from a base of width {base.width} to a "
             f"memory of width {model.width} it would be {(model.width, base.width)}"
         )
-    tensor_files.check(tensors, memory_tensors.shapes(model), str(folder))
+    tensor_files.check(tensors, memory_tensors.shapes(model), str(folder), prefix)
     return model
 
 

@@ -126,16 +126,30 @@ def _explained(file: pathlib.Path, what: str) -> Iterator[None]:
         raise UserError(f"{file}: expected {what}, and could not read it (truncated?): {reason}") from error
 
 
-def check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+def check(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str, prefix: str = ""
+) -> None:
     """Compares tensors with the names and shapes that a config asks for.
+
+    Args:
+      tensors: what was found, by name.
+      shapes: what there should be.
+      source: where, for errors.
+      prefix: what stands before all these names in the file.
 
     Raises:
       UserError: naming the first tensor that is missing, left over or of another shape.
     """
     for name, shape in shapes.items():
         if name not in tensors:
-            raise UserError(f"{source}: tensor {name!r} of shape {shape} is missing; config.json and weights disagree")
+            raise UserError(
+                f"{source}: tensor {prefix + name!r} of shape {shape} is missing; config.json and weights disagree"
+            )
         if tensors[name].shape != shape:
-            raise UserError(f"{tensors[name].file}: tensor {name!r} is {tensors[name].shape}; config.json says {shape}")
+            raise UserError(
+                f"{tensors[name].file}: tensor {prefix + name!r} is {tensors[name].shape}; config.json says {shape}"
+            )
     if extra := sorted(tensors.keys() - shapes.keys()):
-        raise UserError(f"{tensors[extra[0]].file}: tensor {extra[0]!r} belongs to nothing that config.json describes")
+        raise UserError(
+            f"{tensors[extra[0]].file}: tensor {prefix + extra[0]!r} belongs to nothing that config.json describes"
+        )
