@@ -28,9 +28,14 @@ _OTHER = {
     "continued": "train the base on with the settings config.training, and score it: an arm of sweeps",
     "generate": "continue a prompt with the base LM alone and with the memory",
     "benchmark": "measure the rates of this machine",
+    "export": "write the memory for PyTorch, or targets and datastores as Arrow streams",
+    "import": "read a memory from PyTorch, or targets and datastores from Arrow streams",
 }
 _SWEEP = "many models over size, compute and arm -> points.csv; run again, it goes on where it stopped"
 _FIT = "points of a sweep -> scaling laws with intervals, and their picture"
+FORMATS = ("transformers", "reference", "reference-targets", "reference-datastore")
+FORMATS_HELP = "for Auto classes, or as the reference implementation keeps its memory, targets and datastore"
+SPLITS = ("train", "validation", "test")
 _EXAMPLES = """\
 examples:
   mlpmem run --config=configs/quickstart.py
@@ -38,6 +43,7 @@ examples:
       --config.workdir=runs/mine
   mlpmem train --config=configs/desk.py --config.training.learning_rate=0.01
   mlpmem generate --config=configs/quickstart.py --prompt="Return a new array" --tokens=40
+  mlpmem export --config=configs/quickstart.py --format=transformers --output=exported --verify
 
 Every key of a config can be given as --config.GROUP.KEY=VALUE; configs/default.py lists them with their meaning.
 """
@@ -64,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 = all")
             verb.add_argument("--top_p", type=float, default=1.0, help="sample within this share of the mass")
             verb.add_argument("--seed", type=int, default=0, help="of the sampling")
+        if name == "export":
+            verb.add_argument("--format", required=True, choices=FORMATS, help=FORMATS_HELP)
+            verb.add_argument("--output", required=True, metavar="PATH", help="folder or file to make")
+            verb.add_argument("--verify", action="store_true", help="score the test split in PyTorch and compare")
+        if name == "import":
+            verb.add_argument("--from", dest="source", required=True, metavar="PATH", help="folder or Arrow stream")
+        if name in ("export", "import"):
+            verb.add_argument("--split", default="train", choices=SPLITS, help="of an Arrow stream (default train)")
         if name == "benchmark":
             verb.add_argument("--json", metavar="FILE", help="write the rows here as well")
             verb.add_argument("--rows", default="", metavar="A,B", help="only these parts, e.g. train,generate")
@@ -173,6 +187,10 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
         from mlpmem_jax.inference import compare
 
         compare.run(config, options)
+    elif options.verb in ("export", "import"):
+        from mlpmem_jax.interop import commands
+
+        commands.run(config, options)
     elif options.verb == "benchmark":
         from mlpmem_jax import benchmark
 

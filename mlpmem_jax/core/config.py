@@ -112,7 +112,7 @@ SCHEMA: dict[str, Any] = {
         "feed_forward_width": _COUNT,
         "output_from_base": _BOOLEAN,
     },
-    "training": {**_OPTIMIZATION, "mode": _one_of("offline", "online"), "alpha": _FRACTION},
+    "training": {**_OPTIMIZATION, "mode": _one_of("offline", "online"), "alpha": _FRACTION, "start": _TEXT},
     "evaluation": {
         "bootstrap_samples": _POSITIVE,
         "confidence": _OPEN_FRACTION,
