@@ -1,6 +1,6 @@
 """Jobs of several real processes (gloo between them) against one process; kills, lost coordinators, preemption.
 
-The reference is made in this process on eight virtual devices. Longer: MLPMEM_KILLS=2 adds launches that CI leaves out.
+The reference is made in this process on eight virtual devices. MLPMEM_KILLS=2 adds jobs of four processes.
 """
 
 import json
@@ -19,7 +19,7 @@ from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.training import goodput
 
 ROOT = pathlib.Path(__file__).parent.parent
-LONG = int(os.environ.get("MLPMEM_KILLS", "1")) > 1
+KILLS = int(os.environ.get("MLPMEM_KILLS", "1"))
 STEPS, EVERY = 12, 4
 EXIT_AGAIN = 75
 
@@ -28,7 +28,6 @@ DRIVER = """
 import os, signal, sys, time
 me, (workdir, stages, mesh, event) = int(os.environ["JAX_PROCESS_ID"]), sys.argv[1:]
 if event == "late" and me == 1: time.sleep(3)
-sys.path.insert(0, "tests")
 from test_processes import small
 from mlpmem_jax import cli
 from mlpmem_jax.core import runtime
@@ -85,7 +84,7 @@ def launch(workdir, stages, processes, mesh, event="nothing", devices=1):
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "MLPMEM_LOST_SECONDS": "6",
             "MLPMEM_QUIET": "0",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         }
     command = [sys.executable, "-c", DRIVER, str(workdir), stages, mesh, event]
     # One process of the job ends by itself: the launcher must not be what ends the others.
@@ -147,13 +146,11 @@ def test_a_killed_target_builder_ends_the_job_and_one_process_finishes_it(refere
 
 
 @pytest.mark.parametrize(
-    ("event", "processes", "mesh", "resumed"),
-    [
-        ("killed_in_save", 2, "1x2", EVERY),  # one `tensor` axis over both: they read the same rows
-        pytest.param("killed_in_step", 4, "2x2", EVERY, marks=pytest.mark.skipif(not LONG, reason="MLPMEM_KILLS > 1")),
-    ],
+    ("event", "processes", "mesh"),
+    [("killed_in_save", 2, "1x2")]  # one `tensor` axis over both: they read the same rows
+    + [("killed_in_step", 4, "2x2"), ("killed_in_step", 4, "1x4"), ("killed_in_save", 4, "4x1")] * (KILLS - 1),
 )
-def test_a_killed_training_goes_on_on_another_mesh(reference, tmp_path, capfd, event, processes, mesh, resumed):
+def test_a_killed_training_goes_on_on_another_mesh(reference, tmp_path, capfd, event, processes, mesh):
     workdir = seeded(reference, tmp_path, "tokens", "base", "datastore", "targets")
     assert launch(workdir, "train", processes, mesh, event) == 128 + 9
     output = capfd.readouterr().out
@@ -193,7 +190,7 @@ def test_two_processes_evaluate_and_generate_as_one(reference, tmp_path, capfd):
 def test_a_coordinator_that_is_not_there_is_named_in_bounded_time(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("MLPMEM_JOIN_SECONDS", "3")
     absent = local.environments(2, 1, local.free_port())[1:]
-    command = [sys.executable, "-m", "mlpmem_jax.cli", "tokens", "--config=configs/smoke.py"]
+    command = [sys.executable, "-m", "mlpmem_jax.cli", "tokens", f"--config={ROOT}/configs/smoke.py"]
     assert local.run_processes(command, absent) == EXIT_AGAIN
     output = capfd.readouterr().out
     assert "did not all find each other within 3 s" in output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,17 @@ from mlpmem_jax.retrieval.datastore import tapped_block
 from mlpmem_jax.training import data, loop
 from mlpmem_jax.training.loss import sparse_cross_entropy
 
-_VOCABULARY_MULTIPLE = 128  # columns of the output projection: whole tiles of a matrix unit on every tensor shard
+_VOCABULARY_MULTIPLE = 128  # columns of the output projection: whole tiles of a matrix unit
 
 
 def dimensions(
     config: ml_collections.ConfigDict, vocab_size: int, input_width: int, tensor_shards: int
 ) -> MemoryConfig:
-    """The memory's dimensions; the vocabulary is padded to what the mesh divides."""
-    multiple = _VOCABULARY_MULTIPLE * tensor_shards
+    """The memory's dimensions; the vocabulary is padded to what the mesh divides.
+
+    Any `tensor` size that is a power of two up to 128 gives the same, so that a run may go on on another mesh.
+    """
+    multiple = math.lcm(_VOCABULARY_MULTIPLE, tensor_shards)
     return MemoryConfig(
         family=config.memory.family,
         vocab_size=vocab_size,
