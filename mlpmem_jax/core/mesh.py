@@ -6,13 +6,13 @@ axes each of them is sharded; another table, given in `config.mesh.rules`, is an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -99,6 +99,28 @@ def shardings(mesh: Mesh, tree, rules: Rules = RULES):
     return jax.tree.map(lambda axes: sharding(mesh, axes, rules), tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
+def check_cuts(abstract, placed) -> None:
+    """Checks that the mesh cuts every array of a tree in equal parts.
+
+    Args:
+      abstract: tree of arrays or shapes.
+      placed: tree of NamedSharding of the same structure.
+
+    Raises:
+      ConfigError: naming the first array that it does not.
+    """
+    arrays = jax.tree_util.tree_leaves_with_path(abstract)
+    for (path, array), cut in zip(arrays, jax.tree.leaves(placed), strict=True):
+        for size, axes in zip(array.shape, cut.spec, strict=False):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            if size % (parts := math.prod(cut.mesh.shape[axis] for axis in axes)):
+                name = "/".join(entry.key for entry in path)
+                raise ConfigError(
+                    f"config.mesh: {'+'.join(axes)} cuts in {parts} parts, but {name} has {size} in an axis that it "
+                    f"cuts (shape {array.shape}); choose sizes that divide it, or other config.mesh.rules"
+                )
+
+
 def batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
     """Into how many parts the batch axis is cut."""
     axes = rules["batch"]
@@ -169,4 +191,8 @@ def barrier(name: str) -> None:
     Raises:
       JaxRuntimeError: a process died meanwhile.
     """
+    if jax.process_count() == 1:
+        return
+    import orbax.checkpoint as ocp  # slow to import, and of use to several processes alone
+
     ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=_BARRIER_TIMEOUT_MS)

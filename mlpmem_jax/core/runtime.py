@@ -170,6 +170,11 @@ def stage_began() -> float:
     return _began[-1] if _began else time.time()
 
 
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 @contextlib.contextmanager
 def measured_stage(workdir: str, stage: str) -> Iterator[None]:
     """Records seconds and peak memory of a stage in WORKDIR/stages.jsonl, also of one that fails."""

@@ -20,7 +20,7 @@ from mlpmem_jax.core.artifacts import ArraySpec, Artifact, ArtifactWriter, find_
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
-from mlpmem_jax.models import gpt2, saved
+from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.scoring import next_token_log_probabilities
 
 SPLITS = ("train", "validation", "test")
@@ -39,13 +39,13 @@ def _forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_d
 
     Both are sharded along the batch alone: each process writes whole rows.
     """
-    final, tapped = gpt2.features(parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype)
+    final, tapped = language_model.features(parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype)
     outputs = [jax.lax.with_sharding_constraint(tapped[tap].astype(dtype), batch_sharding) for tap in taps]
     if vocab_sharding is None:
         return outputs, None
     log_probabilities = next_token_log_probabilities(
         final,
-        gpt2.output_kernel(parameters),
+        language_model.output_kernel(parameters),
         next_BxT,
         vocab_size=config.vocab_size,
         compute_dtype=compute_dtype,
