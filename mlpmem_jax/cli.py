@@ -177,7 +177,6 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
 
     logging.set_verbosity(logging.ERROR)  # libraries' notes on their own doings are no news to the user
     runtime.keep_freed_memory()
-    runtime.join_job()
     if options.verb == "run":
         for name in STAGES:
             _run_stage(name, config)
@@ -218,7 +217,11 @@ def main(arguments: list[str] | None = None) -> None:
         elif options.verb == "sweep":
             _sweep(options, overrides)
         else:
-            _dispatch(options, read_config(options.config, overrides))
+            config = read_config(options.config, overrides)
+            from mlpmem_jax.core import runtime  # imports jax, which a config that is wrong need not wait for
+
+            with runtime.job(config.workdir):
+                _dispatch(options, config)
     except UserError as error:
         print(f"mlpmem {options.verb}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -18,6 +18,7 @@ Object stores have no symbolic links, and artifacts are too large to be copied.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -332,9 +333,11 @@ class ArtifactWriter:
         path = _absolute(path)
         if len({spec.num_shards for spec in arrays.values()}) > 1:
             raise ValueError(f"arrays of {path} differ in their number of shards")
+        # Listed before the manifest is looked for: another process of the job may just now write it, and then all else.
+        names = [entry.name for entry in epath.Path(path).iterdir()] if epath.Path(path).exists() else []
         manifest = read_manifest(path)
         if manifest is None:
-            if epath.Path(path).exists() and any(epath.Path(path).iterdir()):
+            if any(MANIFEST not in name for name in names):
                 raise ArtifactError(f"{path}: is not empty and holds no {MANIFEST}; choose another config.workdir")
             manifest = {
                 "format": FORMAT,
@@ -464,7 +467,8 @@ def library_versions(names: tuple[str, ...]) -> dict[str, str]:
 def _remove_shard_records(path: str) -> None:
     folder = epath.Path(path) / "shards"
     if folder.exists():
-        folder.rmtree()
+        with contextlib.suppress(FileNotFoundError):  # another process of the job removes them as well
+            folder.rmtree()
 
 
 def open_artifact(path, kind: str) -> Artifact:

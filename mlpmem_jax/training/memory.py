@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,8 @@ _TILE = 128  # columns of a matrix unit
 
 
 def vocabulary_multiple(tensor_shards: int) -> int:
-    """What the padded vocabulary is a multiple of: every tensor shard of the output projection has whole tiles."""
-    return _TILE * tensor_shards
+    """What the padded vocabulary is a multiple of: whole tiles, and what the mesh divides."""
+    return math.lcm(_TILE, tensor_shards)
 
 
 def dimensions(
@@ -40,7 +41,10 @@ def dimensions(
     tensor_shards: int,
     norm_epsilon: float = 1e-5,
 ) -> MemoryConfig:
-    """The memory's dimensions; the vocabulary is padded to what the mesh divides, `norm_epsilon` is the base's."""
+    """The memory's dimensions; the vocabulary is padded to what the mesh divides, `norm_epsilon` is the base's.
+
+    Any `tensor` size that is a power of two up to 128 gives the same, so that a run may go on on another mesh.
+    """
     multiple = vocabulary_multiple(tensor_shards)
     return MemoryConfig(
         family=config.memory.family,
