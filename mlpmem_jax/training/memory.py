@@ -92,6 +92,48 @@ def _validation(config: ml_collections.ConfigDict, model: MemoryConfig, mesh, ru
     return validate
 
 
+def make_task(
+    config: ml_collections.ConfigDict,
+    model: MemoryConfig,
+    base_config: gpt2.GPT2Config,
+    mesh,
+    rules,
+    *,
+    name: str,
+    folder: str,
+    output_kernel_DxV: jax.Array | None,
+    frozen,
+    source,
+    validate,
+) -> loop.Task:
+    """What `loop.fit` trains: the memory of a config, beside a base LM of given dimensions.
+
+    Args:
+      config: the whole config.
+      model, base_config: dimensions of the memory and of the base LM.
+      output_kernel_DxV: where the output projection starts, None for at random.
+      frozen: parameters of the base LM where `config.training.mode` is "online", else {}.
+      name, folder, source, validate: as of `loop.Task`.
+    """
+    length, training = config.base.context_length, config.training
+    input_tap = tapped_block(base_config.blocks, config.datastore.input_depth)
+    online = training.mode == "online"
+    base_flops = flops.gpt2_forward(base_config, length, output_projection=False) if online else 0
+    return loop.Task(
+        name=name,
+        folder=folder,
+        settings=training,
+        initialise=functools.partial(memory.init, model, jax.random.key(training.seed), output_kernel_DxV),
+        logical_axes=memory.logical_axes(model),
+        loss=functools.partial(_loss, model, base_config, input_tap, training, mesh, rules),
+        frozen=frozen,
+        source=source,
+        validate=validate,
+        positions_per_sequence=length,
+        flops_per_position=3 * flops.memory_forward(model) + base_flops,
+    )
+
+
 def run(config: ml_collections.ConfigDict) -> Artifact:
     """Trains the memory of `config.workdir`."""
     return train(config, "memory")
@@ -121,7 +163,6 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     mesh, rules = meshes.mesh_of(config)
     loop.check_batch(config.training, mesh, rules, "training")
     base_config = gpt2.GPT2Config(**base.summary["model"])
-    input_tap = tapped_block(base_config.blocks, config.datastore.input_depth)
     # Offline as online, the memory reads the base LM's states, so its input is as wide as the base.
     model = dimensions(config, tokens.summary["vocab_size"], base_config.width, mesh.shape["tensor"])
     online = config.training.mode == "online"
@@ -132,28 +173,23 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
             f"config.memory.output_from_base: needs config.memory.width ({model.width}) equal to the base's width "
             f"({base_config.width})"
         )
-    kernel_DxV = gpt2.output_kernel(frozen) if config.memory.output_from_base else None
-    key = jax.random.key(config.training.seed)
-
     source = data.TargetSource(datastore, targets, TokenStream(tokens, "train") if online else None)
-    length = config.base.context_length
-    base_flops = flops.gpt2_forward(base_config, length, output_projection=False) if online else 0
     writer = ArtifactWriter.create(path, "memory", settings, inputs, {})
-    task = loop.Task(
+    task = make_task(
+        config,
+        model,
+        base_config,
+        mesh,
+        rules,
         name=folder,
         folder=writer.path,
-        settings=config.training,
-        initialise=functools.partial(memory.init, model, key, kernel_DxV),
-        logical_axes=memory.logical_axes(model),
-        loss=functools.partial(_loss, model, base_config, input_tap, config.training, mesh, rules),
+        output_kernel_DxV=gpt2.output_kernel(frozen) if config.memory.output_from_base else None,
         frozen=frozen if online else {},
         source=source,
         validate=_validation(config, model, mesh, rules),
-        positions_per_sequence=length,
-        flops_per_position=3 * flops.memory_forward(model) + base_flops,
     )
     parameters, figures = loop.fit(task, mesh, rules)
-    figures["positions"] = int(figures["steps"] * config.training.batch_sequences * length)
+    figures["positions"] = int(figures["steps"] * config.training.batch_sequences * config.base.context_length)
     figures["training_flops"] = float(np.float64(figures["positions"]) * 3 * flops.memory_forward(model))
     saved.seal(writer, model, parameters, figures)
     return open_artifact(path, "memory")
