@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Iterator
 
@@ -47,6 +48,20 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26)):
             libc.mallopt(parameter, value)
+
+
+@contextlib.contextmanager
+def no_native_log() -> Iterator[None]:
+    """Keeps what C++ libraries print off standard error; their errors come as exceptions all the same."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _reset_peak() -> None:

@@ -7,14 +7,13 @@ disagree about a few of them from run to run, so one thread builds. Searches may
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import math
-import os
 
 import numpy as np
 
+from mlpmem_jax.core.runtime import no_native_log
 from mlpmem_jax.retrieval import neighbors
 
 _BRUTE_FORCE_BELOW = 4096  # too few keys to cluster and hash well
@@ -98,18 +97,18 @@ class ScannIndex:
                 training_iterations=_HASHING_ITERATIONS,
             ).reorder(1)
         builder.set_n_training_threads(1)
-        with _no_native_log():
+        with no_native_log():
             return cls(builder.build(), len(keys_NxD), options)
 
     def save(self, folder) -> None:
         """Writes the index to an existing empty folder."""
-        with _no_native_log():
+        with no_native_log():
             self._searcher.serialize(str(folder), relative_path=True)
 
     @classmethod
     def load(cls, folder, size: int, options: Options) -> ScannIndex:
         """Reads what `save` wrote."""
-        with _no_native_log():
+        with no_native_log():
             return cls(_scann().load_searcher(str(folder)), size, options)
 
     def search(
@@ -168,16 +167,3 @@ def _scann():
     from scann import scann_ops_pybind  # here, because there is no wheel for every machine
 
     return scann_ops_pybind
-
-
-@contextlib.contextmanager
-def _no_native_log():
-    """Keeps ScaNN's C++ log off standard error; its errors come as exceptions all the same."""
-    saved = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
