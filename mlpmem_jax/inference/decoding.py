@@ -3,7 +3,8 @@
 The memory reads the hidden state of the position whose next token is wanted and nothing else, so a prompt costs it one
 position, and a step that does not ask for it costs it nothing.
 
-Dimensions: B sequences, T positions of the prompts, S of the cache, D width, H heads, K width of a head, V vocabulary.
+Dimensions: B sequences, T positions of the prompts, S of the cache, D width, H heads of queries, G heads of keys and
+values, K width of a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mlpmem_jax.models import gpt2, memory, modules
-from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.models import language_model, memory, modules, transformer
 from mlpmem_jax.models.memory import MemoryConfig
 
 
@@ -25,7 +25,7 @@ from mlpmem_jax.models.memory import MemoryConfig
 class Models:
     """Dimensions of a base LM and of its memory, if any; the memory reads tap `input_block` of the base."""
 
-    base: GPT2Config
+    base: language_model.Config
     memory: MemoryConfig | None = None
     input_block: int = 0
 
@@ -39,7 +39,7 @@ class Parameters(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of all positions so far, for each block [B, H, S, K]; S is the room there is."""
+    """Keys and values of all positions so far, for each block [B, G, S, K]; S is the room there is."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -74,18 +74,21 @@ def prefill(
     """
     length = tokens_BxT.shape[1]
     positions_T = jnp.arange(length)
-    seen_BxTxT = (positions_T[:, None] >= positions_T) & (positions_T >= padding_B[:, None, None])
+    seen_TxT = transformer.causal_mask(length, language_model.window(models.base)) == 0
+    seen_BxTxT = seen_TxT & (positions_T >= padding_B[:, None, None])
     # Padding sees itself: a softmax over nothing is no number, and would spread through the values.
     mask_Bx1xTxT = jnp.where(seen_BxTxT | jnp.eye(length, dtype=bool), 0.0, -jnp.inf)[:, None]
+    positions_BxT = jnp.maximum(positions_T - padding_B[:, None], 0)
+    rotate = language_model.rotation(models.base, positions_BxT)
     keys, values = [], []
 
-    def attend(query_BxHxTxK, key_BxHxTxK, value_BxHxTxK):
+    def attend(query_BxHxTxK, key_BxGxTxK, value_BxGxTxK):
+        query_BxHxTxK, key_BxGxTxK = rotate(query_BxHxTxK), rotate(key_BxGxTxK)
         extra = ((0, 0), (0, 0), (0, room - length), (0, 0))
-        keys.append(jnp.pad(key_BxHxTxK, extra))
-        values.append(jnp.pad(value_BxHxTxK, extra))
-        return gpt2.attention(query_BxHxTxK, key_BxHxTxK, value_BxHxTxK, mask_Bx1xTxT)
+        keys.append(jnp.pad(key_BxGxTxK, extra))
+        values.append(jnp.pad(value_BxGxTxK, extra))
+        return transformer.attention(query_BxHxTxK, key_BxGxTxK, value_BxGxTxK, mask_Bx1xTxT)
 
-    positions_BxT = jnp.maximum(positions_T - padding_B[:, None], 0)
     reading = _read(models, parameters.base, tokens_BxT, positions_BxT, lambda block: attend)
     return reading, Cache(tuple(keys), tuple(values), jnp.int32(length), padding_B)
 
@@ -94,17 +97,21 @@ def step(models: Models, parameters: Parameters, cache: Cache, tokens_B: jax.Arr
     """Reads one more token of each sequence, int32 [B]."""
     positions_S = jnp.arange(cache.keys[0].shape[2])
     seen_BxS = (positions_S < cache.length) & (positions_S >= cache.padding_B[:, None])
+    if window := language_model.window(models.base):
+        seen_BxS &= positions_S > cache.length - window
     mask_Bx1x1xS = jnp.where(seen_BxS, 0.0, -jnp.inf)[:, None, None]
+    positions_Bx1 = (cache.length - cache.padding_B)[:, None]
+    rotate = language_model.rotation(models.base, positions_Bx1)
     keys, values = [], []
 
-    def attend(block, query_BxHx1xK, key_BxHx1xK, value_BxHx1xK):
-        keys.append(key_BxHx1xK)
-        values.append(value_BxHx1xK)
-        return _attention_of_last(
-            query_BxHx1xK, key_BxHx1xK, value_BxHx1xK, cache.keys[block], cache.values[block], mask_Bx1x1xS
+    def attend(block, query_BxHx1xK, key_BxGx1xK, value_BxGx1xK):
+        query_BxHx1xK, key_BxGx1xK = rotate(query_BxHx1xK), rotate(key_BxGx1xK)
+        keys.append(key_BxGx1xK)
+        values.append(value_BxGx1xK)
+        return transformer.attention_of_last(
+            query_BxHx1xK, key_BxGx1xK, value_BxGx1xK, cache.keys[block], cache.values[block], mask_Bx1x1xS
         )
 
-    positions_Bx1 = (cache.length - cache.padding_B)[:, None]
     reading = _read(
         models, parameters.base, tokens_B[:, None], positions_Bx1, lambda block: functools.partial(attend, block)
     )
@@ -133,28 +140,13 @@ def _read(
     models: Models, base: dict, tokens_BxT: jax.Array, positions_BxT: jax.Array, attention_of: Callable
 ) -> Reading:
     """The base LM over new positions; `attention_of(block)` is a block's attention."""
-    x_BxTxD = base["wte"]["embedding"][tokens_BxT] + base["wpe"]["embedding"][positions_BxT]
+    x_BxTxD = language_model.embed(base, models.base, tokens_BxT, positions_BxT)
     memory_input_BxD = None
-    build = functools.partial(gpt2.Block, models.base, jnp.float32)
+    build = functools.partial(language_model.build_block, models.base)
     for index, block in enumerate(base["h"]):
         x_BxTxD, tap_BxTxD = modules.bind(build, block)(x_BxTxD, attention_of(index))
         if index + 1 == models.input_block:
             memory_input_BxD = tap_BxTxD[:, -1]
-    last_BxD = gpt2.final_norm(base, models.base, x_BxTxD[:, -1])
-    # No transpose of the embedding: in a loop over steps the compiler would make that a copy.
-    logits_BxV = jnp.einsum("bd,vd->bv", last_BxD, base["wte"]["embedding"])
+    last_BxD = language_model.final_norm(base, models.base, x_BxTxD[:, -1])
+    logits_BxV = language_model.vocabulary_logits(base, models.base, last_BxD)
     return Reading(jax.nn.log_softmax(logits_BxV), memory_input_BxD)
-
-
-def _attention_of_last(query_BxHx1xK, key_BxHx1xK, value_BxHx1xK, keys_BxHxSxK, values_BxHxSxK, mask_Bx1x1xS):
-    """Attention of one position to those of the cache and to itself, [B, H, 1, K].
-
-    Itself apart from the cache: a cache that is extended before it is read is copied in every step.
-    """
-    query_BxHx1xK = query_BxHx1xK * query_BxHx1xK.shape[-1] ** -0.5
-    scores_BxHx1xS = jnp.einsum("bhtk,bhsk->bhts", query_BxHx1xK, keys_BxHxSxK) + mask_Bx1x1xS
-    own_BxHx1x1 = jnp.sum(query_BxHx1xK * key_BxHx1xK, axis=-1, keepdims=True)
-    maximum_BxHx1x1 = jnp.maximum(own_BxHx1x1, scores_BxHx1xS.max(-1, keepdims=True))
-    weights_BxHx1xS, own_BxHx1x1 = jnp.exp(scores_BxHx1xS - maximum_BxHx1x1), jnp.exp(own_BxHx1x1 - maximum_BxHx1x1)
-    mixed_BxHx1xK = jnp.einsum("bhts,bhsk->bhtk", weights_BxHx1xS, values_BxHxSxK) + own_BxHx1x1 * value_BxHx1xK
-    return mixed_BxHx1xK / (weights_BxHx1xS.sum(-1, keepdims=True) + own_BxHx1x1)

@@ -24,7 +24,7 @@ def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: 
     from mlpmem_jax.interop import huggingface
 
     mesh, rules = meshes.mesh_of(config)
-    parameters, model = huggingface.load_gpt2(source, mesh, rules)
+    parameters, model = huggingface.load_language_model(source, mesh, rules)
     if model.vocab_size < tokens.summary["vocab_size"]:
         raise ConfigError(
             f"config.{key}: {source} has a vocabulary of {model.vocab_size}, but the tokenizer makes ids up to "

@@ -1,84 +1,66 @@
-"""GPT-2 weights and dimensions from a Hugging Face folder or hub name.
+"""Language models from Hugging Face folders or hub names, and written back as such folders.
 
-Weights are safetensors, in one file or sharded with an index. Each process reads the tensors that its devices hold,
-one block's at a time.
+Weights are safetensors, in one file or sharded with an index. Each process reads the parts that its devices hold and
+no others, one block's part of one tensor at a time: the host never holds a model.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
-from jax.sharding import Mesh
+import safetensors.numpy
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import UserError, require
-from mlpmem_jax.models import gpt2
-from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.core.progress import progress
+from mlpmem_jax.interop import huggingface_config
+from mlpmem_jax.interop.checkpoint_layout import PREFIXES, Layout, full_name, layouts
+from mlpmem_jax.models import language_model
 
-# What a config may leave out, and the values that models/gpt2.py implements.
-_IMPLEMENTED = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-_DIMENSIONS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_OUTPUT = "lm_head.weight"
+_COMPARED_ROWS = 1024
+# What old files carry beside the weights: causal masks of GPT-2, frequencies of Llama.
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+Files = dict[str, tuple[pathlib.Path, str]]
+"""Tensor name without prefix -> (file, name in the file)."""
 
 
-def load_gpt2(source: str, mesh: Mesh, rules: meshes.Rules = meshes.RULES) -> tuple[dict, GPT2Config]:
-    """Parameters (float32, placed on the mesh, the tree of `gpt2.init`) and dimensions of a GPT-2.
+def load_language_model(
+    source: str, mesh: Mesh, rules: meshes.Rules = meshes.RULES
+) -> tuple[dict, language_model.Config]:
+    """Parameters (float32, placed on the mesh, the tree of `language_model.init`) and dimensions of a language model.
 
     Args:
-      source: a folder with config.json and safetensors weights, or the name of a model on the Hugging Face hub.
+      source: a folder with config.json and safetensors weights of a GPT-2, Llama or Mistral, or the name of such a
+        model on the Hugging Face hub.
 
     Raises:
       UserError: no such folder or model, another architecture, or a tensor that is missing, left over, of another
         shape than the config says, or unreadable; the text names it.
     """
     folder = _folder(source)
-    config = read_config(folder)
-    files = _files_of_tensors(folder)
-    abstract = jax.eval_shape(functools.partial(gpt2.init, config), jax.random.key(0))
-    _check_tensors(folder, files, config, abstract)
-    placed = meshes.shardings(mesh, gpt2.logical_axes(config), rules)
-    parameters = jax.tree_util.tree_map_with_path(
-        lambda path, array, sharding: _array(files, _names(path, config), array.shape, sharding), abstract, placed
-    )
-    return parameters, config
-
-
-def read_config(folder: pathlib.Path) -> GPT2Config:
-    """Dimensions of the GPT-2 that the folder's config.json describes.
-
-    Raises:
-      UserError: the file is missing, unreadable, or describes what this package does not implement.
-    """
-    file = folder / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: expected the config of a Hugging Face model: {error}") from error
-    for key, allowed in _IMPLEMENTED.items():
-        if values.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{file}: {key} is {values[key]!r}; only {' or '.join(map(repr, allowed))} can be imported")
-    missing = [key for key in _DIMENSIONS if not isinstance(values.get(key), int)]
-    if missing:
-        raise UserError(f"{file}: {missing[0]} is missing or no whole number; this is no config of a GPT-2")
-    if values["n_embd"] % values["n_head"]:
-        raise UserError(f"{file}: n_head, {values['n_head']}, does not divide n_embd, {values['n_embd']}")
-    if (values.get("n_inner") or 4 * values["n_embd"]) != 4 * values["n_embd"]:
-        raise UserError(f"{file}: n_inner is {values['n_inner']}; only 4 x n_embd can be imported")
-    vocab_size, context_length, width, blocks, heads = (values[key] for key in _DIMENSIONS)
-    return GPT2Config(vocab_size, context_length, width, blocks, heads, values.get("layer_norm_epsilon", 1e-5))
+    config = huggingface_config.read_config(folder)
+    family = language_model.family(config)
+    files = _files_of_tensors(folder, PREFIXES[family])
+    abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
+    stored = layouts(family, abstract, config.blocks)
+    _check_tensors(folder, files, jax.tree.leaves(stored), has_output="lm_head" in abstract)
+    placed = meshes.shardings(mesh, language_model.logical_axes(config), rules)
+    count = sum(len(layout.names) for layout in jax.tree.leaves(stored))
+    with progress(count, f"importing {source}", "tensors") as bar:
+        return jax.tree.map(functools.partial(_array, files, bar), stored, placed), config
 
 
 def _folder(source: str) -> pathlib.Path:
@@ -95,88 +77,174 @@ def _folder(source: str) -> pathlib.Path:
         raise UserError(f"{source}: neither a folder nor a model that the Hugging Face hub gave: {error}") from error
 
 
-def _files_of_tensors(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
-    """Tensor name without the 'transformer.' prefix -> (file, name in the file)."""
+def _files_of_tensors(folder: pathlib.Path, prefix: str) -> Files:
     try:
         if (folder / _INDEX).is_file():
             shards = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         else:
-            shards = {"model.safetensors"}
+            shards = {_SINGLE}
         found = {}
         for shard in sorted(shards):
             with safetensors.safe_open(folder / shard, framework="numpy") as file:
                 names = file.keys()
-                found |= {name.removeprefix("transformer."): (folder / shard, name) for name in names}
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+                found |= {name.removeprefix(prefix): (folder / shard, name) for name in names}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"{folder}: expected weights in model.safetensors, or in the files of {_INDEX}, and could not read them: "
-            f"{error}"
+            f"{folder}: expected weights in {_SINGLE}, or in the files of {_INDEX}, and could not read "
+            f"{'them' if (folder / _INDEX).is_file() else _SINGLE}: {error}"
         ) from error
-    # Causal masks that old files carry beside the weights.
-    return {name: at for name, at in found.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    return {name: at for name, at in found.items() if not name.endswith(_BUFFERS)}
 
 
-def _names(path: tuple, config: GPT2Config) -> list[str]:
-    """Names of the tensors that make up one of our arrays: one, or one for each block."""
-    *module, leaf = (entry.key for entry in path)
-    name = ".".join([*module, "bias" if leaf == "bias" else "weight"])
-    if module[0] != "h":
-        return [name]
-    return [f"h.{block}.{name.removeprefix('h.')}" for block in range(config.blocks)]
-
-
-def _tensor_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the tensor in the file (Conv1D keeps [in, out]); ours has an axis for heads."""
-    if name.endswith("attn.c_attn.weight"):
-        return shape[0], math.prod(shape[1:])
-    if name.endswith("attn.c_attn.bias"):
-        return (math.prod(shape),)
-    if name.endswith("attn.c_proj.weight"):
-        return math.prod(shape[:-1]), shape[-1]
-    return shape
-
-
-def _check_tensors(folder: pathlib.Path, files: dict, config: GPT2Config, abstract: dict) -> None:
-    """Refuses tensors that are missing, left over or of another shape, and an output projection of its own."""
-    expected = {}
-    for path, array in jax.tree_util.tree_leaves_with_path(abstract):
-        names = _names(path, config)
-        shape = array.shape[1:] if path[0].key == "h" else array.shape
-        expected |= {name: _tensor_shape(name, shape) for name in names}
+def _check_tensors(folder: pathlib.Path, files: Files, stored: list[Layout], has_output: bool) -> None:
+    """Refuses tensors that are missing, left over, of another shape or dtype, and a tied output that is not."""
+    expected = {name: layout.tensor_shape for layout in stored for name in layout.names}
     for name, shape in expected.items():
         if name not in files:
             raise UserError(f"{folder}: tensor {name!r} of shape {shape} is missing; config.json and weights disagree")
         file, stored_name = files[name]
         with safetensors.safe_open(file, framework="numpy") as opened:
-            found = tuple(opened.get_slice(stored_name).get_shape())
+            view = opened.get_slice(stored_name)
+            found, dtype = tuple(view.get_shape()), view.get_dtype()
         if found != shape:
             raise UserError(f"{file}: tensor {stored_name!r} is {found}; config.json says {shape}")
-    extra = sorted(files.keys() - expected.keys() - {"lm_head.weight"})
+        if dtype not in _DTYPES:
+            raise UserError(f"{file}: tensor {stored_name!r} is stored as {dtype}; expected {' or '.join(_DTYPES)}")
+    extra = sorted(files.keys() - expected.keys() - {_OUTPUT})
     if extra:
-        raise UserError(f"{files[extra[0]][0]}: tensor {extra[0]!r} belongs to no GPT-2 of this config.json")
-    if "lm_head.weight" in files and not np.array_equal(_tensor(files, "lm_head.weight"), _tensor(files, "wte.weight")):
+        raise UserError(f"{files[extra[0]][0]}: tensor {extra[0]!r} belongs to no model of this config.json")
+    if _OUTPUT in files and not has_output:
+        _check_tied(files, next(name for name in expected if name in ("wte.weight", "embed_tokens.weight")))
+
+
+def _check_tied(files: Files, embedding: str) -> None:
+    shape = _shape(files, embedding)
+    parts = [
+        (slice(first, min(first + _COMPARED_ROWS, shape[0])), slice(0, shape[1]))
+        for first in range(0, shape[0], _COMPARED_ROWS)
+    ]
+    if _shape(files, _OUTPUT) != shape or not all(
+        np.array_equal(_read(files, _OUTPUT, part), _read(files, embedding, part)) for part in parts
+    ):
         raise UserError(
-            f"{files['lm_head.weight'][0]}: tensor 'lm_head.weight' differs from 'wte.weight'; only a GPT-2 whose "
-            "output projection is its token embedding can be imported"
+            f"{files[_OUTPUT][0]}: tensor {_OUTPUT!r} differs from {embedding!r}, but config.json says that the "
+            "output projection is the token embedding (tie_word_embeddings)"
         )
 
 
-def _tensor(files: dict, name: str) -> np.ndarray:
+def _shape(files: Files, name: str) -> tuple[int, ...]:
+    file, stored_name = files[name]
+    with safetensors.safe_open(file, framework="numpy") as opened:
+        return tuple(opened.get_slice(stored_name).get_shape())
+
+
+def _read(files: Files, name: str, part: tuple[slice, ...]) -> np.ndarray:
+    """Part of a tensor, float32. The file is mapped for this long: what was read leaves the memory with it."""
     file, stored_name = files[name]
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
-            return opened.get_tensor(stored_name).astype(np.float32)
+            return opened.get_slice(stored_name)[part].astype(np.float32)
     except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(f"{file}: tensor {stored_name!r} could not be read: {error}") from error
 
 
-def _array(files: dict, names: list[str], shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
-    """A sharded array from the tensors of all blocks, or from one tensor."""
-    stacked = names[0].startswith("h.")
+def _array(files: Files, bar, layout: Layout, placed: NamedSharding) -> jax.Array:
+    """One of our arrays; that of all blocks grows on the devices block by block."""
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        if not stacked:
-            return _tensor(files, names[0])[index]
-        return np.stack([_tensor(files, name).reshape(shape[1:])[index[1:]] for name in names[index[0]]])
+    def of_one(name: str, sharding: NamedSharding) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return layout.from_tensor(index, functools.partial(_read, files, name))
 
-    return jax.make_array_from_callback(shape, sharding, part)
+        array = jax.block_until_ready(jax.make_array_from_callback(layout.shape, sharding, part))
+        bar.advance()
+        return array
+
+    if not layout.stacked:
+        return of_one(layout.names[0], placed)
+    array = jnp.zeros((len(layout.names), *layout.shape), device=placed)
+    for block, name in enumerate(layout.names):
+        one = of_one(name, NamedSharding(placed.mesh, PartitionSpec(*placed.spec[1:])))
+        array = jax.block_until_ready(_with_block(array, one, block, sharding=placed))
+    return array
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="sharding")
+def _with_block(array: jax.Array, one: jax.Array, block: int, *, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_index_in_dim(array, one, block, 0), sharding)
+
+
+def save_language_model(
+    folder: str | pathlib.Path,
+    parameters: dict,
+    config: language_model.Config,
+    *,
+    maximum_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes config.json and float32 safetensors that transformers loads as GPT2-, Llama- or MistralForCausalLM.
+
+    Every process calls this and the first one writes; the host holds one file's tensors at a time. The same
+    parameters give the same bytes.
+
+    Args:
+      folder: local; made where it does not exist.
+      parameters: tree of `language_model.init`, sharded or not.
+      config: their dimensions.
+      maximum_shard_bytes: tensors of one file; more are written as several files with an index. A larger tensor has a
+        file to itself.
+
+    Raises:
+      UserError: the folder holds weights already.
+    """
+    folder = pathlib.Path(folder)
+    if held := sorted(folder.glob("model*.safetensors*")):
+        raise UserError(f"{held[0]}: the folder holds weights already; choose another one or delete them")
+    meshes.barrier(f"saving {folder}")
+    family = language_model.family(config)
+    stored = jax.tree.leaves(layouts(family, parameters, config.blocks))
+    tensors = {}
+    for layout, array in zip(stored, jax.tree.leaves(parameters), strict=True):
+        for block, name in enumerate(layout.names):
+            tensors[full_name(family, name)] = (layout, array, block)
+    shards = _shards({name: 4 * layout.tensor_size for name, (layout, _, _) in tensors.items()}, maximum_shard_bytes)
+    names = [_SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    writes = jax.process_index() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    for file, shard in zip(names, shards, strict=True):
+        content = {name: _tensor(*tensors[name]) for name in shard}
+        if writes:
+            safetensors.numpy.save_file(content, folder / file, metadata={"format": "pt"})
+    if writes and len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(4 * layout.tensor_size for layout, _, _ in tensors.values())
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if writes:
+        _write_json(folder / "config.json", huggingface_config.to_json(config))
+    meshes.barrier(f"saved {folder}")
+
+
+def _shards(sizes: dict[str, int], maximum: int) -> list[list[str]]:
+    """Tensors in order, each file filled up to the maximum."""
+    shards, filled = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > maximum:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _tensor(layout: Layout, array: jax.Array, block: int) -> np.ndarray:
+    """One tensor on the host, whole; every process calls this."""
+    if layout.stacked:
+        array = array[block]
+    if jax.process_count() > 1:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return layout.to_tensor(np.asarray(array, np.float32))
+
+
+def _write_json(file: pathlib.Path, values: dict) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlpmem_jax.models import modules
-
-_WHOLE_SHARDS = 128  # vocabularies that this divides are cut over the mesh
+from mlpmem_jax.models import layers, modules, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +30,14 @@ class GPT2Config:
     def head_width(self) -> int:
         return self.width // self.heads
 
+    @property
+    def feed_forward_width(self) -> int:
+        return 4 * self.width
+
+    @property
+    def activation(self) -> str:
+        return "gelu_new"
+
 
 class Attention(nnx.Module):
     """The two projections of self-attention; heads are an axis of their own, so that a mesh can divide them."""
@@ -46,44 +51,23 @@ class Attention(nnx.Module):
         )
         self.c_proj = nnx.LinearGeneral(
             heads, config.width, axis=(-2, -1), dtype=dtype, rngs=rngs,
-            kernel_init=nnx.initializers.normal(0.02 / (2 * config.blocks) ** 0.5),
+            kernel_init=layers.residual_init(config.blocks),
             kernel_metadata={"logical_axes": ("heads", None, "embed")},
             bias_metadata={"logical_axes": (None,)},
         )
-
-
-class FeedForward(nnx.Module):
-    """Two projections with the tanh approximation of GELU between them (`gelu_new`)."""
-
-    def __init__(self, config: GPT2Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.c_fc = nnx.Linear(
-            config.width, 4 * config.width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.normal(0.02),
-            kernel_metadata={"logical_axes": ("embed", "mlp")}, bias_metadata={"logical_axes": ("mlp",)},
-        )
-        self.c_proj = nnx.Linear(
-            4 * config.width, config.width, dtype=dtype, rngs=rngs,
-            kernel_init=nnx.initializers.normal(0.02 / (2 * config.blocks) ** 0.5),
-            kernel_metadata={"logical_axes": ("mlp", "embed")}, bias_metadata={"logical_axes": (None,)},
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.c_proj(nnx.gelu(self.c_fc(x), approximate=True))
 
 
 class Block(nnx.Module):
     """One Transformer block."""
 
     def __init__(self, config: GPT2Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.ln_1 = _layer_norm(config, rngs)
+        self.ln_1 = layers.layer_norm(config.width, config.norm_epsilon, rngs)
         self.attn = Attention(config, dtype, rngs)
-        self.ln_2 = _layer_norm(config, rngs)
-        self.mlp = FeedForward(config, dtype, rngs)
+        self.ln_2 = layers.layer_norm(config.width, config.norm_epsilon, rngs)
+        self.mlp = layers.FeedForward(config, dtype, rngs)
 
-    def __call__(self, x_BxTxD: jax.Array, attend: Callable) -> tuple[jax.Array, jax.Array]:
-        """(the block's output, the input of its feed-forward layer), both float32 [B, T, D].
-
-        `attend` mixes positions: it maps queries, keys and values, each [B, H, T, K], to [B, H, T, K].
-        """
+    def __call__(self, x_BxTxD: jax.Array, attend: transformer.Attend) -> tuple[jax.Array, jax.Array]:
+        """(the block's output, the input of its feed-forward layer), both float32 [B, T, D]."""
         projected_BxTx3xHxK = self.attn.c_attn(self.ln_1(x_BxTxD))
         mixed_BxHxTxK = attend(*(projected_BxTx3xHxK[:, :, i].swapaxes(1, 2) for i in range(3)))
         x_BxTxD = x_BxTxD + self.attn.c_proj(mixed_BxHxTxK.swapaxes(1, 2))
@@ -95,48 +79,10 @@ class GPT2(nnx.Module):
     """The parameters of the whole network; blocks are stacked on a leading axis."""
 
     def __init__(self, config: GPT2Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        # GPT-2's own vocabulary of 50,257 divides by nothing: it stays whole on a mesh that cuts vocabularies.
-        vocab = "vocab" if config.vocab_size % _WHOLE_SHARDS == 0 else None
-        self.wte = nnx.Embed(
-            config.vocab_size, config.width, rngs=rngs, embedding_init=nnx.initializers.normal(0.02),
-            embedding_metadata={"logical_axes": (vocab, "embed")},
-        )
-        self.wpe = nnx.Embed(
-            config.context_length, config.width, rngs=rngs, embedding_init=nnx.initializers.normal(0.02),
-            embedding_metadata={"logical_axes": ("position", "embed")},
-        )
+        self.wte = layers.embedding(config.vocab_size, config.width, layers.vocabulary_axis(config.vocab_size), rngs)
+        self.wpe = layers.embedding(config.context_length, config.width, "position", rngs)
         self.h = modules.stack(functools.partial(Block, config, dtype), config.blocks, rngs)
-        self.ln_f = _layer_norm(config, rngs)
-
-
-def _layer_norm(config: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.width, epsilon=config.norm_epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs,
-        scale_metadata={"logical_axes": (None,)}, bias_metadata={"logical_axes": (None,)},
-    )
-
-
-def attention(
-    query_BxHxTxK: jax.Array, key_BxHxSxK: jax.Array, value_BxHxSxK: jax.Array, mask_TxS: jax.Array
-) -> jax.Array:
-    """Attention of T positions to S positions, [B, H, T, K]; softmax in float32.
-
-    `mask_TxS` is added to the scores: 0 where a position is seen, minus infinity where not; it may have leading axes.
-    """
-    # Batch axes in front of both products and an additive mask: a third faster on CPU than masking with a select.
-    scores_BxHxTxS = jnp.einsum(
-        "bhtk,bhsk->bhts", query_BxHxTxK * query_BxHxTxK.shape[-1] ** -0.5, key_BxHxSxK,
-        preferred_element_type=jnp.float32,
-    )
-    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS + mask_TxS, axis=-1).astype(value_BxHxSxK.dtype)
-    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, value_BxHxSxK)
-
-
-def causal_attention(query_BxHxTxK: jax.Array, key_BxHxTxK: jax.Array, value_BxHxTxK: jax.Array) -> jax.Array:
-    """Attention of every position to itself and those before it, [B, H, T, K]."""
-    length = query_BxHxTxK.shape[2]
-    mask_TxT = jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, -jnp.inf)
-    return attention(query_BxHxTxK, key_BxHxTxK, value_BxHxTxK, mask_TxT)
+        self.ln_f = layers.layer_norm(config.width, config.norm_epsilon, rngs)
 
 
 def init(config: GPT2Config, key: jax.Array) -> dict:
@@ -159,49 +105,45 @@ def features(
     remat: bool = False,
     activations: jax.sharding.Sharding | None = None,
 ) -> tuple[jax.Array, dict[int, jax.Array]]:
-    """Hidden states after the final norm, float32 [B, T, D], and those tapped inside.
+    """Hidden states after the final norm, float32 [B, T, D], and those tapped inside; see `language_model.features`."""
+    length = tokens_BxT.shape[1]
+    transformer.check(config, taps, length)
+    x_BxTxD = transformer.look_up(parameters["wte"]["embedding"], tokens_BxT, activations)
+    mask_TxT = transformer.causal_mask(length)
+    x_BxTxD, tapped = transformer.run_blocks(
+        functools.partial(Block, config, compute_dtype),
+        parameters["h"],
+        x_BxTxD + parameters["wpe"]["embedding"][:length],
+        lambda query, key, value: transformer.attention(query, key, value, mask_TxT),
+        count=config.blocks,
+        taps=taps,
+        remat=remat,
+        activations=activations,
+    )
+    return final_norm(parameters, config, x_BxTxD), tapped
 
-    Tap b, counted from 1, is the input of block b's feed-forward layer, after that block's second norm,
-    [B, T, D] in float32; b = blocks is the paper's key (section 3). Matrix products run in `compute_dtype`.
-    Differentiated, matrix products are kept for the backward pass; with `remat` the input of each block alone.
-    `activations` is the sharding of hidden states [B, T, D] on a mesh.
 
-    Raises:
-      ValueError: a tap is no block of the model, or T exceeds the context length.
-    """
-    if not all(1 <= tap <= config.blocks for tap in taps):
-        raise ValueError(f"taps {taps}: each is a block, 1 to {config.blocks}")
-    if tokens_BxT.shape[1] > config.context_length:
-        raise ValueError(f"{tokens_BxT.shape[1]} tokens exceed the context length {config.context_length}")
-    token_embedding_VxD = jnp.asarray(parameters["wte"]["embedding"])
-    if activations is not None:
-        # A look-up in a divided table would bring the hidden states of the whole batch together.
-        whole = jax.sharding.NamedSharding(activations.mesh, jax.sharding.PartitionSpec())
-        token_embedding_VxD = modules.constrain(token_embedding_VxD, whole)
-    x_BxTxD = token_embedding_VxD[tokens_BxT] + parameters["wpe"]["embedding"][: tokens_BxT.shape[1]]
-    x_BxTxD = modules.constrain(x_BxTxD, activations)
-
-    def call(block: Block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x_BxTxD, tap_BxTxD = block(carry[0], causal_attention)
-        return modules.constrain(x_BxTxD, activations), tap_BxTxD
-
-    # The carry holds the last block's tap: a scan that stops at a tapped block keeps that tap and no other.
-    carry, tapped, start = (x_BxTxD, x_BxTxD), {}, 0
-    build = functools.partial(Block, config, compute_dtype)
-    for stop in sorted({*taps, config.blocks}):
-        carry = modules.run(call, build, parameters["h"], carry, start=start, stop=stop, remat=remat)
-        tapped[stop], start = carry[1], stop
-    return final_norm(parameters, config, carry[0]), {tap: tapped[tap] for tap in taps}
+def embed(parameters: dict, config: GPT2Config, tokens_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+    """The input of the first block, float32 [B, T, D]."""
+    del config
+    return parameters["wte"]["embedding"][tokens_BxT] + parameters["wpe"]["embedding"][positions_BxT]
 
 
 def final_norm(parameters: dict, config: GPT2Config, x_BxTxD: jax.Array) -> jax.Array:
     """The norm between the last block and the output projection, float32 [B, T, D]."""
-    return modules.bind(functools.partial(_layer_norm, config), parameters["ln_f"])(x_BxTxD)
+    build = functools.partial(layers.layer_norm, config.width, config.norm_epsilon)
+    return modules.bind(build, parameters["ln_f"])(x_BxTxD)
 
 
 def output_kernel(parameters: dict) -> jax.Array:
     """The output projection [D, V]: the token embedding transposed."""
     return parameters["wte"]["embedding"].T
+
+
+def vocabulary_logits(parameters: dict, hidden: jax.Array) -> jax.Array:
+    """Logits [..., V] of hidden states [..., D] after the final norm."""
+    # No transpose of the embedding: in a loop over steps the compiler would make that a copy.
+    return jnp.einsum("...d,vd->...v", hidden, parameters["wte"]["embedding"])
 
 
 def logits(
@@ -213,5 +155,4 @@ def logits(
 ) -> jax.Array:
     """Logits of the next token at every position, float32 [B, T, V]."""
     hidden_BxTxD, _ = features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
-    kernel_DxV = output_kernel(parameters).astype(compute_dtype)
-    return jnp.dot(hidden_BxTxD.astype(compute_dtype), kernel_DxV, preferred_element_type=jnp.float32)
+    return transformer.project(hidden_BxTxD, output_kernel(parameters), compute_dtype)

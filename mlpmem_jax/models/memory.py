@@ -13,14 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlpmem_jax.models import modules
-
-ACTIVATIONS = {
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-}
+from mlpmem_jax.models import layers, modules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,35 +33,10 @@ class MemoryConfig:
     def __post_init__(self):
         if self.family not in ("gpt2", "llama"):
             raise ValueError(f"memory family {self.family!r}: expected 'gpt2' or 'llama'")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r}: expected one of {sorted(ACTIVATIONS)}")
+        if self.activation not in layers.ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r}: expected one of {sorted(layers.ACTIVATIONS)}")
         if self.padded_vocab_size < self.vocab_size:
             raise ValueError(f"padded_vocab_size {self.padded_vocab_size} < vocab_size {self.vocab_size}")
-
-
-class FeedForward(nnx.Module):
-    """GPT-2's feed-forward layer."""
-
-    def __init__(self, config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.activate = ACTIVATIONS[config.activation]
-        self.c_fc = _into(config, dtype, rngs, use_bias=True)
-        self.c_proj = _out_of(config, dtype, rngs, use_bias=True)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.c_proj(self.activate(self.c_fc(x)))
-
-
-class GatedFeedForward(nnx.Module):
-    """The feed-forward layer of Llama and Mistral: SwiGLU, no biases."""
-
-    def __init__(self, config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.activate = ACTIVATIONS[config.activation]
-        self.gate_proj = _into(config, dtype, rngs, use_bias=False)
-        self.up_proj = _into(config, dtype, rngs, use_bias=False)
-        self.down_proj = _out_of(config, dtype, rngs, use_bias=False)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nnx.Module):
@@ -76,7 +44,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.norm = _norm(config, rngs)
-        feed_forward = FeedForward if config.family == "gpt2" else GatedFeedForward
+        feed_forward = layers.FeedForward if config.family == "gpt2" else layers.GatedFeedForward
         self.mlp = feed_forward(config, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -104,32 +72,9 @@ def _transform(config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
     )
 
 
-def _into(config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, use_bias: bool) -> nnx.Linear:
-    return nnx.Linear(
-        config.width, config.feed_forward_width, use_bias=use_bias, dtype=dtype, rngs=rngs,
-        kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", "mlp")},
-        bias_metadata={"logical_axes": ("mlp",)},
-    )
-
-
-def _out_of(config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, use_bias: bool) -> nnx.Linear:
-    return nnx.Linear(
-        config.feed_forward_width, config.width, use_bias=use_bias, dtype=dtype, rngs=rngs,
-        kernel_init=nnx.initializers.normal(0.02 / (2 * config.blocks) ** 0.5),
-        kernel_metadata={"logical_axes": ("mlp", "embed")}, bias_metadata={"logical_axes": (None,)},
-    )
-
-
 def _norm(config: MemoryConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
-    if config.family == "llama":
-        return nnx.RMSNorm(
-            config.width, epsilon=config.norm_epsilon, dtype=jnp.float32, rngs=rngs,
-            scale_metadata={"logical_axes": (None,)},
-        )
-    return nnx.LayerNorm(
-        config.width, epsilon=config.norm_epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs,
-        scale_metadata={"logical_axes": (None,)}, bias_metadata={"logical_axes": (None,)},
-    )
+    norm = layers.rms_norm if config.family == "llama" else layers.layer_norm
+    return norm(config.width, config.norm_epsilon, rngs)
 
 
 def init(config: MemoryConfig, key: jax.Array, output_kernel_DxV: jax.Array | None = None) -> dict:

@@ -11,12 +11,14 @@ from jax.sharding import Mesh
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import parameters as stored
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, open_artifact
-from mlpmem_jax.models import gpt2, memory
-from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.core.errors import ArtifactError
+from mlpmem_jax.models import language_model, memory
 from mlpmem_jax.models.memory import MemoryConfig
 
 
-def seal(writer: ArtifactWriter, model: GPT2Config | MemoryConfig, parameters, figures: dict) -> Artifact | None:
+def seal(
+    writer: ArtifactWriter, model: language_model.Config | MemoryConfig, parameters, figures: dict
+) -> Artifact | None:
     """Writes the parameters and seals the artifact (every process calls this; the first one gets the artifact).
 
     Args:
@@ -37,16 +39,28 @@ def seal(writer: ArtifactWriter, model: GPT2Config | MemoryConfig, parameters, f
     return artifact
 
 
-def load_language_model(path, mesh: Mesh, rules: meshes.Rules) -> tuple[dict, GPT2Config, Artifact]:
+def language_model_config(artifact: Artifact) -> language_model.Config:
+    """Dimensions of the language model in a finished base.
+
+    Raises:
+      ArtifactError: a family that this installation does not know.
+    """
+    try:
+        return language_model.from_fields(artifact.summary["model"])
+    except ValueError as error:
+        raise ArtifactError(f"{artifact.path}: {error}; upgrade mlpmem_jax") from error
+
+
+def load_language_model(path, mesh: Mesh, rules: meshes.Rules) -> tuple[dict, language_model.Config, Artifact]:
     """Parameters on the mesh, dimensions and artifact of a language model.
 
     Raises:
       ArtifactError: there is no finished base at `path`.
     """
     artifact = open_artifact(path, "base")
-    config = GPT2Config(**artifact.summary["model"])
-    abstract = jax.eval_shape(functools.partial(gpt2.init, config), jax.random.key(0))
-    placed = meshes.shardings(mesh, gpt2.logical_axes(config), rules)
+    config = language_model_config(artifact)
+    abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
+    placed = meshes.shardings(mesh, language_model.logical_axes(config), rules)
     return stored.read(artifact, abstract, placed), config, artifact
 
 

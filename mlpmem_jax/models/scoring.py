@@ -17,8 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlpmem_jax.core import mesh as meshes
-from mlpmem_jax.models import gpt2, memory
-from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.models import language_model, memory
 from mlpmem_jax.models.memory import MemoryConfig
 
 LOGITS_AT_ONCE = 2**25
@@ -82,7 +81,7 @@ def memory_distributions(
 
 def language_model_log_probabilities(
     parameters: dict,
-    config: GPT2Config,
+    config: language_model.Config,
     tokens_SxT: np.ndarray,
     next_tokens_SxT: np.ndarray,
     *,
@@ -105,7 +104,7 @@ def language_model_log_probabilities(
 
 def language_model_hidden(
     parameters: dict,
-    config: GPT2Config,
+    config: language_model.Config,
     tokens_SxT: np.ndarray,
     *,
     mesh: Mesh,
@@ -176,10 +175,10 @@ def _memory_rows(parameters, inputs_BxD, *, config, compute_dtype, mesh):
 
 @functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "logits_sharding"))
 def _language_model_chunk(parameters, tokens_BxT, next_BxT, *, config, compute_dtype, logits_sharding):
-    hidden_BxTxD, _ = gpt2.features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
+    hidden_BxTxD, _ = language_model.features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
     return next_token_log_probabilities(
         hidden_BxTxD,
-        gpt2.output_kernel(parameters),
+        language_model.output_kernel(parameters),
         next_BxT,
         vocab_size=config.vocab_size,
         compute_dtype=compute_dtype,
@@ -189,12 +188,12 @@ def _language_model_chunk(parameters, tokens_BxT, next_BxT, *, config, compute_d
 
 @functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "mesh"))
 def _language_model_hidden(parameters, tokens_BxT, *, config, compute_dtype, mesh):
-    return _replicated(gpt2.features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)[0], mesh)
+    return _replicated(language_model.features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)[0], mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("compute_dtype", "mesh"))
 def _language_model_rows(parameters, hidden_BxD, *, compute_dtype, mesh):
-    kernel_DxV = gpt2.output_kernel(parameters).astype(compute_dtype)
+    kernel_DxV = language_model.output_kernel(parameters).astype(compute_dtype)
     logits_BxV = jnp.dot(hidden_BxD.astype(compute_dtype), kernel_DxV, preferred_element_type=jnp.float32)
     return _replicated(jax.nn.softmax(logits_BxV), mesh)
 

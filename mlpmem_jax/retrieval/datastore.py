@@ -20,7 +20,7 @@ from mlpmem_jax.core.artifacts import ArraySpec, Artifact, ArtifactWriter, find_
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
-from mlpmem_jax.models import gpt2, saved
+from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.scoring import next_token_log_probabilities
 
 SPLITS = ("train", "validation", "test")
@@ -34,13 +34,13 @@ def tapped_block(blocks: int, depth: float) -> int:
 @functools.partial(jax.jit, static_argnames=("config", "taps", "dtype", "compute_dtype", "vocab_sharding"))
 def _forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, vocab_sharding):
     """Hidden states at the taps, [B, T, D] of `dtype`, and log p_LM(next) unless `vocab_sharding` is None."""
-    final, tapped = gpt2.features(parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype)
+    final, tapped = language_model.features(parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype)
     outputs = [tapped[tap].astype(dtype) for tap in taps]
     if vocab_sharding is None:
         return outputs, None
     log_probabilities = next_token_log_probabilities(
         final,
-        gpt2.output_kernel(parameters),
+        language_model.output_kernel(parameters),
         next_BxT,
         vocab_size=config.vocab_size,
         compute_dtype=compute_dtype,

@@ -15,23 +15,23 @@ from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
-from mlpmem_jax.models import flops, gpt2, saved
+from mlpmem_jax.models import flops, gpt2, language_model, saved
 from mlpmem_jax.models.interpolation import perplexity
 from mlpmem_jax.models.scoring import language_model_log_probabilities
 from mlpmem_jax.training import data, loop
 from mlpmem_jax.training.loss import sparse_cross_entropy
 
 
-def _loss(model: gpt2.GPT2Config, settings, mesh, rules, parameters, frozen, batch):
+def _loss(model: language_model.Config, settings, mesh, rules, parameters, frozen, batch):
     del frozen
-    hidden_BxTxD, _ = gpt2.features(
+    hidden_BxTxD, _ = language_model.features(
         parameters, model, batch["tokens"], compute_dtype=jnp.dtype(settings.compute_dtype), remat=settings.remat
     )
     hidden_NxD = hidden_BxTxD.reshape(-1, model.width).astype(settings.compute_dtype)
     no_entries = jnp.zeros((len(hidden_NxD), 0))
     loss, statistics = sparse_cross_entropy(
         hidden_NxD,
-        gpt2.output_kernel(parameters),
+        language_model.output_kernel(parameters),
         no_entries.astype(jnp.int32),
         no_entries,
         batch["next_tokens"].reshape(-1),
@@ -49,7 +49,7 @@ def train(
     settings: ml_collections.ConfigDict,
     name: str,
     folder: str,
-    model: gpt2.GPT2Config,
+    model: language_model.Config,
     initialise,
 ) -> tuple[dict, dict[str, float]]:
     """Trains a language model on the tokens of `config.workdir`.
@@ -84,13 +84,13 @@ def train(
         folder=folder,
         settings=settings,
         initialise=initialise,
-        logical_axes=gpt2.logical_axes(model),
+        logical_axes=language_model.logical_axes(model),
         loss=functools.partial(_loss, model, settings, mesh, rules),
         frozen={},
         source=data.TokenSource(TokenStream(tokens, "train"), length),
         validate=validate,
         positions_per_sequence=length,
-        flops_per_position=3 * flops.gpt2_forward(model, length),
+        flops_per_position=3 * flops.language_model_forward(model, length),
     )
     return loop.fit(task, mesh, rules)
 

@@ -28,7 +28,7 @@ def continued(config: ml_collections.ConfigDict) -> Artifact:
     parameters, model, artifact = saved.load_language_model(workdir / "base", mesh, rules)
     settings = ml_collections.ConfigDict(config.base.training)
     length = config.base.context_length
-    per_step = 3 * flops.gpt2_forward(model, length) * settings.batch_sequences * length
+    per_step = 3 * flops.language_model_forward(model, length) * settings.batch_sequences * length
     settings.steps = max(1, round(trained.summary["training_flops"] / per_step))
     settings.warmup_steps = min(settings.warmup_steps, settings.steps // 10)
     settings.seed += 1  # another order of the sequences

@@ -16,7 +16,7 @@ from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, o
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.corpus.tokens import TokenStream
-from mlpmem_jax.models import flops, gpt2, memory, saved
+from mlpmem_jax.models import flops, language_model, memory, saved
 from mlpmem_jax.models.interpolation import perplexity, tune_weight
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.models.scoring import memory_log_probabilities
@@ -28,9 +28,13 @@ _VOCABULARY_MULTIPLE = 128  # columns of the output projection: whole tiles of a
 
 
 def dimensions(
-    config: ml_collections.ConfigDict, vocab_size: int, input_width: int, tensor_shards: int
+    config: ml_collections.ConfigDict,
+    vocab_size: int,
+    input_width: int,
+    tensor_shards: int,
+    norm_epsilon: float = 1e-5,
 ) -> MemoryConfig:
-    """The memory's dimensions; the vocabulary is padded to what the mesh divides."""
+    """The memory's dimensions; the vocabulary is padded to what the mesh divides, `norm_epsilon` is the base's."""
     multiple = _VOCABULARY_MULTIPLE * tensor_shards
     return MemoryConfig(
         family=config.memory.family,
@@ -40,6 +44,8 @@ def dimensions(
         width=config.memory.width,
         blocks=config.memory.blocks,
         feed_forward_width=config.memory.feed_forward_width or 4 * config.memory.width,
+        norm_epsilon=norm_epsilon,
+        activation="gelu_new" if config.memory.family == "gpt2" else "silu",
     )
 
 
@@ -47,7 +53,7 @@ def _loss(model: MemoryConfig, base_config, input_tap, training, mesh, rules, pa
     dtype = jnp.dtype(training.compute_dtype)
     if training.mode == "online":
         base = jax.lax.stop_gradient(frozen)
-        _, tapped = gpt2.features(base, base_config, batch["tokens"], taps=(input_tap,), compute_dtype=dtype)
+        _, tapped = language_model.features(base, base_config, batch["tokens"], taps=(input_tap,), compute_dtype=dtype)
         inputs_BxTxD = tapped[input_tap]
     else:
         inputs_BxTxD = batch["memory_inputs"]
@@ -95,7 +101,7 @@ def _validation(config: ml_collections.ConfigDict, model: MemoryConfig, mesh, ru
 def make_task(
     config: ml_collections.ConfigDict,
     model: MemoryConfig,
-    base_config: gpt2.GPT2Config,
+    base_config: language_model.Config,
     mesh,
     rules,
     *,
@@ -118,7 +124,7 @@ def make_task(
     length, training = config.base.context_length, config.training
     input_tap = tapped_block(base_config.blocks, config.datastore.input_depth)
     online = training.mode == "online"
-    base_flops = flops.gpt2_forward(base_config, length, output_projection=False) if online else 0
+    base_flops = flops.language_model_forward(base_config, length, output_projection=False) if online else 0
     return loop.Task(
         name=name,
         folder=folder,
@@ -162,9 +168,15 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
 
     mesh, rules = meshes.mesh_of(config)
     loop.check_batch(config.training, mesh, rules, "training")
-    base_config = gpt2.GPT2Config(**base.summary["model"])
+    base_config = saved.language_model_config(base)
     # Offline as online, the memory reads the base LM's states, so its input is as wide as the base.
-    model = dimensions(config, tokens.summary["vocab_size"], base_config.width, mesh.shape["tensor"])
+    model = dimensions(
+        config,
+        tokens.summary["vocab_size"],
+        base_config.width,
+        mesh.shape["tensor"],
+        norm_epsilon=base_config.norm_epsilon,
+    )
     online = config.training.mode == "online"
     needs_base = online or config.memory.output_from_base
     frozen = saved.load_language_model(base.path, mesh, rules)[0] if needs_base else {}
@@ -183,7 +195,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
         rules,
         name=folder,
         folder=writer.path,
-        output_kernel_DxV=gpt2.output_kernel(frozen) if config.memory.output_from_base else None,
+        output_kernel_DxV=language_model.output_kernel(frozen) if config.memory.output_from_base else None,
         frozen=frozen if online else {},
         source=source,
         validate=_validation(config, model, mesh, rules),

@@ -1,0 +1,106 @@
+"""Where our parameters lie in Hugging Face checkpoints: names of tensors, and how their axes relate to ours.
+
+Ours have the blocks stacked, heads as axes of their own, and kernels [in, out]. Checkpoints have one tensor for each
+block, heads joined with their width, and kernels [in, out] (Conv1D of GPT-2) or [out, in] (Linear of the others).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+Axes = tuple[tuple[int, ...], ...]
+
+PREFIXES = {"gpt2": "transformer.", "llama": "model.", "mistral": "model."}
+"""What stands before the names of all tensors but the output projection; bare models leave it out."""
+
+_BLOCKS = {"gpt2": "h", "llama": "layers", "mistral": "layers"}
+_AXES_OF_HEADS: dict[str, Axes] = {
+    "attn.c_attn.kernel": ((0,), (1, 2, 3)),  # [D, 3, H, K] -> [D, 3 H K]
+    "attn.c_attn.bias": ((0, 1, 2),),
+    "attn.c_proj.kernel": ((0, 1), (2,)),  # [H, K, D] -> [H K, D]
+    "self_attn.q_proj.kernel": ((1, 2), (0,)),  # [D, H, K] -> [H K, D]
+    "self_attn.k_proj.kernel": ((1, 2), (0,)),
+    "self_attn.v_proj.kernel": ((1, 2), (0,)),
+    "self_attn.o_proj.kernel": ((2,), (0, 1)),  # [H, K, D] -> [D, H K]
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where one of our arrays lies.
+
+    Attributes:
+      names: of the tensors without prefix: one for each block, or one.
+      stacked: our array has a leading axis of blocks.
+      shape: of our array, or of one block of it.
+      axes: for every axis of a tensor, the axes of `shape` that it joins, in order.
+    """
+
+    names: tuple[str, ...]
+    stacked: bool
+    shape: tuple[int, ...]
+    axes: Axes
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.shape[axis] for axis in joined) for joined in self.axes)
+
+    @property
+    def tensor_size(self) -> int:
+        """Numbers in one tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def _order(self) -> list[int]:
+        return [axis for joined in self.axes for axis in joined]
+
+    def from_tensor(self, index: tuple[slice, ...], read: Callable[[tuple[slice, ...]], np.ndarray]) -> np.ndarray:
+        """Part `index` of our array (of one block), from a function that reads a part of its tensor."""
+        bounds = [cut.indices(size)[:2] for cut, size in zip(index, self.shape, strict=True)]
+        # Of joined axes the first alone narrows what is read.
+        inner = [math.prod(self.shape[axis] for axis in joined[1:]) for joined in self.axes]
+        wanted = [bounds[joined[0]] for joined in self.axes]
+        part = read(tuple(slice(start * n, stop * n) for (start, stop), n in zip(wanted, inner, strict=True)))
+        first = {joined[0] for joined in self.axes}
+        sizes = [bounds[axis][1] - bounds[axis][0] if axis in first else self.shape[axis] for axis in self._order]
+        rest = tuple(slice(None) if axis in first else slice(*bounds[axis]) for axis in self._order)
+        return part.reshape(sizes)[rest].transpose(np.argsort(self._order))
+
+    def to_tensor(self, array: np.ndarray) -> np.ndarray:
+        """The tensor of our array (of one block), contiguous."""
+        return np.ascontiguousarray(array.transpose(self._order).reshape(self.tensor_shape))
+
+
+def layouts(family: str, abstract: dict, blocks: int) -> dict:
+    """A tree of Layout.
+
+    Args:
+      family: a key of PREFIXES.
+      abstract: tree of arrays or shapes as `language_model.init` makes it.
+      blocks: number of blocks of the model.
+    """
+
+    def layout(path: tuple, array) -> Layout:
+        *module, leaf = (entry.key for entry in path)
+        weight = "bias" if leaf == "bias" else "weight"
+        stacked = module[0] == "h"
+        inside = module[1:] if stacked else module
+        shape = array.shape[1:] if stacked else array.shape
+        names = [".".join([*inside, weight])]
+        if stacked:
+            names = [f"{_BLOCKS[family]}.{block}.{names[0]}" for block in range(blocks)]
+        transposed = family != "gpt2" and leaf == "kernel"
+        plain = ((1,), (0,)) if transposed else tuple((axis,) for axis in range(len(shape)))
+        return Layout(tuple(names), stacked, shape, _AXES_OF_HEADS.get(".".join([*inside, leaf]), plain))
+
+    return jax.tree_util.tree_map_with_path(layout, abstract)
+
+
+def full_name(family: str, name: str) -> str:
+    """The name with the prefix that a model with an output projection gives it."""
+    return name if name.startswith("lm_head.") else PREFIXES[family] + name

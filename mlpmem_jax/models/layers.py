@@ -1,0 +1,91 @@
+"""Layers that several networks share: norms and feed-forward layers. Norms run in float32.
+
+A `config` here is the dimensions of any network that has width, feed_forward_width, blocks and activation.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+ACTIVATIONS = {
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+class FeedForward(nnx.Module):
+    """GPT-2's feed-forward layer: two projections with biases."""
+
+    def __init__(self, config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.activate = ACTIVATIONS[config.activation]
+        self.c_fc = _into(config, dtype, rngs, use_bias=True)
+        self.c_proj = _out_of(config, dtype, rngs, use_bias=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.c_proj(self.activate(self.c_fc(x)))
+
+
+class GatedFeedForward(nnx.Module):
+    """The feed-forward layer of Llama and Mistral: SwiGLU, no biases."""
+
+    def __init__(self, config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.activate = ACTIVATIONS[config.activation]
+        self.gate_proj = _into(config, dtype, rngs, use_bias=False)
+        self.up_proj = _into(config, dtype, rngs, use_bias=False)
+        self.down_proj = _out_of(config, dtype, rngs, use_bias=False)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _into(config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, use_bias: bool) -> nnx.Linear:
+    return nnx.Linear(
+        config.width, config.feed_forward_width, use_bias=use_bias, dtype=dtype, rngs=rngs,
+        kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", "mlp")},
+        bias_metadata={"logical_axes": ("mlp",)},
+    )
+
+
+def _out_of(config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, use_bias: bool) -> nnx.Linear:
+    return nnx.Linear(
+        config.feed_forward_width, config.width, use_bias=use_bias, dtype=dtype, rngs=rngs,
+        kernel_init=residual_init(config.blocks), kernel_metadata={"logical_axes": ("mlp", "embed")},
+        bias_metadata={"logical_axes": (None,)},
+    )
+
+
+def residual_init(blocks: int) -> nnx.Initializer:
+    """GPT-2's initial values of projections into the residual stream: deviation 0.02 / sqrt(2 blocks)."""
+    return nnx.initializers.normal(0.02 / (2 * blocks) ** 0.5)
+
+
+def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with a scale and a bias."""
+    return nnx.LayerNorm(
+        width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs,
+        scale_metadata={"logical_axes": (None,)}, bias_metadata={"logical_axes": (None,)},
+    )
+
+
+def rms_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm with a scale."""
+    return nnx.RMSNorm(width, epsilon=epsilon, dtype=jnp.float32, rngs=rngs, scale_metadata={"logical_axes": (None,)})
+
+
+def embedding(rows: int, width: int, logical_axis: str | None, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table of `rows` vectors, cut along `logical_axis` and the width."""
+    return nnx.Embed(
+        rows, width, rngs=rngs, embedding_init=nnx.initializers.normal(0.02),
+        embedding_metadata={"logical_axes": (logical_axis, "embed")},
+    )
+
+
+def vocabulary_axis(vocab_size: int) -> str | None:
+    """The logical axis of a vocabulary: None where no mesh divides it, as GPT-2's own of 50,257."""
+    return "vocab" if vocab_size % 128 == 0 else None

@@ -1,0 +1,193 @@
+"""Llama 2 and 3 (Touvron et al., 2023) and Mistral (Jiang et al., 2023), which adds a sliding window.
+
+Dimensions: B sequences, T positions, D width, H heads of queries, G heads of keys and values, K width of a head,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlpmem_jax.models import layers, modules, rotary, transformer
+from mlpmem_jax.models.rotary import Rotary
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Dimensions of a Llama or a Mistral.
+
+    Attributes:
+      key_value_heads: a divisor of `heads`: so many query heads share one head of keys and values.
+      head_width: even; it need not be width / heads.
+      sliding_window: positions that a position sees, itself included; 0 = all before it.
+      tied: the output projection is the token embedding.
+      family: "llama" or "mistral": what it is called outside.
+    """
+
+    vocab_size: int
+    context_length: int
+    width: int
+    blocks: int
+    heads: int
+    key_value_heads: int
+    head_width: int
+    feed_forward_width: int
+    norm_epsilon: float = 1e-6
+    sliding_window: int = 0
+    tied: bool = False
+    rotary: Rotary = dataclasses.field(default_factory=Rotary)
+    family: str = "llama"
+
+    def __post_init__(self):
+        if self.heads % self.key_value_heads:
+            raise ValueError(f"{self.key_value_heads} heads of keys and values do not divide {self.heads} heads")
+
+    @property
+    def activation(self) -> str:
+        return "silu"
+
+
+class Attention(nnx.Module):
+    """The four projections of self-attention, without biases."""
+
+    def __init__(self, config: LlamaConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.q_proj = _into_heads(config, config.heads, dtype, rngs)
+        self.k_proj = _into_heads(config, config.key_value_heads, dtype, rngs)
+        self.v_proj = _into_heads(config, config.key_value_heads, dtype, rngs)
+        self.o_proj = nnx.LinearGeneral(
+            (config.heads, config.head_width), config.width, axis=(-2, -1), use_bias=False, dtype=dtype, rngs=rngs,
+            kernel_init=layers.residual_init(config.blocks),
+            kernel_metadata={"logical_axes": ("heads", None, "embed")},
+        )
+
+
+def _into_heads(config: LlamaConfig, heads: int, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> nnx.LinearGeneral:
+    return nnx.LinearGeneral(
+        config.width, (heads, config.head_width), use_bias=False, dtype=dtype, rngs=rngs,
+        kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", "heads", None)},
+    )
+
+
+class Block(nnx.Module):
+    """One Transformer block."""
+
+    def __init__(self, config: LlamaConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.input_layernorm = layers.rms_norm(config.width, config.norm_epsilon, rngs)
+        self.self_attn = Attention(config, dtype, rngs)
+        self.post_attention_layernorm = layers.rms_norm(config.width, config.norm_epsilon, rngs)
+        self.mlp = layers.GatedFeedForward(config, dtype, rngs)
+
+    def __call__(self, x_BxTxD: jax.Array, attend: transformer.Attend) -> tuple[jax.Array, jax.Array]:
+        """(the block's output, the input of its feed-forward layer), both float32 [B, T, D].
+
+        `attend` gets queries and keys that are not turned yet.
+        """
+        normed_BxTxD, attention = self.input_layernorm(x_BxTxD), self.self_attn
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        mixed_BxHxTxK = attend(*(project(normed_BxTxD).swapaxes(1, 2) for project in projections))
+        x_BxTxD = x_BxTxD + attention.o_proj(mixed_BxHxTxK.swapaxes(1, 2))
+        tap_BxTxD = self.post_attention_layernorm(x_BxTxD)
+        return x_BxTxD + self.mlp(tap_BxTxD), tap_BxTxD
+
+
+class Llama(nnx.Module):
+    """The parameters of the whole network; blocks are stacked on a leading axis."""
+
+    def __init__(self, config: LlamaConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        vocabulary = layers.vocabulary_axis(config.vocab_size)
+        self.embed_tokens = layers.embedding(config.vocab_size, config.width, vocabulary, rngs)
+        self.h = modules.stack(functools.partial(Block, config, dtype), config.blocks, rngs)
+        self.norm = layers.rms_norm(config.width, config.norm_epsilon, rngs)
+        if not config.tied:
+            self.lm_head = nnx.Linear(
+                config.width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs,
+                kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", vocabulary)},
+            )
+
+
+def init(config: LlamaConfig, key: jax.Array) -> dict:
+    """Fresh float32 parameters: normal of deviation 0.02, residual projections divided by sqrt(2 blocks)."""
+    return modules.initialize(functools.partial(Llama, config, jnp.float32), key)
+
+
+def logical_axes(config: LlamaConfig) -> dict:
+    """The tree of `init` with the tuple of logical axis names of each array."""
+    return modules.logical_axes(functools.partial(Llama, config, jnp.float32))
+
+
+def features(
+    parameters: dict,
+    config: LlamaConfig,
+    tokens_BxT: jax.Array,
+    *,
+    taps: tuple[int, ...] = (),
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: bool = False,
+    activations: jax.sharding.Sharding | None = None,
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """Hidden states after the final norm, float32 [B, T, D], and those tapped inside; see `language_model.features`."""
+    length = tokens_BxT.shape[1]
+    transformer.check(config, taps, length)
+    rotate = rotation(config, jnp.arange(length)[None])
+    mask_TxT = transformer.causal_mask(length, config.sliding_window)
+    x_BxTxD, tapped = transformer.run_blocks(
+        functools.partial(Block, config, compute_dtype),
+        parameters["h"],
+        transformer.look_up(parameters["embed_tokens"]["embedding"], tokens_BxT, activations),
+        lambda query, key, value: transformer.attention(rotate(query), rotate(key), value, mask_TxT),
+        count=config.blocks,
+        taps=taps,
+        remat=remat,
+        activations=activations,
+    )
+    return final_norm(parameters, config, x_BxTxD), tapped
+
+
+def rotation(config: LlamaConfig, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """What turns queries and keys [B, H, T, K] by their positions."""
+    return rotary.rotation(config.rotary, config.head_width, positions_BxT)
+
+
+def embed(parameters: dict, config: LlamaConfig, tokens_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+    """The input of the first block, float32 [B, T, D]; positions enter in the attention."""
+    del config, positions_BxT
+    return parameters["embed_tokens"]["embedding"][tokens_BxT]
+
+
+def final_norm(parameters: dict, config: LlamaConfig, x_BxTxD: jax.Array) -> jax.Array:
+    """The norm between the last block and the output projection, float32 [B, T, D]."""
+    build = functools.partial(layers.rms_norm, config.width, config.norm_epsilon)
+    return modules.bind(build, parameters["norm"])(x_BxTxD)
+
+
+def output_kernel(parameters: dict) -> jax.Array:
+    """The output projection [D, V]: one of its own, or the token embedding transposed."""
+    if "lm_head" in parameters:
+        return parameters["lm_head"]["kernel"]
+    return parameters["embed_tokens"]["embedding"].T
+
+
+def logits(
+    parameters: dict,
+    config: LlamaConfig,
+    tokens_BxT: jax.Array,
+    *,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Logits of the next token at every position, float32 [B, T, V]."""
+    hidden_BxTxD, _ = features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
+    return transformer.project(hidden_BxTxD, output_kernel(parameters), compute_dtype)
+
+
+def vocabulary_logits(parameters: dict, hidden: jax.Array) -> jax.Array:
+    """Logits [..., V] of hidden states [..., D] after the final norm."""
+    if "lm_head" in parameters:
+        return jnp.dot(hidden, parameters["lm_head"]["kernel"])
+    # No transpose of the embedding: in a loop over steps the compiler would make that a copy.
+    return jnp.einsum("...d,vd->...v", hidden, parameters["embed_tokens"]["embedding"])

@@ -1,0 +1,125 @@
+"""What decoder-only Transformers of every family share: attention, and blocks run with hidden states tapped inside.
+
+Dimensions: B sequences, T positions, S positions that are attended to, D width, H heads of queries, G heads of keys
+and values (a divisor of H), K width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mlpmem_jax.models import modules
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Mixes positions: queries [B, H, T, K], keys and values [B, G, T, K] -> [B, H, T, K]."""
+
+
+def attention(
+    query_BxHxTxK: jax.Array, key_BxGxSxK: jax.Array, value_BxGxSxK: jax.Array, mask_TxS: jax.Array
+) -> jax.Array:
+    """Attention of T positions to S positions, [B, H, T, K]; softmax in float32.
+
+    Head h of the queries reads head h // (H / G) of the keys and values. `mask_TxS` is added to the scores: 0 where a
+    position is seen, minus infinity where not; it may have leading axes of size B and 1.
+    """
+    shape, repeats = query_BxHxTxK.shape, query_BxHxTxK.shape[1] // key_BxGxSxK.shape[1]
+    if repeats > 1:  # heads that read the same keys stand below one another, as if they were more positions
+        query_BxHxTxK = query_BxHxTxK.reshape(shape[0], -1, repeats * shape[2], shape[3])
+        mask_TxS = jnp.concatenate([mask_TxS] * repeats, axis=-2)
+    # Batch axes in front of both products and an additive mask: a third faster on CPU than masking with a select.
+    scores_BxHxTxS = jnp.einsum(
+        "bhtk,bhsk->bhts", query_BxHxTxK * query_BxHxTxK.shape[-1] ** -0.5, key_BxGxSxK,
+        preferred_element_type=jnp.float32,
+    )
+    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS + mask_TxS, axis=-1).astype(value_BxGxSxK.dtype)
+    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, value_BxGxSxK).reshape(shape)
+
+
+def attention_of_last(
+    query_BxHx1xK: jax.Array,
+    key_BxGx1xK: jax.Array,
+    value_BxGx1xK: jax.Array,
+    keys_BxGxSxK: jax.Array,
+    values_BxGxSxK: jax.Array,
+    mask_Bx1x1xS: jax.Array,
+) -> jax.Array:
+    """Attention of one position to those of a cache and to itself, [B, H, 1, K].
+
+    Itself apart from the cache: a cache that is extended before it is read is copied in every step.
+    """
+    shape, heads = query_BxHx1xK.shape, key_BxGx1xK.shape[1]
+    query_BxGxRxK = query_BxHx1xK.reshape(shape[0], heads, -1, shape[-1]) * shape[-1] ** -0.5
+    scores_BxGxRxS = jnp.einsum("bgrk,bgsk->bgrs", query_BxGxRxK, keys_BxGxSxK) + mask_Bx1x1xS
+    own_BxGxRx1 = jnp.sum(query_BxGxRxK * key_BxGx1xK, axis=-1, keepdims=True)
+    maximum_BxGxRx1 = jnp.maximum(own_BxGxRx1, scores_BxGxRxS.max(-1, keepdims=True))
+    weights_BxGxRxS, own_BxGxRx1 = jnp.exp(scores_BxGxRxS - maximum_BxGxRx1), jnp.exp(own_BxGxRx1 - maximum_BxGxRx1)
+    mixed_BxGxRxK = jnp.einsum("bgrs,bgsk->bgrk", weights_BxGxRxS, values_BxGxSxK) + own_BxGxRx1 * value_BxGx1xK
+    return (mixed_BxGxRxK / (weights_BxGxRxS.sum(-1, keepdims=True) + own_BxGxRx1)).reshape(shape)
+
+
+def causal_mask(length: int, window: int = 0) -> jax.Array:
+    """[T, T] to add to scores: each position sees itself and those before it, `window` in all; 0 = all of them."""
+    before_TxT = jnp.arange(length)[:, None] - jnp.arange(length)
+    seen_TxT = (before_TxT >= 0) & (before_TxT < (window or length))
+    return jnp.where(seen_TxT, 0.0, -jnp.inf)
+
+
+def check(config, taps: tuple[int, ...], length: int) -> None:
+    """Raises ValueError where a tap is no block of the model, or a sequence exceeds its context length."""
+    if not all(1 <= tap <= config.blocks for tap in taps):
+        raise ValueError(f"taps {taps}: each is a block, 1 to {config.blocks}")
+    if length > config.context_length:
+        raise ValueError(f"{length} tokens exceed the context length {config.context_length}")
+
+
+def look_up(table_VxD: jax.Array, tokens_BxT: jax.Array, activations: jax.sharding.Sharding | None) -> jax.Array:
+    """Rows of an embedding table, [B, T, D]."""
+    table_VxD = jnp.asarray(table_VxD)
+    if activations is not None:
+        # A look-up in a divided table would bring the hidden states of the whole batch together.
+        whole = jax.sharding.NamedSharding(activations.mesh, jax.sharding.PartitionSpec())
+        table_VxD = modules.constrain(table_VxD, whole)
+    return table_VxD[tokens_BxT]
+
+
+def run_blocks(
+    build: modules.Build,
+    blocks: dict,
+    x_BxTxD: jax.Array,
+    attend: Attend,
+    *,
+    count: int,
+    taps: tuple[int, ...],
+    remat: bool,
+    activations: jax.sharding.Sharding | None,
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """The last block's output and the input of the feed-forward layer of each tapped block, float32 [B, T, D].
+
+    Args:
+      build: makes a block, a module that maps (x, attend) to (output, input of its feed-forward layer).
+      blocks: stacked parameters of `count` blocks.
+      taps: blocks, counted from 1.
+      remat: keep the input of each block alone for the backward pass.
+      activations: the sharding of [B, T, D] on a mesh.
+    """
+
+    def call(block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_BxTxD, tap_BxTxD = block(carry[0], attend)
+        return modules.constrain(x_BxTxD, activations), tap_BxTxD
+
+    # The carry holds the last block's tap: a scan that stops at a tapped block keeps that tap and no other.
+    x_BxTxD = modules.constrain(x_BxTxD, activations)
+    carry, tapped, start = (x_BxTxD, x_BxTxD), {}, 0
+    for stop in sorted({*taps, count}):
+        carry = modules.run(call, build, blocks, carry, start=start, stop=stop, remat=remat)
+        tapped[stop], start = carry[1], stop
+    return carry[0], {tap: tapped[tap] for tap in taps}
+
+
+def project(hidden: jax.Array, kernel_DxV: jax.Array, compute_dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Logits, float32 [..., V], of hidden states [..., D]; the product runs in `compute_dtype`."""
+    kernel_DxV = kernel_DxV.astype(compute_dtype)
+    return jnp.dot(hidden.astype(compute_dtype), kernel_DxV, preferred_element_type=jnp.float32)
