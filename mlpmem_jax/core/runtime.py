@@ -80,6 +80,11 @@ def peak_rss_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 @contextlib.contextmanager
 def measured_stage(workdir: str, stage: str) -> Iterator[None]:
     """Records seconds and peak memory of a stage in WORKDIR/stages.jsonl, also of one that fails."""
