@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import glob
+import importlib.util
 import os
 import sys
 
@@ -27,6 +28,7 @@ _OTHER = {
     "controls": "train the controls (base trained on; memory without targets) and report them beside",
     "generate": "continue a prompt with the base LM alone and with the memory",
     "benchmark": "measure the rates of this machine",
+    "plan": "memory, time and cost on TPU slices, compiled for them without having them (extra: plan)",
 }
 _EXAMPLES = """\
 examples:
@@ -64,7 +66,23 @@ def _parser() -> argparse.ArgumentParser:
         if name == "benchmark":
             verb.add_argument("--json", metavar="FILE", help="write the rows here as well")
             verb.add_argument("--rows", default="", metavar="A,B", help="only these parts, e.g. train,generate")
+        if name == "plan":
+            verb.add_argument("--topology", required=True, metavar="NAME", help="one slice, e.g. v5e:16x16 or v5p-1024")
+            verb.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them (default 1)")
+            verb.add_argument("--stage", default="train", choices=("train", "datastore", "neighbors", "all"))
+            verb.add_argument("--positions", type=int, default=0, metavar="N", help="of the training split")
+            verb.add_argument("--json", metavar="FILE", help="write what was found here as well")
     return parser
+
+
+def _leave_absent_tpus_alone(verb: str) -> None:
+    """Where libtpu is installed but there is no TPU, JAX would look for one, wait for it and complain."""
+    attached = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    if verb == "plan":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    elif importlib.util.find_spec("libtpu") and not attached:
+        gpus = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if gpus else "cpu")
 
 
 def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
@@ -117,6 +135,11 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
     from mlpmem_jax.core import runtime
 
     logging.set_verbosity(logging.ERROR)  # libraries' notes on their own doings are no news to the user
+    if options.verb == "plan":
+        from mlpmem_jax.planning import plan
+
+        plan.run(config, options)
+        return
     runtime.keep_freed_memory()
     runtime.join_job()
     if options.verb == "run":
@@ -144,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, overrides = _parser().parse_known_args(arguments)
     if options.quiet:
         os.environ["MLPMEM_QUIET"] = "1"
+    _leave_absent_tpus_alone(options.verb)
     try:
         _dispatch(options, read_config(options.config, overrides))
     except UserError as error:

@@ -39,18 +39,14 @@ def devices(tpu: Slice, slices: int) -> list[jax.Device]:
         options["num_slices"] = slices
     try:
         with no_native_log():
-            found = topologies.get_topology_desc(f"{tpu.family}:{_three(tpu)}", "tpu", **options).devices
+            found = topologies.get_topology_desc(f"{tpu.family}:{tpu.topology}", "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"libtpu does not know the topology {tpu.family}:{tpu.topology}: {error}") from error
     return list(found)
 
 
-def _three(tpu: Slice) -> str:
-    return tpu.topology
-
-
-def compile_program(function, *arguments) -> tuple[str, jax.stages.Compiled]:
-    """(text of the optimized HLO, the compiled program) of a jitted function and abstract arguments.
+def compile_program(function, arguments: tuple, static: dict) -> tuple[str, jax.stages.Compiled]:
+    """(text of the optimized HLO, the compiled program) of a jitted function, abstract and static arguments.
 
     The compiler itself writes the text: of some programs JAX's own reader does not know every instruction.
 
@@ -59,7 +55,7 @@ def compile_program(function, *arguments) -> tuple[str, jax.stages.Compiled]:
     """
     with tempfile.TemporaryDirectory() as folder, no_native_log():
         try:
-            compiled = function.lower(*arguments).compile(
+            compiled = function.lower(*arguments, **static).compile(
                 compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             )
         except jax.errors.JaxRuntimeError as error:

@@ -237,7 +237,8 @@ class _Module:
             # Results are (destination, source, context) or ((source), destination, context).
             moved = min(shape.bytes for shape in instruction.shapes if shape.sizes)
             spaces = {shape.space for shape in instruction.shapes if shape.sizes}
-            return Operation(0, moved * (2 if spaces == {0} else 1 if 0 in spaces else 0), times, True, instruction.name)
+            ends = 2 if spaces == {0} else int(0 in spaces)
+            return Operation(0, moved * ends, times, True, instruction.name)
         if instruction.opcode.endswith("-start") or instruction.opcode == "async-update":
             return None
         called = instruction.named("calls") if instruction.opcode == "fusion" else None
@@ -279,9 +280,8 @@ class _Module:
             elif user.opcode == "bitcast":
                 total += self._read_by_users(body, user.name)
             elif user.opcode == "fusion":
-                total += sum(
-                    self._read(user.named("calls"), place) for place, operand in enumerate(user.operands) if operand == name
-                )
+                places = [place for place, operand in enumerate(user.operands) if operand == name]
+                total += sum(self._read(user.named("calls"), place) for place in places)
             else:
                 return math.inf
         return total

@@ -32,7 +32,7 @@ def tapped_block(blocks: int, depth: float) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "taps", "dtype", "compute_dtype", "vocab_sharding"))
-def _forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, vocab_sharding):
+def forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, vocab_sharding):
     """Hidden states at the taps, [B, T, D] of `dtype`, and log p_LM(next) unless `vocab_sharding` is None."""
     final, tapped = language_model.features(parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype)
     outputs = [tapped[tap].astype(dtype) for tap in taps]
@@ -77,7 +77,7 @@ class _Models:
     def outputs(self, tokens_BxT: np.ndarray, next_BxT: np.ndarray, scored: bool) -> dict[str, np.ndarray]:
         """This process's rows of every array of the datastore that needs a model."""
         tokens, following = meshes.global_batch(self.mesh, (tokens_BxT, next_BxT), self.rules)
-        run = functools.partial(_forward, dtype=self.dtype, compute_dtype=self.compute_dtype)
+        run = functools.partial(forward, dtype=self.dtype, compute_dtype=self.compute_dtype)
         vocab_sharding = meshes.sharding(self.mesh, ("batch", None, "vocab"), self.rules) if scored else None
         base_taps = (self.input_tap,) if self.separate_inputs else (self.base_config.blocks,)
         if self.separate_inputs and self.key_model is self.base:
