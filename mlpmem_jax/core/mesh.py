@@ -79,6 +79,16 @@ def _on_wires(devices: list, sizes: list[int]) -> np.ndarray:
     )
 
 
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """Options of the compiler for a program that is differentiated: on TPUs, to send gradients while it goes on.
+
+    By default the TPU compiler runs matrix products beside all-gathers alone, and waits for every sum of gradients.
+    """
+    if mesh.devices.flat[0].platform != "tpu":
+        return {}
+    return {"xla_enable_async_all_reduce": True, "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True}
+
+
 def mesh_of(config: ml_collections.ConfigDict, devices: list | None = None) -> tuple[Mesh, Rules]:
     """The mesh and the sharding table that config.mesh asks for; `devices` are all there are, unless given.
 

@@ -158,7 +158,13 @@ def next_token_log_probabilities(
 @functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "logits_sharding"))
 def memory_chunk(parameters, inputs_BxD, next_B, *, config, compute_dtype, logits_sharding):
     return next_token_log_probabilities(
-        memory.hidden(parameters, config, inputs_BxD.astype(compute_dtype), compute_dtype=compute_dtype),
+        memory.hidden(
+            parameters,
+            config,
+            inputs_BxD.astype(compute_dtype),
+            compute_dtype=compute_dtype,
+            activations=NamedSharding(logits_sharding.mesh, PartitionSpec(logits_sharding.spec[0])),
+        ),
         memory.output_kernel(parameters),
         next_B,
         vocab_size=config.vocab_size,

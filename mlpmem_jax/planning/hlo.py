@@ -126,14 +126,14 @@ def parse(text: str) -> Program:
       ValueError: it is none, or the number of turns of a loop cannot be read.
     """
     module = _Module(text)
-    collectives: dict[tuple[str, str], Collective] = {}
-    operations = []
+    collectives, operations = [], []
     for parent, instruction, times in module.executed(module.entry, 1.0):
         operations.append(module.operation(instruction, times))
-        for channel, found in module.collectives(instruction, times):
-            # The fusions that start an asynchronous collective, go on with it and end it all name it.
-            collectives.setdefault((parent, channel), found)
-    return Program(tuple(collectives.values()), tuple(one for one in operations if one is not None))
+        collectives.extend(module.collectives(parent, instruction, times))
+    # The fusions that start an asynchronous collective, go on with it and end it all name it: the start counts.
+    started = {channel for channel, is_start, _ in collectives if is_start}
+    counted = tuple(one for channel, is_start, one in collectives if is_start or channel not in started)
+    return Program(counted, tuple(one for one in operations if one is not None))
 
 
 class _Module:
@@ -176,7 +176,7 @@ class _Module:
                     yield from self.executed(branch.strip().lstrip("%"), times)
 
     def _turns(self, loop: Instruction) -> int:
-        """Of a counted loop: the compiler's note, or the constant that the counter is compared with."""
+        """Of a counted loop: the compiler's note, or the constant that the counter is compared with over its step."""
         known = re.search(r'known_trip_count[^\d]*(\d+)', loop.attributes)
         if known:
             return int(known[1])
@@ -188,7 +188,24 @@ class _Module:
         ]
         if len(constants) != 1:
             raise ValueError(f"{loop.name}: the number of turns of this loop cannot be read from {condition}")
-        return constants[0]
+        return -(-constants[0] // self._step(loop))
+
+    def _step(self, loop: Instruction) -> int:
+        """What a turn adds to the counter; more than 1 where the compiler has put several turns into one."""
+        body = self.computations[loop.named("body")]
+        condition = self.computations[loop.named("condition")].values()
+        places = [re.search(r"index=(\d+)", one.attributes) for one in condition if one.opcode == "get-tuple-element"]
+        if len(places) != 1:
+            return 1
+        counter = body[self.roots[loop.named("body")].operands[int(places[0][1])]]
+        step = 0
+        while counter.opcode == "add":
+            left, right = (body[name] for name in counter.operands)
+            constant, counter = (left, right) if left.opcode == "constant" else (right, left)
+            if constant.opcode != "constant":
+                return 1
+            step += int(constant.operands[0])
+        return step or 1
 
     def _inside(self, name: str) -> Iterator[Instruction]:
         """The instructions of a computation and of the fusions in it."""
@@ -198,12 +215,17 @@ class _Module:
             if called:
                 yield from self._inside(called)
 
-    def collectives(self, instruction: Instruction, times: float) -> Iterator[tuple[str, Collective]]:
-        """(channel, collective) for each that an instruction is, or that a fusion holds."""
+    def collectives(
+        self, parent: str, instruction: Instruction, times: float
+    ) -> Iterator[tuple[str, bool, Collective]]:
+        """(channel, whether it starts here, collective) for each that an instruction is, or that a fusion holds."""
         called = instruction.named("calls") if instruction.opcode in ("fusion", "async-start") else None
         inside = list(self._inside(called)) if called else [instruction]
-        overlapped = instruction.opcode.endswith("-start") or any(
-            one.opcode in ("convolution", "dot") or "AsyncCollectiveStart" in one.attributes for one in inside
+        is_start = any("AsyncCollectiveStart" in one.attributes for one in inside)
+        has_product = any(one.opcode in ("convolution", "dot") for one in inside)
+        # A windowed product sends one part of its factor while it multiplies another.
+        overlapped = (
+            is_start or has_product or instruction.opcode.endswith("-start") or "windowed_dot_general" in parent
         )
         for one in inside:
             kind = one.opcode.removesuffix("-start")
@@ -217,7 +239,8 @@ class _Module:
             channel = re.search(r"channel_id=(\d+)", one.attributes)
             rings = re.search(r"Strategy\w+\{colors:(\d+)", one.attributes + instruction.attributes)
             yield (
-                f"{kind} {channel[1]}" if channel else one.name,
+                channel[1] if channel else one.name,
+                is_start,
                 Collective(
                     kind=kind,
                     payload=max(sent, received),
@@ -361,16 +384,19 @@ def _group(attributes: str) -> tuple[int, ...]:
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return tuple(map(int, listed[1].split(",")))
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        groups, sizes = ([int(size) for size in text.split(",")] for text in iota.groups()[:2])
-        devices = np.arange(math.prod(sizes)).reshape(sizes)
-        if iota[3]:
-            devices = devices.transpose([int(axis) for axis in iota[3].split(",")])
-        return tuple(devices.reshape(groups)[0].tolist())
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        return tuple(_numbered(iota[2], iota[3]).reshape([int(size) for size in iota[1].split(",")])[0].tolist())
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}:]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        taking_part = re.findall(r"'(\w+)'", mesh[2])
-        if ":" not in mesh[2]:
-            devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-            first = tuple(slice(None) if name in taking_part else 0 for name in sizes)
-            return tuple(devices[first].reshape(-1).tolist())
+        order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+))?", mesh[2] or f"[{math.prod(sizes.values())}]")
+        taking_part = re.findall(r"'(\w+)'", mesh[3])
+        devices = _numbered(order[1], order[2]).reshape(tuple(sizes.values()))
+        first = tuple(slice(None) if name in taking_part else 0 for name in sizes)
+        return tuple(devices[first].reshape(-1).tolist())
     raise ValueError(f"groups of a collective in an unknown form: {attributes[:120]}")
+
+
+def _numbered(sizes: str, permutation: str | None) -> np.ndarray:
+    """Devices 0, 1, ... in an array of the sizes, its axes permuted."""
+    shape = [int(size) for size in sizes.split(",")]
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    return devices.transpose([int(axis) for axis in permutation.split(",")]) if permutation else devices

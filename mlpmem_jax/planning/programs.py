@@ -187,6 +187,7 @@ def _datastore(config, models: Models, mesh, rules, positions: int) -> list[Stag
                 "taps": taps,
                 "dtype": jnp.dtype(settings.dtype),
                 "compute_dtype": jnp.dtype(settings.compute_dtype),
+                "activations": meshes.sharding(mesh, ("batch", None, None), rules),
                 "vocab_sharding": vocabulary,
             },
             flops=flops.language_model_forward(model, length, output_projection=held_out) * rows,
@@ -199,7 +200,7 @@ def _datastore(config, models: Models, mesh, rules, positions: int) -> list[Stag
     held_out = positions * (config.corpus.validation_fraction + config.corpus.test_fraction)
     programs = [
         forward("base", models.base, base_taps, False, positions / rows),
-        forward("base, held-out splits", models.base, base_taps, True, held_out / rows),
+        forward("base, scored", models.base, base_taps, True, held_out / rows),
     ]
     if settings.key_model:
         calls = (positions + held_out) / rows
@@ -212,7 +213,7 @@ def _neighbors(config, models: Models, mesh, rules, positions: int) -> list[Stag
     queries = ring.QUERIES_PER_DEVICE * mesh.size
     function, arguments = ring.program(mesh, keys, queries, models.keys.width, config.targets.k, config.datastore.dtype)
     search = StageProgram(
-        name=f"exact search in {keys:,} keys",
+        name="exact search",
         stage="neighbors",
         function=function,
         arguments=arguments,

@@ -42,7 +42,7 @@ class Report:
 
 def show(report: Report) -> None:
     """Prints the tables on standard output."""
-    console = rich.console.Console(width=120, highlight=False)
+    console = rich.console.Console(width=120, highlight=False, soft_wrap=True)
     mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     console.print(f"{report.slices} x {report.tpu}; mesh: {mesh}")
     console.print(f"{report.positions:,} training positions ({report.positions_from})")
@@ -75,15 +75,17 @@ def _memory(report: Report) -> rich.table.Table:
 
 def _times(report: Report) -> rich.table.Table:
     table = _table(
-        "Least time of one call, ms, at published peak rates",
-        *("program", "TFLOP a chip", "matmuls", "memory", "links", "of them waited for", "network", "call"),
-        *("bound", "utilization", "chip-hours"),
+        "Least time of one call, ms, at published peak rates; waited: collectives that nothing runs beside",
+        *("program", "TFLOP", "matmuls", "memory", "links", "network", "waited", "call", "most", "MFU", "chip-hours"),
     )
     for one in (one for one in report.planned if one.roofline):
         line = one.roofline
-        beside, waited = (line.collectives(network=False, overlapped=overlapped) for overlapped in (True, False))
-        between = sum(line.collectives(network=True, overlapped=overlapped) for overlapped in (True, False))
-        seconds = (line.compute, line.memory, beside + waited, waited, between, line.step)
+        within, between = (
+            sum(line.collectives(network=network, overlapped=overlapped) for overlapped in (True, False))
+            for network in (False, True)
+        )
+        waited = sum(line.collectives(network=network, overlapped=False) for network in (False, True))
+        seconds = (line.compute, line.memory, within, between, waited, line.step)
         table.add_row(
             one.program.name,
             f"{one.executed_flops / 1e12:,.2f}",

@@ -31,10 +31,17 @@ def tapped_block(blocks: int, depth: float) -> int:
     return max(1, round(depth * blocks))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "taps", "dtype", "compute_dtype", "vocab_sharding"))
-def forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, vocab_sharding):
-    """Hidden states at the taps, [B, T, D] of `dtype`, and log p_LM(next) unless `vocab_sharding` is None."""
-    final, tapped = language_model.features(parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype)
+@functools.partial(
+    jax.jit, static_argnames=("config", "taps", "dtype", "compute_dtype", "activations", "vocab_sharding")
+)
+def forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, activations, vocab_sharding):
+    """Hidden states at the taps, [B, T, D] of `dtype`, and log p_LM(next) unless `vocab_sharding` is None.
+
+    `activations` is the sharding of hidden states on the mesh.
+    """
+    final, tapped = language_model.features(
+        parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype, activations=activations
+    )
     outputs = [tapped[tap].astype(dtype) for tap in taps]
     if vocab_sharding is None:
         return outputs, None
@@ -77,7 +84,12 @@ class _Models:
     def outputs(self, tokens_BxT: np.ndarray, next_BxT: np.ndarray, scored: bool) -> dict[str, np.ndarray]:
         """This process's rows of every array of the datastore that needs a model."""
         tokens, following = meshes.global_batch(self.mesh, (tokens_BxT, next_BxT), self.rules)
-        run = functools.partial(forward, dtype=self.dtype, compute_dtype=self.compute_dtype)
+        run = functools.partial(
+            forward,
+            dtype=self.dtype,
+            compute_dtype=self.compute_dtype,
+            activations=meshes.sharding(self.mesh, ("batch", None, None), self.rules),
+        )
         vocab_sharding = meshes.sharding(self.mesh, ("batch", None, "vocab"), self.rules) if scored else None
         base_taps = (self.input_tap,) if self.separate_inputs else (self.base_config.blocks,)
         if self.separate_inputs and self.key_model is self.base:

@@ -149,7 +149,10 @@ def step_program(task: Task, mesh: Mesh, rules: meshes.Rules, steps: int) -> Ste
     return StepProgram(
         make_state=jax.jit(make_state, out_shardings=shardings),
         step=jax.jit(
-            train_step(task, optimizer, parameter_shardings), donate_argnums=0, out_shardings=(shardings, None)
+            train_step(task, optimizer, parameter_shardings),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=meshes.compiler_options(mesh),
         ),
         abstract_state=jax.tree.map(
             lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), abstract, shardings
