@@ -13,12 +13,13 @@ from configs import mistral_7b, quickstart, wikitext103_gpt2_large
 from mlpmem_jax import cli
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.accelerators import resolve
-from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.interop import published
-from mlpmem_jax.planning import cost, hlo, plan, programs
+from mlpmem_jax.planning import compilation, cost, hlo, plan, programs
 from mlpmem_jax.training import benchmark, data
 
 ROOT = pathlib.Path(__file__).parents[1]
+NO_LIBTPU = "the compiler for TPUs is not here: pip install 'mlpmem_jax[plan]'"
 
 
 def small_config():
@@ -137,8 +138,18 @@ def test_stages_do_not_wait_for_a_tpu_that_is_not_there(monkeypatch, installed, 
     assert os.environ.get("JAX_PLATFORMS") == expected
 
 
+def test_only_the_axis_slice_runs_between_tpu_slices():
+    pytest.importorskip("libtpu", reason=NO_LIBTPU)
+    devices = compilation.devices(resolve("v5e:4x4"), 2)
+    mesh = meshes.make_mesh(4, -1, 4, devices)  # cuts each TPU slice in two
+    for part in mesh.devices:
+        assert len({device.slice_index for device in part.flat}) == 1
+    with pytest.raises(ConfigError, match=r"config.mesh.slice: 1 is no multiple of the 2 TPU slices"):
+        meshes.make_mesh(1, -1, 4, devices)
+
+
 def test_a_real_compilation_for_tpus(tmp_path):
-    pytest.importorskip("libtpu", reason="the compiler for TPUs is not here: pip install 'mlpmem_jax[plan]'")
+    pytest.importorskip("libtpu", reason=NO_LIBTPU)
     command = [sys.executable, "-m", "mlpmem_jax.cli", "plan", "--quiet", "--config=configs/quickstart.py"]
     command += ["--topology=v5e:2x4", f"--json={tmp_path / 'plan.json'}", "--config.training.batch_sequences=32"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

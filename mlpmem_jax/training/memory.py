@@ -58,7 +58,10 @@ def _loss(model: MemoryConfig, base_config, input_tap, training, mesh, rules, pa
     else:
         inputs_BxTxD = batch["memory_inputs"]
     inputs_NxD = inputs_BxTxD.reshape(-1, model.input_width).astype(dtype)
-    hidden_NxD = memory.hidden(parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat)
+    activations = meshes.sharding(mesh, ("batch", None), rules)
+    hidden_NxD = memory.hidden(
+        parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat, activations=activations
+    )
     entries = batch["token_ids"].shape[-1]
     return sparse_cross_entropy(
         hidden_NxD.astype(dtype),
