@@ -40,9 +40,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.corpus = corpus = ml_collections.ConfigDict()
     corpus.source = "installed_docs"  # "installed_docs", "files" or "hub"
     corpus.path = ""  # file or folder (text, JSONL, Parquet; plain, gz, zst) for "files"
-    corpus.name = ""  # Hugging Face data set for "hub"
-    corpus.subset = ""  # its configuration, e.g. "wikitext-103-raw-v1"
-    corpus.text_key = "text"  # field of JSONL and Parquet rows that holds the text
+    corpus.name = ""  # Hugging Face data set for "hub"; several, with commas between, are mixed and split anew
+    corpus.subset = ""  # its configuration, e.g. "wikitext-103-raw-v1"; as many entries as names, or one for all
+    corpus.text_key = "text"  # field of JSONL and Parquet rows that holds the text; entries likewise
     corpus.max_bytes = 0  # a deterministic sample of documents up to this many bytes; 0 = all
     corpus.document_bytes = 8192  # longer text files are cut into documents of about this size, at blank lines
     corpus.validation_fraction = 0.05  # of the documents
@@ -56,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.base = base = ml_collections.ConfigDict()
     base.source = "train"  # "train" or "huggingface"
-    base.path = ""  # Hugging Face folder or name of a GPT-2, for "huggingface"
+    base.path = ""  # Hugging Face folder or name of a GPT-2, Llama or Mistral, for "huggingface"
     base.context_length = 256  # positions of one sequence (block), in every stage
     base.width = 64  # of the trained base
     base.blocks = 2
@@ -67,7 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
     datastore.dtype = "float16"  # of keys and memory inputs: "float16" or "bfloat16"
     datastore.compute_dtype = "float32"  # of the forward pass: "float32", or "bfloat16" on accelerators
     datastore.input_depth = 1.0  # relative depth of the memory's input: 1.0 = the keys, 0.7 = the paper's best
-    datastore.key_model = ""  # Hugging Face GPT-2 whose keys the targets are built from; "" = the base
+    datastore.key_model = ""  # Hugging Face model whose keys the targets are built from; "" = the base
     datastore.batch_sequences = 32  # sequences in one forward pass, over all devices
     datastore.sequences_per_shard = 256  # sequences that are written as one shard
 
@@ -91,12 +91,13 @@ def get_config() -> ml_collections.ConfigDict:
     memory.family = "gpt2"  # "gpt2" (LayerNorm, GELU) or "llama" (RMSNorm, SwiGLU)
     memory.width = 256
     memory.blocks = 4
-    memory.feed_forward_width = 0  # 0 = 4 x width
+    memory.feed_forward_width = 0  # 0 = 4 x width; the paper: the base's
     memory.output_from_base = False  # output projection starts as the base LM's (needs the base's width)
 
     config.training = training = optimization()
     training.mode = "offline"  # memory inputs from the datastore; "online" = base LM inside the step
     training.alpha = 0.4  # weight of the KL term (the paper: 0.4); the rest is cross entropy
+    training.start = ""  # a finished memory (an imported one, say) to start from; "" = fresh parameters
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
     evaluation.bootstrap_samples = 2000

@@ -25,9 +25,17 @@ STAGES = {
 _OTHER = {
     "run": "all stages in order; finished ones are skipped, unfinished ones go on",
     "controls": "train the controls (base trained on; memory without targets) and report them beside",
+    "continued": "train the base on with the settings config.training, and score it: an arm of sweeps",
     "generate": "continue a prompt with the base LM alone and with the memory",
     "benchmark": "measure the rates of this machine",
+    "export": "write the memory for PyTorch, or targets and datastores as Arrow streams",
+    "import": "read a memory from PyTorch, or targets and datastores from Arrow streams",
 }
+_SWEEP = "many models over size, compute and arm -> points.csv; run again, it goes on where it stopped"
+_FIT = "points of a sweep -> scaling laws with intervals, and their picture"
+FORMATS = ("transformers", "reference", "reference-targets", "reference-datastore")
+FORMATS_HELP = "for Auto classes, or as the reference implementation keeps its memory, targets and datastore"
+SPLITS = ("train", "validation", "test")
 _EXAMPLES = """\
 examples:
   mlpmem run --config=configs/quickstart.py
@@ -35,6 +43,7 @@ examples:
       --config.workdir=runs/mine
   mlpmem train --config=configs/desk.py --config.training.learning_rate=0.01
   mlpmem generate --config=configs/quickstart.py --prompt="Return a new array" --tokens=40
+  mlpmem export --config=configs/quickstart.py --format=transformers --output=exported --verify
 
 Every key of a config can be given as --config.GROUP.KEY=VALUE; configs/default.py lists them with their meaning.
 """
@@ -61,10 +70,64 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 = all")
             verb.add_argument("--top_p", type=float, default=1.0, help="sample within this share of the mass")
             verb.add_argument("--seed", type=int, default=0, help="of the sampling")
+        if name == "export":
+            verb.add_argument("--format", required=True, choices=FORMATS, help=FORMATS_HELP)
+            verb.add_argument("--output", required=True, metavar="PATH", help="folder or file to make")
+            verb.add_argument("--verify", action="store_true", help="score the test split in PyTorch and compare")
+        if name == "import":
+            verb.add_argument("--from", dest="source", required=True, metavar="PATH", help="folder or Arrow stream")
+        if name in ("export", "import"):
+            verb.add_argument("--split", default="train", choices=SPLITS, help="of an Arrow stream (default train)")
         if name == "benchmark":
             verb.add_argument("--json", metavar="FILE", help="write the rows here as well")
             verb.add_argument("--rows", default="", metavar="A,B", help="only these parts, e.g. train,generate")
+    _add_sweep(verbs)
+    _add_fit(verbs)
     return parser
+
+
+def _add_sweep(verbs) -> None:
+    """`mlpmem sweep`, whose config is a sweep."""
+    verb = verbs.add_parser("sweep", help=_SWEEP, description=_SWEEP, allow_abbrev=False)
+    verb.add_argument("--config", required=True, metavar="FILE", help="e.g. configs/sweeps/quickstart_sizes.py")
+    verb.add_argument("--workers", type=int, default=1, help="points at once on this machine's cores (default 1)")
+    verb.add_argument("--launch", choices=("jobset", "slurm"), help="write jobs for launch/ instead of running here")
+    verb.add_argument("--quiet", action="store_true", help="no progress, errors alone")
+
+
+def _add_fit(verbs) -> None:
+    """`mlpmem fit`, which reads points rather than a config."""
+    verb = verbs.add_parser("fit", help=_FIT, description=_FIT, allow_abbrev=False)
+    source = verb.add_mutually_exclusive_group(required=True)
+    source.add_argument("--runs", metavar="DIR", help="workdir of a sweep, which holds points.csv")
+    source.add_argument("--points", metavar="CSV", help="columns arm,parameters,tokens,flops,perplexity,seed")
+    verb.add_argument("--output", required=True, metavar="DIR", help="fit.json, fit.svg and fit.png go here")
+    verb.add_argument(
+        "--against",
+        default="parameters",
+        choices=("parameters", "flops"),
+        help="what the power law is a law in (default parameters)",
+    )
+    verb.add_argument("--quiet", action="store_true", help="errors alone")
+
+
+def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
+    from mlpmem_jax.scaling import launching, runner, sweep
+
+    _refuse_strangers(overrides)
+    found = sweep.read(options.config, overrides)
+    if options.launch:
+        launching.write(found, options.launch)
+    else:
+        runner.run(found, options.workers)
+
+
+def _fit(options: argparse.Namespace, strangers: list[str]) -> None:
+    from mlpmem_jax.scaling import fit, points
+
+    if strangers:
+        raise UserError(f"{strangers[0]}: unknown option; see mlpmem fit --help")
+    fit.run(options.points or points.of_sweep(options.runs), options.output, against=options.against)
 
 
 def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
@@ -78,9 +141,7 @@ def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
     values = flags.FlagValues()
     words = ["mlpmem", f"--config={file}", *overrides]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
-    strangers = [word for word in overrides if not word.startswith("--config.")]
-    if strangers:
-        raise ConfigError(f"{strangers[0]}: unknown option; see mlpmem --help")
+    _refuse_strangers(overrides)
     try:
         values(words)
         config = values["config"].value
@@ -90,18 +151,16 @@ def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
     return config
 
 
+def _refuse_strangers(overrides: list[str]) -> None:
+    strangers = [word for word in overrides if not word.startswith("--config.")]
+    if strangers:
+        raise ConfigError(f"{strangers[0]}: unknown option; see mlpmem --help")
+
+
 def _explained(file: str, overrides: list[str], error: Exception) -> ConfigError:
     """What was wrong with an override, in our words where the key does not exist."""
-    for word in overrides:
-        key = word.removeprefix("--config.").split("=", 1)[0]
-        group = configs.SCHEMA
-        for depth, part in enumerate(key.split("."), start=1):
-            if not isinstance(group, dict) or part not in group:
-                prefix = ".".join(key.split(".")[: depth - 1])
-                allowed = group if isinstance(group, dict) else {}
-                return configs.unknown_key(key, [f"{prefix}.{name}".lstrip(".") for name in allowed])
-            group = group[part]
-    return ConfigError(f"{file} {' '.join(overrides)}: {error}")
+    unknown = configs.first_unknown(overrides)
+    return unknown or ConfigError(f"{file} {' '.join(overrides)}: {error}")
 
 
 def _run_stage(name: str, config: ml_collections.ConfigDict):
@@ -118,7 +177,6 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
 
     logging.set_verbosity(logging.ERROR)  # libraries' notes on their own doings are no news to the user
     runtime.keep_freed_memory()
-    runtime.join_job()
     if options.verb == "run":
         for name in STAGES:
             _run_stage(name, config)
@@ -128,10 +186,19 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
         from mlpmem_jax.inference import compare
 
         compare.run(config, options)
+    elif options.verb in ("export", "import"):
+        from mlpmem_jax.interop import commands
+
+        commands.run(config, options)
     elif options.verb == "benchmark":
         from mlpmem_jax import benchmark
 
         benchmark.run(config, [part for part in options.rows.split(",") if part], options.json)
+    elif options.verb == "continued":
+        from mlpmem_jax.training import continued
+
+        with runtime.measured_stage(config.workdir, "continued"):
+            continued.run(config)
     else:
         from mlpmem_jax.training import controls
 
@@ -145,7 +212,16 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quiet:
         os.environ["MLPMEM_QUIET"] = "1"
     try:
-        _dispatch(options, read_config(options.config, overrides))
+        if options.verb == "fit":
+            _fit(options, overrides)
+        elif options.verb == "sweep":
+            _sweep(options, overrides)
+        else:
+            config = read_config(options.config, overrides)
+            from mlpmem_jax.core import runtime  # imports jax, which a config that is wrong need not wait for
+
+            with runtime.job(config.workdir):
+                _dispatch(options, config)
     except UserError as error:
         print(f"mlpmem {options.verb}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

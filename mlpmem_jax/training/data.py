@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import grain
-import jax
 import numpy as np
 
 from mlpmem_jax.core.artifacts import Artifact
@@ -66,20 +65,19 @@ class TargetSource:
         return item
 
 
-def batches(source, batch_sequences: int, seed: int) -> grain.DatasetIterator:
-    """An endless, restorable iterator over this process's rows of each global batch.
+def batches(source, batch_sequences: int, seed: int, part: int = 0, parts: int = 1) -> grain.DatasetIterator:
+    """An endless, restorable iterator over one part of the rows of each global batch.
 
     The order depends on the seed alone. Step n takes elements n * batch to (n + 1) * batch of one global order,
-    whatever the number of processes, so that a run may go on with another number of them. Each epoch is shuffled
+    whatever the number of parts, so that a run may go on with another number of processes. Each epoch is shuffled
     differently.
 
     Args:
       source: random-access sequences, trees of arrays.
       batch_sequences: sequences in one global batch.
       seed: of the order.
+      part: of how many `parts`, as `core.mesh.batch_part` tells for this process.
     """
-    order = grain.MapDataset.source(source).shuffle(seed=seed).repeat(None)
-    mine = order[jax.process_index() :: jax.process_count()]
+    mine = grain.MapDataset.source(source).shuffle(seed=seed).repeat(None)[part::parts]
     options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_BUFFER)
-    local = batch_sequences // jax.process_count()
-    return iter(mine.to_iter_dataset(options).batch(local, drop_remainder=True))
+    return iter(mine.to_iter_dataset(options).batch(batch_sequences // parts, drop_remainder=True))

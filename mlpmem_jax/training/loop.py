@@ -17,9 +17,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core import runtime
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.core.progress import progress, say
-from mlpmem_jax.training import data
+from mlpmem_jax.training import data, goodput
 from mlpmem_jax.training.metrics import MetricsWriter, matmul_rate
 from mlpmem_jax.training.optimizer import accumulated_value_and_grad, make_optimizer, schedule
 from mlpmem_jax.training.state import METRIC, Checkpoints, initial_state, state_shardings
@@ -83,7 +84,7 @@ def check_batch(settings: ml_collections.ConfigDict, mesh: Mesh, rules: meshes.R
     """
     shards = meshes.batch_shards(mesh, rules)
     micro_batch = settings.batch_sequences // settings.accumulation_steps
-    if micro_batch % shards or settings.batch_sequences % jax.process_count():
+    if micro_batch % shards:
         raise ConfigError(
             f"config.{group}.batch_sequences: {settings.batch_sequences} over {settings.accumulation_steps} "
             f"accumulation steps is {micro_batch} sequences, which {shards} batch shards of the mesh do not divide"
@@ -136,6 +137,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
       Stopped: the job was asked to stop; a checkpoint is there.
     """
     settings = task.settings
+    watch = goodput.Stopwatch(runtime.stage_began())
     steps = total_steps(settings, len(task.source))
     optimizer = make_optimizer(settings, steps, task.logical_axes)
     learning_rate = schedule(settings, steps)
@@ -151,12 +153,15 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
     start = checkpoints.latest_step() or 0
     if start:
         say(f"{task.name}: goes on from the checkpoint at step {start} of {steps}")
+        watch.lap("start-up")
         state, next_sequence = checkpoints.restore(start, abstract)
+        watch.lap("restore")
     else:
         state, next_sequence = jax.jit(make_state, out_shardings=shardings)(), 0
 
-    batches = data.batches(task.source, settings.batch_sequences, settings.seed)
-    batches.set_state({"next_index": next_sequence // jax.process_count()})
+    part = meshes.batch_part(mesh, rules)
+    batches = data.batches(task.source, settings.batch_sequences, settings.seed, part.index, part.count)
+    batches.set_state({"next_index": next_sequence // part.count})
     run_step = jax.jit(
         train_step(task, optimizer, parameter_shardings), donate_argnums=0, out_shardings=(shardings, None)
     )
@@ -165,14 +170,17 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
     writer = MetricsWriter(task.folder, start)
     losses: list[tuple[int, jax.Array]] = []
     clock, waited, last_logged = time.perf_counter(), 0.0, start
+    watch.lap("start-up")
 
     with _stop_requests() as must_stop, progress(steps, task.name, "steps", initial=start) as bar:
         for step in range(start + 1, steps + 1):
             wait_start = time.perf_counter()
             batch = meshes.global_batch(mesh, next(batches), rules)
             waited += time.perf_counter() - wait_start
+            watch.lap("input wait")
             state, measured = run_step(state, task.frozen, batch)
             losses.append((step, measured["loss"]))
+            watch.lap("steps" if step > start + 1 else "compile")
 
             stopping = must_stop(step)
             validates = step % settings.evaluate_every == 0 or step == steps
@@ -180,6 +188,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
             if saves or step % _LOG_EVERY == 0:
                 _check_finite(task.name, losses, checkpoints)
                 values = {name: float(value) for name, value in measured.items()}
+                watch.lap("steps")
                 seconds = time.perf_counter() - clock
                 rate = (step - last_logged) * positions_per_step / seconds
                 values |= {
@@ -196,14 +205,23 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
             if validates:
                 validation = task.validate(state["parameters"])
                 writer.write(step, {f"validation/{name}": value for name, value in validation.items()})
+                watch.lap("validation")
             if saves:
                 checkpoints.save(step, state, step * settings.batch_sequences, validation if validates else None)
+                watch.lap("checkpoint")
+                writer.write(step, watch.record())
                 clock = time.perf_counter()  # neither validation nor saving counts in the training rate
             if stopping and step < steps:
                 checkpoints.wait()
+                watch.lap("checkpoint")
+                writer.write(step, watch.record())
                 raise Stopped(f"{task.name}: asked to stop; a checkpoint at step {step} is written, run again")
     checkpoints.wait()
+    watch.lap("checkpoint")
+    writer.write(steps, watch.record())
     writer.close()
+    if jax.process_index() == 0:
+        say(f"{task.name}: {goodput.table(goodput.summary(writer.records()))}")
     best = checkpoints.best_step()
     if best != steps:
         say(f"{task.name}: the best validation {METRIC} was at step {best} of {steps}; those parameters are kept")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,12 @@ from mlpmem_jax.retrieval.datastore import tapped_block
 from mlpmem_jax.training import data, loop
 from mlpmem_jax.training.loss import sparse_cross_entropy
 
-_VOCABULARY_MULTIPLE = 128  # columns of the output projection: whole tiles of a matrix unit on every tensor shard
+_TILE = 128  # columns of a matrix unit
+
+
+def vocabulary_multiple(tensor_shards: int) -> int:
+    """What the padded vocabulary is a multiple of: whole tiles, and what the mesh divides."""
+    return math.lcm(_TILE, tensor_shards)
 
 
 def dimensions(
@@ -34,8 +41,11 @@ def dimensions(
     tensor_shards: int,
     norm_epsilon: float = 1e-5,
 ) -> MemoryConfig:
-    """The memory's dimensions; the vocabulary is padded to what the mesh divides, `norm_epsilon` is the base's."""
-    multiple = _VOCABULARY_MULTIPLE * tensor_shards
+    """The memory's dimensions; the vocabulary is padded to what the mesh divides, `norm_epsilon` is the base's.
+
+    Any `tensor` size that is a power of two up to 128 gives the same, so that a run may go on on another mesh.
+    """
+    multiple = vocabulary_multiple(tensor_shards)
     return MemoryConfig(
         family=config.memory.family,
         vocab_size=vocab_size,
@@ -47,6 +57,19 @@ def dimensions(
         norm_epsilon=norm_epsilon,
         activation="gelu_new" if config.memory.family == "gpt2" else "silu",
     )
+
+
+def _started(start: str, model: MemoryConfig, mesh, rules) -> tuple[dict, MemoryConfig]:
+    """Parameters and dimensions of the memory that training starts from, which must be as large as the config's."""
+    parameters, found, artifact = saved.load_memory(start, mesh, rules)
+    for field in dataclasses.fields(MemoryConfig):
+        expected, there = getattr(model, field.name), getattr(found, field.name)
+        if expected != there and field.name not in ("norm_epsilon", "activation"):
+            raise ConfigError(
+                f"config.training.start: {artifact.path} has {field.name} {there}, the config asks for {expected}; "
+                "set config.memory to what is there"
+            )
+    return parameters, found
 
 
 def _loss(model: MemoryConfig, base_config, input_tap, training, mesh, rules, parameters, frozen, batch):
@@ -120,6 +143,9 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     path = workdir / folder
     settings = {"memory": configs.plain(config.memory), "training": configs.plain(config.training)}
     inputs = {"base": base.fingerprint, "datastore": datastore.fingerprint, "targets": targets.fingerprint}
+    start = settings["training"].pop("start")  # what lies there counts, not where it lies
+    if start:
+        inputs["start"] = open_artifact(start, "memory").fingerprint
     if finished := find_finished(path, "memory", settings, inputs):
         say(f"{folder}: finished already")
         return finished
@@ -144,8 +170,12 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
             f"config.memory.output_from_base: needs config.memory.width ({model.width}) equal to the base's width "
             f"({base_config.width})"
         )
-    kernel_DxV = language_model.output_kernel(frozen) if config.memory.output_from_base else None
-    key = jax.random.key(config.training.seed)
+    # The base's vocabulary may be padded beyond the tokenizer's.
+    kernel_DxV = language_model.output_kernel(frozen)[:, : model.vocab_size] if config.memory.output_from_base else None
+    initialise = functools.partial(memory.init, model, jax.random.key(config.training.seed), kernel_DxV)
+    if start:
+        parameters, model = _started(start, model, mesh, rules)
+        initialise = lambda: parameters  # noqa: E731
 
     source = data.TargetSource(datastore, targets, TokenStream(tokens, "train") if online else None)
     length = config.base.context_length
@@ -155,7 +185,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
         name=folder,
         folder=writer.path,
         settings=config.training,
-        initialise=functools.partial(memory.init, model, key, kernel_DxV),
+        initialise=initialise,
         logical_axes=memory.logical_axes(model),
         loss=functools.partial(_loss, model, base_config, input_tap, config.training, mesh, rules),
         frozen=frozen if online else {},
