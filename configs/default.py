@@ -97,6 +97,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.training = training = optimization()
     training.mode = "offline"  # memory inputs from the datastore; "online" = base LM inside the step
     training.alpha = 0.4  # weight of the KL term (the paper: 0.4); the rest is cross entropy
+    training.start = ""  # a finished memory (an imported one, say) to start from; "" = fresh parameters
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
     evaluation.bootstrap_samples = 2000

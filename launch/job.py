@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import ml_collections
 
-from launch import accelerators
 from mlpmem_jax import cli
+from mlpmem_jax.core import accelerators
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core.errors import ConfigError, UserError
 

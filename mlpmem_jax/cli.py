@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import glob
+import importlib.util
 import os
 import sys
 
@@ -28,9 +29,15 @@ _OTHER = {
     "continued": "train the base on with the settings config.training, and score it: an arm of sweeps",
     "generate": "continue a prompt with the base LM alone and with the memory",
     "benchmark": "measure the rates of this machine",
+    "export": "write the memory for PyTorch, or targets and datastores as Arrow streams",
+    "import": "read a memory from PyTorch, or targets and datastores from Arrow streams",
+    "plan": "memory, time and cost on TPU slices, compiled for them without having them (extra: plan)",
 }
 _SWEEP = "many models over size, compute and arm -> points.csv; run again, it goes on where it stopped"
 _FIT = "points of a sweep -> scaling laws with intervals, and their picture"
+FORMATS = ("transformers", "reference", "reference-targets", "reference-datastore")
+FORMATS_HELP = "for Auto classes, or as the reference implementation keeps its memory, targets and datastore"
+SPLITS = ("train", "validation", "test")
 _EXAMPLES = """\
 examples:
   mlpmem run --config=configs/quickstart.py
@@ -38,6 +45,7 @@ examples:
       --config.workdir=runs/mine
   mlpmem train --config=configs/desk.py --config.training.learning_rate=0.01
   mlpmem generate --config=configs/quickstart.py --prompt="Return a new array" --tokens=40
+  mlpmem export --config=configs/quickstart.py --format=transformers --output=exported --verify
 
 Every key of a config can be given as --config.GROUP.KEY=VALUE; configs/default.py lists them with their meaning.
 """
@@ -64,9 +72,23 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 = all")
             verb.add_argument("--top_p", type=float, default=1.0, help="sample within this share of the mass")
             verb.add_argument("--seed", type=int, default=0, help="of the sampling")
+        if name == "export":
+            verb.add_argument("--format", required=True, choices=FORMATS, help=FORMATS_HELP)
+            verb.add_argument("--output", required=True, metavar="PATH", help="folder or file to make")
+            verb.add_argument("--verify", action="store_true", help="score the test split in PyTorch and compare")
+        if name == "import":
+            verb.add_argument("--from", dest="source", required=True, metavar="PATH", help="folder or Arrow stream")
+        if name in ("export", "import"):
+            verb.add_argument("--split", default="train", choices=SPLITS, help="of an Arrow stream (default train)")
         if name == "benchmark":
             verb.add_argument("--json", metavar="FILE", help="write the rows here as well")
             verb.add_argument("--rows", default="", metavar="A,B", help="only these parts, e.g. train,generate")
+        if name == "plan":
+            verb.add_argument("--topology", required=True, metavar="NAME", help="one slice, e.g. v5e:16x16 or v5p-1024")
+            verb.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them (default 1)")
+            verb.add_argument("--stage", default="train", choices=("train", "datastore", "neighbors", "all"))
+            verb.add_argument("--positions", type=int, default=0, metavar="N", help="of the training split")
+            verb.add_argument("--json", metavar="FILE", help="write what was found here as well")
     _add_sweep(verbs)
     _add_fit(verbs)
     return parser
@@ -114,6 +136,16 @@ def _fit(options: argparse.Namespace, strangers: list[str]) -> None:
     if strangers:
         raise UserError(f"{strangers[0]}: unknown option; see mlpmem fit --help")
     fit.run(options.points or points.of_sweep(options.runs), options.output, against=options.against)
+
+
+def _leave_absent_tpus_alone(verb: str) -> None:
+    """Where libtpu is installed but there is no TPU, JAX would look for one, wait for it and complain."""
+    attached = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    if verb == "plan":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    elif importlib.util.find_spec("libtpu") and not attached:
+        gpus = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if gpus else "cpu")
 
 
 def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
@@ -172,6 +204,10 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
         from mlpmem_jax.inference import compare
 
         compare.run(config, options)
+    elif options.verb in ("export", "import"):
+        from mlpmem_jax.interop import commands
+
+        commands.run(config, options)
     elif options.verb == "benchmark":
         from mlpmem_jax import benchmark
 
@@ -193,11 +229,17 @@ def main(arguments: list[str] | None = None) -> None:
     options, overrides = _parser().parse_known_args(arguments)
     if options.quiet:
         os.environ["MLPMEM_QUIET"] = "1"
+    _leave_absent_tpus_alone(options.verb)
     try:
         if options.verb == "fit":
             _fit(options, overrides)
         elif options.verb == "sweep":
             _sweep(options, overrides)
+        elif options.verb == "plan":
+            config = read_config(options.config, overrides)
+            from mlpmem_jax.planning import plan
+
+            plan.run(config, options)
         else:
             config = read_config(options.config, overrides)
             from mlpmem_jax.core import runtime  # imports jax, which a config that is wrong need not wait for

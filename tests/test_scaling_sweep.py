@@ -326,12 +326,20 @@ def test_points_are_dictionaries_with_every_key():
     assert sorted(point("a", "continued", 1.0)) == ["arm", "flops", "name", "overrides", "seed", "variant"]
 
 
-def test_one_sweep_at_a_time_in_a_workdir(toy):
+def test_one_sweep_at_a_time_in_a_workdir(toy, monkeypatch):
+    """Children of a killed sweep, which inherit its lock, count as one until they have ended."""
     found, workdir, _ = toy
     (workdir / "logs").mkdir()
-    with runner._alone(workdir / "logs"), pytest.raises(UserError, match="another mlpmem sweep runs in this workdir"):
+    with runner._alone(workdir / "logs") as lock:
+        child = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+    monkeypatch.setattr(runner, "_GRACE_SECONDS", 0.3)
+    with pytest.raises(UserError, match="another mlpmem sweep runs in this workdir"):
         runner.run(found, 1)
     assert not (workdir / "order.txt").exists()
+    child.kill()
+    child.wait()
+    runner.run(found, 2)
+    assert len(started(workdir)) == 11
 
 
 def test_a_child_does_not_outlive_its_sweep(tmp_path):

@@ -493,6 +493,8 @@ def open_artifact(path, kind: str) -> Artifact:
 def find_finished(path, kind: str, config: Mapping, inputs: Mapping[str, str]) -> Artifact | None:
     """The sealed artifact at `path` if this very config and these inputs made it, None if it is still to be finished.
 
+    No config made what was imported from elsewhere: it only has to fit the inputs that it names.
+
     Raises:
       ArtifactError: what is there was made by another config, or cannot be trusted.
     """
@@ -502,6 +504,9 @@ def find_finished(path, kind: str, config: Mapping, inputs: Mapping[str, str]) -
         raise ArtifactError(f"{path}: is unfinished, and {own} is a link to it; run the stage that makes it there")
     if manifest is None:
         return None
+    if "imported" in manifest["config"] and "imported" not in config:
+        config = manifest["config"]
+        inputs = {name: inputs.get(name, "(absent)") for name in manifest["inputs"]}
     _check_same_origin(path, manifest, kind, config, inputs)
     if not manifest["sealed"]:
         return None

@@ -112,7 +112,7 @@ SCHEMA: dict[str, Any] = {
         "feed_forward_width": _COUNT,
         "output_from_base": _BOOLEAN,
     },
-    "training": {**_OPTIMIZATION, "mode": _one_of("offline", "online"), "alpha": _FRACTION},
+    "training": {**_OPTIMIZATION, "mode": _one_of("offline", "online"), "alpha": _FRACTION, "start": _TEXT},
     "evaluation": {
         "bootstrap_samples": _POSITIVE,
         "confidence": _OPEN_FRACTION,
@@ -205,6 +205,12 @@ def check(config: ml_collections.ConfigDict) -> None:
                 f"config.{name}.accumulation_steps: {settings.accumulation_steps} does not divide "
                 f"config.{name}.batch_sequences, {settings.batch_sequences}"
             )
+    keys_from_base = base.source == "train" and not config.datastore.key_model
+    if keys_from_base and config.targets.search_dimensions >= base.width:
+        raise ConfigError(
+            f"config.targets.search_dimensions: expected fewer than the {base.width} dimensions of the keys "
+            f"(config.base.width), or 0 for all, found {config.targets.search_dimensions}"
+        )
     if config.memory.output_from_base and base.source == "train" and config.memory.width != base.width:
         raise ConfigError(
             f"config.memory.output_from_base: needs config.memory.width ({config.memory.width}) equal to the base's "

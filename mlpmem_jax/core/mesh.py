@@ -57,24 +57,58 @@ def make_mesh(slice_: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | 
             f"{len(devices)} devices; set one of the sizes to -1 to use them all"
         )
     types = (AxisType.Auto,) * len(AXES)
-    if len(devices) == jax.device_count() and devices[0].platform == "tpu":
-        # Neighbors on the mesh should be neighbors on the wires; slices are joined by the data-centre network alone.
-        arranged = (
-            mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (sizes[0], 1, 1), devices=devices)
-            if (sizes[0] > 1)
-            else mesh_utils.create_device_mesh(tuple(sizes), devices=devices)
+    arranged = _on_wires(devices, sizes) if devices[0].platform == "tpu" else np.asarray(devices).reshape(sizes)
+    return Mesh(arranged, AXES, axis_types=types)
+
+
+def _on_wires(devices: list, sizes: list[int]) -> np.ndarray:
+    """TPUs in an order in which neighbors on the mesh are neighbors on the wires.
+
+    TPU slices are joined by the data-centre network alone, so only the mesh axis `slice` runs between them; it may cut
+    each of them once more.
+    """
+    tpu_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if tpu_slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes), devices=devices, allow_split_physical_axes=True)
+    if sizes[0] % tpu_slices:
+        raise ConfigError(
+            f"config.mesh.slice: {sizes[0]} is no multiple of the {tpu_slices} TPU slices; only this axis may run "
+            "between slices"
         )
-        return Mesh(arranged, AXES, axis_types=types)
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // tpu_slices, *sizes[1:]),
+        (tpu_slices, 1, 1),
+        devices=devices,
+        allow_split_physical_axes=True,
+    )
 
 
-def mesh_of(config: ml_collections.ConfigDict) -> tuple[Mesh, Rules]:
-    """The mesh and the sharding table that config.mesh asks for.
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """Options of the compiler for a train step: on TPUs, to gather parameters and sum gradients beside other work.
+
+    Without them TPU v6e waits for every all-gather, and TPU v5e for every sum. The latter is refused by all others.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform != "tpu":
+        return {}
+    if device.device_kind in ("TPU v5 lite", "TPU v5e"):
+        return {"xla_enable_async_all_reduce": True, "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True}
+    return {
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+    }
+
+
+def mesh_of(config: ml_collections.ConfigDict, devices: list | None = None) -> tuple[Mesh, Rules]:
+    """The mesh and the sharding table that config.mesh asks for; `devices` are all there are, unless given.
 
     Raises:
       ConfigError: the mesh does not fit the devices.
     """
-    return make_mesh(config.mesh.slice, config.mesh.fsdp, config.mesh.tensor), mesh_rules(config)
+    return make_mesh(config.mesh.slice, config.mesh.fsdp, config.mesh.tensor, devices), mesh_rules(config)
 
 
 def partition_spec(logical_axes: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:

@@ -139,6 +139,20 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, value)
 
 
+@contextlib.contextmanager
+def no_native_log() -> Iterator[None]:
+    """Keeps what C++ libraries print off standard error; their errors come as exceptions all the same."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 def _reset_peak() -> None:
     # Writing 5 resets the kernel's high-water mark; where that is not to be had the peak is that of the whole process.
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:

@@ -14,15 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import progress
-from mlpmem_jax.interop import huggingface_config
+from mlpmem_jax.interop import huggingface_config, tensor_files
 from mlpmem_jax.interop.checkpoint_layout import PREFIXES, Layout, full_name, layouts
+from mlpmem_jax.interop.tensor_files import MAXIMUM_SHARD_BYTES, Tensor
 from mlpmem_jax.models import language_model
 
 _INDEX = "model.safetensors.index.json"
@@ -38,13 +37,15 @@ Files = dict[str, tuple[pathlib.Path, str]]
 
 
 def load_language_model(
-    source: str, mesh: Mesh, rules: meshes.Rules = meshes.RULES
+    source: str, mesh: Mesh, rules: meshes.Rules = meshes.RULES, *, part: str = ""
 ) -> tuple[dict, language_model.Config]:
     """Parameters (float32, placed on the mesh, the tree of `language_model.init`) and dimensions of a language model.
 
     Args:
       source: a folder with config.json and safetensors weights of a GPT-2, Llama or Mistral, or the name of such a
         model on the Hugging Face hub.
+      part: where the language model is a part of a larger one, the name of that part: its tensors begin with it, and
+        its config is `<part>_config` of the folder's.
 
     Raises:
       UserError: no such folder or model, another architecture, or a tensor that is missing, left over, of another
@@ -52,9 +53,9 @@ def load_language_model(
       ConfigError: the mesh does not divide the model.
     """
     folder = _folder(source)
-    config = huggingface_config.read_config(folder)
+    config = huggingface_config.read_config(folder, part)
     family = language_model.family(config)
-    files = _files_of_tensors(folder, PREFIXES[family])
+    files = _files_of_tensors(folder, f"{part}." if part else "", PREFIXES[family])
     abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
     stored = layouts(family, abstract, config.blocks)
     _check_tensors(folder, files, jax.tree.leaves(stored), has_output="lm_head" in abstract)
@@ -79,22 +80,21 @@ def _folder(source: str) -> pathlib.Path:
         raise UserError(f"{source}: neither a folder nor a model that the Hugging Face hub gave: {error}") from error
 
 
-def _files_of_tensors(folder: pathlib.Path, prefix: str) -> Files:
-    try:
-        if (folder / _INDEX).is_file():
-            shards = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        else:
-            shards = {_SINGLE}
-        found = {}
-        for shard in sorted(shards):
+def _files_of_tensors(folder: pathlib.Path, part: str, prefix: str) -> Files:
+    shards, index = [_SINGLE], folder / _INDEX
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: expected a 'weight_map', could not read it: {error}") from error
+    found = {}
+    for shard in shards:
+        try:
             with safetensors.safe_open(folder / shard, framework="numpy") as file:
-                names = file.keys()
-                found |= {name.removeprefix(prefix): (folder / shard, name) for name in names}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{folder}: expected weights in {_SINGLE}, or in the files of {_INDEX}, and could not read "
-            f"{'them' if (folder / _INDEX).is_file() else _SINGLE}: {error}"
-        ) from error
+                names = [name for name in file.keys() if name.startswith(part)]  # noqa: SIM118
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(f"{folder / shard}: expected safetensors, could not read them: {error}") from error
+        found |= {name.removeprefix(part).removeprefix(prefix): (folder / shard, name) for name in names}
     return {name: at for name, at in found.items() if not name.endswith(_BUFFERS)}
 
 
@@ -180,7 +180,7 @@ def save_language_model(
     parameters: dict,
     config: language_model.Config,
     *,
-    maximum_shard_bytes: int = 5_000_000_000,
+    maximum_shard_bytes: int = MAXIMUM_SHARD_BYTES,
 ) -> None:
     """Writes config.json and float32 safetensors that transformers loads as GPT2-, Llama- or MistralForCausalLM.
 
@@ -201,52 +201,29 @@ def save_language_model(
     if held := sorted(folder.glob("model*.safetensors*")):
         raise UserError(f"{held[0]}: the folder holds weights already; choose another one or delete them")
     meshes.barrier(f"saving {folder}")
-    family = language_model.family(config)
-    stored = jax.tree.leaves(layouts(family, parameters, config.blocks))
-    tensors = {}
-    for layout, array in zip(stored, jax.tree.leaves(parameters), strict=True):
-        for block, name in enumerate(layout.names):
-            tensors[full_name(family, name)] = (layout, array, block)
-    shards = _shards({name: 4 * layout.tensor_size for name, (layout, _, _) in tensors.items()}, maximum_shard_bytes)
-    names = [_SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     writes = jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-    for file, shard in zip(names, shards, strict=True):
-        content = {name: _tensor(*tensors[name]) for name in shard}
-        if writes:
-            safetensors.numpy.save_file(content, folder / file, metadata={"format": "pt"})
-    if writes and len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        total = sum(4 * layout.tensor_size for layout, _, _ in tensors.values())
-        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    tensor_files.write(folder, tensors(parameters, config), maximum_shard_bytes)
     if writes:
-        _write_json(folder / "config.json", huggingface_config.to_json(config))
+        content = json.dumps(huggingface_config.to_json(config), indent=2) + "\n"
+        (folder / "config.json").write_text(content, encoding="utf-8")
     meshes.barrier(f"saved {folder}")
 
 
-def _shards(sizes: dict[str, int], maximum: int) -> list[list[str]]:
-    """Tensors in order, each file filled up to the maximum."""
-    shards, filled = [[]], 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > maximum:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+def tensors(parameters: dict, config: language_model.Config) -> list[Tensor]:
+    """The tensors of a checkpoint by their full names; each is fetched from the devices when it is read."""
+    family = language_model.family(config)
+    found = []
+    for layout, array in zip(
+        jax.tree.leaves(layouts(family, parameters, config.blocks)), jax.tree.leaves(parameters), strict=True
+    ):
+        for block, name in enumerate(layout.names):
+            read = functools.partial(_tensor, layout, array, block)
+            found.append(Tensor(full_name(family, name), layout.tensor_shape, read))
+    return found
 
 
 def _tensor(layout: Layout, array: jax.Array, block: int) -> np.ndarray:
     """One tensor on the host, whole; every process calls this."""
-    if layout.stacked:
-        array = array[block]
-    if jax.process_count() > 1:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return layout.to_tensor(np.asarray(array, np.float32))
-
-
-def _write_json(file: pathlib.Path, values: dict) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return layout.to_tensor(tensor_files.on_host(array[block] if layout.stacked else array))

@@ -52,13 +52,13 @@ _ROTARY_KEYS = {
     "dynamic": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": (
-        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor"
+        "original_max_position_embeddings", "factor", "beta_fast", "beta_slow", "truncate", "attention_factor"
     ),
 }  # fmt: skip
 
 
-def read_config(folder: pathlib.Path) -> language_model.Config:
-    """Dimensions of the language model that the folder's config.json describes.
+def read_config(folder: pathlib.Path, part: str = "") -> language_model.Config:
+    """Dimensions of the language model that the folder's config.json describes, under `<part>_config` if it is a part.
 
     Raises:
       UserError: the file is missing, unreadable, or describes what this package does not implement.
@@ -66,6 +66,7 @@ def read_config(folder: pathlib.Path) -> language_model.Config:
     file = folder / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+        values = values.get(f"{part}_config") if part else values
         family = values.get("model_type", "gpt2")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: expected the config of a Hugging Face model: {error}") from error

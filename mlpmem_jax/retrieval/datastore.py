@@ -32,15 +32,17 @@ def tapped_block(blocks: int, depth: float) -> int:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "taps", "dtype", "compute_dtype", "batch_sharding", "vocab_sharding")
+    jax.jit, static_argnames=("config", "taps", "dtype", "compute_dtype", "activations", "vocab_sharding")
 )
-def _forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, batch_sharding, vocab_sharding):
+def forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, activations, vocab_sharding):
     """Hidden states at the taps, [B, T, D] of `dtype`, and log p_LM(next) unless `vocab_sharding` is None.
 
-    Both are sharded along the batch alone: each process writes whole rows.
+    `activations` is the sharding of hidden states on the mesh, along the batch alone: each process writes whole rows.
     """
-    final, tapped = language_model.features(parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype)
-    outputs = [jax.lax.with_sharding_constraint(tapped[tap].astype(dtype), batch_sharding) for tap in taps]
+    final, tapped = language_model.features(
+        parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype, activations=activations
+    )
+    outputs = [jax.lax.with_sharding_constraint(tapped[tap].astype(dtype), activations) for tap in taps]
     if vocab_sharding is None:
         return outputs, None
     log_probabilities = next_token_log_probabilities(
@@ -51,7 +53,8 @@ def _forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_d
         compute_dtype=compute_dtype,
         logits_sharding=vocab_sharding,
     )
-    return outputs, jax.lax.with_sharding_constraint(log_probabilities, batch_sharding)
+    rows = jax.sharding.NamedSharding(activations.mesh, jax.sharding.PartitionSpec(activations.spec[0]))
+    return outputs, jax.lax.with_sharding_constraint(log_probabilities, rows)
 
 
 class _Models:
@@ -83,10 +86,10 @@ class _Models:
         """This process's rows of every array of the datastore that needs a model."""
         tokens, following = meshes.global_batch(self.mesh, (tokens_BxT, next_BxT), self.rules)
         run = functools.partial(
-            _forward,
+            forward,
             dtype=self.dtype,
             compute_dtype=self.compute_dtype,
-            batch_sharding=meshes.sharding(self.mesh, ("batch",), self.rules),
+            activations=meshes.sharding(self.mesh, ("batch", None, None), self.rules),
         )
         vocab_sharding = meshes.sharding(self.mesh, ("batch", None, "vocab"), self.rules) if scored else None
         base_taps = (self.input_tap,) if self.separate_inputs else (self.base_config.blocks,)

@@ -11,7 +11,6 @@ one thread trains. Searches may use any number.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlpmem_jax.core.runtime import no_native_log
 from mlpmem_jax.retrieval import neighbors
 
 _BRUTE_FORCE_BELOW = 4096  # too few keys to cluster and hash well
@@ -141,7 +141,7 @@ def _train(keys_SxD: np.ndarray, options: Options, folder: pathlib.Path) -> None
 
 def _save(builder, folder: pathlib.Path) -> None:
     builder.set_n_training_threads(1)
-    with _no_native_log():
+    with no_native_log():
         builder.build().serialize(str(folder), relative_path=True)
 
 
@@ -190,7 +190,7 @@ class ScannIndex:
     @classmethod
     def load(cls, folder, size: int, options: Options) -> ScannIndex:
         """Reads what `write` wrote."""
-        with _no_native_log():
+        with no_native_log():
             return cls(_scann().load_searcher(str(folder)), size, options)
 
     def search(
@@ -249,16 +249,3 @@ def _scann():
     from scann import scann_ops_pybind  # here, because there is no wheel for every machine
 
     return scann_ops_pybind
-
-
-@contextlib.contextmanager
-def _no_native_log():
-    """Keeps ScaNN's C++ log off standard error; its errors come as exceptions all the same."""
-    saved = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)

@@ -53,7 +53,7 @@ def resolve_backend(name: str) -> str:
     return "exact"
 
 
-def _array_specs(datastore: Artifact, entries: int, token_dtype: str) -> dict[str, ArraySpec]:
+def array_specs(datastore: Artifact, entries: int, token_dtype: str) -> dict[str, ArraySpec]:
     spec = datastore.arrays["next_tokens"]
     (sequences, length), per_shard = spec.shape, spec.rows_per_shard
     capacity = -(-per_shard * length * entries // _ENTRIES_PER_CHUNK) * _ENTRIES_PER_CHUNK
@@ -168,7 +168,7 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
             "targets",
             settings,
             inputs,
-            _array_specs(datastores[split], plan.entries, token_dtype),
+            array_specs(datastores[split], plan.entries, token_dtype),
         )
         for split in names
     }

@@ -90,7 +90,7 @@ def _run_units(sweep: Sweep, units: list[Unit], states: dict[str, State], rows: 
     logs = pathlib.Path(sweep.workdir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     children: list[_Child] = []
-    with _alone(logs), _stop_requests() as must_stop, live(rows.render) as is_live:
+    with _alone(logs) as lock, _stop_requests() as must_stop, live(rows.render) as is_live:
         try:
             while not must_stop():
                 for child in [child for child in children if child.process.poll() is not None]:
@@ -103,7 +103,7 @@ def _run_units(sweep: Sweep, units: list[Unit], states: dict[str, State], rows: 
                 if not children and not ready:
                     return False
                 for slot, unit in zip(free, ready, strict=False):
-                    children.append(_started(unit, slot, cores[slot::workers], logs))
+                    children.append(_started(unit, slot, cores[slot::workers], logs, lock))
                     states[unit.name].phase = "runs"
                     if not is_live:
                         say(rows.line(unit))
@@ -116,16 +116,25 @@ def _run_units(sweep: Sweep, units: list[Unit], states: dict[str, State], rows: 
 
 
 @contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> Iterator[None]:
-    """Refuses a second sweep in the same workdir; the kernel drops the lock with the process, however it ends."""
+def _alone(folder: pathlib.Path) -> Iterator[int]:
+    """Refuses a second sweep in the same workdir; yields the descriptor of the lock.
+
+    Children inherit it, and the kernel drops the lock with the last process that has it, however it ends: what a killed
+    sweep left to write its checkpoints is waited for.
+    """
+    end = time.monotonic() + _GRACE_SECONDS
     with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{folder.parent}: another mlpmem sweep runs in this workdir; wait for it, or stop it"
-            ) from error
-        yield
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"{folder.parent}: another mlpmem sweep runs in this workdir; wait for it, or stop it"
+                    ) from error
+                time.sleep(_POLL_SECONDS)
+        yield file.fileno()
 
 
 def _cores() -> list[int]:
@@ -166,7 +175,7 @@ def _ready(units: list[Unit], states: dict[str, State]) -> list[Unit]:
     return sorted(ready, key=lambda unit: -unit.path_flops)
 
 
-def _started(unit: Unit, slot: int, cores: list[int], logs: pathlib.Path) -> _Child:
+def _started(unit: Unit, slot: int, cores: list[int], logs: pathlib.Path, lock: int) -> _Child:
     """Starts a unit's child on its cores; what it says goes to a log file of its own."""
     unit.prepare()
     log = logs / f"{unit.name}.txt"
@@ -181,6 +190,7 @@ def _started(unit: Unit, slot: int, cores: list[int], logs: pathlib.Path) -> _Ch
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=(lock,),
         )
     return _Child(unit, process, log, slot, time.monotonic())
 

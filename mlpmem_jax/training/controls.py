@@ -10,6 +10,7 @@ import ml_collections
 from etils import epath
 
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
+from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.runtime import measured_stage
 from mlpmem_jax.models import flops, saved
@@ -23,6 +24,8 @@ def continued(config: ml_collections.ConfigDict) -> Artifact:
     """Trains the finished base on, with its own settings and a fresh schedule, for the memory's training FLOPs."""
     workdir = epath.Path(config.workdir)
     trained, base = open_artifact(workdir / "memory", "memory"), open_artifact(workdir / "base", "base")
+    if "training_flops" not in trained.summary:
+        raise UserError(f"{trained.path}: was imported, so what its training cost, and `continued` may, is not known")
     settings = ml_collections.ConfigDict(config.base.training)
     length = config.base.context_length
     model = saved.language_model_config(base)

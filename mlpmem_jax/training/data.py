@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grain
+import jax
 import numpy as np
 
 from mlpmem_jax.core.artifacts import Artifact
@@ -40,7 +41,7 @@ class TargetSource:
         self._inputs = "memory_inputs" if "memory_inputs" in datastore.arrays else "keys"
         self._per_shard = targets.arrays["offsets"].rows_per_shard
         self._length = datastore.arrays["next_tokens"].shape[1]
-        self.entries = -(-targets.summary["max_entries"] // _ENTRY_MULTIPLE) * _ENTRY_MULTIPLE
+        self.entries = padded_entries(targets.summary["max_entries"])
 
     def __len__(self) -> int:
         return self._datastore.arrays["next_tokens"].shape[0]
@@ -63,6 +64,30 @@ class TargetSource:
             tokens, following, _ = read_sequences(self._stream, index, 1, self._length)
             item.update(tokens=tokens[0], next_tokens=following[0])
         return item
+
+
+def padded_entries(most: int) -> int:
+    """Entries that a batch has for every position, where the position with the most has `most`."""
+    return -(-most // _ENTRY_MULTIPLE) * _ENTRY_MULTIPLE
+
+
+def abstract_batch(sequences: int, length: int, entries: int, inputs: tuple[int, str] | None) -> dict:
+    """Shapes and dtypes of a batch of `TargetSource`.
+
+    Args:
+      sequences, length: of the batch.
+      entries: of a position, see `padded_entries`.
+      inputs: width and dtype of stored memory inputs; None for tokens in their place.
+    """
+    shapes = {
+        "token_ids": ((entries,), "int32"),
+        "probabilities": ((entries,), "float32"),
+        "next_tokens": ((), "int32"),
+        "tokens" if inputs is None else "memory_inputs": ((), "int32") if inputs is None else (inputs[:1], inputs[1]),
+    }
+    return {
+        name: jax.ShapeDtypeStruct((sequences, length, *shape), dtype) for name, (shape, dtype) in shapes.items()
+    }
 
 
 def batches(source, batch_sequences: int, seed: int, part: int = 0, parts: int = 1) -> grain.DatasetIterator:

@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -126,6 +126,41 @@ def train_step(task: Task, optimizer: optax.GradientTransformation, parameter_sh
     return step
 
 
+class StepProgram(NamedTuple):
+    """What runs on the devices of a mesh, jitted and not compiled yet.
+
+    Attributes:
+      make_state: () -> the first state, laid out on the mesh.
+      step: (state, frozen, batch) -> (state, statistics); the old state is given up.
+      abstract_state: shapes, dtypes and shardings of the state.
+    """
+
+    make_state: Callable[[], Any]
+    step: Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
+    abstract_state: Any
+
+
+def step_program(task: Task, mesh: Mesh, rules: meshes.Rules, steps: int) -> StepProgram:
+    """The program of one optimizer step of a run of `steps`; `task.source` and `task.validate` are not used."""
+    optimizer = make_optimizer(task.settings, steps, task.logical_axes)
+    make_state = initial_state(task.initialise, optimizer)
+    abstract = jax.eval_shape(make_state)
+    parameter_shardings = meshes.shardings(mesh, task.logical_axes, rules)
+    shardings = state_shardings(mesh, abstract, parameter_shardings)
+    return StepProgram(
+        make_state=jax.jit(make_state, out_shardings=shardings),
+        step=jax.jit(
+            train_step(task, optimizer, parameter_shardings),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=meshes.compiler_options(mesh),
+        ),
+        abstract_state=jax.tree.map(
+            lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), abstract, shardings
+        ),
+    )
+
+
 def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, float]]:
     """Trains from the latest checkpoint, or from the start, to the end of the schedule.
 
@@ -139,32 +174,21 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
     settings = task.settings
     watch = goodput.Stopwatch(runtime.stage_began())
     steps = total_steps(settings, len(task.source))
-    optimizer = make_optimizer(settings, steps, task.logical_axes)
     learning_rate = schedule(settings, steps)
-
-    make_state = initial_state(task.initialise, optimizer)
-    abstract = jax.eval_shape(make_state)
-    parameter_shardings = meshes.shardings(mesh, task.logical_axes, rules)
-    shardings = state_shardings(mesh, abstract, parameter_shardings)
-    abstract = jax.tree.map(
-        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), abstract, shardings
-    )
+    program = step_program(task, mesh, rules, steps)
     checkpoints = Checkpoints(task.folder)
     start = checkpoints.latest_step() or 0
     if start:
         say(f"{task.name}: goes on from the checkpoint at step {start} of {steps}")
         watch.lap("start-up")
-        state, next_sequence = checkpoints.restore(start, abstract)
+        state, next_sequence = checkpoints.restore(start, program.abstract_state)
         watch.lap("restore")
     else:
-        state, next_sequence = jax.jit(make_state, out_shardings=shardings)(), 0
+        state, next_sequence = program.make_state(), 0
 
     part = meshes.batch_part(mesh, rules)
     batches = data.batches(task.source, settings.batch_sequences, settings.seed, part.index, part.count)
     batches.set_state({"next_index": next_sequence // part.count})
-    run_step = jax.jit(
-        train_step(task, optimizer, parameter_shardings), donate_argnums=0, out_shardings=(shardings, None)
-    )
     positions_per_step = settings.batch_sequences * task.positions_per_sequence
     peak = matmul_rate(settings.compute_dtype) * jax.device_count()
     writer = MetricsWriter(task.folder, start)
@@ -178,7 +202,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
             batch = meshes.global_batch(mesh, next(batches), rules)
             waited += time.perf_counter() - wait_start
             watch.lap("input wait")
-            state, measured = run_step(state, task.frozen, batch)
+            state, measured = program.step(state, task.frozen, batch)
             losses.append((step, measured["loss"]))
             watch.lap("steps" if step > start + 1 else "compile")
 
@@ -225,7 +249,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
     best = checkpoints.best_step()
     if best != steps:
         say(f"{task.name}: the best validation {METRIC} was at step {best} of {steps}; those parameters are kept")
-        state, _ = checkpoints.restore(best, abstract)
+        state, _ = checkpoints.restore(best, program.abstract_state)
     figures = {"step": best, "steps": steps, "validation": checkpoints.validation(best)}
     checkpoints.close()
     return state["parameters"], figures

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,12 @@ from mlpmem_jax.retrieval.datastore import tapped_block
 from mlpmem_jax.training import data, loop
 from mlpmem_jax.training.loss import sparse_cross_entropy
 
-_VOCABULARY_MULTIPLE = 128  # columns of the output projection: whole tiles of a matrix unit
+_TILE = 128  # columns of a matrix unit
+
+
+def vocabulary_multiple(tensor_shards: int) -> int:
+    """What the padded vocabulary is a multiple of: whole tiles, and what the mesh divides."""
+    return math.lcm(_TILE, tensor_shards)
 
 
 def dimensions(
@@ -39,7 +46,7 @@ def dimensions(
 
     Any `tensor` size that is a power of two up to 128 gives the same, so that a run may go on on another mesh.
     """
-    multiple = math.lcm(_VOCABULARY_MULTIPLE, tensor_shards)
+    multiple = vocabulary_multiple(tensor_shards)
     return MemoryConfig(
         family=config.memory.family,
         vocab_size=vocab_size,
@@ -53,6 +60,19 @@ def dimensions(
     )
 
 
+def _started(start: str, model: MemoryConfig, mesh, rules) -> tuple[dict, MemoryConfig]:
+    """Parameters and dimensions of the memory that training starts from, which must be as large as the config's."""
+    parameters, found, artifact = saved.load_memory(start, mesh, rules)
+    for field in dataclasses.fields(MemoryConfig):
+        expected, there = getattr(model, field.name), getattr(found, field.name)
+        if expected != there and field.name not in ("norm_epsilon", "activation"):
+            raise ConfigError(
+                f"config.training.start: {artifact.path} has {field.name} {there}, the config asks for {expected}; "
+                "set config.memory to what is there"
+            )
+    return parameters, found
+
+
 def _loss(model: MemoryConfig, base_config, input_tap, training, mesh, rules, parameters, frozen, batch):
     dtype = jnp.dtype(training.compute_dtype)
     if training.mode == "online":
@@ -62,7 +82,10 @@ def _loss(model: MemoryConfig, base_config, input_tap, training, mesh, rules, pa
     else:
         inputs_BxTxD = batch["memory_inputs"]
     inputs_NxD = inputs_BxTxD.reshape(-1, model.input_width).astype(dtype)
-    hidden_NxD = memory.hidden(parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat)
+    activations = meshes.sharding(mesh, ("batch", None), rules)
+    hidden_NxD = memory.hidden(
+        parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat, activations=activations
+    )
     entries = batch["token_ids"].shape[-1]
     return sparse_cross_entropy(
         hidden_NxD.astype(dtype),
@@ -102,6 +125,47 @@ def _validation(config: ml_collections.ConfigDict, model: MemoryConfig, mesh, ru
     return validate
 
 
+def make_task(
+    config: ml_collections.ConfigDict,
+    model: MemoryConfig,
+    base_config: language_model.Config,
+    mesh,
+    rules,
+    *,
+    name: str,
+    folder: str,
+    initialise: Callable[[], dict],
+    frozen,
+    source,
+    validate,
+) -> loop.Task:
+    """What `loop.fit` trains: the memory of a config, beside a base LM of given dimensions.
+
+    Args:
+      config: the whole config.
+      model, base_config: dimensions of the memory and of the base LM.
+      frozen: parameters of the base LM where `config.training.mode` is "online", else {}.
+      name, folder, initialise, source, validate: as of `loop.Task`.
+    """
+    length, training = config.base.context_length, config.training
+    input_tap = tapped_block(base_config.blocks, config.datastore.input_depth)
+    online = training.mode == "online"
+    base_flops = flops.language_model_forward(base_config, length, output_projection=False) if online else 0
+    return loop.Task(
+        name=name,
+        folder=folder,
+        settings=training,
+        initialise=initialise,
+        logical_axes=memory.logical_axes(model),
+        loss=functools.partial(_loss, model, base_config, input_tap, training, mesh, rules),
+        frozen=frozen,
+        source=source,
+        validate=validate,
+        positions_per_sequence=length,
+        flops_per_position=3 * flops.memory_forward(model) + base_flops,
+    )
+
+
 def run(config: ml_collections.ConfigDict) -> Artifact:
     """Trains the memory of `config.workdir`."""
     return train(config, "memory")
@@ -124,6 +188,9 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     path = workdir / folder
     settings = {"memory": configs.plain(config.memory), "training": configs.plain(config.training)}
     inputs = {"base": base.fingerprint, "datastore": datastore.fingerprint, "targets": targets.fingerprint}
+    start = settings["training"].pop("start")  # what lies there counts, not where it lies
+    if start:
+        inputs["start"] = open_artifact(start, "memory").fingerprint
     if finished := find_finished(path, "memory", settings, inputs):
         say(f"{folder}: finished already")
         return finished
@@ -131,7 +198,6 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     mesh, rules = meshes.mesh_of(config)
     loop.check_batch(config.training, mesh, rules, "training")
     base_config = saved.language_model_config(base)
-    input_tap = tapped_block(base_config.blocks, config.datastore.input_depth)
     # Offline as online, the memory reads the base LM's states, so its input is as wide as the base.
     model = dimensions(
         config,
@@ -150,27 +216,28 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
         )
     # The base's vocabulary may be padded beyond the tokenizer's.
     kernel_DxV = language_model.output_kernel(frozen)[:, : model.vocab_size] if config.memory.output_from_base else None
-    key = jax.random.key(config.training.seed)
+    initialise = functools.partial(memory.init, model, jax.random.key(config.training.seed), kernel_DxV)
+    if start:
+        parameters, model = _started(start, model, mesh, rules)
+        initialise = lambda: parameters  # noqa: E731
 
     source = data.TargetSource(datastore, targets, TokenStream(tokens, "train") if online else None)
-    length = config.base.context_length
-    base_flops = flops.language_model_forward(base_config, length, output_projection=False) if online else 0
     writer = ArtifactWriter.create(path, "memory", settings, inputs, {})
-    task = loop.Task(
+    task = make_task(
+        config,
+        model,
+        base_config,
+        mesh,
+        rules,
         name=folder,
         folder=writer.path,
-        settings=config.training,
-        initialise=functools.partial(memory.init, model, key, kernel_DxV),
-        logical_axes=memory.logical_axes(model),
-        loss=functools.partial(_loss, model, base_config, input_tap, config.training, mesh, rules),
+        initialise=initialise,
         frozen=frozen if online else {},
         source=source,
         validate=_validation(config, model, mesh, rules),
-        positions_per_sequence=length,
-        flops_per_position=3 * flops.memory_forward(model) + base_flops,
     )
     parameters, figures = loop.fit(task, mesh, rules)
-    figures["positions"] = int(figures["steps"] * config.training.batch_sequences * length)
+    figures["positions"] = int(figures["steps"] * config.training.batch_sequences * config.base.context_length)
     figures["training_flops"] = float(np.float64(figures["positions"]) * 3 * flops.memory_forward(model))
     saved.seal(writer, model, parameters, figures)
     return open_artifact(path, "memory")

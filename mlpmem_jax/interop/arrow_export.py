@@ -1,0 +1,102 @@
+"""Targets and datastores as the reference implementation keeps them: Arrow streams, written a few sequences at a time.
+
+    targets     id_cnt int32, token_id list<int32>, prob list<float16>, label int32: a row for each position
+    datastore   keys fixed_size_list<float16>, vals int32: a row for each position
+
+Rows are the positions of a split in order.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.core.artifacts import ArraySpec, Artifact, open_artifact
+from mlpmem_jax.core.errors import UserError, require
+from mlpmem_jax.core.progress import progress, say
+
+_BATCH_POSITIONS = 4096  # rows of one record batch, about
+
+
+def export_targets(config: ml_collections.ConfigDict, split: str, output: str) -> None:
+    """Writes the targets of a split as an Arrow stream.
+
+    Raises:
+      UserError: the targets or their datastore are missing, or the output exists.
+    """
+    pa = require("pyarrow", extra="hub")
+    targets, datastore = (_open(config, kind, split) for kind in ("targets", "datastore"))
+    list_of = {"token_id": pa.list_(pa.int32()), "prob": pa.list_(pa.float16())}
+    schema = pa.schema([("id_cnt", pa.int32()), *list_of.items(), ("label", pa.int32())])
+
+    def batch(first: int, stop: int):
+        offsets_SxT1 = targets.read("offsets", first, stop)
+        shard = first // targets.arrays["offsets"].rows_per_shard
+        begin, end = int(offsets_SxT1[0, 0]), int(offsets_SxT1[-1, -1])
+        starts_N1 = pa.array(np.append(offsets_SxT1[:, :-1], end).astype(np.int32) - begin, pa.int32())
+        ids_M = targets.read_ragged("token_ids", shard, begin, end).astype(np.int32)
+        probabilities_M = targets.read_ragged("probabilities", shard, begin, end)
+        return [
+            pa.array(np.diff(offsets_SxT1).astype(np.int32).ravel()),
+            pa.ListArray.from_arrays(starts_N1, pa.array(ids_M)),
+            pa.ListArray.from_arrays(starts_N1, pa.array(probabilities_M)),
+            pa.array(datastore.read("next_tokens", first, stop).ravel()),
+        ]
+
+    _write(output, schema, targets.arrays["offsets"], datastore, batch)
+
+
+def export_datastore(config: ml_collections.ConfigDict, split: str, output: str) -> None:
+    """Writes the keys and next tokens of a split as an Arrow stream.
+
+    Raises:
+      UserError: the datastore is missing, or the output exists.
+    """
+    pa = require("pyarrow", extra="hub")
+    datastore = _open(config, "datastore", split)
+    width = datastore.arrays["keys"].shape[-1]
+    schema = pa.schema([("keys", pa.list_(pa.float16(), width)), ("vals", pa.int32())])
+
+    def batch(first: int, stop: int):
+        keys = pa.array(datastore.read("keys", first, stop).astype(np.float16).ravel())
+        return [
+            pa.FixedSizeListArray.from_arrays(keys, width),
+            pa.array(datastore.read("next_tokens", first, stop).ravel()),
+        ]
+
+    _write(output, schema, datastore.arrays["keys"], datastore, batch)
+
+
+def _open(config: ml_collections.ConfigDict, kind: str, split: str) -> Artifact:
+    return open_artifact(epath.Path(config.workdir) / kind / split, kind)
+
+
+def _write(output: str, schema, spec: ArraySpec, datastore: Artifact, batch) -> None:
+    """Writes the record batches `batch(first, stop)` of all sequences; none of them spans two shards."""
+    pa = require("pyarrow", extra="hub")
+    file = pathlib.Path(output)
+    if file.exists():
+        raise UserError(f"--output={output}: exists already; delete it, or name another file")
+    if jax.process_index():
+        return
+    sequences, length = datastore.arrays["next_tokens"].shape
+    step = max(1, _BATCH_POSITIONS // length)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    with (
+        progress(sequences * length, f"export: {file.name}", "positions") as bar,
+        pa.OSFile(str(partial), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as writer,
+    ):
+        for shard in range(0, sequences, spec.rows_per_shard):
+            end = min(shard + spec.rows_per_shard, sequences)
+            for first in range(shard, end, step):
+                stop = min(first + step, end)
+                writer.write_batch(pa.record_batch(batch(first, stop), schema=schema))
+                bar.advance((stop - first) * length)
+    partial.replace(file)
+    say(f"export: {file}")

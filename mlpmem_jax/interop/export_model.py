@@ -1,0 +1,189 @@
+"""A trained memory as a folder for PyTorch: `mlpmem export --format=transformers` or `reference`.
+
+`transformers`: base LM and memory together, with the module that joins them; torch and transformers alone load it.
+`reference`: the memory alone, as the state dict and config of the reference implementation's memory classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.resources
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+from etils import epath
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.artifacts import Artifact, open_artifact
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.corpus.tokens import TOKENIZER_FILE, read_tokenizer
+from mlpmem_jax.interop import huggingface, huggingface_config, memory_tensors, model_card, tensor_files
+from mlpmem_jax.models import saved
+from mlpmem_jax.models.memory import MemoryConfig
+from mlpmem_jax.retrieval.datastore import tapped_block
+
+MODULE = "modeling_mlp_memory"
+BASE_PREFIX, MEMORY_PREFIX = "base.", "memory."
+_REFERENCE_CLASSES = {"gpt2": "GPT2MLPModel", "llama": "LlamaMLPModel", "mistral": "MistralMLPModel"}
+
+
+def transformers_folder(
+    config: ml_collections.ConfigDict,
+    output: str,
+    *,
+    maximum_shard_bytes: int = tensor_files.MAXIMUM_SHARD_BYTES,
+) -> pathlib.Path:
+    """Writes base LM and memory of `config.workdir` as a folder that transformers' Auto classes load.
+
+    Raises:
+      UserError: a model is missing, or the output folder holds something already.
+    """
+    workdir = epath.Path(config.workdir)
+    mesh, rules = meshes.mesh_of(config)
+    tokens = open_artifact(workdir / "tokens", "tokens")
+    base, base_model, base_artifact = saved.load_language_model(workdir / "base", mesh, rules)
+    beside, model, artifact = saved.load_memory(workdir / "memory", mesh, rules)
+    if artifact.inputs.get("base") != base_artifact.fingerprint:
+        raise UserError(f"{artifact.path}: was made from another base than {base_artifact.path}; run `train` again")
+    base_json = huggingface_config.to_json(base_model)
+    values = {
+        "model_type": "mlp_memory",
+        "architectures": ["MLPMemoryForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{MODULE}.MLPMemoryConfig",
+            "AutoModel": f"{MODULE}.MLPMemoryModel",
+            "AutoModelForCausalLM": f"{MODULE}.MLPMemoryForCausalLM",
+        },
+        "base_config": base_json,
+        "memory_config": memory_tensors.to_json(model, base_json),
+        "input_width": model.input_width,
+        "input_block": tapped_block(base_model.blocks, config.datastore.input_depth),
+        "interpolation_weight": artifact.summary["validation"]["interpolation_weight"],
+        "tie_word_embeddings": base_json["tie_word_embeddings"],
+        "dtype": "float32",
+        "provenance": _provenance(tokens, base_artifact, artifact),
+    }
+    if measured := _measured(workdir, artifact):
+        values["interpolation_weight"] = measured["interpolation_weight"]["memory"]
+        values["provenance"]["perplexity"] = measured["perplexity"]
+    tensors = [
+        dataclasses.replace(tensor, name=f"{prefix}{tensor.name}")
+        for prefix, found in (
+            (BASE_PREFIX, huggingface.tensors(base, base_model)),
+            (MEMORY_PREFIX, memory_tensors.tensors(beside, model)),
+        )
+        for tensor in found
+    ]
+    with _folder(output) as folder:
+        tensor_files.write(folder, tensors, maximum_shard_bytes)
+        if jax.process_index() == 0:
+            _write_tokenizer(folder, tokens, base_model.context_length)
+            _write_json(folder / "config.json", values)
+            module = importlib.resources.files("mlpmem_jax.interop") / f"{MODULE}.py"
+            (folder / f"{MODULE}.py").write_bytes(module.read_bytes())
+            (folder / "README.md").write_text(model_card.render(values), encoding="utf-8")
+    return pathlib.Path(output)
+
+
+def reference_folder(config: ml_collections.ConfigDict, output: str) -> pathlib.Path:
+    """Writes the memory of `config.workdir` as the reference implementation's state dict and config.
+
+    Raises:
+      UserError: the memory is missing, or of a shape that the reference has no class for, or the output folder holds
+        something already.
+    """
+    workdir = epath.Path(config.workdir)
+    mesh, rules = meshes.mesh_of(config)
+    _, base_model, _ = saved.load_language_model(workdir / "base", mesh, rules)
+    parameters, model, artifact = saved.load_memory(workdir / "memory", mesh, rules)
+    _check_reference_has_it(model, artifact)
+    values = memory_tensors.to_json(model, huggingface_config.to_json(base_model))
+    # The reference takes the two widths as arguments of the class, and has no place for them in a config.
+    values |= {"architectures": [_REFERENCE_CLASSES[values["model_type"]]]}
+    values |= {"input_dim": model.input_width, "output_dim": model.width}
+    with _folder(output) as folder:
+        tensor_files.write(folder, memory_tensors.tensors(parameters, model))
+        if jax.process_index() == 0:
+            _write_json(folder / "config.json", values)
+    return pathlib.Path(output)
+
+
+def _check_reference_has_it(model: MemoryConfig, artifact: Artifact) -> None:
+    if model.family == "gpt2" and model.feed_forward_width != 4 * model.width:
+        raise UserError(
+            f"{artifact.path}: its feed-forward layers are {model.feed_forward_width} wide; the reference's GPT-2 "
+            f"memory has 4 x {model.width}. Export it with --format=transformers"
+        )
+
+
+@contextlib.contextmanager
+def _folder(output: str) -> Iterator[pathlib.Path]:
+    """A folder to fill; it gets its name when everything is in it."""
+    final = pathlib.Path(output)
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(f"--output={output}: holds something already; delete it, or name another folder")
+    partial = final.with_name(f"{final.name}.partial")
+    if jax.process_index() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    meshes.barrier("export begun")
+    yield partial
+    if jax.process_index() == 0:
+        partial.replace(final)
+        say(f"export: {final}")
+    meshes.barrier("export written")
+
+
+def _write_json(file: pathlib.Path, values: dict) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(folder: pathlib.Path, tokens: Artifact, context_length: int) -> None:
+    end = read_tokenizer(tokens).id_to_token(tokens.summary["end_of_text_id"])
+    (folder / TOKENIZER_FILE).write_bytes(tokens.read_file(TOKENIZER_FILE))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": end,
+            "eos_token": end,
+            "pad_token": end,
+            "padding_side": "left",
+            "model_max_length": context_length,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    # Every document ends with this token, so it is also what the first one follows.
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokens.summary["end_of_text_id"])
+    _write_json(folder / "generation_config.json", ids)
+
+
+def _provenance(tokens: Artifact, base: Artifact, memory: Artifact) -> dict:
+    """What made the memory; of an imported one, what was said where it comes from."""
+    if "provenance" in memory.summary:
+        return dict(memory.summary["provenance"])
+    figures = {name: memory.summary[name] for name in ("step", "positions", "training_flops") if name in memory.summary}
+    return {
+        "parameters": {"base": base.summary["parameter_count"], "memory": memory.summary["parameter_count"]},
+        "fingerprints": {"tokens": tokens.fingerprint, **memory.inputs, "memory": memory.fingerprint},
+        "made_by": memory.config,
+        "training": figures,
+    }
+
+
+def _measured(workdir: epath.Path, memory: Artifact) -> dict | None:
+    """What report/metrics.json says of this very memory."""
+    file = workdir / "report" / "metrics.json"
+    if not file.exists():
+        return None
+    metrics = json.loads(file.read_text())
+    if metrics["provenance"]["fingerprints"].get("memory") != memory.fingerprint:
+        say(f"export: {file} is about another memory, and is left out; run `evaluate` again")
+        return None
+    return metrics

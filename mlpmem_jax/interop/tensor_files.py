@@ -1,0 +1,155 @@
+"""Folders of PyTorch weights: safetensors, in one file or sharded with an index, and pytorch_model.bin to read.
+
+Tensors are read and written one at a time or one file at a time, never all of them together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.experimental import multihost_utils
+
+from mlpmem_jax.core.errors import UserError, require
+
+SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+MAXIMUM_SHARD_BYTES = 5 * 10**9  # of one file, as transformers has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A float32 tensor under its PyTorch name; `read` gets its values, `file` is where from."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    file: str = ""
+
+
+def write(folder: pathlib.Path, tensors: Sequence[Tensor], maximum_shard_bytes: int = MAXIMUM_SHARD_BYTES) -> None:
+    """Writes tensors as float32 into model.safetensors, or into several files and an index where that is too large.
+
+    Every process calls this, since every one holds a part of what is read; the first one writes.
+    """
+    shards: list[list[Tensor]] = [[]]
+    room = maximum_shard_bytes
+    for tensor in tensors:
+        size = _bytes(tensor)
+        if shards[-1] and size > room:
+            shards.append([])
+            room = maximum_shard_bytes
+        shards[-1].append(tensor)
+        room -= size
+    files, is_first = [SAFETENSORS], jax.process_index() == 0
+    if len(shards) > 1:
+        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        index = {
+            "metadata": {"total_size": sum(_bytes(tensor) for tensor in tensors)},
+            "weight_map": {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard},
+        }
+        if is_first:
+            (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for file, shard in zip(files, shards, strict=True):
+        # Safetensors writes memory as it lies: a transposed view would come out as its original.
+        arrays = {tensor.name: np.ascontiguousarray(tensor.read(), np.float32) for tensor in shard}
+        if is_first:
+            safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array; every process calls this and gets it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return 4 * int(np.prod(tensor.shape))
+
+
+def read(folder: pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of a folder by name, without their values.
+
+    Pickled files are read by torch's loader of weights alone, which runs no code of theirs.
+
+    Raises:
+      UserError: there are no weights, or a file is truncated, foreign or missing.
+    """
+    for name, open_file in ((SAFETENSORS, _safetensors), (PICKLED, _pickled)):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            with _explained(index, "the index of sharded weights"):
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        elif (folder / name).is_file():
+            files = [name]
+        else:
+            continue
+        return {tensor.name: tensor for file in files for tensor in open_file(folder / file)}
+    raise UserError(f"{folder}: expected weights in {SAFETENSORS} or {PICKLED}, or in files with an index; found none")
+
+
+def _safetensors(file: pathlib.Path) -> Iterator[Tensor]:
+    def values(name: str) -> np.ndarray:
+        with _explained(file, f"tensor {name!r}"), safetensors.safe_open(file, framework="numpy") as opened:
+            return opened.get_tensor(name).astype(np.float32)
+
+    with _explained(file, "weights in safetensors"), safetensors.safe_open(file, framework="numpy") as opened:
+        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    for name, shape in shapes.items():
+        yield Tensor(name, shape, lambda name=name: values(name), str(file))
+
+
+def _pickled(file: pathlib.Path) -> Iterator[Tensor]:
+    torch = require("torch", extra="torch")
+    with _explained(file, "a state dict of tensors alone, as torch.save writes it"):
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    for name, tensor in tensors.items():
+        yield Tensor(name, tuple(tensor.shape), lambda tensor=tensor: tensor.float().numpy(), str(file))
+
+
+@contextlib.contextmanager
+def _explained(file: pathlib.Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and torch raise errors of many kinds for bytes that are not theirs
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(f"{file}: expected {what}, and could not read it (truncated?): {reason}") from error
+
+
+def check(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str, prefix: str = ""
+) -> None:
+    """Compares tensors with the names and shapes that a config asks for.
+
+    Args:
+      tensors: what was found, by name.
+      shapes: what there should be.
+      source: where, for errors.
+      prefix: what stands before all these names in the file.
+
+    Raises:
+      UserError: naming the first tensor that is missing, left over or of another shape.
+    """
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise UserError(
+                f"{source}: tensor {prefix + name!r} of shape {shape} is missing; config.json and weights disagree"
+            )
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{tensors[name].file}: tensor {prefix + name!r} is {tensors[name].shape}; config.json says {shape}"
+            )
+    if extra := sorted(tensors.keys() - shapes.keys()):
+        raise UserError(
+            f"{tensors[extra[0]].file}: tensor {prefix + extra[0]!r} belongs to nothing that config.json describes"
+        )

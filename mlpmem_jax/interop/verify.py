@@ -1,0 +1,75 @@
+"""`mlpmem export --verify`: does the exported folder, run by PyTorch, score the test split as the evaluation did?"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+
+import ml_collections
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.errors import UserError, require
+from mlpmem_jax.core.progress import progress, say
+from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
+
+RELATIVE_TOLERANCE = 1e-4
+_LOGITS_AT_ONCE = 2**25
+
+
+def perplexities(folder: pathlib.Path, tokens_SxT: np.ndarray, next_SxT: np.ndarray) -> dict[str, float]:
+    """Perplexity of base, memory and their mixture, as the model of `folder` gives them in PyTorch.
+
+    Args:
+      folder: made by `export_model.transformers_folder`.
+      tokens_SxT: sequences, int.
+      next_SxT: the token after each, int.
+    """
+    torch, transformers = require("torch", extra="torch"), require("transformers", extra="torch")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    weights = {"base": 0.0, "memory": 1.0, "augmented": model.config.interpolation_weight}
+    length = tokens_SxT.shape[1]
+    batch = max(1, _LOGITS_AT_ONCE // (length * model.config.base_config.vocab_size))
+    found = {}
+    with torch.inference_mode(), progress(len(weights) * tokens_SxT.size, "verify: PyTorch", "positions") as bar:
+        for name, weight in weights.items():
+            model.config.interpolation_weight = weight
+            total = 0.0
+            for first in range(0, len(tokens_SxT), batch):
+                rows = slice(first, first + batch)
+                following = torch.from_numpy(next_SxT[rows].astype(np.int64))
+                logits = model(torch.from_numpy(tokens_SxT[rows].astype(np.int64)), use_cache=False).logits
+                total += float(logits.gather(-1, following[..., None]).double().sum())
+                bar.advance(following.numel())
+            found[name] = math.exp(-total / tokens_SxT.size)
+    return found
+
+
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, float]:
+    """Perplexities on the test split of `config.workdir`, compared with its report/metrics.json.
+
+    Raises:
+      UserError: there is no report, or a perplexity differs from it by more than 1e-4 of it.
+    """
+    file = epath.Path(config.workdir) / "report" / "metrics.json"
+    if not file.exists():
+        raise UserError(f"--verify: {file} does not exist; run `mlpmem evaluate` first")
+    expected = json.loads(file.read_text())["perplexity"]["test"]
+    stream = TokenStream(open_artifact(epath.Path(config.workdir) / "tokens", "tokens"), "test")
+    length = config.base.context_length
+    found = perplexities(folder, *read_sequences(stream, 0, num_sequences(stream, length), length)[:2])
+    differences = {name: found[name] / expected[name] - 1 for name in found}
+    for name, value in found.items():
+        say(
+            f"verify: test perplexity of {name}: {value:.6f} in PyTorch, {expected[name]:.6f} in metrics.json, "
+            f"difference {differences[name]:+.1e}"
+        )
+    name = max(differences, key=lambda name: abs(differences[name]))
+    if abs(differences[name]) > RELATIVE_TOLERANCE:
+        raise UserError(
+            f"--verify: test perplexity of {name} is {found[name]:.6f} in PyTorch and {expected[name]:.6f} in {file}; "
+            f"they may differ by {RELATIVE_TOLERANCE:g} of it"
+        )
+    return found
