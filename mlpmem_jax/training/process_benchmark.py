@@ -22,6 +22,7 @@ import numpy as np
 
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import runtime
+from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.models import flops, memory
 from mlpmem_jax.training import loop
 from mlpmem_jax.training.loss import sparse_cross_entropy
@@ -72,9 +73,9 @@ def _measure(config: ml_collections.ConfigDict, processes: int, devices: int) ->
         }
         command = [sys.executable, "-m", __name__, config.to_json_best_effort()]
         started.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True))
-        if os.environ.get("PIN") and processes > 1:
-            os.sched_setaffinity(started[-1].pid, [index])
     outputs = [process.communicate()[0] for process in started]
+    if failed := [process.returncode for process in started if process.returncode]:
+        raise UserError(f"benchmark of {processes} processes: one ended with exit code {failed[0]}; its error is above")
     return float(outputs[0].splitlines()[-1])
 
 
