@@ -59,7 +59,7 @@ def test_programs_of_the_stages_compile_and_do_the_flops_of_the_dimensions(tenso
 
 def test_gradients_are_cut_and_logits_are_not_gathered():
     config = small_config()
-    config.mesh.tensor = 2
+    config.mesh.tensor, config.training.batch_sequences = 2, 64  # logits are then larger than any parameter
     mesh, rules = meshes.mesh_of(config)
     step = programs.build(config, "train", mesh, rules, 100_000)[0]
     read = hlo.parse(step.function.lower(*step.arguments).compile().as_text())

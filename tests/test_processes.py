@@ -71,7 +71,7 @@ def small(workdir):
         settings.update({"steps": STEPS, "warmup_steps": 2, "evaluate_every": EVERY, "checkpoint_every": EVERY})
         settings.update({"evaluation_sequences": 16, "optimizer": "adamw", "learning_rate": 0.003})
     config.datastore.update({"sequences_per_shard": 512, "batch_sequences": 64})
-    config.targets.update({"k": 5, "temperature": 3.0, "backend": "auto", "quality_positions": 64})
+    config.targets.update({"k": 5, "temperature": 3.0, "quality_positions": 64})
     config.memory.update({"width": 16, "blocks": 1})
     config.evaluation.update({"bootstrap_samples": 50, "sharpness_positions": 50})
     return config

@@ -132,10 +132,11 @@ def plan_stage(
 
 
 def changes(config: ml_collections.ConfigDict, stage: str) -> Iterator[dict[str, object]]:
-    """Changes of a config that need less memory, the cheapest first; each includes those before it of other kinds.
+    """Changes of a config that need less memory, the cheapest first.
 
-    Recomputing the blocks costs a third more FLOPs of theirs; micro-batches cost their gathers once more each; smaller
-    chunks of the loss are smaller matrix products; tensor parallelism moves activations.
+    Blocks computed twice cost a third more FLOPs of theirs; smaller chunks of the loss are smaller matrix products,
+    each micro-batch gathers the parameters once more, tensor parallelism moves activations. Those of the later kinds
+    come with remat and the smallest chunk.
     """
     change: dict[str, object] = {}
     if stage == "train":
@@ -153,7 +154,6 @@ def changes(config: ml_collections.ConfigDict, stage: str) -> Iterator[dict[str,
         while training.batch_sequences % (2 * steps) == 0:
             steps *= 2
             yield {**change, "training.accumulation_steps": steps}
-        change = {**change, "training.accumulation_steps": training.accumulation_steps}
     if stage == "datastore":
         sequences = config.datastore.batch_sequences
         while sequences > 1:
