@@ -14,7 +14,7 @@ from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.accelerators import Slice, resolve
 from mlpmem_jax.core.artifacts import open_artifact
-from mlpmem_jax.core.errors import ArtifactError, ConfigError, UserError
+from mlpmem_jax.core.errors import ArtifactError, UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.planning import compilation, cost, hlo, programs, report
@@ -174,15 +174,21 @@ def changes(config: ml_collections.ConfigDict, stage: str) -> Iterator[dict[str,
 def smallest_change(
     config: ml_collections.ConfigDict, stage: str, tpu: Slice, devices: list, positions: int
 ) -> dict[str, object]:
-    """The first of `changes` with which every program of the stage compiles; none where there is no such."""
-    for change in changes(config, stage):
+    """The first of `changes` with which every program of the stage compiles, less what of it is not needed; none where
+    there is no such."""
+
+    def fits(change: dict[str, object]) -> bool:
         changed = config.copy_and_resolve_references()
         with changed.unlocked():
             changed.update_from_flattened_dict(change)
         try:
             configs.check(changed)
-            if all(one.roofline for one in plan_stage(changed, stage, tpu, devices, positions)):
-                return change
-        except (ConfigError, UserError):
-            continue  # the mesh cannot divide it so
-    return {}
+            return all(one.roofline for one in plan_stage(changed, stage, tpu, devices, positions))
+        except UserError:
+            return False  # the mesh cannot divide it so
+
+    found = next(filter(fits, changes(config, stage)), {})
+    for key in list(found)[:-1]:
+        fewer = {name: value for name, value in found.items() if name != key}
+        found = fewer if fits(fewer) else found
+    return found

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mlpmem_jax.planning.plan import Planned
 
 NOTHING_FITS = "No change of remat, loss_chunk, accumulation_steps, batch or mesh.tensor makes it fit; take more chips."
+UNREAD_NETWORK = (
+    "No collective between slices was found in the programs' text: what they send over the data-centre network is not "
+    "in these times and chip-hours."
+)
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -48,9 +52,15 @@ def show(report: Report) -> None:
     console.print(f"{report.positions:,} training positions ({report.positions_from})")
     for table in (_memory(report), _times(report), _collectives(report), _artifacts(report)):
         console.print(table)
+    if report.slices > 1 and not _crosses_the_network(report):
+        console.print(UNREAD_NETWORK)
     hours = sum(report.hours(one) for one in report.planned)
     storage = sum(one.storage for one in report.artifacts)
     console.print(f"Together: {hours:,.1f} chip-hours in the programs above, {storage / 1e9:,.1f} GB stored")
+
+
+def _crosses_the_network(report: Report) -> bool:
+    return any(traffic.network for one in report.planned if one.roofline for traffic in one.roofline.traffic)
 
 
 def _table(title: str, *columns: str) -> rich.table.Table:
@@ -160,5 +170,6 @@ def to_json(report: Report, changes: dict) -> dict:
         "positions": report.positions,
         "programs": rows,
         "artifacts": [dataclasses.asdict(one) for one in report.artifacts],
+        "network_is_read": report.slices == 1 or _crosses_the_network(report),
         "changes_that_fit": changes,
     }
