@@ -76,7 +76,7 @@ def _import_targets(config: ml_collections.ConfigDict, split: str, stream: Strea
         sizes = _shards(writer, sequences, spec.rows_per_shard, length)
         for shard, (first, columns) in enumerate(stream.blocks(sizes)):
             start = shard * spec.rows_per_shard
-            next_N = datastore.read("next_tokens", start, start + spec.rows_per_shard).ravel()
+            next_N = datastore.read("next_tokens", start, min(start + spec.rows_per_shard, sequences)).ravel()
             found = _distributions(stream, first, columns, next_N, config.targets.k, tokens.summary["vocab_size"])
             if shard in incomplete and jax.process_index() == 0:
                 making.write(shard, [found], 0)
