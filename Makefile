@@ -2,6 +2,7 @@
 # make test         install into .venv with what the tests need, then run them
 # make controls     the quickstart's controls, reported beside it
 # make desk         the whole embedded corpus, up to 90 minutes on two CPU cores
+# make sweep        five sizes, two arms, two seeds, and the scaling laws through them
 # make benchmark    the rates of this machine
 # make lint         ruff
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test controls desk benchmark smoke lint clean
+.PHONY: quickstart test controls desk sweep benchmark smoke lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mlpmem run --config=configs/quickstart.py
@@ -21,6 +22,11 @@ controls: $(VENV)/installed
 desk: $(VENV)/installed
 	$(BIN)/mlpmem run --config=configs/desk.py
 	@echo "The report: $(CURDIR)/runs/desk/report/index.html"
+
+sweep: $(VENV)/installed
+	$(BIN)/mlpmem sweep --config=configs/sweeps/quickstart_sizes.py --workers=2
+	$(BIN)/mlpmem fit --runs=runs/quickstart_sizes --output=runs/quickstart_sizes/fit
+	@echo "The picture: $(CURDIR)/runs/quickstart_sizes/fit/fit.svg"
 
 smoke: $(VENV)/installed
 	$(BIN)/mlpmem run --config=configs/smoke.py

@@ -40,9 +40,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.corpus = corpus = ml_collections.ConfigDict()
     corpus.source = "installed_docs"  # "installed_docs", "files" or "hub"
     corpus.path = ""  # file or folder (text, JSONL, Parquet; plain, gz, zst) for "files"
-    corpus.name = ""  # Hugging Face data set for "hub"
-    corpus.subset = ""  # its configuration, e.g. "wikitext-103-raw-v1"
-    corpus.text_key = "text"  # field of JSONL and Parquet rows that holds the text
+    corpus.name = ""  # Hugging Face data set for "hub"; several, with commas between, are mixed and split anew
+    corpus.subset = ""  # its configuration, e.g. "wikitext-103-raw-v1"; as many entries as names, or one for all
+    corpus.text_key = "text"  # field of JSONL and Parquet rows that holds the text; entries likewise
     corpus.max_bytes = 0  # a deterministic sample of documents up to this many bytes; 0 = all
     corpus.document_bytes = 8192  # longer text files are cut into documents of about this size, at blank lines
     corpus.validation_fraction = 0.05  # of the documents
@@ -56,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.base = base = ml_collections.ConfigDict()
     base.source = "train"  # "train" or "huggingface"
-    base.path = ""  # Hugging Face folder or name of a GPT-2, for "huggingface"
+    base.path = ""  # Hugging Face folder or name of a GPT-2, Llama or Mistral, for "huggingface"
     base.context_length = 256  # positions of one sequence (block), in every stage
     base.width = 64  # of the trained base
     base.blocks = 2
@@ -67,7 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
     datastore.dtype = "float16"  # of keys and memory inputs: "float16" or "bfloat16"
     datastore.compute_dtype = "float32"  # of the forward pass: "float32", or "bfloat16" on accelerators
     datastore.input_depth = 1.0  # relative depth of the memory's input: 1.0 = the keys, 0.7 = the paper's best
-    datastore.key_model = ""  # Hugging Face GPT-2 whose keys the targets are built from; "" = the base
+    datastore.key_model = ""  # Hugging Face model whose keys the targets are built from; "" = the base
     datastore.batch_sequences = 32  # sequences in one forward pass, over all devices
     datastore.sequences_per_shard = 256  # sequences that are written as one shard
 
@@ -78,7 +78,9 @@ def get_config() -> ml_collections.ConfigDict:
     targets.exclude = "self"  # what a query may not retrieve: "self" (the paper) or its own "document"
     targets.keep = 0  # largest probabilities kept per position; 0 = all
     targets.minimum_probability = 1e-8  # smaller probabilities are dropped
-    targets.key_shard_rows = 2_000_000  # keys in one index
+    targets.key_shard_rows = 2_000_000  # keys in one index; bounds the memory of a process (docs/neighbors.md)
+    targets.search_dimensions = 0  # principal components that candidates are searched in; 0 = all dimensions
+    targets.recall_target = 1.0  # exact backend on several devices: 1 = exact selection, less = faster on TPUs
     targets.leaves = 0  # partitions of one index; 0 = from the number of keys
     targets.leaves_to_search = 0  # partitions searched; 0 = from leaves
     targets.reorder = 0  # candidates scored exactly; 0 = from k
@@ -89,7 +91,7 @@ def get_config() -> ml_collections.ConfigDict:
     memory.family = "gpt2"  # "gpt2" (LayerNorm, GELU) or "llama" (RMSNorm, SwiGLU)
     memory.width = 256
     memory.blocks = 4
-    memory.feed_forward_width = 0  # 0 = 4 x width
+    memory.feed_forward_width = 0  # 0 = 4 x width; the paper: the base's
     memory.output_from_base = False  # output projection starts as the base LM's (needs the base's width)
 
     config.training = training = optimization()

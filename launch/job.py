@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import pprint
 import re
 import shlex
 import shutil
@@ -14,8 +13,8 @@ from collections.abc import Callable
 
 import ml_collections
 
-from launch import accelerators
 from mlpmem_jax import cli
+from mlpmem_jax.core import accelerators
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core.errors import ConfigError, UserError
 
@@ -33,7 +32,7 @@ def parser(name: str, description: str, example: str) -> argparse.ArgumentParser
         allow_abbrev=False,
     )
     result.add_argument("--config", required=True, metavar="FILE", help="a config; --config.key=value overrides it")
-    stages = ["run", "controls", *cli.STAGES]
+    stages = ["run", "controls", "continued", *cli.STAGES]
     result.add_argument("--stage", default="run", choices=stages, metavar="STAGE", help="of mlpmem (default run)")
     result.add_argument("--dry_run", action="store_true", help="print exactly what would be sent, and send nothing")
     return result
@@ -152,12 +151,7 @@ def read_tpu_job(
 def config_file(config: ml_collections.ConfigDict, options: argparse.Namespace, overrides: list[str]) -> str:
     """The resolved config as a config file that needs no other file: what runs is what was checked here."""
     made_from = shlex.join([f"--config={options.config}", *overrides])
-    values = pprint.pformat(config.to_dict(), width=100, sort_dicts=False)
-    return (
-        f"{f'Resolved when the job was launched, from {made_from}'!r}\n"
-        "from ml_collections import ConfigDict\n\n\n"
-        f"def get_config():\n    return ConfigDict(\n{values}\n    )\n"
-    )
+    return configs.as_file(config, f"Resolved when the job was launched, from {made_from}")
 
 
 def send(command: list[str], document: str) -> int:

@@ -7,7 +7,8 @@ import sys
 
 import yaml
 
-from launch import accelerators, job
+from launch import job
+from mlpmem_jax.core import accelerators
 from mlpmem_jax.core.errors import UserError
 
 _EXAMPLE = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from launch import accelerators, job
+from launch import job
+from mlpmem_jax.core import accelerators
 
 _EXAMPLE = (
     "python -m launch.tpu_vm --name=memory --accelerator=v5litepod-64 --zone=us-west4-a --image=IMAGE \\\n"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import glob
+import importlib.util
 import os
 import sys
 
@@ -25,11 +26,15 @@ STAGES = {
 _OTHER = {
     "run": "all stages in order; finished ones are skipped, unfinished ones go on",
     "controls": "train the controls (base trained on; memory without targets) and report them beside",
+    "continued": "train the base on with the settings config.training, and score it: an arm of sweeps",
     "generate": "continue a prompt with the base LM alone and with the memory",
     "benchmark": "measure the rates of this machine",
     "export": "write the memory for PyTorch, or targets and datastores as Arrow streams",
     "import": "read a memory from PyTorch, or targets and datastores from Arrow streams",
+    "plan": "memory, time and cost on TPU slices, compiled for them without having them (extra: plan)",
 }
+_SWEEP = "many models over size, compute and arm -> points.csv; run again, it goes on where it stopped"
+_FIT = "points of a sweep -> scaling laws with intervals, and their picture"
 FORMATS = ("transformers", "reference", "reference-targets", "reference-datastore")
 FORMATS_HELP = "for Auto classes, or as the reference implementation keeps its memory, targets and datastore"
 SPLITS = ("train", "validation", "test")
@@ -78,7 +83,69 @@ def _parser() -> argparse.ArgumentParser:
         if name == "benchmark":
             verb.add_argument("--json", metavar="FILE", help="write the rows here as well")
             verb.add_argument("--rows", default="", metavar="A,B", help="only these parts, e.g. train,generate")
+        if name == "plan":
+            verb.add_argument("--topology", required=True, metavar="NAME", help="one slice, e.g. v5e:16x16 or v5p-1024")
+            verb.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them (default 1)")
+            verb.add_argument("--stage", default="train", choices=("train", "datastore", "neighbors", "all"))
+            verb.add_argument("--positions", type=int, default=0, metavar="N", help="of the training split")
+            verb.add_argument("--json", metavar="FILE", help="write what was found here as well")
+    _add_sweep(verbs)
+    _add_fit(verbs)
     return parser
+
+
+def _add_sweep(verbs) -> None:
+    """`mlpmem sweep`, whose config is a sweep."""
+    verb = verbs.add_parser("sweep", help=_SWEEP, description=_SWEEP, allow_abbrev=False)
+    verb.add_argument("--config", required=True, metavar="FILE", help="e.g. configs/sweeps/quickstart_sizes.py")
+    verb.add_argument("--workers", type=int, default=1, help="points at once on this machine's cores (default 1)")
+    verb.add_argument("--launch", choices=("jobset", "slurm"), help="write jobs for launch/ instead of running here")
+    verb.add_argument("--quiet", action="store_true", help="no progress, errors alone")
+
+
+def _add_fit(verbs) -> None:
+    """`mlpmem fit`, which reads points rather than a config."""
+    verb = verbs.add_parser("fit", help=_FIT, description=_FIT, allow_abbrev=False)
+    source = verb.add_mutually_exclusive_group(required=True)
+    source.add_argument("--runs", metavar="DIR", help="workdir of a sweep, which holds points.csv")
+    source.add_argument("--points", metavar="CSV", help="columns arm,parameters,tokens,flops,perplexity,seed")
+    verb.add_argument("--output", required=True, metavar="DIR", help="fit.json, fit.svg and fit.png go here")
+    verb.add_argument(
+        "--against",
+        default="parameters",
+        choices=("parameters", "flops"),
+        help="what the power law is a law in (default parameters)",
+    )
+    verb.add_argument("--quiet", action="store_true", help="errors alone")
+
+
+def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
+    from mlpmem_jax.scaling import launching, runner, sweep
+
+    _refuse_strangers(overrides)
+    found = sweep.read(options.config, overrides)
+    if options.launch:
+        launching.write(found, options.launch)
+    else:
+        runner.run(found, options.workers)
+
+
+def _fit(options: argparse.Namespace, strangers: list[str]) -> None:
+    from mlpmem_jax.scaling import fit, points
+
+    if strangers:
+        raise UserError(f"{strangers[0]}: unknown option; see mlpmem fit --help")
+    fit.run(options.points or points.of_sweep(options.runs), options.output, against=options.against)
+
+
+def _leave_absent_tpus_alone(verb: str) -> None:
+    """Where libtpu is installed but there is no TPU, JAX would look for one, wait for it and complain."""
+    attached = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    if verb == "plan":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    elif importlib.util.find_spec("libtpu") and not attached:
+        gpus = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if gpus else "cpu")
 
 
 def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
@@ -92,9 +159,7 @@ def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
     values = flags.FlagValues()
     words = ["mlpmem", f"--config={file}", *overrides]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
-    strangers = [word for word in overrides if not word.startswith("--config.")]
-    if strangers:
-        raise ConfigError(f"{strangers[0]}: unknown option; see mlpmem --help")
+    _refuse_strangers(overrides)
     try:
         values(words)
         config = values["config"].value
@@ -104,18 +169,16 @@ def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
     return config
 
 
+def _refuse_strangers(overrides: list[str]) -> None:
+    strangers = [word for word in overrides if not word.startswith("--config.")]
+    if strangers:
+        raise ConfigError(f"{strangers[0]}: unknown option; see mlpmem --help")
+
+
 def _explained(file: str, overrides: list[str], error: Exception) -> ConfigError:
     """What was wrong with an override, in our words where the key does not exist."""
-    for word in overrides:
-        key = word.removeprefix("--config.").split("=", 1)[0]
-        group = configs.SCHEMA
-        for depth, part in enumerate(key.split("."), start=1):
-            if not isinstance(group, dict) or part not in group:
-                prefix = ".".join(key.split(".")[: depth - 1])
-                allowed = group if isinstance(group, dict) else {}
-                return configs.unknown_key(key, [f"{prefix}.{name}".lstrip(".") for name in allowed])
-            group = group[part]
-    return ConfigError(f"{file} {' '.join(overrides)}: {error}")
+    unknown = configs.first_unknown(overrides)
+    return unknown or ConfigError(f"{file} {' '.join(overrides)}: {error}")
 
 
 def _run_stage(name: str, config: ml_collections.ConfigDict):
@@ -132,7 +195,6 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
 
     logging.set_verbosity(logging.ERROR)  # libraries' notes on their own doings are no news to the user
     runtime.keep_freed_memory()
-    runtime.join_job()
     if options.verb == "run":
         for name in STAGES:
             _run_stage(name, config)
@@ -150,6 +212,11 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
         from mlpmem_jax import benchmark
 
         benchmark.run(config, [part for part in options.rows.split(",") if part], options.json)
+    elif options.verb == "continued":
+        from mlpmem_jax.training import continued
+
+        with runtime.measured_stage(config.workdir, "continued"):
+            continued.run(config)
     else:
         from mlpmem_jax.training import controls
 
@@ -162,8 +229,23 @@ def main(arguments: list[str] | None = None) -> None:
     options, overrides = _parser().parse_known_args(arguments)
     if options.quiet:
         os.environ["MLPMEM_QUIET"] = "1"
+    _leave_absent_tpus_alone(options.verb)
     try:
-        _dispatch(options, read_config(options.config, overrides))
+        if options.verb == "fit":
+            _fit(options, overrides)
+        elif options.verb == "sweep":
+            _sweep(options, overrides)
+        elif options.verb == "plan":
+            config = read_config(options.config, overrides)
+            from mlpmem_jax.planning import plan
+
+            plan.run(config, options)
+        else:
+            config = read_config(options.config, overrides)
+            from mlpmem_jax.core import runtime  # imports jax, which a config that is wrong need not wait for
+
+            with runtime.job(config.workdir):
+                _dispatch(options, config)
     except UserError as error:
         print(f"mlpmem {options.verb}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

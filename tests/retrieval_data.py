@@ -59,6 +59,12 @@ def config_for(workdir, **targets):
     return config
 
 
+def forbidden(excluded_Qx2, count):
+    """Which keys each query may not retrieve: bool [Q, count]."""
+    ids = np.arange(count)
+    return (ids >= excluded_Qx2[:, :1]) & (ids < excluded_Qx2[:, 1:])
+
+
 def brute_force(queries_QxD, keys_NxD, k, forbidden_QxN=None):
     """(squared distances float64 [Q, k], ids [Q, k]) by the definition."""
     distances_QxN = np.array([np.sum((keys_NxD - query) ** 2, axis=1) for query in queries_QxD.astype(float)])

@@ -113,7 +113,7 @@ def test_the_inputs_change_with_the_files(tmp_path):
     ("name", "content", "words"),
     [
         ("latin.txt", "größer".encode("latin-1"), ["UTF-8", "0xf6"]),
-        ("cut.txt.gz", gzip.compress(b"text " * 9999)[:-20], ["could not be read"]),
+        ("cut.txt.gz", gzip.compress(b"text " * 9999, mtime=0)[:-20], ["could not be read"]),
         ("not.txt.gz", b"not compressed", ["could not be read"]),
         ("cut.txt.zst", zstandard.compress(random.Random(0).randbytes(500_000).hex().encode())[:-99], ["ended before"]),
         ("not.txt.zst", b"not compressed", ["could not be read"]),

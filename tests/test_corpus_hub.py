@@ -60,3 +60,21 @@ def test_without_the_extra(monkeypatch):
     monkeypatch.setattr(errors.importlib, "import_module", missing)
     with pytest.raises(UserError, match=r"mlpmem_jax\[hub\]"):
         hub.open_source(default.get_config().corpus)
+
+
+def test_several_sets_are_mixed_and_split_anew(tmp_path, datasets):
+    one = write(tmp_path / "one", train=["first\n\nrow", "second\n\nrow"], test=["third\n\nrow"])
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "train.jsonl").write_text(json.dumps({"content": "another\n\ntext"}) + "\n")
+    corpus = default.get_config().corpus
+    corpus.update({"source": "hub", "name": f"{one},{tmp_path / 'two'}", "text_key": "text,content"})
+    parts = hub.open_source(corpus).parts()
+    assert {part.split for part in parts} == {""}
+    texts = [text for part in parts for text in part.read()]
+    assert texts == ["first\n\nrow", "second\n\nrow", "third\n\nrow", "another\n\ntext"]
+    corpus.text_key = "text,content,body"
+    with pytest.raises(UserError, match=r"config\.corpus\.text_key: expected 2 entries.*found 3"):
+        hub.open_source(corpus)
+    corpus.text_key = "text"
+    with pytest.raises(UserError, match=r"two' has no text column 'text'"):
+        hub.open_source(corpus).parts()

@@ -7,7 +7,7 @@ import jax.extend
 import numpy as np
 import pytest
 
-from mlpmem_jax.models import flops, gpt2, memory
+from mlpmem_jax.models import flops, gpt2, language_model, llama, memory
 
 BASE = gpt2.GPT2Config(vocab_size=120, context_length=32, width=24, blocks=1, heads=2)
 GPT2_MEMORY = memory.MemoryConfig("gpt2", 120, 128, 24, 24, 1, 96)
@@ -65,6 +65,32 @@ def operations_of_products(function, *arguments):
 
     visit(jax.make_jaxpr(function)(*arguments).jaxpr)
     return total
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama_counts_are_those_of_its_parameters_and_traced_matrix_products(tied):
+    config = llama.LlamaConfig(120, 32, 24, 1, 4, 2, 8, 40, tied=tied)
+    assert flops.language_model_parameters(config) == size(llama.init, config)
+    without = flops.language_model_parameters(config, embeddings=False)
+    assert size(llama.init, config) - without == (1 if tied else 2) * 120 * 24
+    tokens = np.zeros((1, 32), np.int32)
+    parameters = llama.init(config, jax.random.key(0))
+    traced = operations_of_products(lambda p: language_model.logits(p, config, tokens), parameters)
+    masked_half = 2 * 32 * (4 * 8) * 32
+    assert traced == 32 * flops.language_model_forward(config, 32) + masked_half
+
+
+def test_a_sliding_window_counts_the_positions_that_it_sees():
+    wide = llama.LlamaConfig(120, 64, 24, 2, 4, 2, 8, 40)
+    narrow = llama.LlamaConfig(120, 64, 24, 2, 4, 2, 8, 40, sliding_window=16)
+    seen = sum(min(t + 0.5, 16) for t in range(64)) / 64  # half of itself, as without a window: length / 2 in the mean
+    difference = 4 * 2 * (4 * 8) * (64 / 2 - seen)
+    assert flops.llama_forward(wide, 64) - flops.llama_forward(narrow, 64) == pytest.approx(difference, rel=0.02)
+
+
+def test_published_sizes_of_llama_and_mistral():
+    assert flops.llama_parameters(llama.LlamaConfig(32000, 4096, 4096, 32, 32, 32, 128, 11008)) == 6_738_415_616
+    assert flops.llama_parameters(llama.LlamaConfig(32768, 32768, 4096, 32, 32, 8, 128, 14336)) == 7_248_023_552
 
 
 def test_operations_are_those_of_the_traced_matrix_products():

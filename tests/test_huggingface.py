@@ -1,13 +1,19 @@
-"""Weights of Hugging Face GPT-2 models: parity with transformers, and the errors that bad folders give."""
+"""Weights of Hugging Face folders: parity with transformers, the errors that bad ones give, the memory of reading."""
 
 import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.interop import huggingface
 from mlpmem_jax.models import gpt2
@@ -137,3 +143,167 @@ def test_a_folder_without_weights_and_a_truncated_file_are_refused(tmp_path):
     file.unlink()
     with pytest.raises(UserError, match=r"model\.safetensors"):
         load(source)
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "max_position_embeddings": 24,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def llama_tensors(seed=0):
+    """Random weights of LLAMA under the names and shapes of the PyTorch module."""
+    random = np.random.default_rng(seed)
+    shapes = {"model.embed_tokens.weight": (61, 16), "lm_head.weight": (61, 16), "model.norm.weight": (16,)}
+    for block in range(2):
+        for name, shape in {
+            "input_layernorm": (16,),
+            "post_attention_layernorm": (16,),
+            "self_attn.q_proj": (16, 16),
+            "self_attn.k_proj": (8, 16),
+            "self_attn.v_proj": (8, 16),
+            "self_attn.o_proj": (16, 16),
+            "mlp.gate_proj": (20, 16),
+            "mlp.up_proj": (20, 16),
+            "mlp.down_proj": (16, 20),
+        }.items():
+            shapes[f"model.layers.{block}.{name}.weight"] = shape
+    return {name: random.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def write_llama(folder, weights, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    return str(folder)
+
+
+def test_half_precision_old_buffers_and_bare_names_of_a_llama(tmp_path):
+    plain, config = load(write_llama(tmp_path / "plain", llama_tensors()))
+    assert (config.head_width, config.key_value_heads, config.sliding_window, config.tied) == (4, 2, 0, False)
+    weights = {name.removeprefix("model."): tensor for name, tensor in llama_tensors().items()}
+    weights["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    bare, _ = load(write_llama(tmp_path / "bare", weights))
+    jax.tree.map(np.testing.assert_array_equal, plain, bare)
+    halved = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in llama_tensors().items()}
+    half, _ = load(write_llama(tmp_path / "half", halved))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(ml_dtypes.bfloat16), b), plain, half)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda weights: weights.pop("model.layers.1.self_attn.k_proj.weight"), r"layers\.1\.self_attn\.k_proj"),
+        (lambda weights: weights.pop("lm_head.weight"), "'lm_head.weight' .* is missing"),
+        (lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": np.ones(16)}), "q_proj.bias"),
+        (lambda weights: weights.update({"model.layers.1.mlp.up_proj.weight": np.ones((16, 20))}), "up_proj"),
+        (lambda weights: weights.update({"model.norm.weight": np.ones(16, np.int8)}), "model.norm.weight.*I8"),
+    ],
+)
+def test_a_wrong_tensor_of_a_llama_is_named(tmp_path, change, named):
+    weights = llama_tensors()
+    change(weights)
+    with pytest.raises(UserError, match=named):
+        load(write_llama(tmp_path / "model", weights))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, r"rope_scaling\.rope_type is 'longrope'.*'llama3'"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, r"rope_parameters\.factor is None"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"rope_scaling\.low_freq_factor is None"),
+        ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": "8"}}, "original_max"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads, 3, does not divide"),
+        ({"head_dim": 5}, "head_dim is 5"),
+        ({"intermediate_size": None}, "intermediate_size is missing"),
+        ({"tie_word_embeddings": True}, "'lm_head.weight' differs from 'embed_tokens.weight'"),
+        ({"num_hidden_layers": 3}, r"layers\.2\..* is missing"),
+    ],
+)
+def test_an_unsuitable_config_of_a_llama_is_refused(tmp_path, changes, named):
+    with pytest.raises(UserError, match=named):
+        load(write_llama(tmp_path / "model", llama_tensors(), **changes))
+
+
+def test_a_truncated_or_missing_shard_is_named(tmp_path):
+    source, weights = write_llama(tmp_path / "model", llama_tensors()), llama_tensors()
+    (tmp_path / "model" / "model.safetensors").unlink()
+    names = sorted(weights)
+    shards = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
+    for shard, held in shards.items():
+        safetensors.numpy.save_file({name: weights[name] for name in held}, tmp_path / "model" / shard)
+    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    load(source)
+    last = tmp_path / "model" / "model-2.safetensors"
+    last.write_bytes(last.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"model-2\.safetensors"):
+        load(source)
+    last.unlink()
+    with pytest.raises(UserError, match=r"model-2\.safetensors"):
+        load(source)
+
+
+def test_a_mesh_that_does_not_divide_the_heads_is_refused(tmp_path):
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices")
+    source = write_llama(tmp_path / "model", llama_tensors())
+    with pytest.raises(ConfigError, match=r"config\.mesh: tensor cuts in 4 parts, but h/self_attn/k_proj/kernel has 2"):
+        huggingface.load_language_model(source, make_mesh(1, 1, 4, jax.devices()[:4]))
+
+
+_LOAD_AND_TELL_MEMORY = """
+import sys, jax, jax.numpy as jnp
+from mlpmem_jax.core import mesh, runtime
+from mlpmem_jax.interop import huggingface
+jax.block_until_ready(jax.jit(lambda x: x + 1)(jnp.ones(3)))
+before = runtime.peak_rss_bytes()
+parameters, _ = huggingface.load_language_model(sys.argv[1], mesh.make_mesh())
+size = sum(array.nbytes for array in jax.tree.leaves(parameters))
+print(before, runtime.peak_rss_bytes(), size, float(parameters["h"]["mlp"]["up_proj"]["kernel"][5].mean()))
+"""
+
+
+def test_importing_a_sharded_checkpoint_holds_little_more_than_its_parameters(tmp_path):
+    """On CPU the parameters (twice the size of the bfloat16 checkpoint) lie in the host's memory too."""
+    width, inner, blocks = 1024, 4096, 6
+    changes = {"vocab_size": 4096, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks}
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **changes, "num_key_value_heads": 4}))
+
+    def constant(value, *shape):
+        return np.full(shape, value, ml_dtypes.bfloat16)
+
+    shards = [{name: constant(1, 4096, width) for name in ("model.embed_tokens.weight", "lm_head.weight")}]
+    shards[0]["model.norm.weight"] = constant(1, width)
+    for block in range(blocks):
+        matrices = {f"self_attn.{part}_proj": (width, width) for part in "qkvo"}
+        matrices |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+        matrices |= {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
+        shards.append({f"model.layers.{block}.{name}.weight": constant(block, *s) for name, s in matrices.items()})
+    weight_map = {}
+    for number, shard in enumerate(shards):
+        weight_map |= dict.fromkeys(shard, f"model-{number}.safetensors")
+        safetensors.numpy.save_file(shard, tmp_path / f"model-{number}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD_AND_TELL_MEMORY, str(tmp_path)],
+        env={**os.environ, "XLA_FLAGS": ""}, cwd=pathlib.Path(__file__).parent.parent,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    shutil.rmtree(tmp_path)
+    before, peak, parameters, mean = map(float, done.stdout.split())
+    assert mean == 5
+    assert parameters == pytest.approx(2 * sum(sizes), rel=1e-3)
+    assert peak < max(sizes) + 2**30
+    assert peak - before - parameters < max(sizes) + 2**27 < sum(sizes)

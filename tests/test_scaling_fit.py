@@ -7,6 +7,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
+from mlpmem_jax import cli
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.scaling import fit
 
@@ -158,3 +159,19 @@ def test_a_law_in_compute(tmp_path):
     rows = [["a", 1e9, c / 6e9, c, 30 * (c / 1e18) ** -0.05, s] for c in (1e18, 3e18, 1e19, 3e19) for s in (0, 1)]
     found = fit.run(write(tmp_path / "p.csv", rows), tmp_path / "out", against="flops", **SETTINGS)
     assert found["arms"]["a"]["power_law"]["gamma"]["value"] == pytest.approx(-0.05)
+
+
+def test_the_command_reads_points_or_the_workdir_of_a_sweep(tmp_path, capsys):
+    sizes_sweep(tmp_path / "points.csv")
+    for number, source in enumerate((f"--points={tmp_path / 'points.csv'}", f"--runs={tmp_path}")):
+        cli.main(["fit", source, f"--output={tmp_path / str(number)}"])
+        assert {path.name for path in (tmp_path / str(number)).iterdir()} == {"fit.json", "fit.png", "fit.svg"}
+    for words, message in (
+        ([f"--runs={tmp_path / '0'}"], "holds no points.csv"),
+        ([f"--points={tmp_path / 'none.csv'}"], "no such file of points"),
+        ([f"--points={tmp_path / 'points.csv'}", "--against=flops", "--bins=3"], "--bins=3: unknown option"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["fit", *words, f"--output={tmp_path / 'refused'}"])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()

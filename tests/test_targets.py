@@ -1,4 +1,5 @@
 import itertools
+import os
 import pathlib
 import shutil
 import socket
@@ -252,22 +253,44 @@ def test_killed_while_it_writes_it_ends_with_the_same_bytes(workdir):
     assert tree(folder / "targets") == expected
 
 
+def run_in_two_processes(folder, settings):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); import jax; "
+        "jax.config.update('jax_cpu_collectives_implementation', 'gloo'); "
+        f"jax.distributed.initialize({address!r}, 2, int(sys.argv[1])); "
+        "from retrieval_data import config_for; from mlpmem_jax.retrieval import targets; "
+        f"targets.run(config_for({str(folder)!r}, **{settings!r}))"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, str(rank)], cwd=root, env=environment) for rank in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+
+
 def test_two_processes_share_the_work_and_end_with_the_same_bytes(workdir):
     folder, _ = workdir
     settings = {"key_shard_rows": 250, "temperature": 0.0, "quality_positions": 32}
     targets.run(config_for(folder, **settings))
     expected = tree(folder / "targets")
     shutil.rmtree(folder / "targets")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    program = (
-        "import sys; sys.path.insert(0, 'tests'); import jax; "
-        f"jax.distributed.initialize({address!r}, 2, int(sys.argv[1])); "
-        "from retrieval_data import config_for; from mlpmem_jax.retrieval import targets; "
-        f"targets.run(config_for({str(folder)!r}, **{settings!r}))"
-    )
-    root = pathlib.Path(__file__).parents[1]
-    processes = [subprocess.Popen([sys.executable, "-c", program, str(rank)], cwd=root) for rank in range(2)]
-    assert [process.wait() for process in processes] == [0, 0]
+    run_in_two_processes(folder, settings)
     assert tree(folder / "targets") == expected
+
+
+def test_two_processes_search_one_mesh_of_devices(tmp_path):
+    """Nine shards of training queries: one of the processes has none left while the other still searches."""
+    arrays = write_workdir(tmp_path, sequences=36)
+    settings = {"backend": "exact", "key_shard_rows": 300, "exclude": "document", "temperature": 0.0}
+    run_in_two_processes(tmp_path, settings)
+    artifacts = targets.run(config_for(tmp_path, **settings))  # finished already: opens them
+    for split in ("train", "validation", "test"):
+        expected, _ = expected_rows(arrays, split, 12, artifacts[split].summary["temperature"], "document")
+        for row, truth in zip(read_rows(artifacts[split], arrays[split]), expected, strict=True):
+            assert set(row) <= set(truth)
+            for token, probability in truth.items():
+                assert row.get(token, 0) == pytest.approx(probability, rel=2e-3, abs=1e-4)

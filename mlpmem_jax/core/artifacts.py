@@ -11,15 +11,20 @@ no others. Nothing that varies between runs (times, hosts, process counts) is st
 the same bytes. Every inner chunk carries a CRC-32C that TensorStore checks at each read.
 
 Any place that TensorStore can address works: a local path, gs://bucket/path, s3://bucket/path.
+
+A folder may stand for an artifact of another working directory: it then holds one file, `link`, with the way there.
+Object stores have no symbolic links, and artifacts are too large to be copied.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
+import posixpath
 from collections.abc import Mapping
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
@@ -32,6 +37,7 @@ from mlpmem_jax.core.errors import ArtifactError
 FORMAT = "mlpmem_jax artifact"
 VERSION = 1
 MANIFEST = "manifest.json"
+LINK = "link"
 _LIBRARIES = ("jax", "numpy", "tensorstore", "tokenizers", "scann")
 
 
@@ -70,6 +76,30 @@ def _absolute(path) -> str:
     """TensorStore's file driver takes absolute paths alone; URLs stay as they are."""
     path = str(path).rstrip("/")
     return path if "://" in path else os.path.abspath(path)
+
+
+def link(path, target) -> None:
+    """Makes the folder `path` stand for the artifact at `target`, for reading alone; it need not be there yet.
+
+    Raises:
+      ArtifactError: the folder holds an artifact of its own.
+    """
+    path, folder = _absolute(path), epath.Path(path)
+    if (folder / MANIFEST).exists():
+        raise ArtifactError(f"{path}: holds an artifact, where a link to {target} is needed; delete that folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Relative, so that the two may be moved together.
+    (folder / LINK).write_text(posixpath.relpath(_absolute(target), path) + "\n")
+
+
+def _located(path) -> str:
+    """Where the artifact at `path` is, a link followed."""
+    path = _absolute(path)
+    file = epath.Path(path) / LINK
+    if not file.exists():
+        return path
+    scheme, separator, place = path.rpartition("://")
+    return scheme + separator + posixpath.normpath(posixpath.join(place, file.read_text().strip()))
 
 
 def _kvstore_spec(path: str) -> dict | str:
@@ -303,9 +333,11 @@ class ArtifactWriter:
         path = _absolute(path)
         if len({spec.num_shards for spec in arrays.values()}) > 1:
             raise ValueError(f"arrays of {path} differ in their number of shards")
+        # Listed before the manifest is looked for: another process of the job may just now write it, and then all else.
+        names = [entry.name for entry in epath.Path(path).iterdir()] if epath.Path(path).exists() else []
         manifest = read_manifest(path)
         if manifest is None:
-            if epath.Path(path).exists() and any(epath.Path(path).iterdir()):
+            if any(MANIFEST not in name for name in names):
                 raise ArtifactError(f"{path}: is not empty and holds no {MANIFEST}; choose another config.workdir")
             manifest = {
                 "format": FORMAT,
@@ -435,7 +467,8 @@ def library_versions(names: tuple[str, ...]) -> dict[str, str]:
 def _remove_shard_records(path: str) -> None:
     folder = epath.Path(path) / "shards"
     if folder.exists():
-        folder.rmtree()
+        with contextlib.suppress(FileNotFoundError):  # another process of the job removes them as well
+            folder.rmtree()
 
 
 def open_artifact(path, kind: str) -> Artifact:
@@ -444,7 +477,7 @@ def open_artifact(path, kind: str) -> Artifact:
     Raises:
       ArtifactError: there is none, it is unfinished, corrupt, truncated, newer, or of another kind.
     """
-    path = _absolute(path)
+    path = _located(path)
     manifest = read_manifest(path)
     if manifest is None:
         raise ArtifactError(f"{path}: expected a finished {kind!r} artifact, found none; run the stage that makes it")
@@ -465,8 +498,10 @@ def find_finished(path, kind: str, config: Mapping, inputs: Mapping[str, str]) -
     Raises:
       ArtifactError: what is there was made by another config, or cannot be trusted.
     """
-    path = _absolute(path)
+    own, path = _absolute(path), _located(path)
     manifest = read_manifest(path)
+    if path != own and (manifest is None or not manifest["sealed"]):
+        raise ArtifactError(f"{path}: is unfinished, and {own} is a link to it; run the stage that makes it there")
     if manifest is None:
         return None
     if "imported" in manifest["config"] and "imported" not in config:

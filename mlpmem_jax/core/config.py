@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+import pprint
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -95,7 +96,9 @@ SCHEMA: dict[str, Any] = {
         "exclude": _one_of("self", "document"),
         "keep": _COUNT,
         "minimum_probability": _NON_NEGATIVE,
-        "key_shard_rows": _POSITIVE,
+        "key_shard_rows": (int, lambda value: 0 < value < 2**31, "a whole number from 1 to 2**31 - 1"),
+        "search_dimensions": _COUNT,
+        "recall_target": ((int, float), lambda value: 0 < value <= 1, "a number above 0, up to 1"),
         "leaves": _COUNT,
         "leaves_to_search": _COUNT,
         "reorder": _COUNT,
@@ -130,6 +133,20 @@ def unknown_key(key: str, allowed: list[str]) -> ConfigError:
     near = difflib.get_close_matches(key, allowed, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return ConfigError(f"config.{key}: no such key; {hint}Keys there: {', '.join(sorted(allowed))}")
+
+
+def first_unknown(overrides: Iterable[str]) -> ConfigError | None:
+    """The error for the first of `--config.key=value` whose key does not exist; None where all do."""
+    for word in overrides:
+        key = word.removeprefix("--config.").split("=", 1)[0]
+        group = SCHEMA
+        for depth, part in enumerate(key.split("."), start=1):
+            if not isinstance(group, dict) or part not in group:
+                prefix = ".".join(key.split(".")[: depth - 1])
+                allowed = group if isinstance(group, dict) else {}
+                return unknown_key(key, [f"{prefix}.{name}".lstrip(".") for name in allowed])
+            group = group[part]
+    return None
 
 
 def _check_tree(config: Mapping, schema: Mapping, prefix: str) -> None:
@@ -188,6 +205,12 @@ def check(config: ml_collections.ConfigDict) -> None:
                 f"config.{name}.accumulation_steps: {settings.accumulation_steps} does not divide "
                 f"config.{name}.batch_sequences, {settings.batch_sequences}"
             )
+    keys_from_base = base.source == "train" and not config.datastore.key_model
+    if keys_from_base and config.targets.search_dimensions >= base.width:
+        raise ConfigError(
+            f"config.targets.search_dimensions: expected fewer than the {base.width} dimensions of the keys "
+            f"(config.base.width), or 0 for all, found {config.targets.search_dimensions}"
+        )
     if config.memory.output_from_base and base.source == "train" and config.memory.width != base.width:
         raise ConfigError(
             f"config.memory.output_from_base: needs config.memory.width ({config.memory.width}) equal to the base's "
@@ -207,3 +230,12 @@ def mesh_rules(config: ml_collections.ConfigDict) -> dict[str, str | tuple[str, 
 def plain(group: ml_collections.ConfigDict) -> dict:
     """A group as JSON-able dictionaries, as manifests keep it."""
     return json.loads(group.to_json_best_effort())
+
+
+def as_file(config: ml_collections.ConfigDict, note: str) -> str:
+    """A resolved config as a config file that needs no other file; the note stands at its head."""
+    values = pprint.pformat(config.to_dict(), width=100, sort_dicts=False)
+    return (
+        f"{note!r}\nfrom ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict(\n{values}\n    )\n"
+    )

@@ -6,12 +6,14 @@ axes each of them is sharded; another table, given in `config.mesh.rules`, is an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlpmem_jax.core.config import mesh_rules
@@ -19,6 +21,8 @@ from mlpmem_jax.core.errors import ConfigError
 
 AXES = ("slice", "fsdp", "tensor")
 """Mesh axes: data parallel between slices, fully sharded data parallel, tensor parallel."""
+
+_BARRIER_TIMEOUT_MS = 7 * 24 * 3600 * 1000  # that a process died is noticed by its missing heartbeats, not by this
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 RULES: Rules = {
@@ -53,24 +57,50 @@ def make_mesh(slice_: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | 
             f"{len(devices)} devices; set one of the sizes to -1 to use them all"
         )
     types = (AxisType.Auto,) * len(AXES)
-    if len(devices) == jax.device_count() and devices[0].platform == "tpu":
-        # Neighbors on the mesh should be neighbors on the wires; slices are joined by the data-centre network alone.
-        arranged = (
-            mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (sizes[0], 1, 1), devices=devices)
-            if (sizes[0] > 1)
-            else mesh_utils.create_device_mesh(tuple(sizes), devices=devices)
+    arranged = _on_wires(devices, sizes) if devices[0].platform == "tpu" else np.asarray(devices).reshape(sizes)
+    return Mesh(arranged, AXES, axis_types=types)
+
+
+def _on_wires(devices: list, sizes: list[int]) -> np.ndarray:
+    """TPUs in an order in which neighbors on the mesh are neighbors on the wires.
+
+    TPU slices are joined by the data-centre network alone, so only the mesh axis `slice` runs between them; it may cut
+    each of them once more.
+    """
+    tpu_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if tpu_slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes), devices=devices, allow_split_physical_axes=True)
+    if sizes[0] % tpu_slices:
+        raise ConfigError(
+            f"config.mesh.slice: {sizes[0]} is no multiple of the {tpu_slices} TPU slices; only this axis may run "
+            "between slices"
         )
-        return Mesh(arranged, AXES, axis_types=types)
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // tpu_slices, *sizes[1:]),
+        (tpu_slices, 1, 1),
+        devices=devices,
+        allow_split_physical_axes=True,
+    )
 
 
-def mesh_of(config: ml_collections.ConfigDict) -> tuple[Mesh, Rules]:
-    """The mesh and the sharding table that config.mesh asks for.
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """Options of the compiler for a train step: on TPU v5e, to sum gradients while it goes on.
+
+    By default it runs matrix products beside all-gathers alone and waits for every sum. The compilers for other TPUs
+    refuse the option.
+    """
+    if mesh.devices.flat[0].device_kind not in ("TPU v5 lite", "TPU v5e"):
+        return {}
+    return {"xla_enable_async_all_reduce": True, "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True}
+
+
+def mesh_of(config: ml_collections.ConfigDict, devices: list | None = None) -> tuple[Mesh, Rules]:
+    """The mesh and the sharding table that config.mesh asks for; `devices` are all there are, unless given.
 
     Raises:
       ConfigError: the mesh does not fit the devices.
     """
-    return make_mesh(config.mesh.slice, config.mesh.fsdp, config.mesh.tensor), mesh_rules(config)
+    return make_mesh(config.mesh.slice, config.mesh.fsdp, config.mesh.tensor, devices), mesh_rules(config)
 
 
 def partition_spec(logical_axes: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:
@@ -95,6 +125,28 @@ def shardings(mesh: Mesh, tree, rules: Rules = RULES):
     return jax.tree.map(lambda axes: sharding(mesh, axes, rules), tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
+def check_cuts(abstract, placed) -> None:
+    """Checks that the mesh cuts every array of a tree in equal parts.
+
+    Args:
+      abstract: tree of arrays or shapes.
+      placed: tree of NamedSharding of the same structure.
+
+    Raises:
+      ConfigError: naming the first array that it does not.
+    """
+    arrays = jax.tree_util.tree_leaves_with_path(abstract)
+    for (path, array), cut in zip(arrays, jax.tree.leaves(placed), strict=True):
+        for size, axes in zip(array.shape, cut.spec, strict=False):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            if size % (parts := math.prod(cut.mesh.shape[axis] for axis in axes)):
+                name = "/".join(entry.key for entry in path)
+                raise ConfigError(
+                    f"config.mesh: {'+'.join(axes)} cuts in {parts} parts, but {name} has {size} in an axis that it "
+                    f"cuts (shape {array.shape}); choose sizes that divide it, or other config.mesh.rules"
+                )
+
+
 def batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
     """Into how many parts the batch axis is cut."""
     axes = rules["batch"]
@@ -102,8 +154,45 @@ def batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
     return int(np.prod([mesh.shape[axis] for axis in axes]))
 
 
+class BatchPart(NamedTuple):
+    """Which rows of a global batch this process gives.
+
+    Attributes:
+      index: of the part, from 0.
+      count: number of parts, all of the same size. Less than the number of processes where the devices of several
+        hold the same rows, as those do that share a `tensor` axis: they give the same part.
+      leads: True in the first of the processes that give this part.
+    """
+
+    index: int
+    count: int
+    leads: bool
+
+
+def batch_part(mesh: Mesh, rules: Rules = RULES) -> BatchPart:
+    """The part of every global batch that this process gives.
+
+    Raises:
+      ConfigError: the mesh gives some processes other rows than the rest, but not others altogether.
+    """
+    shards = batch_shards(mesh, rules)
+    rows_by_process: dict[int, set[int]] = {}
+    for device, (rows,) in sharding(mesh, ("batch",), rules).devices_indices_map((shards,)).items():
+        rows_by_process.setdefault(device.process_index, set()).update(range(*rows.indices(shards)))
+    parts = sorted({tuple(sorted(rows)) for rows in rows_by_process.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != shards:
+        raise ConfigError(
+            f"config.mesh: slice x fsdp x tensor = {' x '.join(str(mesh.shape[axis]) for axis in AXES)} cuts the batch "
+            f"in {shards} parts that {jax.process_count()} processes of {jax.local_device_count()} devices overlap "
+            "in; take a power of two for each size"
+        )
+    mine = rows_by_process[jax.process_index()]
+    first = min(process for process, rows in rows_by_process.items() if rows == mine)
+    return BatchPart(parts.index(tuple(sorted(mine))), len(parts), first == jax.process_index())
+
+
 def global_batch(mesh: Mesh, batch, rules: Rules = RULES):
-    """A tree of global arrays, sharded along axis 0, from each process's own rows (NumPy arrays)."""
+    """A tree of global arrays, sharded along axis 0, from each process's own part of the rows (NumPy arrays)."""
 
     def place(rows):
         axes = ("batch",) + (None,) * (rows.ndim - 1)
@@ -113,7 +202,7 @@ def global_batch(mesh: Mesh, batch, rules: Rules = RULES):
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-    """This process's rows of an array that is sharded along axis 0 alone, in order."""
+    """This process's part of the rows of an array that is sharded along axis 0 alone, in order."""
     if jax.process_count() == 1:
         return np.asarray(array)
     shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
@@ -121,6 +210,15 @@ def local_rows(array: jax.Array) -> np.ndarray:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process of the job is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    """Waits until every process of the job is here; another's work may take days.
+
+    This asks the job's coordinator, not the devices: a collective would give up on a process that comes late.
+
+    Raises:
+      JaxRuntimeError: a process died meanwhile.
+    """
+    if jax.process_count() == 1:
+        return
+    import orbax.checkpoint as ocp  # slow to import, and of use to several processes alone
+
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=_BARRIER_TIMEOUT_MS)

@@ -6,9 +6,10 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import rich.console
+import rich.live
 import rich.progress
 
 _console = rich.console.Console(stderr=True, highlight=False)
@@ -27,6 +28,16 @@ def say(text: str) -> None:
     """Prints one line for the user, from the first process alone."""
     if not _is_silent():
         _console.print(text, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def live(render: Callable[[], rich.console.RenderableType]) -> Iterator[bool]:
+    """Shows on a terminal what `render` gives, twice a second; yields whether there is a terminal to show it on."""
+    if _is_silent() or not _console.is_terminal:
+        yield False
+        return
+    with rich.live.Live(get_renderable=render, console=_console, refresh_per_second=2):
+        yield True
 
 
 class _LogLines:

@@ -7,13 +7,28 @@ import ctypes
 import json
 import os
 import resource
+import signal
+import sys
 import time
+import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
 from etils import epath
 
+from mlpmem_jax.core.errors import Stopped, UserError
+
+_LOST = (
+    "another process of the job was lost. What was complete is kept: run the same command again, with as many "
+    "processes as you like"
+)
+_LINGER_SECONDS = 2.0  # of process 0, which coordinates: when it ends, JAX ends the rest before they can say why
+_SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "Barrier failed")
+
 STAGES_FILE = "stages.jsonl"
+_COMPILED_FOLDER = "compiled"
+_began: list[float] = []  # Unix times at which the stages of this process began
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
@@ -21,7 +36,8 @@ def join_job() -> None:
     """Joins the other processes of the job, where the environment says that there are any.
 
     On a TPU slice, under SLURM and under Kubernetes JAX finds them by itself; elsewhere JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID tell. MLPMEM_DISTRIBUTED=1 asks for the former.
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID tell. MLPMEM_DISTRIBUTED=1 asks for the former. MLPMEM_JOIN_SECONDS says how
+    long processes wait for the last to start, MLPMEM_LOST_SECONDS after how long a silent one counts as lost.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address is None and os.environ.get("MLPMEM_DISTRIBUTED", "0") == "0":
@@ -34,7 +50,81 @@ def join_job() -> None:
         }
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(coordinator_address=address, **known)
+    seconds = int(os.environ.get("MLPMEM_JOIN_SECONDS", "600"))
+    with _explained_abort(
+        f"the processes of the job did not all find each other within {seconds} s (MLPMEM_JOIN_SECONDS), at "
+        f"{address or 'the address that the cluster gives'}: is process 0 running, and can the others reach it there?"
+    ):
+        jax.distributed.initialize(
+            coordinator_address=address,
+            **known,
+            initialization_timeout=seconds,
+            heartbeat_timeout_seconds=int(os.environ.get("MLPMEM_LOST_SECONDS", "60")),
+        )
+
+
+@contextlib.contextmanager
+def _explained_abort(text: str) -> Iterator[None]:
+    """While inside, `text` is the last line of this process when JAX ends it, and the exit code that of `Stopped`.
+
+    JAX's threads call abort() when a process of the job cannot be reached. Python's own signal handlers would run
+    later, which is never; this one runs at once.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def explain(signum):
+        os.write(2, f"mlpmem: error: {text}\n".encode())
+        os._exit(Stopped.exit_code)
+
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGABRT, explain)
+    try:
+        yield
+    finally:
+        libc.signal(signal.SIGABRT, ctypes.c_void_p(signal.SIG_DFL))
+
+
+@contextlib.contextmanager
+def job(workdir: str) -> Iterator[None]:
+    """The work of this process in a job of one or more, for a run in `workdir`.
+
+    In a job of several, a process that fails says why and ends at once: it does not wait for the others, who may wait
+    for it. One that loses another ends with the exit code of `Stopped`; it notices at once where connections are closed
+    (a killed process), else by missing heartbeats.
+    """
+    _keep_compiled(workdir)
+    join_job()
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    with _explained_abort(_LOST):
+        try:
+            yield
+        except UserError as error:
+            _end(str(error), error.exit_code)
+        except Exception as error:
+            if any(sign in str(error) for sign in _SIGNS_OF_LOSS):
+                _end(f"{_LOST} ({str(error).splitlines()[0][:200]})", Stopped.exit_code)
+            traceback.print_exc()
+            _end("an error of the program, above", 1)
+
+
+def _end(text: str, code: int) -> NoReturn:
+    print(f"mlpmem: error: {text}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(_LINGER_SECONDS)
+    os._exit(code)
+
+
+def _keep_compiled(workdir: str) -> None:
+    """Keeps compiled programs for the next start, in JAX_COMPILATION_CACHE_DIR or else in WORKDIR/compiled.
+
+    The first process writes them, all read them. Those that compile in less than a second are not kept.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(epath.Path(workdir) / _COMPILED_FOLDER))
 
 
 def keep_freed_memory() -> None:
@@ -47,6 +137,20 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26)):
             libc.mallopt(parameter, value)
+
+
+@contextlib.contextmanager
+def no_native_log() -> Iterator[None]:
+    """Keeps what C++ libraries print off standard error; their errors come as exceptions all the same."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _reset_peak() -> None:
@@ -65,11 +169,32 @@ def peak_rss_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _process_age() -> float:
+    """Seconds since this process started (on Linux), else 0."""
+    try:
+        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+            started = int(stat.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+            return float(uptime.read().split()[0]) - started
+    except OSError:
+        return 0.0
+
+
+def stage_began() -> float:
+    """Unix time at which the stage that runs began: the first stage of a process with the process itself."""
+    return _began[-1] if _began else time.time()
+
+
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 @contextlib.contextmanager
 def measured_stage(workdir: str, stage: str) -> Iterator[None]:
     """Records seconds and peak memory of a stage in WORKDIR/stages.jsonl, also of one that fails."""
     _reset_peak()
     start = time.perf_counter()
+    _began.append(time.time() if _began else time.time() - _process_age())
     try:
         yield
     finally:

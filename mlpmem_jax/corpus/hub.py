@@ -1,7 +1,8 @@
-"""Documents of a Hugging Face data set, with its own splits where it has them."""
+"""Documents of Hugging Face data sets: of one with its own splits where it has them, or of a mixture."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -22,42 +23,57 @@ _SPLIT_NAMES = {
 
 
 def open_source(corpus: ml_collections.ConfigDict) -> Source:
-    """The corpus of a data set by name, or of a local folder that `datasets` can load.
+    """The corpus of one data set or a mixture of several, by name, or of local folders that `datasets` can load.
+
+    Several names stand in `corpus.name` with commas between; `subset` and `text_key` then hold as many entries, or one
+    for all. A data set by itself keeps its own splits; a mixture, whose sets have unlike splits, is split anew, so that
+    every set is in every split.
 
     Raises:
-      UserError: the extra is not installed.
+      UserError: the extra is not installed, or the numbers of entries differ.
     """
     require("datasets", extra="hub")
-    return Source({}, functools.partial(_parts, corpus))
+    names = corpus.name.split(",")
+    entries = {"name": names}
+    for key in ("subset", "text_key"):
+        found = corpus[key].split(",")
+        if len(found) not in (1, len(names)):
+            raise UserError(
+                f"config.corpus.{key}: expected {len(names)} entries, one for each data set in config.corpus.name, or "
+                f"one for all, found {len(found)}: {corpus[key]!r}"
+            )
+        entries[key] = found * len(names) if len(found) == 1 else found
+    chosen = list(zip(*entries.values(), strict=True))
+    return Source({}, functools.partial(_parts, chosen, corpus.document_bytes))
 
 
-def _parts(corpus: ml_collections.ConfigDict) -> Sequence[Part]:
+def _parts(chosen: Sequence[tuple[str, str, str]], document_bytes: int) -> Sequence[Part]:
+    parts = [part for entry in chosen for part in _parts_of_one(*entry, document_bytes)]
+    return parts if len(chosen) == 1 else [dataclasses.replace(part, split="") for part in parts]
+
+
+def _parts_of_one(name: str, subset: str, text_key: str, document_bytes: int) -> Sequence[Part]:
     datasets = require("datasets", extra="hub")
     try:
-        splits = datasets.load_dataset(corpus.name, corpus.subset or None)
+        splits = datasets.load_dataset(name, subset or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"config.corpus.name: the data set {corpus.name!r} (config.corpus.subset={corpus.subset!r}) could not be "
-            f"loaded: {reason}"
+            f"config.corpus.name: the data set {name!r} (config.corpus.subset={subset!r}) could not be loaded: {reason}"
         ) from error
-    known = {name: split for name, split in _SPLIT_NAMES.items() if name in splits}
+    known = {split: ours for split, ours in _SPLIT_NAMES.items() if split in splits}
     if "train" not in known.values():
-        raise UserError(f"config.corpus.name: {corpus.name!r} has no split 'train', found {sorted(splits)}")
-    for name in known:
-        feature = splits[name].features.get(corpus.text_key)
+        raise UserError(f"config.corpus.name: {name!r} has no split 'train', found {sorted(splits)}")
+    for split in known:
+        feature = splits[split].features.get(text_key)
         if getattr(feature, "dtype", None) not in ("string", "large_string"):
             raise UserError(
-                f"config.corpus.text_key: {corpus.name!r} has no text column {corpus.text_key!r} in its split "
-                f"{name!r}, found {sorted(splits[name].features)}"
+                f"config.corpus.text_key: {name!r} has no text column {text_key!r} in its split {split!r}, "
+                f"found {sorted(splits[split].features)}"
             )
     return [
-        Part(
-            f"{corpus.name} {name}",
-            functools.partial(_documents, splits[name], corpus.text_key, corpus.document_bytes),
-            split,
-        )
-        for name, split in known.items()
+        Part(f"{name} {split}", functools.partial(_documents, splits[split], text_key, document_bytes), ours)
+        for split, ours in known.items()
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+import jax
 import ml_collections
 import rich.console
 import rich.table
@@ -54,7 +55,8 @@ def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
             count=options.tokens, sampling=sampling, seed=options.seed, end_token=end,
         )
         columns[title] = [tokenizer.decode(ids.tolist()) for ids in new]
-    _show(options.prompt, columns)
+    if jax.process_index() == 0:
+        _show(options.prompt, columns)
 
 
 def _show(prompts: list[str], columns: dict[str, list[str]]) -> None:

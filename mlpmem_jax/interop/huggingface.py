@@ -50,6 +50,7 @@ def load_language_model(
     Raises:
       UserError: no such folder or model, another architecture, or a tensor that is missing, left over, of another
         shape than the config says, or unreadable; the text names it.
+      ConfigError: the mesh does not divide the model.
     """
     folder = _folder(source)
     config = huggingface_config.read_config(folder, part)
@@ -59,6 +60,7 @@ def load_language_model(
     stored = layouts(family, abstract, config.blocks)
     _check_tensors(folder, files, jax.tree.leaves(stored), has_output="lm_head" in abstract)
     placed = meshes.shardings(mesh, language_model.logical_axes(config), rules)
+    meshes.check_cuts(abstract, placed)
     count = sum(len(layout.names) for layout in jax.tree.leaves(stored))
     with progress(count, f"importing {source}", "tensors") as bar:
         return jax.tree.map(functools.partial(_array, files, bar), stored, placed), config
@@ -79,21 +81,20 @@ def _folder(source: str) -> pathlib.Path:
 
 
 def _files_of_tensors(folder: pathlib.Path, part: str, prefix: str) -> Files:
-    try:
-        if (folder / _INDEX).is_file():
-            shards = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        else:
-            shards = {_SINGLE}
-        found = {}
-        for shard in sorted(shards):
+    shards, index = [_SINGLE], folder / _INDEX
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: expected a 'weight_map', could not read it: {error}") from error
+    found = {}
+    for shard in shards:
+        try:
             with safetensors.safe_open(folder / shard, framework="numpy") as file:
                 names = [name for name in file.keys() if name.startswith(part)]  # noqa: SIM118
-                found |= {name.removeprefix(part).removeprefix(prefix): (folder / shard, name) for name in names}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{folder}: expected weights in {_SINGLE}, or in the files of {_INDEX}, and could not read "
-            f"{'them' if (folder / _INDEX).is_file() else _SINGLE}: {error}"
-        ) from error
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(f"{folder / shard}: expected safetensors, could not read them: {error}") from error
+        found |= {name.removeprefix(part).removeprefix(prefix): (folder / shard, name) for name in names}
     return {name: at for name, at in found.items() if not name.endswith(_BUFFERS)}
 
 

@@ -52,7 +52,7 @@ _ROTARY_KEYS = {
     "dynamic": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": (
-        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor"
+        "original_max_position_embeddings", "factor", "beta_fast", "beta_slow", "truncate", "attention_factor"
     ),
 }  # fmt: skip
 
@@ -143,7 +143,7 @@ def _rotary(file: pathlib.Path, values: dict, positions: int) -> Rotary:
     partial = given.get("partial_rotary_factor") or values.get("partial_rotary_factor")
     _check_allowed(file, "partial_rotary_factor", partial, (None, 1.0))
     original = given.setdefault("original_max_position_embeddings", positions)
-    if kind == "yarn":
+    if kind == "yarn" and isinstance(original, int):
         defaults = {"factor": positions / original, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
         given = {**defaults, **{key: value for key, value in given.items() if value is not None}}
         given.setdefault("attention_factor", _yarn_attention_factor(given))

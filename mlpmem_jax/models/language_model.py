@@ -8,7 +8,6 @@ Dimensions: B sequences, T positions, D width, H heads, K width of a head, V voc
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
@@ -33,13 +32,8 @@ def family(config: Config) -> str:
     return "gpt2" if isinstance(config, GPT2Config) else config.family
 
 
-def to_fields(config: Config) -> dict:
-    """The config as JSON values; GPT-2 has no field "family"."""
-    return dataclasses.asdict(config)
-
-
 def from_fields(fields: Mapping) -> Config:
-    """The config that `to_fields` made these values of.
+    """The config whose `dataclasses.asdict` these values are, as manifests keep it; GPT-2 has no field "family".
 
     Raises:
       ValueError: a family that this version does not know.

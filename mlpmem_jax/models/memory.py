@@ -40,15 +40,18 @@ class MemoryConfig:
 
 
 class Block(nnx.Module):
-    """x + feed_forward(norm(x)); the residual stream is float32."""
+    """x + feed_forward(norm(x)); the residual stream is float32.
+
+    What the layer adds is placed before it is added, so that what tensor shards contribute is summed in its own dtype.
+    """
 
     def __init__(self, config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.norm = _norm(config, rngs)
         feed_forward = layers.FeedForward if config.family == "gpt2" else layers.GatedFeedForward
         self.mlp = feed_forward(config, dtype, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x + self.mlp(self.norm(x))
+    def __call__(self, x: jax.Array, activations: jax.sharding.Sharding | None = None) -> jax.Array:
+        return x + modules.constrain(self.mlp(self.norm(x)), activations)
 
 
 class Memory(nnx.Module):
@@ -121,7 +124,7 @@ def hidden(
         x_BxD = modules.bind(transform, parameters["embedding_transform"])(x_BxD)
 
     def call(block: Block, x_BxD: jax.Array) -> jax.Array:
-        return modules.constrain(block(x_BxD), activations)
+        return modules.constrain(block(x_BxD, activations), activations)
 
     x_BxD = modules.constrain(x_BxD.astype(jnp.float32), activations)
     build = functools.partial(Block, config, compute_dtype)

@@ -56,11 +56,13 @@ def load_language_model(path, mesh: Mesh, rules: meshes.Rules) -> tuple[dict, la
 
     Raises:
       ArtifactError: there is no finished base at `path`.
+      ConfigError: the mesh does not divide the model.
     """
     artifact = open_artifact(path, "base")
     config = language_model_config(artifact)
     abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
     placed = meshes.shardings(mesh, language_model.logical_axes(config), rules)
+    meshes.check_cuts(abstract, placed)
     return stored.read(artifact, abstract, placed), config, artifact
 
 

@@ -53,7 +53,7 @@ def memory_log_probabilities(
       chunk: positions on the mesh at once; by default `chunk_positions`.
     """
     score = functools.partial(
-        _memory_chunk,
+        memory_chunk,
         parameters,
         config=config,
         compute_dtype=jnp.dtype(compute_dtype),
@@ -156,9 +156,15 @@ def next_token_log_probabilities(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "logits_sharding"))
-def _memory_chunk(parameters, inputs_BxD, next_B, *, config, compute_dtype, logits_sharding):
+def memory_chunk(parameters, inputs_BxD, next_B, *, config, compute_dtype, logits_sharding):
     return next_token_log_probabilities(
-        memory.hidden(parameters, config, inputs_BxD.astype(compute_dtype), compute_dtype=compute_dtype),
+        memory.hidden(
+            parameters,
+            config,
+            inputs_BxD.astype(compute_dtype),
+            compute_dtype=compute_dtype,
+            activations=NamedSharding(logits_sharding.mesh, PartitionSpec(logits_sharding.spec[0])),
+        ),
         memory.output_kernel(parameters),
         next_B,
         vocab_size=config.vocab_size,

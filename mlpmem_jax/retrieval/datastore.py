@@ -31,11 +31,18 @@ def tapped_block(blocks: int, depth: float) -> int:
     return max(1, round(depth * blocks))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "taps", "dtype", "compute_dtype", "vocab_sharding"))
-def _forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, vocab_sharding):
-    """Hidden states at the taps, [B, T, D] of `dtype`, and log p_LM(next) unless `vocab_sharding` is None."""
-    final, tapped = language_model.features(parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype)
-    outputs = [tapped[tap].astype(dtype) for tap in taps]
+@functools.partial(
+    jax.jit, static_argnames=("config", "taps", "dtype", "compute_dtype", "activations", "vocab_sharding")
+)
+def forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, activations, vocab_sharding):
+    """Hidden states at the taps, [B, T, D] of `dtype`, and log p_LM(next) unless `vocab_sharding` is None.
+
+    `activations` is the sharding of hidden states on the mesh, along the batch alone: each process writes whole rows.
+    """
+    final, tapped = language_model.features(
+        parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype, activations=activations
+    )
+    outputs = [jax.lax.with_sharding_constraint(tapped[tap].astype(dtype), activations) for tap in taps]
     if vocab_sharding is None:
         return outputs, None
     log_probabilities = next_token_log_probabilities(
@@ -46,7 +53,8 @@ def _forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_d
         compute_dtype=compute_dtype,
         logits_sharding=vocab_sharding,
     )
-    return outputs, log_probabilities
+    rows = jax.sharding.NamedSharding(activations.mesh, jax.sharding.PartitionSpec(activations.spec[0]))
+    return outputs, jax.lax.with_sharding_constraint(log_probabilities, rows)
 
 
 class _Models:
@@ -77,7 +85,12 @@ class _Models:
     def outputs(self, tokens_BxT: np.ndarray, next_BxT: np.ndarray, scored: bool) -> dict[str, np.ndarray]:
         """This process's rows of every array of the datastore that needs a model."""
         tokens, following = meshes.global_batch(self.mesh, (tokens_BxT, next_BxT), self.rules)
-        run = functools.partial(_forward, dtype=self.dtype, compute_dtype=self.compute_dtype)
+        run = functools.partial(
+            forward,
+            dtype=self.dtype,
+            compute_dtype=self.compute_dtype,
+            activations=meshes.sharding(self.mesh, ("batch", None, None), self.rules),
+        )
         vocab_sharding = meshes.sharding(self.mesh, ("batch", None, "vocab"), self.rules) if scored else None
         base_taps = (self.input_tap,) if self.separate_inputs else (self.base_config.blocks,)
         if self.separate_inputs and self.key_model is self.base:
@@ -142,28 +155,28 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: _M
     writer = ArtifactWriter.create(
         path, "datastore", settings, inputs, _array_specs(models, sequences, length, per_shard, scored)
     )
-    shards, rank, processes = writer.incomplete_shards(), jax.process_index(), jax.process_count()
+    shards, part = writer.incomplete_shards(), meshes.batch_part(models.mesh, models.rules)
     meshes.barrier(f"datastore {split} listed")
-    batch = config.datastore.batch_sequences // processes
+    batch = config.datastore.batch_sequences // part.count
     with progress(len(shards) * per_shard * length, f"datastore/{split}", "positions") as bar:
-        for first in range(0, len(shards), processes):
+        for first in range(0, len(shards), part.count):
             # Every process runs every forward pass, those without a shard of their own on a copy of another.
-            shard = shards[min(first + rank, len(shards) - 1)]
+            shard = shards[min(first + part.index, len(shards) - 1)]
             start = shard * per_shard
             count = min(per_shard, sequences - start)
             tokens_SxT, next_SxT, documents_SxT = read_sequences(stream, start, count, length)
             rows = [
                 models.outputs(*_padded(tokens_SxT, next_SxT, offset, batch), scored)
-                for offset in range(0, per_shard if processes > 1 else count, batch)
+                for offset in range(0, per_shard if part.count > 1 else count, batch)
             ]
             arrays = {name: np.concatenate([row[name] for row in rows])[:count] for name in rows[0]}
             if not np.isfinite(arrays["keys"].astype(np.float32)).all():
                 raise UserError(f"datastore/{split}: shard {shard} has keys that are not finite in {models.dtype.name}")
-            if first + rank < len(shards):
+            if first + part.index < len(shards) and part.leads:
                 writer.write_shard(shard, {**arrays, "next_tokens": next_SxT, "documents": documents_SxT})
-            bar.advance(min(processes, len(shards) - first) * per_shard * length)
+            bar.advance(min(part.count, len(shards) - first) * per_shard * length)
     meshes.barrier(f"datastore {split} written")
-    if rank == 0:
+    if jax.process_index() == 0:
         writer.seal({"sequences": sequences, "positions": sequences * length, "width": models.key_config.width})
     meshes.barrier(f"datastore {split} sealed")
     return open_artifact(path, "datastore")
@@ -185,7 +198,7 @@ def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
     models = _Models(config)
     shards = meshes.batch_shards(models.mesh, models.rules)
-    if config.datastore.batch_sequences % max(shards, jax.process_count()):
+    if config.datastore.batch_sequences % shards:
         raise ConfigError(
             f"config.datastore.batch_sequences: {config.datastore.batch_sequences} is not divided by the {shards} "
             "batch shards of the mesh"

@@ -1,26 +1,36 @@
-"""Keys of the training split in shards, each with a search index; queries, and what they may not retrieve."""
+"""Keys of the training split in shards, each with a search index; queries, and what they may not retrieve.
+
+A process holds one shard at a time, so `config.targets.key_shard_rows` bounds its memory, `host_bytes` says to what. On
+a mesh of several devices the exact backend holds the shard on the devices instead, each process its part.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import pathlib
+import functools
 import tempfile
 
+import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
+from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.errors import ArtifactError
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.retrieval import scann_index
+from mlpmem_jax.retrieval import neighbors, reduction, scann_index
 from mlpmem_jax.retrieval.exact import ExactIndex
+from mlpmem_jax.retrieval.reduction import Projection, ReducedIndex
+from mlpmem_jax.retrieval.ring import MeshIndex
 from mlpmem_jax.retrieval.scann_index import ScannIndex
 
 _READS_AT_ONCE = 16  # small range reads, which wait for storage more than they work
+_MEASURED_AT_ONCE = 1 << 18  # keys of one block of the exact search that approximate ones are compared with
 
-Index = ExactIndex | ScannIndex
+Index = ExactIndex | MeshIndex | ReducedIndex | ScannIndex
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +97,14 @@ class KeyShard:
       first_position: place of the first key within the split.
       next_tokens_N: int32 [N], the token that followed each key.
       documents_N: int32 [N], document of each key, never falling.
+      is_on_mesh: whether all processes have to search it together.
     """
 
     index: Index
     first_position: int
     next_tokens_N: np.ndarray
     documents_N: np.ndarray
+    is_on_mesh: bool = False
 
     def excluded(self, queries: Queries, exclude: str) -> np.ndarray:
         """Keys of this shard that queries of the *training* split may not retrieve: [start, stop) int32 [Q, 2].
@@ -109,75 +121,191 @@ class KeyShard:
         return np.stack(ranges, axis=1).astype(np.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How shards are searched; the keys of config.targets of these names.
+
+    Attributes:
+      backend: "scann" or "exact".
+      k: neighbors that will be asked for.
+      search_dimensions: dimensions that candidates are found in; 0 for all that keys have.
+      recall_target: of the selection on the devices of a mesh, see `ring.search_program`.
+      training_sample: keys that ScaNN and the reduction of dimensions are trained on.
+      leaves, leaves_to_search, reorder: see `scann_index.Options.derive`.
+    """
+
+    backend: str
+    k: int
+    search_dimensions: int = 0
+    recall_target: float = 1.0
+    training_sample: int = 100_000
+    leaves: int = 0
+    leaves_to_search: int = 0
+    reorder: int = 0
+
+    @property
+    def candidates(self) -> int:
+        """How many neighbors the index is asked for."""
+        return reduction.candidates(self.k) if self.search_dimensions else self.k
+
+
+def host_bytes(rows: int, width: int, key_bytes: int, search: Search, processes: int = 1) -> int:
+    """The most memory, in bytes, that the keys of a shard take in a process.
+
+    ScaNN's was measured (docs/neighbors.md): while an index is loaded, the keys in float32, one and a half bytes of
+    hashes for each number, and 96 bytes more a key; while it is trained, 50 bytes for each number of the sample and
+    1,200 more a key. Where candidates come from fewer dimensions, whole keys are held beside the index.
+
+    Args:
+      rows: keys of the shard.
+      width: numbers in a key.
+      key_bytes: bytes of one number in the datastore.
+      search: how shards are searched.
+      processes: that the exact backend spreads a shard over.
+    """
+    searched = search.search_dimensions or width
+    if search.backend == "scann":
+        sample = min(search.training_sample, rows)
+        index = max(int(rows * (5.5 * searched + 96)), sample * (50 * searched + 1200))
+    else:
+        index = rows * 8 * searched // processes
+    return index + (rows * width * key_bytes if search.search_dimensions else 0)
+
+
 class KeyShards:
     """All key shards of a training datastore. One index is in memory at a time; each is built once and kept."""
 
-    def __init__(self, datastore: Artifact, rows: int, scratch: epath.Path, backend: str, k: int, options: dict):
+    def __init__(self, datastore: Artifact, rows: int, scratch: epath.Path, search: Search, mesh: Mesh | None = None):
         """Divides the sequences evenly over the fewest shards of at most `rows` keys (and at least one sequence).
 
         Args:
           datastore: of the training split.
           rows: keys in one shard.
-          scratch: folder for the built indices.
-          backend: "scann" or "exact".
-          k: neighbors that will be asked for.
-          options: what `scann_index.Options.derive` takes beside the number of keys and k.
+          scratch: existing folder for what is built.
+          search: how shards are searched.
+          mesh: devices over which the exact backend spreads a shard; None for the default device alone.
         """
         sequences, self._length = datastore.arrays["next_tokens"].shape
         count = min(sequences, -(-sequences * self._length // rows))
         self.bounds = [sequences * shard // count for shard in range(count + 1)]
-        self._datastore, self._scratch, self._backend = datastore, scratch, backend
-        self._k, self._options = k, options
+        self._datastore, self._scratch, self._search, self._mesh = datastore, scratch, search, mesh
         self._opened: tuple[int, KeyShard] | None = None
+        self.width, self._dtype = datastore.arrays["keys"].shape[2], np.dtype(datastore.arrays["keys"].dtype)
+        self._searched_width = search.search_dimensions or self.width
+        self.projection = self._fit_projection() if search.search_dimensions else None
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    def keys(self, shard: int) -> np.ndarray:
-        """float32 [N, D]."""
-        first, last = self.bounds[shard : shard + 2]
-        keys_NxD = np.empty(((last - first) * self._length, self._datastore.arrays["keys"].shape[2]), np.float32)
-        step = self._datastore.arrays["keys"].rows_per_shard
-        for start in range(first, last, step):
-            part = self._datastore.read("keys", start, min(start + step, last))
-            offset = (start - first) * self._length
-            keys_NxD[offset : offset + part.shape[0] * self._length] = part.reshape(-1, part.shape[-1])
-        return keys_NxD
+    @property
+    def are_on_mesh(self) -> bool:
+        """Whether all processes have to open and search the shards together."""
+        return self._mesh is not None
+
+    def _fit_projection(self) -> Projection:
+        """Fitted by the first process alone, on sequences at even distances, and kept."""
+        file = self._scratch / "projection.npy"
+        if jax.process_index() == 0 and not file.exists():
+            count = min(self.bounds[-1], -(-self._search.training_sample // self._length))
+            chosen = np.linspace(0, self.bounds[-1] - 1, count).astype(int).tolist()
+            with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+                sample = list(threads.map(lambda row: self._datastore.read("keys", row, row + 1)[0], chosen))
+            with writing(file):
+                reduction.fit(np.concatenate(sample), self._search.search_dimensions).save(file)
+        meshes.barrier("targets projection fitted")
+        return Projection.load(file)
+
+    def rows(self, shard: int) -> int:
+        """How many keys the shard has."""
+        return (self.bounds[shard + 1] - self.bounds[shard]) * self._length
+
+    def keys(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Keys `start` to `stop` of a shard as the datastore has them, [N, D]."""
+        return self._read(shard, start, stop, self.width, self._dtype, lambda keys_NxD: keys_NxD)
+
+    def _searched_keys(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """What is searched of the keys `start` to `stop`: float32 [N, D], or [N, M] of the projection."""
+        project = self.projection or (lambda keys_NxD: keys_NxD)
+        return self._read(shard, start, stop, self._searched_width, np.float32, project)
+
+    def _read(self, shard: int, start: int, stop: int | None, width: int, dtype, convert) -> np.ndarray:
+        """`convert(keys)`, read and converted a stored shard of the datastore at a time: [N, width] of `dtype`."""
+        first, stop = self.bounds[shard] * self._length, self.rows(shard) if stop is None else stop
+        converted = np.empty((stop - start, width), dtype)
+        step = self._datastore.arrays["keys"].rows_per_shard * self._length
+        for begin in range(start, stop, step):
+            end = min(begin + step, stop)
+            sequences = (first + begin) // self._length, -(-(first + end) // self._length)
+            keys_NxD = self._datastore.read("keys", *sequences).reshape(-1, self.width)
+            skipped = first + begin - sequences[0] * self._length
+            converted[begin - start : end - start] = convert(keys_NxD[skipped : skipped + end - begin])
+        return converted
+
+    def exact_neighbors(
+        self, shard: int, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What an exact search in all dimensions returns, a block of keys at a time; as `ExactIndex.search`."""
+        if self._mesh is not None:
+            return self._on_mesh(shard, self.width, self.keys, 1.0).search(queries_QxD, k, excluded_Qx2)
+        best, size = None, self.rows(shard)
+        for start in range(0, size, _MEASURED_AT_ONCE):
+            block = ExactIndex(self.keys(shard, start, min(start + _MEASURED_AT_ONCE, size)))
+            distances_QxK, ids_QxK = block.search(queries_QxD, k, excluded_Qx2 - start)
+            best = neighbors.merge(best, neighbors.pack(distances_QxK, ids_QxK + np.int32(start)))
+        return neighbors.unpack(best)
 
     def open(self, shard: int) -> KeyShard:
         """The shard with its index, loaded where it was built before, otherwise built and saved."""
         if self._opened is None or self._opened[0] != shard:
             self._opened = None  # frees the memory of the one before
             first, last = self.bounds[shard : shard + 2]
+            index = self._index(shard)
             key_shard = KeyShard(
-                index=self._load_or_build(shard, (last - first) * self._length),
+                index=index if self.projection is None else ReducedIndex(index, self.projection, self.keys(shard)),
                 first_position=first * self._length,
                 next_tokens_N=self._datastore.read("next_tokens", first, last).ravel(),
                 documents_N=self._datastore.read("documents", first, last).ravel(),
+                is_on_mesh=self.are_on_mesh,
             )
             self._opened = (shard, key_shard)
         return self._opened[1]
 
-    def _load_or_build(self, shard: int, size: int) -> Index:
-        if self._backend == "exact":
-            return ExactIndex(self.keys(shard))  # nothing is built that would be worth keeping
-        options = scann_index.Options.derive(size, self._k, **self._options)
+    def _index(self, shard: int) -> ExactIndex | MeshIndex | ScannIndex:
+        if self._search.backend == "scann":
+            return self._load_or_build(shard)
+        if self._mesh is None:
+            return ExactIndex(self._searched_keys(shard))  # nothing is built that would be worth keeping
+        return self._on_mesh(shard, self._searched_width, self._searched_keys, self._search.recall_target)
+
+    def _on_mesh(self, shard: int, width: int, read, recall_target: float) -> MeshIndex:
+        return MeshIndex(
+            self.rows(shard), width, self._dtype, functools.partial(read, shard), self._mesh, recall_target
+        )
+
+    def _load_or_build(self, shard: int) -> ScannIndex:
+        search, size = self._search, self.rows(shard)
+        options = scann_index.Options.derive(
+            size, search.candidates, search.leaves, search.leaves_to_search, search.reorder, search.training_sample
+        )
         folder = self._scratch / f"index_{shard:04d}"
         complete = folder.parent / f"{folder.name}.complete"
-        if complete.exists():
-            with tempfile.TemporaryDirectory() as copy:
-                return ScannIndex.load(_local(folder, pathlib.Path(copy)), size, options)
-        say(f"targets: building index {shard + 1} of {len(self)}: {size:,} keys, {options}")
-        index = ScannIndex.build(self.keys(shard), options)
-        if folder.exists():
-            folder.rmtree()
-        with writing(folder), tempfile.TemporaryDirectory() as temporary:
-            folder.mkdir(parents=True)
-            index.save(temporary if _is_remote(folder) else str(folder))
-            for file in epath.Path(temporary).iterdir():
-                file.copy(folder / file.name)
-            complete.write_text("")
-        return index
+        with tempfile.TemporaryDirectory() as local:  # stays empty where the folder itself is local
+            if not complete.exists():
+                say(f"targets: building index {shard + 1} of {len(self)}: {size:,} keys, {options}")
+                if folder.exists():
+                    folder.rmtree()
+                with writing(folder):
+                    folder.mkdir(parents=True)
+                    read = functools.partial(self._searched_keys, shard)
+                    target = local if _is_remote(folder) else str(folder)
+                    scann_index.write(target, size, self._searched_width, read, options)
+                    for file in epath.Path(local).iterdir():
+                        file.copy(folder / file.name)
+                    complete.write_text("")
+            elif _is_remote(folder):
+                for file in folder.iterdir():
+                    file.copy(epath.Path(local) / file.name)
+            return ScannIndex.load(local if _is_remote(folder) else str(folder), size, options)
 
 
 @contextlib.contextmanager
@@ -197,13 +325,5 @@ def writing(path: epath.Path):
 
 
 def _is_remote(path: epath.Path) -> bool:
+    """ScaNN reads and writes local files alone."""
     return "://" in str(path)
-
-
-def _local(folder: epath.Path, copy: pathlib.Path) -> str:
-    """A local folder with the same files: ScaNN reads and writes local files alone."""
-    if not _is_remote(folder):
-        return str(folder)
-    for file in folder.iterdir():
-        file.copy(copy / file.name)
-    return str(copy)

@@ -6,7 +6,6 @@ import numpy as np
 
 from mlpmem_jax.retrieval import neighbors
 from mlpmem_jax.retrieval.distribution import sparse_distributions, total_variation
-from mlpmem_jax.retrieval.exact import ExactIndex
 from mlpmem_jax.retrieval.key_shards import KeyShards, Queries
 
 
@@ -19,7 +18,7 @@ def contains(ids_QxK: np.ndarray, wanted_QxK: np.ndarray) -> np.ndarray:
 
 
 def measure(key_shards: KeyShards, queries: Queries, exclude: str, k: int, temperature: float) -> dict[str, float]:
-    """Compares the indices of all key shards with exact search.
+    """Compares the indices of all key shards with exact search in all dimensions.
 
     Args:
       key_shards: of the training split.
@@ -35,7 +34,7 @@ def measure(key_shards: KeyShards, queries: Queries, exclude: str, k: int, tempe
         shard = key_shards.open(number)
         excluded_Qx2 = shard.excluded(queries, exclude)
         distances_QxK, ids_QxK = shard.index.search(queries.keys_QxD, k, excluded_Qx2)
-        true_distances_QxK, true_ids_QxK = ExactIndex(key_shards.keys(number)).search(queries.keys_QxD, k, excluded_Qx2)
+        true_distances_QxK, true_ids_QxK = key_shards.exact_neighbors(number, queries.keys_QxD, k, excluded_Qx2)
         found_QxK = contains(ids_QxK, true_ids_QxK).astype(np.int32)
         was_found = neighbors.merge(was_found, neighbors.pack(true_distances_QxK, found_QxK))
         tokens = shard.next_tokens_N

@@ -1,26 +1,36 @@
 """Approximate nearest neighbors with ScaNN: a tree of clusters, asymmetric hashing, exact reordering in float32.
 
+ScaNN trains clusters and hashes on a sample. Giving every key its cluster and its hash is the greater part of the work
+where there are many keys; it is done here, on the device that JAX finds, and written as the files that ScaNN loads. The
+keys pass through in blocks, so that a build needs no more memory than the index it leaves.
+
 Two builds from the same keys are the same, byte for byte. ScaNN does not promise that: it draws random seeds from the
-operating system, so the clusters are seeded by k-means++; and threads that share the work of assigning keys to clusters
-disagree about a few of them from run to run, so one thread builds. Searches may use any number.
+operating system, so the clusters are seeded by k-means++; and its threads disagree about a few keys from run to run, so
+one thread trains. Searches may use any number.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
+import pathlib
+import tempfile
+from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from mlpmem_jax.core.runtime import no_native_log
 from mlpmem_jax.retrieval import neighbors
 
 _BRUTE_FORCE_BELOW = 4096  # too few keys to cluster and hash well
 # More than these of ScaNN's trainings made no difference to the recall.
 _TREE_ITERATIONS, _HASHING_ITERATIONS, _HASHING_SAMPLE = 6, 5, 25_000
 _SMALLEST_LEAF = 4  # of the sample; ScaNN's 50 dissolves leaves when the sample has fewer than about 100 keys a leaf
+_KEYS_PER_BLOCK = 8192
 _ROWS_PER_CALL = 256
 _RETRIED_NEIGHBORS = 1 << 22  # of one call: 32 MiB of ids and distances
 
@@ -66,50 +76,121 @@ class Options:
             leaves=leaves,
             leaves_to_search=min(leaves_to_search or touched, leaves),
             reorder=round(reorder / k if reorder else 1 + 9 / math.sqrt(k), 2),
-            training_sample=min(training_sample, num_keys),
+            training_sample=min(max(training_sample, leaves), num_keys),
         )
 
 
+def write(folder, size: int, width: int, read: Callable[[int, int], np.ndarray], options: Options) -> None:
+    """Builds an index as files in an existing empty local folder, for `ScannIndex.load`.
+
+    Args:
+      size: N.
+      width: D.
+      read: function of (start, stop) that gives keys, float32 [stop - start, D].
+    """
+    folder = pathlib.Path(folder)
+    if size < _BRUTE_FORCE_BELOW:
+        _save(_scann().builder(np.ascontiguousarray(read(0, size)), 1, "squared_l2").score_brute_force(), folder)
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        keys_NxD = _create(pathlib.Path(unfinished) / "dataset.npy", (size, width), np.float32)
+        for start in range(0, size, _KEYS_PER_BLOCK):
+            keys_NxD[start : start + _KEYS_PER_BLOCK] = read(start, min(start + _KEYS_PER_BLOCK, size))
+        # Drawn, because keys at even distances could all stand at the same place of their sequences.
+        sample_S = np.sort(np.random.default_rng(0).choice(size, options.training_sample, replace=False))
+        _train(keys_NxD[sample_S], options, folder)
+        centers_LxD, leaves_L, codebook_Dx16 = _trained(folder)
+        leaf_N = _create(pathlib.Path(unfinished) / "datapoint_to_token.npy", (size,), np.int32)
+        codes_NxD = _create(pathlib.Path(unfinished) / "hashed_dataset.npy", (size, width), np.uint8)
+        for start in range(0, size, _KEYS_PER_BLOCK):
+            part = slice(start, min(start + _KEYS_PER_BLOCK, size))
+            keys_BxD = np.zeros((_KEYS_PER_BLOCK, width), np.float32)  # one shape, one compilation
+            keys_BxD[: part.stop - start] = keys_NxD[part]
+            nearest_B, codes_BxD = _fill(keys_BxD, centers_LxD, codebook_Dx16)
+            leaf_N[part] = leaves_L[np.asarray(nearest_B)[: part.stop - start]]
+            codes_NxD[part] = np.asarray(codes_BxD)[: part.stop - start]
+        for array in (keys_NxD, leaf_N, codes_NxD):
+            array.flush()
+            os.replace(array.filename, folder / pathlib.Path(array.filename).name)
+
+
+def _create(file: pathlib.Path, shape: tuple[int, ...], dtype) -> np.memmap:
+    return np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+
+
+def _train(keys_SxD: np.ndarray, options: Options, folder: pathlib.Path) -> None:
+    """Writes the index that ScaNN makes of a sample, float32 [S, D]."""
+    builder = (
+        _scann()
+        .builder(keys_SxD, 1, "squared_l2")
+        .tree(
+            options.leaves,
+            options.leaves_to_search,
+            training_sample_size=len(keys_SxD),
+            training_iterations=_TREE_ITERATIONS,
+            min_partition_size=_SMALLEST_LEAF,
+            random_init=False,
+        )
+    )
+    # One dimension a block: more bytes to scan than two, far fewer candidates to reorder for the same recall.
+    builder = builder.score_ah(
+        1, training_sample_size=min(_HASHING_SAMPLE, len(keys_SxD)), training_iterations=_HASHING_ITERATIONS
+    )
+    _save(builder.reorder(1), folder)
+
+
+def _save(builder, folder: pathlib.Path) -> None:
+    builder.set_n_training_threads(1)
+    with no_native_log():
+        builder.build().serialize(str(folder), relative_path=True)
+
+
+def _trained(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(centers of the clusters [L, D], their numbers int32 [L], centers of the hashes [D, 16]) that ScaNN wrote."""
+    from scann.partitioning import partitioner_pb2
+    from scann.proto import centers_pb2
+
+    root = partitioner_pb2.SerializedPartitioner.FromString((folder / "serialized_partitioner.pb").read_bytes())
+    root = root.kmeans.kmeans_tree.root
+    codebook = centers_pb2.CentersForAllSubspaces.FromString((folder / "ah_codebook.pb").read_bytes())
+    return (
+        np.array([center.dimension for center in root.centers], np.float32),
+        np.array([child.leaf_id for child in root.children], np.int32),
+        np.array([[c.feature_value_float[0] for c in one.center] for one in codebook.subspace_centers], np.float32),
+    )
+
+
+@jax.jit
+def _fill(keys_BxD, centers_LxD, codebook_DxC):
+    """(nearest cluster of each key int32 [B], nearest center of each of its numbers uint8 [B, D])."""
+    products_BxL = jnp.matmul(keys_BxD, centers_LxD.T, precision=jax.lax.Precision.HIGHEST)
+    nearest_B = jnp.argmin(jnp.sum(centers_LxD**2, axis=1) - 2 * products_BxL, axis=1)
+    order_DxC = jnp.argsort(codebook_DxC, axis=1)
+    rising_DxC = jnp.take_along_axis(codebook_DxC, order_DxC, axis=1)
+    codes_BxD = jnp.broadcast_to(order_DxC[:, 0], keys_BxD.shape)
+    for center in range(1, codebook_DxC.shape[1]):
+        is_past_BxD = keys_BxD > (rising_DxC[:, center - 1] + rising_DxC[:, center]) / 2
+        codes_BxD = jnp.where(is_past_BxD, order_DxC[:, center], codes_BxD)
+    return nearest_B, codes_BxD.astype(jnp.uint8)
+
+
 class ScannIndex:
-    """A ScaNN searcher over N keys. Make one with `build` or `load`."""
+    """A ScaNN searcher over N keys. Make one with `build`, or with `write` and `load`."""
 
     def __init__(self, searcher, size: int, options: Options):
         self._searcher, self.size, self.options = searcher, size, options
 
     @classmethod
     def build(cls, keys_NxD: np.ndarray, options: Options) -> ScannIndex:
-        """Trains clusters and hashes on `keys_NxD` (float32 [N, D]) and fills the index."""
-        builder = _scann().builder(np.ascontiguousarray(keys_NxD, np.float32), 1, "squared_l2")
-        if len(keys_NxD) < _BRUTE_FORCE_BELOW:
-            builder = builder.score_brute_force()
-        else:
-            builder = builder.tree(
-                options.leaves,
-                options.leaves_to_search,
-                training_sample_size=options.training_sample,
-                training_iterations=_TREE_ITERATIONS,
-                min_partition_size=_SMALLEST_LEAF,
-                random_init=False,
-            )
-            # One dimension a block: more bytes to scan than two, far fewer candidates to reorder for the same recall.
-            builder = builder.score_ah(
-                1,
-                training_sample_size=min(_HASHING_SAMPLE, options.training_sample),
-                training_iterations=_HASHING_ITERATIONS,
-            ).reorder(1)
-        builder.set_n_training_threads(1)
-        with _no_native_log():
-            return cls(builder.build(), len(keys_NxD), options)
-
-    def save(self, folder) -> None:
-        """Writes the index to an existing empty folder."""
-        with _no_native_log():
-            self._searcher.serialize(str(folder), relative_path=True)
+        """The index of keys that are in memory, float32 [N, D]."""
+        with tempfile.TemporaryDirectory() as folder:
+            write(folder, *keys_NxD.shape, lambda start, stop: keys_NxD[start:stop], options)
+            return cls.load(folder, len(keys_NxD), options)
 
     @classmethod
     def load(cls, folder, size: int, options: Options) -> ScannIndex:
-        """Reads what `save` wrote."""
-        with _no_native_log():
+        """Reads what `write` wrote."""
+        with no_native_log():
             return cls(_scann().load_searcher(str(folder)), size, options)
 
     def search(
@@ -168,16 +249,3 @@ def _scann():
     from scann import scann_ops_pybind  # here, because there is no wheel for every machine
 
     return scann_ops_pybind
-
-
-@contextlib.contextmanager
-def _no_native_log():
-    """Keeps ScaNN's C++ log off standard error; its errors come as exceptions all the same."""
-    saved = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)

@@ -19,15 +19,20 @@ from etils import epath
 
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core import runtime
 from mlpmem_jax.core.artifacts import ArraySpec, Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.retrieval import neighbors, quality, scann_index, temperature
 from mlpmem_jax.retrieval.datastore import SPLITS
-from mlpmem_jax.retrieval.key_shards import KeyShards, sample_queries
+from mlpmem_jax.retrieval.key_shards import KeyShards, Search, host_bytes, sample_queries
 from mlpmem_jax.retrieval.tiles import Plan, Split, find_neighbors, make_tiles
 
 _GOOD_RECALL = 0.95
+_RAISES_RECALL = {
+    "scann": "leaves_to_search, .reorder or .search_dimensions",
+    "exact": "recall_target or .search_dimensions",
+}
 _ENTRIES_PER_CHUNK = 8192  # unit of one range read of the ragged arrays
 
 
@@ -73,6 +78,8 @@ def _measure(config, plan: Plan, datastores: dict[str, Artifact], key_shards: Ke
     """The temperature, and how good the approximate search is; figures for the manifest."""
     count = config.targets.quality_positions
     figures: dict = {"backend": plan.backend, "k": plan.k, "temperature": config.targets.temperature}
+    if key_shards.projection is not None:
+        figures["search_variance_kept"] = key_shards.projection.variance_kept
     if not config.targets.temperature:
         queries = sample_queries(datastores["validation"], count)
         packed_QxK = None
@@ -86,11 +93,11 @@ def _measure(config, plan: Plan, datastores: dict[str, Artifact], key_shards: Ke
             "temperature": choice.temperature,
             "sample_interpolation_weight": choice.interpolation_weight,
         }
-    if plan.backend == "exact":
+    if plan.backend == "exact" and key_shards.projection is None and config.targets.recall_target == 1:
         return figures | {"recall_at_k": 1.0, "total_variation": 0.0}
     queries = sample_queries(datastores["train"], count)
     figures |= quality.measure(key_shards, queries, plan.exclude, plan.k, figures["temperature"])
-    advice = "" if figures["recall_at_k"] >= _GOOD_RECALL else "; raise config.targets.leaves_to_search or .reorder"
+    advice = "" if figures["recall_at_k"] >= _GOOD_RECALL else f"; raise config.targets.{_RAISES_RECALL[plan.backend]}"
     say(
         f"targets: temperature {figures['temperature']:.4g}, recall@{plan.k} {figures['recall_at_k']:.3f}, "
         f"total variation {figures['total_variation']:.4f}{advice}"
@@ -98,13 +105,16 @@ def _measure(config, plan: Plan, datastores: dict[str, Artifact], key_shards: Ke
     return figures
 
 
-def _measured_once(scratch: epath.Path, measure) -> dict:
-    """What `measure()` returns, run by the first process alone and kept in the scratch folder."""
+def _measured_once(scratch: epath.Path, measure, together: bool) -> dict:
+    """What `measure()` returns, run by the first process alone or by all together, kept in the scratch folder."""
     file = scratch / "measured.json"
-    if jax.process_index() == 0 and not file.exists():
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(measure()))
-        unfinished.replace(file)
+    is_first = jax.process_index() == 0
+    if (is_first or together) and not file.exists():
+        measured = measure()
+        if is_first:
+            unfinished = file.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(measured))
+            unfinished.replace(file)
     meshes.barrier("targets measured")
     return json.loads(file.read_text())
 
@@ -117,7 +127,7 @@ def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
     """
     workdir = epath.Path(config.workdir)
     datastores = {split: open_artifact(workdir / "datastore" / split, "datastore") for split in SPLITS}
-    settings = {**configs.plain(config.targets), "backend": resolve_backend(config.targets.backend)}
+    settings = _settings(config)
     inputs = {f"datastore/{split}": datastores[split].fingerprint for split in SPLITS}
     folder = workdir / "targets"
     finished = {split: find_finished(folder / split, "targets", settings, inputs) for split in SPLITS}
@@ -130,11 +140,25 @@ def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
     return {split: open_artifact(folder / split, "targets") for split in SPLITS}
 
 
+def _settings(config: ml_collections.ConfigDict) -> dict:
+    """config.targets as manifests keep it, without the keys that change nothing as they stand."""
+    settings = {**configs.plain(config.targets), "backend": resolve_backend(config.targets.backend)}
+    if not settings["search_dimensions"]:
+        del settings["search_dimensions"]
+    if settings["recall_target"] == 1:
+        del settings["recall_target"]
+    return settings
+
+
 def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact], names: list[str]) -> None:
     """Makes the splits `names`; those finished before stay as they are."""
     workdir = epath.Path(config.workdir)
     plan = Plan(**{field.name: settings[field.name] for field in dataclasses.fields(Plan)})
-    _check(plan, datastores["train"])
+    search = Search(
+        **{field.name: settings[field.name] for field in dataclasses.fields(Search) if field.name in settings}
+    )
+    mesh = meshes.mesh_of(config)[0] if plan.backend == "exact" and jax.device_count() > 1 else None
+    _check(plan, search, settings["key_shard_rows"], datastores["train"])
     digest = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()[:12]
     scratch = workdir / "targets" / "scratch" / digest  # what another config left there is not taken for this one's
     token_dtype = "uint16" if open_artifact(workdir / "tokens", "tokens").arrays["train"].dtype == "uint16" else "int32"
@@ -149,13 +173,14 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
         for split in names
     }
     scratch.mkdir(parents=True, exist_ok=True)
-    options = {name: settings[name] for name in ("leaves", "leaves_to_search", "reorder", "training_sample")}
-    rows = settings["key_shard_rows"]
-    key_shards = KeyShards(datastores["train"], rows, scratch, plan.backend, plan.k, options)
-    for number in range(jax.process_index(), len(key_shards), jax.process_count()):
-        key_shards.open(number)
+    key_shards = KeyShards(datastores["train"], settings["key_shard_rows"], scratch, search, mesh)
+    if plan.backend == "scann":
+        for number in range(jax.process_index(), len(key_shards), jax.process_count()):
+            key_shards.open(number)
     meshes.barrier("targets indices built")
-    measured = _measured_once(scratch, lambda: _measure(config, plan, datastores, key_shards))
+    measured = _measured_once(
+        scratch, lambda: _measure(config, plan, datastores, key_shards), together=key_shards.are_on_mesh
+    )
 
     splits = [Split(split, datastores[split], writers[split], scratch, token_dtype) for split in names]
     make_tiles(splits, key_shards, plan, measured["temperature"])
@@ -166,13 +191,36 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
     meshes.barrier("targets sealed")
 
 
-def _check(plan: Plan, datastore: Artifact) -> None:
-    sequences, length = datastore.arrays["next_tokens"].shape
+def _check(plan: Plan, search: Search, key_shard_rows: int, datastore: Artifact) -> None:
+    """Raises ConfigError where the config does not suit the keys, or a shard of them not this machine."""
+    sequences, length, width = datastore.arrays["keys"].shape
     if plan.k >= sequences * length:
         raise ConfigError(
             f"config.targets.k: {plan.k} neighbors of {sequences * length} training positions; lower it, or give more "
             "text"
         )
+    if search.search_dimensions >= width:
+        raise ConfigError(
+            f"config.targets.search_dimensions: expected fewer than the {width} dimensions of the keys, or 0 for all, "
+            f"found {search.search_dimensions}"
+        )
+    sample = min(search.training_sample, sequences * length)
+    if search.search_dimensions > sample:
+        raise ConfigError(
+            f"config.targets.search_dimensions: {search.search_dimensions} cannot be fitted on a sample of {sample} "
+            "keys; lower it, or raise config.targets.training_sample"
+        )
+    rows = min(key_shard_rows, sequences * length)
+    key_bytes = np.dtype(datastore.arrays["keys"].dtype).itemsize
+    spread = jax.process_count() if jax.device_count() > 1 else 1
+    needed, there = host_bytes(rows, width, key_bytes, search, spread), runtime.memory_bytes()
+    if needed > there:
+        raise ConfigError(
+            f"config.targets.key_shard_rows: a shard of {rows:,} keys takes {needed / 2**30:,.1f} GiB of memory in a "
+            f"process, this machine has {there / 2**30:,.1f} GiB; lower it to {int(rows * there / needed):,} or less, "
+            "or set config.targets.search_dimensions"
+        )
+    say(f"targets: shards of up to {rows:,} keys take at most {needed / 2**30:,.1f} GiB of memory in a process")
     if plan.exclude == "document":
         first, last = (datastore.read("documents", row, row + 1)[0] for row in (0, sequences - 1))
         if first[0] == last[-1]:

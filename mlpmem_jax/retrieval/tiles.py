@@ -19,7 +19,7 @@ from etils import epath
 
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter
 from mlpmem_jax.core.progress import progress
-from mlpmem_jax.retrieval import neighbors
+from mlpmem_jax.retrieval import neighbors, ring
 from mlpmem_jax.retrieval.distribution import SparseDistributions, sparse_distributions
 from mlpmem_jax.retrieval.key_shards import KeyShard, KeyShards, Queries, read_queries, writing
 
@@ -165,10 +165,15 @@ def pieces(
       Packed neighbors; or, with a temperature, distributions and how many of their positions lack k neighbors.
     """
     rows = max(1, _NEIGHBORS_AT_ONCE // plan.k)
+    # The devices of a mesh search in step with those of other processes: in this thread, one batch after another.
+    found_on_mesh_QxK = find_neighbors(key_shard, queries, plan, split) if key_shard.is_on_mesh else None
 
     def work(start: int):
         part = slice(start, start + rows)
-        found_QxK = find_neighbors(key_shard, queries[part], plan, split)
+        if found_on_mesh_QxK is None:
+            found_QxK = find_neighbors(key_shard, queries[part], plan, split)
+        else:
+            found_QxK = found_on_mesh_QxK[part]
         packed_QxK = neighbors.merge(None if before_QxK is None else before_QxK[part], found_QxK)
         if temperature is None:
             return packed_QxK
@@ -189,10 +194,14 @@ def make_tiles(splits: list[Split], key_shards: KeyShards, plan: Plan, temperatu
     done = sum(split.positions(shard) * begun for split, shard, begun in work)
     with progress(total, "targets", "positions" if count == 1 else "positions x key shards", done) as bar:
         for number in range(count):
-            for split, shard, begun in work:
-                if begun <= number:
-                    _make_tile(split, shard, key_shards, number, plan, temperature)
-                    bar.advance(split.positions(shard))
+            left = [(split, shard) for split, shard, begun in work if begun <= number]
+            # On a mesh no process may stay away while another has queries left.
+            idle = ring.most(len(left)) - len(left) if key_shards.are_on_mesh else 0
+            for split, shard in left:
+                _make_tile(split, shard, key_shards, number, plan, temperature)
+                bar.advance(split.positions(shard))
+            for _ in range(idle):
+                key_shards.open(number).index.search(np.empty((0, key_shards.width), np.float32), plan.k)
 
 
 def _make_tile(split: Split, shard: int, key_shards: KeyShards, number: int, plan: Plan, temperature: float) -> None:

@@ -92,7 +92,8 @@ def _laws(fitted: dict, laws: dict[str, PowerLaw], sweep: Sweep, styles: dict) -
     losses = [np.log(points_Px3[:, 2]) for points_Px3 in sweep.points.values()]
     low, high = np.min(np.concatenate(losses)), np.max(np.concatenate(losses))
     margin = 0.14 * max(high - low, 0.05)
-    left.set_ylim(math.exp(low - margin), math.exp(high + margin))
+    above = margin if len(styles) < 4 else 0.075 * len(styles) * (high - low)  # room for a long legend
+    left.set_ylim(math.exp(low - margin), math.exp(high + above))
     _ticks(left.yaxis, left.get_ylim())
     left.legend(loc="upper right", **_LEGEND)
     left.set_title(
@@ -102,7 +103,7 @@ def _laws(fitted: dict, laws: dict[str, PowerLaw], sweep: Sweep, styles: dict) -
     )
     _draw_exponents(right, fitted, styles)
     if fitted["comparison"]:
-        verdict = textwrap.fill(_plain(fitted["comparison"]["verdict"]), 165)
+        verdict = textwrap.fill(_plain(fitted["comparison"]["verdict"]), 140)
         figure.supxlabel(verdict, fontsize=9.5, x=0.012, ha="left", color=INK)
     return figure
 
@@ -134,8 +135,7 @@ def _draw_exponents(axes: matplotlib.axes.Axes, fitted: dict, styles: dict) -> N
         numbers = "unbounded"
         if ratio["low"] is not None:
             numbers = f"{ratio['value']:.2f}  [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-        text = _plain(f"ratio {comparison['arm']} / {comparison['reference']}: {numbers}")
-        axes.set_title(text, loc="left", pad=10, fontsize=11)
+        axes.set_title(f"ratio of exponents: {numbers}", loc="left", pad=10)
 
 
 def _label(arm: str) -> str:
@@ -185,7 +185,7 @@ def _frontier(fitted: dict, sweep: Sweep, styles: dict) -> matplotlib.figure.Fig
     last.set_title("compute-optimal size", loc="left", pad=8)
     _ticks(last.xaxis, last.get_xlim())
     _ticks(last.yaxis, last.get_ylim())
-    last.legend(loc="upper left", **_LEGEND)
+    last.legend(loc="lower right", **_LEGEND)
     return figure
 
 

@@ -14,6 +14,7 @@ from mlpmem_jax.core.errors import UserError
 
 COLUMNS = ("arm", "parameters", "tokens", "flops", "perplexity", "seed")
 LEAST_SIZES = 3
+FILE = "points.csv"
 SAME_BUDGET = 1.1  # whole optimizer steps round a budget; runs within this factor of compute share one
 
 
@@ -83,6 +84,20 @@ class Sweep:
     corpus: str | None
     arms: dict[str, Runs]
     points: dict[str, np.ndarray]
+
+
+def of_sweep(workdir) -> epath.Path:
+    """The file of points in the workdir of a sweep.
+
+    Raises:
+      UserError: the sweep has written none.
+    """
+    file = epath.Path(workdir) / FILE
+    if not file.is_file():
+        raise UserError(
+            f"--runs={workdir}: holds no {FILE}; expected the workdir of a sweep, which mlpmem sweep ends by writing it"
+        )
+    return file
 
 
 def read(points_csv, against: str = "parameters") -> Sweep:

@@ -51,6 +51,7 @@ def train(
     folder: str,
     model: language_model.Config,
     initialise,
+    group: str = "base.training",
 ) -> tuple[dict, dict[str, float]]:
     """Trains a language model on the tokens of `config.workdir`.
 
@@ -61,12 +62,13 @@ def train(
       folder: for checkpoints and metrics.
       model: dimensions.
       initialise: makes the first parameters.
+      group: the config's name for `settings`.
 
     Returns:
       The parameters with the best validation perplexity, and figures about them.
     """
     mesh, rules = meshes.mesh_of(config)
-    loop.check_batch(settings, mesh, rules, "base.training")
+    loop.check_batch(settings, mesh, rules, group)
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
     length = config.base.context_length
     held_out = TokenStream(tokens, "validation")

@@ -9,14 +9,13 @@ from __future__ import annotations
 import ml_collections
 from etils import epath
 
-from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import mesh as meshes
-from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.runtime import measured_stage
 from mlpmem_jax.models import flops, saved
-from mlpmem_jax.training import base, memory
+from mlpmem_jax.training import continued as continued_training
+from mlpmem_jax.training import memory
 
 CONTINUED, CE_ONLY = "controls/continued", "controls/ce_only"
 
@@ -24,27 +23,18 @@ CONTINUED, CE_ONLY = "controls/continued", "controls/ce_only"
 def continued(config: ml_collections.ConfigDict) -> Artifact:
     """Trains the finished base on, with its own settings and a fresh schedule, for the memory's training FLOPs."""
     workdir = epath.Path(config.workdir)
-    trained = open_artifact(workdir / "memory", "memory")
+    trained, base = open_artifact(workdir / "memory", "memory"), open_artifact(workdir / "base", "base")
     if "training_flops" not in trained.summary:
         raise UserError(f"{trained.path}: was imported, so what its training cost, and `continued` may, is not known")
-    mesh, rules = meshes.mesh_of(config)
-    parameters, model, artifact = saved.load_language_model(workdir / "base", mesh, rules)
     settings = ml_collections.ConfigDict(config.base.training)
     length = config.base.context_length
+    model = saved.language_model_config(base)
     per_step = 3 * flops.language_model_forward(model, length) * settings.batch_sequences * length
     settings.steps = max(1, round(trained.summary["training_flops"] / per_step))
     settings.warmup_steps = min(settings.warmup_steps, settings.steps // 10)
     settings.seed += 1  # another order of the sequences
-    kept = {"training": configs.plain(settings)}
-    inputs = {"base": artifact.fingerprint, "memory": trained.fingerprint}
-    if finished := find_finished(workdir / CONTINUED, "base", kept, inputs):
-        say(f"{CONTINUED}: finished already")
-        return finished
-    writer = ArtifactWriter.create(workdir / CONTINUED, "base", kept, inputs, {})
-    best, figures = base.train(config, settings, CONTINUED, writer.path, model, lambda: parameters)
-    figures["training_flops"] = float(per_step) * figures["steps"]
-    saved.seal(writer, model, best, figures)
-    return open_artifact(workdir / CONTINUED, "base")
+    inputs = {"memory": trained.fingerprint}
+    return continued_training.train_on(config, settings, CONTINUED, inputs, "base.training")
 
 
 def ce_only(config: ml_collections.ConfigDict) -> Artifact:

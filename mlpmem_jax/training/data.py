@@ -41,7 +41,7 @@ class TargetSource:
         self._inputs = "memory_inputs" if "memory_inputs" in datastore.arrays else "keys"
         self._per_shard = targets.arrays["offsets"].rows_per_shard
         self._length = datastore.arrays["next_tokens"].shape[1]
-        self.entries = -(-targets.summary["max_entries"] // _ENTRY_MULTIPLE) * _ENTRY_MULTIPLE
+        self.entries = padded_entries(targets.summary["max_entries"])
 
     def __len__(self) -> int:
         return self._datastore.arrays["next_tokens"].shape[0]
@@ -66,20 +66,43 @@ class TargetSource:
         return item
 
 
-def batches(source, batch_sequences: int, seed: int) -> grain.DatasetIterator:
-    """An endless, restorable iterator over this process's rows of each global batch.
+def padded_entries(most: int) -> int:
+    """Entries that a batch has for every position, where the position with the most has `most`."""
+    return -(-most // _ENTRY_MULTIPLE) * _ENTRY_MULTIPLE
+
+
+def abstract_batch(sequences: int, length: int, entries: int, inputs: tuple[int, str] | None) -> dict:
+    """Shapes and dtypes of a batch of `TargetSource`.
+
+    Args:
+      sequences, length: of the batch.
+      entries: of a position, see `padded_entries`.
+      inputs: width and dtype of stored memory inputs; None for tokens in their place.
+    """
+    shapes = {
+        "token_ids": ((entries,), "int32"),
+        "probabilities": ((entries,), "float32"),
+        "next_tokens": ((), "int32"),
+        "tokens" if inputs is None else "memory_inputs": ((), "int32") if inputs is None else (inputs[:1], inputs[1]),
+    }
+    return {
+        name: jax.ShapeDtypeStruct((sequences, length, *shape), dtype) for name, (shape, dtype) in shapes.items()
+    }
+
+
+def batches(source, batch_sequences: int, seed: int, part: int = 0, parts: int = 1) -> grain.DatasetIterator:
+    """An endless, restorable iterator over one part of the rows of each global batch.
 
     The order depends on the seed alone. Step n takes elements n * batch to (n + 1) * batch of one global order,
-    whatever the number of processes, so that a run may go on with another number of them. Each epoch is shuffled
+    whatever the number of parts, so that a run may go on with another number of processes. Each epoch is shuffled
     differently.
 
     Args:
       source: random-access sequences, trees of arrays.
       batch_sequences: sequences in one global batch.
       seed: of the order.
+      part: of how many `parts`, as `core.mesh.batch_part` tells for this process.
     """
-    order = grain.MapDataset.source(source).shuffle(seed=seed).repeat(None)
-    mine = order[jax.process_index() :: jax.process_count()]
+    mine = grain.MapDataset.source(source).shuffle(seed=seed).repeat(None)[part::parts]
     options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_BUFFER)
-    local = batch_sequences // jax.process_count()
-    return iter(mine.to_iter_dataset(options).batch(local, drop_remainder=True))
+    return iter(mine.to_iter_dataset(options).batch(batch_sequences // parts, drop_remainder=True))

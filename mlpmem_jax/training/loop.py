@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -17,9 +17,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core import runtime
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.core.progress import progress, say
-from mlpmem_jax.training import data
+from mlpmem_jax.training import data, goodput
 from mlpmem_jax.training.metrics import MetricsWriter, matmul_rate
 from mlpmem_jax.training.optimizer import accumulated_value_and_grad, make_optimizer, schedule
 from mlpmem_jax.training.state import METRIC, Checkpoints, initial_state, state_shardings
@@ -83,7 +84,7 @@ def check_batch(settings: ml_collections.ConfigDict, mesh: Mesh, rules: meshes.R
     """
     shards = meshes.batch_shards(mesh, rules)
     micro_batch = settings.batch_sequences // settings.accumulation_steps
-    if micro_batch % shards or settings.batch_sequences % jax.process_count():
+    if micro_batch % shards:
         raise ConfigError(
             f"config.{group}.batch_sequences: {settings.batch_sequences} over {settings.accumulation_steps} "
             f"accumulation steps is {micro_batch} sequences, which {shards} batch shards of the mesh do not divide"
@@ -125,6 +126,41 @@ def train_step(task: Task, optimizer: optax.GradientTransformation, parameter_sh
     return step
 
 
+class StepProgram(NamedTuple):
+    """What runs on the devices of a mesh, jitted and not compiled yet.
+
+    Attributes:
+      make_state: () -> the first state, laid out on the mesh.
+      step: (state, frozen, batch) -> (state, statistics); the old state is given up.
+      abstract_state: shapes, dtypes and shardings of the state.
+    """
+
+    make_state: Callable[[], Any]
+    step: Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
+    abstract_state: Any
+
+
+def step_program(task: Task, mesh: Mesh, rules: meshes.Rules, steps: int) -> StepProgram:
+    """The program of one optimizer step of a run of `steps`; `task.source` and `task.validate` are not used."""
+    optimizer = make_optimizer(task.settings, steps, task.logical_axes)
+    make_state = initial_state(task.initialise, optimizer)
+    abstract = jax.eval_shape(make_state)
+    parameter_shardings = meshes.shardings(mesh, task.logical_axes, rules)
+    shardings = state_shardings(mesh, abstract, parameter_shardings)
+    return StepProgram(
+        make_state=jax.jit(make_state, out_shardings=shardings),
+        step=jax.jit(
+            train_step(task, optimizer, parameter_shardings),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=meshes.compiler_options(mesh),
+        ),
+        abstract_state=jax.tree.map(
+            lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), abstract, shardings
+        ),
+    )
+
+
 def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, float]]:
     """Trains from the latest checkpoint, or from the start, to the end of the schedule.
 
@@ -136,43 +172,39 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
       Stopped: the job was asked to stop; a checkpoint is there.
     """
     settings = task.settings
+    watch = goodput.Stopwatch(runtime.stage_began())
     steps = total_steps(settings, len(task.source))
-    optimizer = make_optimizer(settings, steps, task.logical_axes)
     learning_rate = schedule(settings, steps)
-
-    make_state = initial_state(task.initialise, optimizer)
-    abstract = jax.eval_shape(make_state)
-    parameter_shardings = meshes.shardings(mesh, task.logical_axes, rules)
-    shardings = state_shardings(mesh, abstract, parameter_shardings)
-    abstract = jax.tree.map(
-        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), abstract, shardings
-    )
+    program = step_program(task, mesh, rules, steps)
     checkpoints = Checkpoints(task.folder)
     start = checkpoints.latest_step() or 0
     if start:
         say(f"{task.name}: goes on from the checkpoint at step {start} of {steps}")
-        state, next_sequence = checkpoints.restore(start, abstract)
+        watch.lap("start-up")
+        state, next_sequence = checkpoints.restore(start, program.abstract_state)
+        watch.lap("restore")
     else:
-        state, next_sequence = jax.jit(make_state, out_shardings=shardings)(), 0
+        state, next_sequence = program.make_state(), 0
 
-    batches = data.batches(task.source, settings.batch_sequences, settings.seed)
-    batches.set_state({"next_index": next_sequence // jax.process_count()})
-    run_step = jax.jit(
-        train_step(task, optimizer, parameter_shardings), donate_argnums=0, out_shardings=(shardings, None)
-    )
+    part = meshes.batch_part(mesh, rules)
+    batches = data.batches(task.source, settings.batch_sequences, settings.seed, part.index, part.count)
+    batches.set_state({"next_index": next_sequence // part.count})
     positions_per_step = settings.batch_sequences * task.positions_per_sequence
     peak = matmul_rate(settings.compute_dtype) * jax.device_count()
     writer = MetricsWriter(task.folder, start)
     losses: list[tuple[int, jax.Array]] = []
     clock, waited, last_logged = time.perf_counter(), 0.0, start
+    watch.lap("start-up")
 
     with _stop_requests() as must_stop, progress(steps, task.name, "steps", initial=start) as bar:
         for step in range(start + 1, steps + 1):
             wait_start = time.perf_counter()
             batch = meshes.global_batch(mesh, next(batches), rules)
             waited += time.perf_counter() - wait_start
-            state, measured = run_step(state, task.frozen, batch)
+            watch.lap("input wait")
+            state, measured = program.step(state, task.frozen, batch)
             losses.append((step, measured["loss"]))
+            watch.lap("steps" if step > start + 1 else "compile")
 
             stopping = must_stop(step)
             validates = step % settings.evaluate_every == 0 or step == steps
@@ -180,6 +212,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
             if saves or step % _LOG_EVERY == 0:
                 _check_finite(task.name, losses, checkpoints)
                 values = {name: float(value) for name, value in measured.items()}
+                watch.lap("steps")
                 seconds = time.perf_counter() - clock
                 rate = (step - last_logged) * positions_per_step / seconds
                 values |= {
@@ -196,18 +229,27 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
             if validates:
                 validation = task.validate(state["parameters"])
                 writer.write(step, {f"validation/{name}": value for name, value in validation.items()})
+                watch.lap("validation")
             if saves:
                 checkpoints.save(step, state, step * settings.batch_sequences, validation if validates else None)
+                watch.lap("checkpoint")
+                writer.write(step, watch.record())
                 clock = time.perf_counter()  # neither validation nor saving counts in the training rate
             if stopping and step < steps:
                 checkpoints.wait()
+                watch.lap("checkpoint")
+                writer.write(step, watch.record())
                 raise Stopped(f"{task.name}: asked to stop; a checkpoint at step {step} is written, run again")
     checkpoints.wait()
+    watch.lap("checkpoint")
+    writer.write(steps, watch.record())
     writer.close()
+    if jax.process_index() == 0:
+        say(f"{task.name}: {goodput.table(goodput.summary(writer.records()))}")
     best = checkpoints.best_step()
     if best != steps:
         say(f"{task.name}: the best validation {METRIC} was at step {best} of {steps}; those parameters are kept")
-        state, _ = checkpoints.restore(best, abstract)
+        state, _ = checkpoints.restore(best, program.abstract_state)
     figures = {"step": best, "steps": steps, "validation": checkpoints.validation(best)}
     checkpoints.close()
     return state["parameters"], figures

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.mesh import RULES, Rules
+from mlpmem_jax.models.layers import transposed_product
 
 
 class _Targets(NamedTuple):
@@ -236,7 +237,8 @@ def _chunk_loss(plan: _Plan, differentiate: bool, kernel_DxV, hidden_CxD, target
     d_hidden_CxD = factor_Cx1 * jnp.dot(gradient_CxV, kernel_DxV.T, preferred_element_type=jnp.float32)
     d_hidden_CxD = jax.lax.psum(d_hidden_CxD, plan.vocab_axes).astype(hidden_CxD.dtype)
     scaled_CxD = (hidden_CxD * factor_Cx1).astype(hidden_CxD.dtype)
-    return sums, (d_hidden_CxD, jnp.dot(scaled_CxD.T, gradient_CxV, preferred_element_type=jnp.float32))
+    d_kernel_DxV = transposed_product(scaled_CxD, gradient_CxV, preferred_element_type=jnp.float32)
+    return sums, (d_hidden_CxD, d_kernel_DxV)
 
 
 def _parts(plan: _Plan) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +31,8 @@ _TILE = 128  # columns of a matrix unit
 
 
 def vocabulary_multiple(tensor_shards: int) -> int:
-    """What the padded vocabulary is a multiple of: every tensor shard of the output projection has whole tiles."""
-    return _TILE * tensor_shards
+    """What the padded vocabulary is a multiple of: whole tiles, and what the mesh divides."""
+    return math.lcm(_TILE, tensor_shards)
 
 
 def dimensions(
@@ -40,7 +42,10 @@ def dimensions(
     tensor_shards: int,
     norm_epsilon: float = 1e-5,
 ) -> MemoryConfig:
-    """The memory's dimensions; the vocabulary is padded to what the mesh divides, `norm_epsilon` is the base's."""
+    """The memory's dimensions; the vocabulary is padded to what the mesh divides, `norm_epsilon` is the base's.
+
+    Any `tensor` size that is a power of two up to 128 gives the same, so that a run may go on on another mesh.
+    """
     multiple = vocabulary_multiple(tensor_shards)
     return MemoryConfig(
         family=config.memory.family,
@@ -77,7 +82,10 @@ def _loss(model: MemoryConfig, base_config, input_tap, training, mesh, rules, pa
     else:
         inputs_BxTxD = batch["memory_inputs"]
     inputs_NxD = inputs_BxTxD.reshape(-1, model.input_width).astype(dtype)
-    hidden_NxD = memory.hidden(parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat)
+    activations = meshes.sharding(mesh, ("batch", None), rules)
+    hidden_NxD = memory.hidden(
+        parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat, activations=activations
+    )
     entries = batch["token_ids"].shape[-1]
     return sparse_cross_entropy(
         hidden_NxD.astype(dtype),
@@ -117,6 +125,47 @@ def _validation(config: ml_collections.ConfigDict, model: MemoryConfig, mesh, ru
     return validate
 
 
+def make_task(
+    config: ml_collections.ConfigDict,
+    model: MemoryConfig,
+    base_config: language_model.Config,
+    mesh,
+    rules,
+    *,
+    name: str,
+    folder: str,
+    initialise: Callable[[], dict],
+    frozen,
+    source,
+    validate,
+) -> loop.Task:
+    """What `loop.fit` trains: the memory of a config, beside a base LM of given dimensions.
+
+    Args:
+      config: the whole config.
+      model, base_config: dimensions of the memory and of the base LM.
+      frozen: parameters of the base LM where `config.training.mode` is "online", else {}.
+      name, folder, initialise, source, validate: as of `loop.Task`.
+    """
+    length, training = config.base.context_length, config.training
+    input_tap = tapped_block(base_config.blocks, config.datastore.input_depth)
+    online = training.mode == "online"
+    base_flops = flops.language_model_forward(base_config, length, output_projection=False) if online else 0
+    return loop.Task(
+        name=name,
+        folder=folder,
+        settings=training,
+        initialise=initialise,
+        logical_axes=memory.logical_axes(model),
+        loss=functools.partial(_loss, model, base_config, input_tap, training, mesh, rules),
+        frozen=frozen,
+        source=source,
+        validate=validate,
+        positions_per_sequence=length,
+        flops_per_position=3 * flops.memory_forward(model) + base_flops,
+    )
+
+
 def run(config: ml_collections.ConfigDict) -> Artifact:
     """Trains the memory of `config.workdir`."""
     return train(config, "memory")
@@ -149,7 +198,6 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     mesh, rules = meshes.mesh_of(config)
     loop.check_batch(config.training, mesh, rules, "training")
     base_config = saved.language_model_config(base)
-    input_tap = tapped_block(base_config.blocks, config.datastore.input_depth)
     # Offline as online, the memory reads the base LM's states, so its input is as wide as the base.
     model = dimensions(
         config,
@@ -166,31 +214,30 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
             f"config.memory.output_from_base: needs config.memory.width ({model.width}) equal to the base's width "
             f"({base_config.width})"
         )
-    kernel_DxV = language_model.output_kernel(frozen) if config.memory.output_from_base else None
+    # The base's vocabulary may be padded beyond the tokenizer's.
+    kernel_DxV = language_model.output_kernel(frozen)[:, : model.vocab_size] if config.memory.output_from_base else None
     initialise = functools.partial(memory.init, model, jax.random.key(config.training.seed), kernel_DxV)
     if start:
         parameters, model = _started(start, model, mesh, rules)
         initialise = lambda: parameters  # noqa: E731
 
     source = data.TargetSource(datastore, targets, TokenStream(tokens, "train") if online else None)
-    length = config.base.context_length
-    base_flops = flops.language_model_forward(base_config, length, output_projection=False) if online else 0
     writer = ArtifactWriter.create(path, "memory", settings, inputs, {})
-    task = loop.Task(
+    task = make_task(
+        config,
+        model,
+        base_config,
+        mesh,
+        rules,
         name=folder,
         folder=writer.path,
-        settings=config.training,
         initialise=initialise,
-        logical_axes=memory.logical_axes(model),
-        loss=functools.partial(_loss, model, base_config, input_tap, config.training, mesh, rules),
         frozen=frozen if online else {},
         source=source,
         validate=_validation(config, model, mesh, rules),
-        positions_per_sequence=length,
-        flops_per_position=3 * flops.memory_forward(model) + base_flops,
     )
     parameters, figures = loop.fit(task, mesh, rules)
-    figures["positions"] = int(figures["steps"] * config.training.batch_sequences * length)
+    figures["positions"] = int(figures["steps"] * config.training.batch_sequences * config.base.context_length)
     figures["training_flops"] = float(np.float64(figures["positions"]) * 3 * flops.memory_forward(model))
     saved.seal(writer, model, parameters, figures)
     return open_artifact(path, "memory")

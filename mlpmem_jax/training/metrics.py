@@ -19,7 +19,7 @@ class MetricsWriter:
 
     def __init__(self, folder, first_step: int):
         """Opens the files; records from `first_step` on, written by a run that was stopped later, are dropped."""
-        self._enabled = jax.process_index() == 0
+        self._enabled, self._lines = jax.process_index() == 0, []
         if not self._enabled:
             return
         self._file = epath.Path(folder) / FILE
@@ -40,6 +40,10 @@ class MetricsWriter:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, float(value), step)
+
+    def records(self) -> list[dict]:
+        """All records of the run so far; of every process but the first, none."""
+        return [json.loads(line) for line in self._lines]
 
     def close(self) -> None:
         if self._enabled and self._board is not None:

@@ -86,6 +86,11 @@ class Slice:
     shape: Topology
 
     @property
+    def family(self) -> str:
+        """Key of `GENERATIONS`."""
+        return next(family for family, generation in GENERATIONS.items() if generation is self.generation)
+
+    @property
     def topology(self) -> str:
         return "x".join(map(str, self.shape))
 
@@ -134,8 +139,10 @@ def slices(generation: Generation) -> list[Slice]:
     return sorted((Slice(generation, shape) for shape in shapes), key=lambda one: (one.chips, sum(one.shape)))
 
 
-def resolve(name: str) -> Slice:
+def resolve(name: str, option: str = "--accelerator") -> Slice:
     """The slice of an accelerator type ("v5p-256", "v5litepod-256") or of a generation and topology ("v5p:4x4x8").
+
+    Errors name `option`, the command line's.
 
     Raises:
       UserError: there is no such slice; the text names the nearest that exist.
@@ -143,7 +150,7 @@ def resolve(name: str) -> Slice:
     match = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+)+))", name)
     family = match and ("v5e" if match[1] == "v5litepod" else match[1])
     if family not in GENERATIONS:
-        raise _unknown(name)
+        raise _unknown(name, option)
     generation = GENERATIONS[family]
     possible = slices(generation)
     if match[3]:
@@ -154,16 +161,16 @@ def resolve(name: str) -> Slice:
         chips = int(match[2]) / generation.cores_per_chip
         found = [one for one in possible if one.chips == chips]
     if not found:
-        raise _impossible(name, generation, chips)
+        raise _impossible(name, option, generation, chips)
     return _most_cubic(found)
 
 
-def _unknown(name: str) -> UserError:
+def _unknown(name: str, option: str) -> UserError:
     names = [alias for family in GENERATIONS for alias in _names(family)]
     near = difflib.get_close_matches(name, names, n=2) if name.startswith("v") else []
     hint = f"the nearest names are {' and '.join(near)}" if near else "GPUs are launched by launch.slurm"
     return UserError(
-        f"--accelerator={name}: unknown; expected v4-N, v5litepod-N (or v5e-N), v5p-N or v6e-N, or a topology such as "
+        f"{option}={name}: unknown; expected v4-N, v5litepod-N (or v5e-N), v5p-N or v6e-N, or a topology such as "
         f"v5e:16x16; {hint}"
     )
 
@@ -173,13 +180,13 @@ def _names(family: str) -> list[str]:
     return [f"{prefix}-{end}" for prefix in {family, GENERATIONS[family].prefix} for end in dict.fromkeys(ends)]
 
 
-def _impossible(name: str, generation: Generation, chips: float) -> UserError:
+def _impossible(name: str, option: str, generation: Generation, chips: float) -> UserError:
     possible = slices(generation)
     below = max((one.chips for one in possible if one.chips <= chips), default=None)
     above = min((one.chips for one in possible if one.chips >= chips), default=None)
     near = [_most_cubic([one for one in possible if one.chips == size]) for size in (below, above) if size is not None]
     unit = "TensorCores, two a chip" if generation.cores_per_chip == 2 else "chips"
     return UserError(
-        f"--accelerator={name}: no such slice (the number in {generation.prefix}-N counts {unit}); the nearest: "
+        f"{option}={name}: no such slice (the number in {generation.prefix}-N counts {unit}); the nearest: "
         + ", ".join(dict.fromkeys(map(str, near)))
     )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch import accelerators
+from mlpmem_jax.core import accelerators
 from mlpmem_jax.core.errors import UserError
 
 # accelerator type, topology, chips, virtual machines, machine type

@@ -1,0 +1,37 @@
+"""The published GPT-2 sizes and the memories beside them, for sweeps at the paper's scale. Not a sweep by itself."""
+
+SIZES = {  # name: width of base and memory, blocks of the memory
+    "small": (768, 18),
+    "medium": (1024, 36),
+    "large": (1280, 54),
+    "xl": (1600, 72),
+}
+NAMES = {
+    "small": "openai-community/gpt2",
+    "medium": "openai-community/gpt2-medium",
+    "large": "openai-community/gpt2-large",
+    "xl": "openai-community/gpt2-xl",
+}
+
+
+def overrides(size: str) -> dict:
+    """Overrides of configs/wikitext103_gpt2_small.py for a size.
+
+    The learning rate of AdamW falls as the inverse of the width, from the paper's 5e-4 at width 768; the rates that
+    GPT-3 was trained with at these widths fall about so.
+    """
+    width, blocks = SIZES[size]
+    return {
+        "base.path": NAMES[size],
+        "datastore.key_model": "" if size == "xl" else NAMES["xl"],  # the xl base makes its own keys
+        "memory.width": width,
+        "memory.blocks": blocks,
+        "training.learning_rate": 5e-4 * 768 / width,
+        "training.remat": size != "small",
+    }
+
+
+def memory_flops(size: str) -> int:
+    """FLOPs of one position of the memory's training, forward and backward; the vocabulary is padded to 50,304."""
+    width, blocks = SIZES[size]
+    return 3 * (2 * 2 * blocks * width * 4 * width + 2 * width * 50304)

@@ -1,0 +1,72 @@
+"""Compiling for TPU slices that are not here, with the compiler that comes in libtpu."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import tempfile
+
+import jax
+from jax.experimental import topologies
+
+from mlpmem_jax.core.accelerators import Slice
+from mlpmem_jax.core.errors import UserError, require
+from mlpmem_jax.core.runtime import no_native_log
+from mlpmem_jax.planning.chips import CHIPS
+
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no machine whose metadata could be asked for
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so several processes may compile at once
+}
+
+
+class DoesNotFit(Exception):
+    """The compiler found no way to run the program in the memory of a chip; the text says what it would need."""
+
+
+def devices(tpu: Slice, slices: int) -> list[jax.Device]:
+    """The devices of some slices of a kind; they can be compiled for, not run on.
+
+    Raises:
+      UserError: libtpu is not installed, or does not know the slice.
+    """
+    require("libtpu", extra="plan")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    options = dict(CHIPS[tpu.family].options)
+    if slices > 1:
+        options["num_slices"] = slices
+    try:
+        with no_native_log():
+            found = topologies.get_topology_desc(f"{tpu.family}:{tpu.topology}", "tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"libtpu does not know the topology {tpu.family}:{tpu.topology}: {error}") from error
+    return list(found)
+
+
+def compile_program(function, arguments: tuple, static: dict) -> tuple[str, jax.stages.Compiled]:
+    """(text of the optimized HLO, the compiled program) of a jitted function, abstract and static arguments.
+
+    The compiler itself writes the text: of some programs JAX's own reader does not know every instruction.
+
+    Raises:
+      DoesNotFit: it needs more memory than a chip has.
+    """
+    with tempfile.TemporaryDirectory() as folder, no_native_log():
+        try:
+            compiled = function.lower(*arguments, **static).compile(
+                compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise DoesNotFit(_shortened(str(error))) from error
+            raise
+        (file,) = glob.glob(os.path.join(folder, "*.after_optimizations.txt"))
+        with open(file, encoding="utf-8") as opened:
+            return opened.read(), compiled
+
+
+def _shortened(message: str) -> str:
+    used = re.search(r"Used \S+ of \S+ hbm", message)
+    return used[0] if used else message.splitlines()[0][:200]

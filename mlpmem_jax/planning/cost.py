@@ -1,0 +1,112 @@
+"""What a run costs before anything is compiled: storage, host memory and chip-hours, from dimensions alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_collections
+
+from mlpmem_jax.core.accelerators import resolve
+from mlpmem_jax.models import flops
+from mlpmem_jax.planning import programs
+from mlpmem_jax.planning.chips import CHIPS
+
+MEAN_ENTRIES = 251
+"""Tokens that a kNN distribution holds in the mean at k = 1024, GPT-2 large on WikiText-103 (the paper)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArtifactCost:
+    """Bytes of an artifact in storage, and of its stage's largest arrays in the memory of one host."""
+
+    name: str
+    storage: float
+    host: float
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunCost:
+    """Of a whole run: chip-hours at a utilisation that the caller assumes, and bytes of storage."""
+
+    chip_hours: float
+    storage: float
+    training_flops: float
+    steps: int
+
+
+def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> list[ArtifactCost]:
+    """What every stage stores and holds; `positions` of the training split, `hosts` with one process each."""
+    models = programs.models_of(config, 1)
+    length, settings = config.base.context_length, config.datastore
+    total = positions * (1 + config.corpus.validation_fraction + config.corpus.test_fraction)
+    token = 2 if models.base.vocab_size <= 2**16 else 4
+    widths = models.keys.width + models.separate_inputs * models.base.width
+    position = 2 * widths + 8  # 16-bit arrays, and the next token and the document as int32
+    most = programs.most_entries(config, models)
+    entries = min(most, MEAN_ENTRIES * config.targets.k / 1024)
+    base = flops.language_model_parameters(models.base)
+    keys = flops.language_model_parameters(models.keys) if settings.key_model else 0
+    parameters = flops.memory_parameters(models.memory)
+    local_batch = max(1, config.training.batch_sequences // hosts)
+    sequence = length * (2 * models.base.width + 8 * most + 4)
+    rows = min(positions, config.targets.key_shard_rows)
+    return [
+        ArtifactCost("tokens", total * token, 0, f"{token} bytes a token"),
+        ArtifactCost("base", 4.0 * (base + keys), 4.0 * (base + keys) / hosts, "float32, the keys' model too"),
+        ArtifactCost(
+            "datastore",
+            total * position,
+            2.0 * settings.sequences_per_shard * length * position,
+            f"{widths} numbers of {settings.dtype} a position; two shards in memory",
+        ),
+        ArtifactCost(
+            "targets",
+            total * (4 + 4 + (token + 2) * entries),
+            rows * models.keys.width * 4.0,
+            f"about {entries:.0f} entries a position, at most {most}; float32 keys of one index in memory",
+        ),
+        ArtifactCost(
+            "memory",
+            4.0 * parameters + 2 * 12.0 * parameters,
+            local_batch * sequence * 2 + 32 * sequence,
+            "parameters, and two checkpoints with the optimizer's moments; two batches and 32 sequences read ahead",
+        ),
+    ]
+
+
+def estimate(
+    config: ml_collections.ConfigDict, positions: int, topology: str, slices: int = 1, utilization: float = 0.5
+) -> RunCost:
+    """Chip-hours of the base's and the memory's training and of the datastore, and the storage of all artifacts.
+
+    Args:
+      config: the whole config; `config.workdir` is not read.
+      positions: of the training split.
+      topology: an accelerator as `core.accelerators.resolve` takes it.
+      slices: so many of it.
+      utilization: model FLOPs over peak FLOPs that the programs are taken to reach.
+
+    Raises:
+      UserError: unknown topology, or a base whose dimensions are not known.
+    """
+    tpu = resolve(topology, "--topology")
+    models, length = programs.models_of(config, 1), config.base.context_length
+    steps = programs.steps_of(config, positions)
+    per_position = 3 * flops.memory_forward(models.memory)
+    if config.training.mode == "online":
+        per_position += flops.language_model_forward(models.base, length, output_projection=False)
+    training = float(steps) * config.training.batch_sequences * length * per_position
+    forward = flops.language_model_forward(models.base, length, output_projection=False)
+    if config.datastore.key_model:
+        forward += flops.language_model_forward(models.keys, length, output_projection=False)
+    total = training + float(positions) * forward
+    if config.base.source == "train":
+        passes = programs.base_positions(config, positions)
+        total += 3.0 * passes * flops.language_model_forward(models.base, length)
+    return RunCost(
+        chip_hours=total / (CHIPS[tpu.family].flops * utilization) / 3600,
+        storage=sum(one.storage for one in artifacts(config, positions, tpu.hosts * slices)),
+        training_flops=training,
+        steps=steps,
+    )

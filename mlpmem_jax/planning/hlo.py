@@ -1,0 +1,402 @@
+"""What a compiled program does, read from the text of its optimized HLO: FLOPs, memory traffic, collectives.
+
+XLA's own cost analysis counts the body of a loop once; here every instruction counts as often as it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+_DTYPE_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
+    "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
+}
+_SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_FREE = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "replica-id", "iota", "opt-barrier", "optimization-barrier",
+}
+_COMMENT = re.compile(r"/\*.*?\*/")
+_PARTIAL_READS = ("dynamic-slice", "slice", "gather")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array; `space` is 0 for main memory."""
+
+    dtype: str
+    sizes: tuple[int, ...]
+    space: int
+
+    @property
+    def bytes(self) -> float:
+        return math.prod(self.sizes) * _DTYPE_BYTES.get(self.dtype, 1)
+
+    @property
+    def traffic(self) -> float:
+        """Bytes of main memory: none where the array lies in the chip's own memory."""
+        return self.bytes if self.space == 0 else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    shapes: tuple[Shape, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    def named(self, attribute: str) -> str | None:
+        """The computation that an attribute such as `calls` or `body` names."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
+        return found and found[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      payload: bytes of the whole array: what is gathered, reduced, or sent.
+      group: device numbers (positions in the mesh) that take part together; of a permutation, one sender and its
+        receiver.
+      times: how often it runs in one call of the program.
+      overlapped: whether other instructions run meanwhile.
+      rings: torus axes that the compiler says it uses at once; None where it does not say.
+      name: of the instruction.
+    """
+
+    kind: str
+    payload: float
+    group: tuple[int, ...]
+    times: float
+    overlapped: bool
+    rings: int | None
+    name: str
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one device sends (and receives) in one run, by the bandwidth-optimal algorithm."""
+        if self.kind == "collective-permute":
+            return self.payload
+        passes = 2 if self.kind == "all-reduce" else 1
+        return passes * self.payload * (len(self.group) - 1) / len(self.group)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One instruction on the device: FLOPs of matrix products and bytes of main memory, of one run."""
+
+    flops: float
+    traffic: float
+    times: float
+    asynchronous: bool
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    collectives: tuple[Collective, ...]
+    operations: tuple[Operation, ...]
+
+    @property
+    def flops(self) -> float:
+        """Of matrix products, on one device; recomputation included."""
+        return sum(one.flops * one.times for one in self.operations)
+
+    @property
+    def traffic(self) -> float:
+        """Bytes read from and written to main memory, on one device."""
+        return sum(one.traffic * one.times for one in self.operations)
+
+
+def parse(text: str) -> Program:
+    """Reads the text of an optimized HLO module.
+
+    Raises:
+      ValueError: it is none, or the number of turns of a loop cannot be read.
+    """
+    module = _Module(text)
+    collectives, operations = [], []
+    for parent, instruction, times in module.executed(module.entry, 1.0):
+        operations.append(module.operation(instruction, times))
+        collectives.extend(module.collectives(parent, instruction, times))
+    # The fusions that start an asynchronous collective, go on with it and end it all name it: the start counts.
+    started = {channel for channel, is_start, _ in collectives if is_start}
+    counted = tuple(one for channel, is_start, one in collectives if is_start or channel not in started)
+    return Program(counted, tuple(one for one in operations if one is not None))
+
+
+class _Module:
+    """The computations of a module, and what its instructions cost."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.roots: dict[str, Instruction] = {}
+        self.entry = ""
+        name = ""
+        for line in text.splitlines():
+            line = _COMMENT.sub("", line)
+            if not line.startswith(" "):
+                header = _HEADER.match(line)
+                if header:
+                    name = header[2]
+                    self.computations[name] = {}
+                    self.entry = name if header[1] else self.entry
+            elif name and " = " in line:
+                instruction = _instruction(line)
+                self.computations[name][instruction.name] = instruction
+                if line.lstrip().startswith("ROOT "):
+                    self.roots[name] = instruction
+        if not self.entry:
+            raise ValueError("this is no text of an optimized HLO module: it has no ENTRY computation")
+
+    def executed(self, name: str, times: float) -> Iterator[tuple[str, Instruction, float]]:
+        """(computation, instruction, how often it runs), through loops, branches and calls but not into fusions."""
+        for instruction in self.computations[name].values():
+            yield name, instruction, times
+            if instruction.opcode == "while":
+                yield from self.executed(instruction.named("body"), times * self._turns(instruction))
+            elif instruction.opcode == "call":
+                yield from self.executed(instruction.named("to_apply"), times)
+            elif instruction.opcode == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+                names = branches[1].split(",") if branches else []
+                names += [instruction.named(f"{truth}_computation") for truth in ("true", "false")]
+                for branch in filter(None, names):
+                    yield from self.executed(branch.strip().lstrip("%"), times)
+
+    def _turns(self, loop: Instruction) -> int:
+        """Of a counted loop: the compiler's note, or the constant that the counter is compared with over its step."""
+        known = re.search(r'known_trip_count[^\d]*(\d+)', loop.attributes)
+        if known:
+            return int(known[1])
+        condition = loop.named("condition")
+        constants = [
+            int(one.operands[0])
+            for one in self._inside(condition)
+            if one.opcode == "constant" and one.shapes[0].dtype in ("s32", "u32", "s64") and not one.shapes[0].sizes
+        ]
+        if len(constants) != 1:
+            raise ValueError(f"{loop.name}: the number of turns of this loop cannot be read from {condition}")
+        return -(-constants[0] // self._step(loop))
+
+    def _step(self, loop: Instruction) -> int:
+        """What a turn adds to the counter; more than 1 where the compiler has put several turns into one."""
+        body = self.computations[loop.named("body")]
+        condition = self.computations[loop.named("condition")].values()
+        places = [re.search(r"index=(\d+)", one.attributes) for one in condition if one.opcode == "get-tuple-element"]
+        if len(places) != 1:
+            return 1
+        counter = body[self.roots[loop.named("body")].operands[int(places[0][1])]]
+        step = 0
+        while counter.opcode == "add":
+            left, right = (body[name] for name in counter.operands)
+            constant, counter = (left, right) if left.opcode == "constant" else (right, left)
+            if constant.opcode != "constant":
+                return 1
+            step += int(constant.operands[0])
+        return step or 1
+
+    def _inside(self, name: str) -> Iterator[Instruction]:
+        """The instructions of a computation and of the fusions in it."""
+        for instruction in self.computations[name].values():
+            yield instruction
+            called = instruction.named("calls") if instruction.opcode in ("fusion", "async-start") else None
+            if called:
+                yield from self._inside(called)
+
+    def collectives(
+        self, parent: str, instruction: Instruction, times: float
+    ) -> Iterator[tuple[str, bool, Collective]]:
+        """(channel, whether it starts here, collective) for each that an instruction is, or that a fusion holds."""
+        called = instruction.named("calls") if instruction.opcode in ("fusion", "async-start") else None
+        inside = list(self._inside(called)) if called else [instruction]
+        is_start = any("AsyncCollectiveStart" in one.attributes for one in inside)
+        has_product = any(one.opcode in ("convolution", "dot") for one in inside)
+        # A windowed product sends one part of its factor while it multiplies another.
+        overlapped = (
+            is_start or has_product or instruction.opcode.endswith("-start") or "windowed_dot_general" in parent
+        )
+        for one in inside:
+            kind = one.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            sent = sum(shape.bytes for name in one.operands for shape in self._shape_of(one, name))
+            # An asynchronous one has its operands among its results.
+            received = sum(shape.bytes for shape in one.shapes) - sent * one.opcode.endswith("-start")
+            if kind == "all-reduce" and called and _is_slice(self.computations[called], self.roots[called]):
+                kind = "reduce-scatter"  # TPUs hold one as an all-reduce and the slice that is kept, in one fusion
+            channel = re.search(r"channel_id=(\d+)", one.attributes)
+            rings = re.search(r"Strategy\w+\{colors:(\d+)", one.attributes + instruction.attributes)
+            yield (
+                channel[1] if channel else one.name,
+                is_start,
+                Collective(
+                    kind=kind,
+                    payload=max(sent, received),
+                    group=_group(one.attributes),
+                    times=times,
+                    overlapped=overlapped,
+                    rings=int(rings[1]) if rings else None,
+                    name=one.name,
+                ),
+            )
+
+    def operation(self, instruction: Instruction, times: float) -> Operation | None:
+        """What an instruction costs by itself; None where it costs nothing."""
+        if instruction.opcode in _FREE or instruction.opcode.endswith("-done") or instruction.opcode in COLLECTIVES:
+            return None
+        if instruction.opcode in ("copy-start", "slice-start"):
+            # Results are (destination, source, context) or ((source), destination, context).
+            moved = min(shape.bytes for shape in instruction.shapes if shape.sizes)
+            spaces = {shape.space for shape in instruction.shapes if shape.sizes}
+            ends = 2 if spaces == {0} else int(0 in spaces)
+            return Operation(0, moved * ends, times, True, instruction.name)
+        if instruction.opcode.endswith("-start") or instruction.opcode == "async-update":
+            return None
+        called = instruction.named("calls") if instruction.opcode == "fusion" else None
+        inside = list(self._inside(called)) if called else [instruction]
+        flops = sum(self._matmul_flops(one) for one in inside)
+        if any(one.opcode in COLLECTIVES for one in inside) and not flops:
+            return None
+        read = [self._shape_of(instruction, name) for name in instruction.operands]
+        traffic = 0.0
+        for number, shapes in enumerate(read):
+            whole = sum(shape.traffic for shape in shapes)
+            traffic += min(whole, self._read(called, number)) if called else whole
+        traffic += self._written(self.roots[called]) if called else self._written(instruction)
+        return Operation(flops, traffic, times, False, instruction.name)
+
+    @functools.cached_property
+    def _homes(self) -> dict[int, str]:
+        return {id(one): name for name, body in self.computations.items() for one in body.values()}
+
+    def _shape_of(self, instruction: Instruction, operand: str) -> tuple[Shape, ...]:
+        found = self.computations[self._homes[id(instruction)]].get(operand)
+        return found.shapes if found else ()
+
+    def _read(self, computation: str, number: int) -> float:
+        """Most bytes that a fused computation reads of a parameter; infinite where it may read the whole."""
+        body = self.computations[computation]
+        parameter = next(
+            one for one in body.values() if one.opcode == "parameter" and one.operands == (str(number),)
+        )
+        return self._read_by_users(body, parameter.name)
+
+    def _read_by_users(self, body: dict[str, Instruction], name: str) -> float:
+        total = 0.0
+        for user in (one for one in body.values() if name in one.operands):
+            if user.opcode in _PARTIAL_READS and user.operands[0] == name:
+                total += sum(shape.bytes for shape in user.shapes)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                continue  # in place
+            elif user.opcode == "bitcast":
+                total += self._read_by_users(body, user.name)
+            elif user.opcode == "fusion":
+                places = [place for place, operand in enumerate(user.operands) if operand == name]
+                total += sum(self._read(user.named("calls"), place) for place in places)
+            else:
+                return math.inf
+        return total
+
+    def _written(self, instruction: Instruction) -> float:
+        """Bytes of main memory that an instruction writes; of an update in place, the update."""
+        body = self.computations[self._homes[id(instruction)]]
+        if instruction.opcode == "dynamic-update-slice":
+            update = body[instruction.operands[1]]
+            return sum(shape.bytes for shape in update.shapes) if instruction.shapes[0].space == 0 else 0
+        if instruction.opcode == "bitcast" and instruction.operands[0] in body:
+            return self._written(body[instruction.operands[0]])
+        if instruction.opcode == "tuple":
+            return sum(self._written(body[name]) for name in instruction.operands)
+        if instruction.opcode == "fusion" and len(instruction.shapes) == 1:
+            return min(instruction.shapes[0].traffic, self._written(self.roots[instruction.named("calls")]))
+        return sum(shape.traffic for shape in instruction.shapes)
+
+    def _matmul_flops(self, instruction: Instruction) -> float:
+        if instruction.opcode not in ("dot", "convolution"):
+            return 0.0
+        left, right = (self._shape_of(instruction, name)[0].sizes for name in instruction.operands[:2])
+        results = math.prod(instruction.shapes[0].sizes)
+        if instruction.opcode == "dot":
+            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+            return 2.0 * results * math.prod(left[int(axis)] for axis in axes[1].split(",") if axis)
+        labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)[1]
+        # TPUs hold a batch axis as a dilated window, of which each position meets one element.
+        kept = "i" if "lhs_dilate" in instruction.attributes else labels.replace("o", "")
+        return 2.0 * results * math.prod(right[labels.index(label)] for label in kept)
+
+
+def _is_slice(body: dict[str, Instruction], root: Instruction) -> bool:
+    while root.opcode in ("bitcast", "reshape", "copy") and root.operands[0] in body:
+        root = body[root.operands[0]]
+    return root.opcode == "dynamic-slice"
+
+
+def _instruction(line: str) -> Instruction:
+    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shapes, rest = rest[:end], rest[end:].lstrip()
+    start = rest.index("(")
+    stop = _closing(rest, start)
+    operands = re.findall(r"%([\w.\-]+)", rest[start:stop]) or [rest[start + 1 : stop]]
+    return Instruction(
+        name=name.removeprefix("%"),
+        shapes=tuple(_shape(*match) for match in _SHAPE.findall(shapes)),
+        opcode=rest[:start],
+        operands=tuple(operand for operand in operands if operand),
+        attributes=rest[stop + 1 :],
+    )
+
+
+def _shape(dtype: str, sizes: str, layout: str) -> Shape:
+    space = re.search(r"S\((\d+)\)", layout)
+    return Shape(dtype, tuple(int(size) for size in sizes.split(",") if size), int(space[1]) if space else 0)
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if depth == 0:
+            return place
+    raise ValueError(f"unbalanced parentheses in HLO: {text[:80]}")
+
+
+def _group(attributes: str) -> tuple[int, ...]:
+    """The devices of the first group of a collective, in one of the four forms in which HLO writes groups.
+
+    Raises:
+      ValueError: the form is another one.
+    """
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
+        return int(pairs[1]), int(pairs[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return tuple(map(int, listed[1].split(",")))
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        return tuple(_numbered(iota[2], iota[3]).reshape([int(size) for size in iota[1].split(",")])[0].tolist())
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}:]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+))?", mesh[2] or f"[{math.prod(sizes.values())}]")
+        taking_part = re.findall(r"'(\w+)'", mesh[3])
+        devices = _numbered(order[1], order[2]).reshape(tuple(sizes.values()))
+        first = tuple(slice(None) if name in taking_part else 0 for name in sizes)
+        return tuple(devices[first].reshape(-1).tolist())
+    raise ValueError(f"groups of a collective in an unknown form: {attributes[:120]}")
+
+
+def _numbered(sizes: str, permutation: str | None) -> np.ndarray:
+    """Devices 0, 1, ... in an array of the sizes, its axes permuted."""
+    shape = [int(size) for size in sizes.split(",")]
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    return devices.transpose([int(axis) for axis in permutation.split(",")]) if permutation else devices

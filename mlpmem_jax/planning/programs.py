@@ -1,0 +1,248 @@
+"""The programs that the stages run on the devices, built by the stages' own functions from a config alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.interop import published
+from mlpmem_jax.models import flops, language_model, memory, scoring
+from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.models.memory import MemoryConfig
+from mlpmem_jax.retrieval import datastore, ring
+from mlpmem_jax.training import data, loop
+from mlpmem_jax.training import memory as training
+
+STAGES = ("train", "datastore", "neighbors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Dimensions of all models of a config.
+
+    Attributes:
+      base: the language model that the memory stands beside.
+      keys: the one whose keys the targets are built from; often the base.
+      memory: the memory.
+      separate_inputs: whether memory inputs are stored beside the keys.
+    """
+
+    base: language_model.Config
+    keys: language_model.Config
+    memory: MemoryConfig
+    separate_inputs: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class StageProgram:
+    """A jitted function with what it is to be compiled for.
+
+    Attributes:
+      name: what the user reads.
+      stage: one of `STAGES`.
+      function, arguments, static: to be lowered as function.lower(*arguments, **static).
+      flops: of the model, of one call, from its dimensions; recomputation does not count.
+      positions: of one call.
+      calls: in the whole run.
+    """
+
+    name: str
+    stage: str
+    function: Callable
+    arguments: tuple
+    static: Mapping[str, Any]
+    flops: float
+    positions: int
+    calls: float
+
+
+def models_of(config: ml_collections.ConfigDict, tensor_shards: int) -> Models:
+    """The dimensions that a config leads to.
+
+    Raises:
+      UserError: a base from Hugging Face whose dimensions are not known.
+    """
+    if config.base.source == "huggingface":
+        base = published.dimensions(config.base.path)
+    else:
+        base = GPT2Config(
+            config.tokenizer.vocab_size,
+            config.base.context_length,
+            config.base.width,
+            config.base.blocks,
+            config.base.heads,
+        )
+    keys = published.dimensions(config.datastore.key_model) if config.datastore.key_model else base
+    dimensions = training.dimensions(config, base.vocab_size, base.width, tensor_shards, base.norm_epsilon)
+    tap = datastore.tapped_block(base.blocks, config.datastore.input_depth)
+    return Models(base, keys, dimensions, bool(config.datastore.key_model) or tap != keys.blocks)
+
+
+def steps_of(config: ml_collections.ConfigDict, positions: int) -> int:
+    """Optimizer steps of the memory's training on a split of so many positions."""
+    return loop.total_steps(config.training, positions // config.base.context_length)
+
+
+def base_positions(config: ml_collections.ConfigDict, positions: int) -> int:
+    """Positions that the training of a base goes through, on a split of so many."""
+    steps = loop.total_steps(config.base.training, positions // config.base.context_length)
+    return steps * config.base.training.batch_sequences * config.base.context_length
+
+
+def build(config: ml_collections.ConfigDict, stage: str, mesh: Mesh, rules: meshes.Rules, positions: int) -> list:
+    """The programs of a stage, as a list of `StageProgram`.
+
+    Args:
+      config: the whole config.
+      stage: one of `STAGES`.
+      mesh, rules: of devices that need not be here.
+      positions: of the training split.
+
+    Raises:
+      UserError: the config does not fit the mesh.
+    """
+    models = models_of(config, mesh.shape["tensor"])
+    makers = {"train": _train, "datastore": _datastore, "neighbors": _neighbors}
+    return makers[stage](config, models, mesh, rules, positions)
+
+
+def _train(config, models: Models, mesh, rules, positions: int) -> list[StageProgram]:
+    loop.check_batch(config.training, mesh, rules, "training")
+    online = config.training.mode == "online"
+    task = training.make_task(
+        config,
+        models.memory,
+        models.base,
+        mesh,
+        rules,
+        name="train",
+        folder="",
+        initialise=functools.partial(memory.init, models.memory, jax.random.key(config.training.seed)),
+        frozen=_abstract_parameters(models.base, mesh, rules) if online else {},
+        source=None,
+        validate=None,
+    )
+    steps = steps_of(config, positions)
+    program = loop.step_program(task, mesh, rules, steps)
+    entries = data.padded_entries(most_entries(config, models))
+    inputs = None if online else (models.base.width, config.datastore.dtype)
+    length = config.base.context_length
+    batch = data.abstract_batch(config.training.batch_sequences, length, entries, inputs)
+    per_step = config.training.batch_sequences * length
+    step = StageProgram(
+        name="train step",
+        stage="train",
+        function=program.step,
+        arguments=(program.abstract_state, task.frozen, _sharded(batch, mesh, rules)),
+        static={},
+        flops=task.flops_per_position * per_step,
+        positions=per_step,
+        calls=steps,
+    )
+    chunk = scoring.chunk_positions(models.memory.padded_vocab_size, mesh)
+    scored = (((models.base.width,), config.datastore.dtype), ((), "int32"))
+    rows = [jax.ShapeDtypeStruct((chunk, *shape), dtype) for shape, dtype in scored]
+    validations = steps / config.training.evaluate_every
+    held_out = config.training.evaluation_sequences * length or positions * config.corpus.validation_fraction
+    validation = StageProgram(
+        name="validation",
+        stage="train",
+        function=scoring.memory_chunk,
+        arguments=(program.abstract_state["parameters"], *_sharded(rows, mesh, rules)),
+        static={
+            "config": models.memory,
+            "compute_dtype": jnp.dtype("float32"),
+            "logits_sharding": meshes.sharding(mesh, ("batch", "vocab"), rules),
+        },
+        flops=flops.memory_forward(models.memory) * chunk,
+        positions=chunk,
+        calls=validations * held_out / chunk,
+    )
+    return [step, validation]
+
+
+def _datastore(config, models: Models, mesh, rules, positions: int) -> list[StageProgram]:
+    settings, length = config.datastore, config.base.context_length
+    tap = datastore.tapped_block(models.base.blocks, settings.input_depth)
+    rows = settings.batch_sequences * length
+    tokens = _sharded([jax.ShapeDtypeStruct((settings.batch_sequences, length), "int32")] * 2, mesh, rules)
+
+    def forward(name, model, taps, held_out: bool, calls: float) -> StageProgram:
+        vocabulary = meshes.sharding(mesh, ("batch", None, "vocab"), rules) if held_out else None
+        return StageProgram(
+            name=name,
+            stage="datastore",
+            function=datastore.forward,
+            arguments=(_abstract_parameters(model, mesh, rules), *tokens),
+            static={
+                "config": model,
+                "taps": taps,
+                "dtype": jnp.dtype(settings.dtype),
+                "compute_dtype": jnp.dtype(settings.compute_dtype),
+                "activations": meshes.sharding(mesh, ("batch", None, None), rules),
+                "vocab_sharding": vocabulary,
+            },
+            flops=flops.language_model_forward(model, length, output_projection=held_out) * rows,
+            positions=rows,
+            calls=calls,
+        )
+
+    both = models.separate_inputs and not settings.key_model
+    base_taps = (models.base.blocks, tap) if both else (tap,) if models.separate_inputs else (models.base.blocks,)
+    held_out = positions * (config.corpus.validation_fraction + config.corpus.test_fraction)
+    programs = [
+        forward("base", models.base, base_taps, False, positions / rows),
+        forward("base, scored", models.base, base_taps, True, held_out / rows),
+    ]
+    if settings.key_model:
+        calls = (positions + held_out) / rows
+        programs.append(forward("model of the keys", models.keys, (models.keys.blocks,), False, calls))
+    return programs
+
+
+def _neighbors(config, models: Models, mesh, rules, positions: int) -> list[StageProgram]:
+    keys = min(positions, config.targets.key_shard_rows)
+    queries = ring.QUERIES_PER_DEVICE * mesh.size
+    function, arguments = ring.program(mesh, keys, queries, models.keys.width, config.targets.k, config.datastore.dtype)
+    search = StageProgram(
+        name="exact search",
+        stage="neighbors",
+        function=function,
+        arguments=arguments,
+        static={},
+        flops=2.0 * keys * queries * models.keys.width,
+        positions=queries,
+        calls=positions / queries * -(-positions // keys),
+    )
+    return [search]
+
+
+def most_entries(config: ml_collections.ConfigDict, models: Models) -> int:
+    """Most entries that a target distribution can have: as many as neighbors, where all of them differ."""
+    return min(config.targets.keep or config.targets.k, config.targets.k, models.base.vocab_size)
+
+
+def _abstract_parameters(config: language_model.Config, mesh, rules):
+    abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
+    placed = meshes.shardings(mesh, language_model.logical_axes(config), rules)
+    return jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), abstract, placed
+    )
+
+
+def _sharded(tree, mesh, rules):
+    """The same shapes, cut along axis 0 as `core.mesh.global_batch` cuts them."""
+
+    def place(array):
+        axes = ("batch",) + (None,) * (len(array.shape) - 1)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=meshes.sharding(mesh, axes, rules))
+
+    return jax.tree.map(place, tree)

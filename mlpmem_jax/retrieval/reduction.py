@@ -1,0 +1,128 @@
+"""Fewer dimensions to search in: principal components fitted on a sample, distances in all dimensions at the end.
+
+The k nearest in fewer dimensions are not the k nearest. So an index over reduced keys gives candidates, more than k,
+and their distances to the query are computed anew from whole keys: what is lost is the neighbors that were no
+candidates.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import io
+import os
+
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.retrieval import neighbors
+
+_CANDIDATES = 1.5  # for each neighbor wanted
+_QUERIES_AT_ONCE = 64  # of one thread
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """An affine map onto the first principal components.
+
+    Attributes:
+      mean_D: float32 [D], of the sample.
+      basis_DxM: float32 [D, M], orthonormal columns, by falling variance.
+      variance_kept: share of the sample's variance within them.
+    """
+
+    mean_D: np.ndarray
+    basis_DxM: np.ndarray
+    variance_kept: float
+
+    def __call__(self, keys_NxD: np.ndarray) -> np.ndarray:
+        """float32 [N, M]."""
+        return (keys_NxD.astype(np.float32) - self.mean_D) @ self.basis_DxM
+
+    def save(self, file: epath.Path) -> None:
+        """Writes it whole or not at all."""
+        content = io.BytesIO()
+        np.save(content, np.concatenate([self.mean_D[:, None], self.basis_DxM], axis=1))
+        np.save(content, np.float64(self.variance_kept))
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_bytes(content.getvalue())
+        unfinished.replace(file)
+
+    @classmethod
+    def load(cls, file: epath.Path) -> Projection:
+        """Reads what `save` wrote."""
+        content = io.BytesIO(file.read_bytes())
+        columns_DxC = np.load(content)
+        return cls(columns_DxC[:, 0], np.ascontiguousarray(columns_DxC[:, 1:]), float(np.load(content)))
+
+
+def fit(sample_SxD: np.ndarray, dimensions: int) -> Projection:
+    """Principal components of a sample.
+
+    Args:
+      sample_SxD: keys, float [S, D].
+      dimensions: M, at most D.
+    """
+    sample_SxD = sample_SxD.astype(np.float32)
+    mean_D = sample_SxD.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centered_SxD = sample_SxD - mean_D
+    variances_D, vectors_DxD = np.linalg.eigh((centered_SxD.T @ centered_SxD).astype(np.float64))  # rising
+    basis_DxM = np.ascontiguousarray(vectors_DxD[:, ::-1][:, :dimensions], np.float32)
+    kept = variances_D[::-1][:dimensions].sum() / max(variances_D.sum(), np.finfo(np.float64).tiny)
+    return Projection(mean_D, basis_DxM, float(kept))
+
+
+def candidates(k: int) -> int:
+    """How many candidates are looked at for k neighbors."""
+    return round(_CANDIDATES * k)
+
+
+def widened(rows_NxD: np.ndarray) -> np.ndarray:
+    """Finite rows in float32, exactly. NumPy would convert float16 one number after the other."""
+    if rows_NxD.dtype != np.float16:
+        return rows_NxD.astype(np.float32)
+    bits_NxD = rows_NxD.view(np.int16).astype(np.int32)  # the sign stays in front
+    bits_NxD <<= 13
+    bits_NxD &= np.int32(-0x70002000)  # sign, five bits of exponent, ten of mantissa, where float32 has them
+    values_NxD = bits_NxD.view(np.float32)
+    values_NxD *= np.float32(2.0**112)  # the exponents' biases are 15 and 127
+    return values_NxD
+
+
+def squared_distances(queries_QxD: np.ndarray, keys_NxD: np.ndarray, ids_QxC: np.ndarray) -> np.ndarray:
+    """|q - x|^2 of each query to the keys named for it, float32 [Q, C]; infinite where the id is MISSING."""
+    distances_QxC = np.empty(ids_QxC.shape, np.float32)
+    for query_D, ids_C, distances_C in zip(queries_QxD.astype(np.float32), ids_QxC, distances_QxC, strict=True):
+        differences_CxD = widened(keys_NxD.take(ids_C, axis=0))
+        differences_CxD -= query_D
+        np.einsum("cd,cd->c", differences_CxD, differences_CxD, out=distances_C)
+    distances_QxC[ids_QxC == neighbors.MISSING] = np.inf
+    return distances_QxC
+
+
+class ReducedIndex:
+    """Candidates from an index over reduced keys, distances from whole keys. Same interface as `ExactIndex`."""
+
+    def __init__(self, index, projection: Projection, keys_NxD: np.ndarray):
+        """index: over `projection(keys_NxD)`; keys_NxD: float [N, D], as the datastore has them."""
+        self._index, self._projection, self._keys_NxD = index, projection, keys_NxD
+
+    @property
+    def size(self) -> int:
+        return len(self._keys_NxD)
+
+    def search(
+        self, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest of the candidates; arguments and result are those of `ExactIndex.search`."""
+        _, ids_QxC = self._index.search(self._projection(queries_QxD), candidates(k), excluded_Qx2)
+
+        def nearest(start: int) -> np.ndarray:
+            part = slice(start, start + _QUERIES_AT_ONCE)
+            distances_QxC = squared_distances(queries_QxD[part], self._keys_NxD, ids_QxC[part])
+            return neighbors.smallest(neighbors.pack(distances_QxC, ids_QxC[part]), k)
+
+        starts = range(0, len(queries_QxD), _QUERIES_AT_ONCE)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            parts = list(threads.map(nearest, starts))
+        return neighbors.unpack(np.concatenate([np.empty((0, k), np.uint64), *parts]))

@@ -1,0 +1,139 @@
+"""Training compute: optimizer steps from a budget in FLOPs, and what was spent, from the dimensions.
+
+Two counts. `training`: the steps of what is trained, forward and backward. `construction`: what makes a memory's
+inputs and targets before it, on the training split: the forward passes of the base and of the model of the keys, the
+building of the index, and the search. Validation and evaluation count in neither.
+"""
+
+from __future__ import annotations
+
+import math
+
+import ml_collections
+
+from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.models import flops, language_model
+from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.models.memory import MemoryConfig
+from mlpmem_jax.retrieval import scann_index
+from mlpmem_jax.training import memory
+
+COUNTED = ("training", "training and targets")
+_GPT2 = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25)}
+"""(width, blocks, heads) of the published models that a config names instead of describing."""
+
+
+def base_model(config: ml_collections.ConfigDict) -> GPT2Config:
+    """Dimensions of the base that a config describes, or names."""
+    if config.base.source == "huggingface":
+        return _published(config.base.path, "base.path")
+    return GPT2Config(
+        vocab_size=config.tokenizer.vocab_size,
+        context_length=config.base.context_length,
+        width=config.base.width,
+        blocks=config.base.blocks,
+        heads=config.base.heads,
+    )
+
+
+def _published(path: str, key: str) -> GPT2Config:
+    name = path.rstrip("/").split("/")[-1]
+    if name not in _GPT2:
+        raise ConfigError(
+            f"config.{key}: the dimensions of {path!r} are not known before it is imported, so no budget can be turned "
+            f"into steps; expected a model whose name ends in {', '.join(_GPT2)} (a folder named so will do)"
+        )
+    width, blocks, heads = _GPT2[name]
+    return GPT2Config(vocab_size=50257, context_length=1024, width=width, blocks=blocks, heads=heads)
+
+
+def memory_model(config: ml_collections.ConfigDict) -> MemoryConfig:
+    """Dimensions of the memory that a config describes."""
+    base = base_model(config)
+    return memory.dimensions(config, base.vocab_size, base.width, max(1, config.mesh.tensor))
+
+
+def per_position(arm: str, config: ml_collections.ConfigDict) -> int:
+    """FLOPs of one position of a training step of what the arm trains."""
+    if arm == "continued":
+        return 3 * flops.language_model_forward(base_model(config), config.base.context_length)
+    return 3 * flops.memory_forward(memory_model(config))
+
+
+def steps(arm: str, config: ml_collections.ConfigDict, budget: float, construction_flops: float) -> int:
+    """Optimizer steps that a budget pays for.
+
+    Args:
+      arm: "continued" or "augmented".
+      config: of the point.
+      budget: FLOPs.
+      construction_flops: what is to be paid from the budget first.
+
+    Raises:
+      ConfigError: the budget does not pay for one step.
+    """
+    positions = config.training.batch_sequences * config.base.context_length
+    per_step = per_position(arm, config) * positions
+    left = budget - construction_flops
+    if left < per_step:
+        of = f", of which {construction_flops:.3g} go to the targets," if construction_flops else ""
+        raise ConfigError(
+            f"flops: a budget of {budget:.3g} FLOPs{of} is too small for one step, which takes {per_step:.3g} "
+            f"({positions:,} positions); raise it, or lower config.training.batch_sequences"
+        )
+    return round(left / per_step)
+
+
+def planned_construction(config: ml_collections.ConfigDict, positions: int) -> float:
+    """FLOPs of inputs and targets of so many training positions, by the config alone."""
+    key_model = None
+    if config.datastore.key_model:
+        key_model = _published(config.datastore.key_model, "datastore.key_model")
+    backend = "exact" if config.targets.backend == "exact" else "scann"
+    targets = config.targets.to_dict()
+    return construction(base_model(config), key_model, config.base.context_length, positions, backend, targets)
+
+
+def construction(
+    base: language_model.Config,
+    key_model: language_model.Config | None,
+    length: int,
+    positions: int,
+    backend: str,
+    targets: dict,
+) -> float:
+    """FLOPs of inputs and targets of the training split.
+
+    Args:
+      base: dimensions of the base.
+      key_model: dimensions of the model of the keys; None where it is the base.
+      length: positions of a sequence.
+      positions: N, keys and queries both.
+      backend: "scann" or "exact".
+      targets: the settings `config.targets`.
+    """
+    models = [base] if key_model is None else [base, key_model]
+    forward = sum(flops.language_model_forward(model, length, output_projection=False) for model in models)
+    return float(positions) * forward + _search(models[-1].width, positions, backend, targets)
+
+
+def _search(width: int, positions: int, backend: str, targets: dict) -> float:
+    """FLOPs of the index and of one query for each of N keys of a width.
+
+    Exact search is one product of all queries with all keys. ScaNN compares each key and query with the centers of
+    all leaves, adds one number from a table for each dimension of each key in the leaves searched, and computes the
+    distances of the candidates that it reorders. Finding the centers, from a sample, is left out.
+    """
+    if backend == "exact":
+        return 2.0 * width * positions**2
+    keys = min(positions, targets["key_shard_rows"])
+    options = scann_index.Options.derive(
+        keys,
+        targets["k"],
+        **{name: targets[name] for name in ("leaves", "leaves_to_search", "reorder", "training_sample")},
+    )
+    shards = math.ceil(positions / keys)
+    filling = keys * options.leaves * 2.0 * width
+    scanned = keys * options.leaves_to_search / options.leaves
+    query = options.leaves * 2.0 * width + scanned * width + targets["k"] * options.reorder * 2.0 * width
+    return shards * (filling + positions * query)

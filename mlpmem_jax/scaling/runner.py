@@ -1,0 +1,235 @@
+"""Runs the units of a sweep on this machine, so many at once, and shows how far they are."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from mlpmem_jax.core.errors import Stopped, UserError
+from mlpmem_jax.core.progress import live, say
+from mlpmem_jax.scaling import collection, table, worker
+from mlpmem_jax.scaling.sweep import Sweep
+from mlpmem_jax.scaling.units import Unit, of_sweep
+
+_POLL_SECONDS = 0.2
+_GRACE_SECONDS = 120.0  # from SIGTERM to SIGKILL: time for a checkpoint
+
+
+@dataclasses.dataclass
+class State:
+    """How far a unit is.
+
+    Attributes:
+      phase: "waits", "runs", "finished", "failed", or "skipped" (what it needs has failed).
+      seconds: since its start, or that it took.
+      reason: of a failure.
+    """
+
+    phase: str = "waits"
+    seconds: float = 0.0
+    reason: str = ""
+
+
+@dataclasses.dataclass
+class _Child:
+    unit: Unit
+    process: subprocess.Popen
+    log: pathlib.Path
+    slot: int
+    start: float
+
+
+def run(sweep: Sweep, workers: int) -> None:
+    """Runs every unit that is not finished, `workers` at once, and writes points.csv.
+
+    A unit that fails does not stop those that do not need it. Run again, finished units are left as they are and
+    unfinished ones go on from their last shard or checkpoint.
+
+    Args:
+      sweep: a checked sweep.
+      workers: child processes at once; each gets its share of the processor's cores.
+
+    Raises:
+      UserError: `workers` cannot be, the workdir is not on this machine, or points failed; they are named.
+      Stopped: SIGTERM or SIGINT came; children were asked to write checkpoints.
+    """
+    units = of_sweep(sweep)
+    states = {unit.name: State("finished" if unit.is_finished() else "waits") for unit in units}
+    rows = table.Rows(sweep, units, states)
+    say(f"{sweep.name}: {len(sweep.points)} points, {len(units)} units, {rows.finished} of them finished already")
+    stopped = rows.finished < len(units) and _run_units(sweep, units, states, rows, workers)
+    finished = {point.name for point in sweep.points if states[point.name].phase == "finished"}
+    if finished:
+        say(f"{len(finished)} of {len(sweep.points)} points: {collection.write(sweep, finished)}")
+    if stopped:
+        raise Stopped(f"{sweep.name}: asked to stop; what was done is kept, run the same command again")
+    if failed := [unit for unit in units if states[unit.name].phase == "failed"]:
+        reasons = "\n  ".join(f"{unit.name}: {states[unit.name].reason}" for unit in failed)
+        missing = [point.name for point in sweep.points if point.name not in finished]
+        raise UserError(f"these failed:\n  {reasons}\npoints without a result: {', '.join(missing)}")
+
+
+def _run_units(sweep: Sweep, units: list[Unit], states: dict[str, State], rows: table.Rows, workers: int) -> bool:
+    """Runs what is left and keeps `states`; returns whether it was asked to stop before the end."""
+    cores = _cores()
+    if not 1 <= workers <= len(cores):
+        raise UserError(f"--workers={workers}: expected 1 to {len(cores)}, the cores of this machine")
+    if "://" in sweep.workdir:
+        raise UserError(
+            f"config.workdir: {sweep.workdir!r} is not on this machine, where the points are to run; name a folder, or "
+            "write jobs for other machines with --launch"
+        )
+    logs = pathlib.Path(sweep.workdir) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    children: list[_Child] = []
+    with _alone(logs) as lock, _stop_requests() as must_stop, live(rows.render) as is_live:
+        try:
+            while not must_stop():
+                for child in [child for child in children if child.process.poll() is not None]:
+                    children.remove(child)
+                    _note_end(child, states)
+                    if not is_live:
+                        say(rows.line(child.unit))
+                free = sorted(set(range(workers)) - {child.slot for child in children})
+                ready = _ready(units, states)
+                if not children and not ready:
+                    return False
+                for slot, unit in zip(free, ready, strict=False):
+                    children.append(_started(unit, slot, cores[slot::workers], logs, lock))
+                    states[unit.name].phase = "runs"
+                    if not is_live:
+                        say(rows.line(unit))
+                for child in children:
+                    states[child.unit.name].seconds = time.monotonic() - child.start
+                time.sleep(_POLL_SECONDS)
+            return True
+        finally:
+            _stop(children)
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[int]:
+    """Refuses a second sweep in the same workdir; yields the descriptor of the lock.
+
+    Children inherit it, and the kernel drops the lock with the last process that has it, however it ends: what a killed
+    sweep left to write its checkpoints is waited for.
+    """
+    end = time.monotonic() + _GRACE_SECONDS
+    with (folder / "lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"{folder.parent}: another mlpmem sweep runs in this workdir; wait for it, or stop it"
+                    ) from error
+                time.sleep(_POLL_SECONDS)
+        yield file.fileno()
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator:
+    """Yields a function that tells whether SIGTERM or SIGINT came."""
+    asked = False
+
+    def note(signum, frame):
+        nonlocal asked
+        asked = True
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: asked
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _ready(units: list[Unit], states: dict[str, State]) -> list[Unit]:
+    """Units that can start, those with the longest way after them first; marks those that never can."""
+    for unit in units:
+        if states[unit.name].phase == "waits" and any(
+            states[needed].phase in ("failed", "skipped") for needed in unit.needs
+        ):
+            states[unit.name].phase = "skipped"
+    ready = [
+        unit
+        for unit in units
+        if states[unit.name].phase == "waits" and all(states[needed].phase == "finished" for needed in unit.needs)
+    ]
+    return sorted(ready, key=lambda unit: -unit.path_flops)
+
+
+def _started(unit: Unit, slot: int, cores: list[int], logs: pathlib.Path, lock: int) -> _Child:
+    """Starts a unit's child on its cores; what it says goes to a log file of its own."""
+    unit.prepare()
+    log = logs / f"{unit.name}.txt"
+    command = [sys.executable, "-m", worker.__name__, unit.verb, f"--config={unit.config.workdir}/config.py"]
+    environment = os.environ | {"MLPMEM_QUIET": "0", worker.PARENT: str(os.getpid())}
+    with _on_cores(cores), log.open("a") as output:
+        # A session of its own: Ctrl-C reaches the sweep alone, which asks its children for checkpoints.
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock,),
+        )
+    return _Child(unit, process, log, slot, time.monotonic())
+
+
+@contextlib.contextmanager
+def _on_cores(cores: list[int]) -> Iterator[None]:
+    """A child started here inherits these cores, so that children do not contend with each other's threads."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _note_end(child: _Child, states: dict[str, State]) -> None:
+    state = states[child.unit.name]
+    state.seconds = time.monotonic() - child.start
+    code = child.process.returncode
+    if code == 0 and child.unit.is_finished():
+        state.phase = "finished"
+        return
+    lines = [line for line in child.log.read_text(errors="replace").splitlines() if line.strip()]
+    how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    state.phase, state.reason = "failed", f"{how}: {lines[-1] if lines else 'it said nothing'} ({child.log})"
+
+
+def _stop(children: list[_Child]) -> None:
+    """SIGTERM to those that run, SIGKILL to those that outlast the grace."""
+    for child in children:
+        if child.process.poll() is None:
+            child.process.terminate()
+    end = time.monotonic() + _GRACE_SECONDS
+    for child in children:
+        try:
+            child.process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            child.process.wait()

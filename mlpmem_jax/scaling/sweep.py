@@ -1,0 +1,184 @@
+"""`mlpmem sweep`: many models over size, compute and arm, trained at equal budgets from shared artifacts.
+
+A sweep file (see configs/sweeps) becomes checked points here, before any compute; `units` finds what they share,
+`runner` runs it on this machine, `launching` writes it down for others, `collection` makes points.csv.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+import ml_collections
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from mlpmem_jax.core import config as configs
+from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.scaling import budgets
+
+ARMS = ("continued", "augmented")
+_KEYS = ("config", "counted", "positions", "points")
+_POINT_KEYS = ("name", "arm", "flops", "seed", "variant", "overrides")
+_LONGEST_NAME = 36  # what the name of a Kubernetes job leaves
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One trained model of a sweep.
+
+    Attributes:
+      name: of its folder.
+      arm: one of ARMS.
+      variant: what else tells it from the arm's other points; "" where nothing does.
+      seed: of the arm's training.
+      flops: its budget.
+      config: resolved, with the steps that the budget pays for and a workdir of its own.
+    """
+
+    name: str
+    arm: str
+    variant: str
+    seed: int
+    flops: float
+    config: ml_collections.ConfigDict
+
+    @property
+    def label(self) -> str:
+        """The arm as points.csv names it."""
+        return f"{self.arm} {self.variant}".strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A checked sweep.
+
+    Attributes:
+      name: of its file, without ".py".
+      workdir: where everything goes.
+      counted: one of budgets.COUNTED.
+      points: in the order of the file.
+    """
+
+    name: str
+    workdir: str
+    counted: str
+    points: tuple[Point, ...]
+
+
+def read(file: str, overrides: Sequence[str] = ()) -> Sweep:
+    """Reads a sweep file and checks all of it.
+
+    Args:
+      file: a Python file with `get_sweep()`.
+      overrides: `--config.key=value`, of the config that the points start from.
+
+    Raises:
+      ConfigError: the file cannot be read; a point's name, key or value is wrong; two points have the same name; points
+        are of different corpora; a budget is too small for one step.
+    """
+    found = _load(file)
+    base = _overridden(file, found["config"], overrides)
+    if found["counted"] not in budgets.COUNTED:
+        allowed = " or ".join(map(repr, budgets.COUNTED))
+        raise ConfigError(f"{file}: counted: expected {allowed}, found {found['counted']!r}")
+    counts_targets = found["counted"] == budgets.COUNTED[1]
+    if counts_targets and not found["positions"]:
+        raise ConfigError(
+            f"{file}: positions: expected the number of training positions, which the cost of the targets "
+            f"({found['counted']!r}) follows from, found 0"
+        )
+    if not found["points"]:
+        raise ConfigError(f"{file}: points: expected at least one point, found none")
+    points, names = [], set()
+    for number, fields in enumerate(found["points"], start=1):
+        _check_fields(f"{file}: point {number}", fields)
+        if fields["name"] in names:
+            raise ConfigError(f"{file}: two points have the name {fields['name']!r}; give each a name of its own")
+        names.add(fields["name"])
+        try:
+            points.append(_resolved(base, fields, found["positions"] if counts_targets else 0))
+        except (UserError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{file}: point {fields['name']!r}: {error}") from error
+    for point in points[1:]:
+        _refuse_other_corpus(file, points[0], point)
+    return Sweep(os.path.basename(file).removesuffix(".py"), base.workdir, found["counted"], tuple(points))
+
+
+def _load(file: str) -> dict:
+    if not os.path.isfile(file):
+        raise ConfigError(f"--config={file}: no such file; configs/sweeps/ holds ready ones")
+    spec = importlib.util.spec_from_file_location("mlpmem_sweep", file)
+    if spec is None:
+        raise ConfigError(f"--config={file}: expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{file}: cannot be run ({type(error).__name__}: {error})") from error
+    if not hasattr(module, "get_sweep"):
+        hint = "; it is the config of one run: mlpmem run --config" if hasattr(module, "get_config") else ""
+        raise ConfigError(f"{file}: has no get_sweep(){hint}")
+    found = module.get_sweep()
+    if not isinstance(found, Mapping) or sorted(found) != sorted(_KEYS):
+        keys = sorted(found) if isinstance(found, Mapping) else type(found).__name__
+        raise ConfigError(f"{file}: get_sweep(): expected a dictionary with the keys {', '.join(_KEYS)}, found {keys}")
+    return dict(found)
+
+
+def _overridden(file: str, config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    values, words = flags.FlagValues(), ["mlpmem", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
+        values(words)
+        config = values["config"].value
+    except (AttributeError, KeyError, flags.Error, TypeError, ValueError) as error:
+        unknown = configs.first_unknown(overrides)
+        raise unknown or ConfigError(f"{file} {' '.join(overrides)}: {error}") from error
+    configs.check(config)
+    return config
+
+
+def _check_fields(where: str, fields: Mapping) -> None:
+    if sorted(fields) != sorted(_POINT_KEYS):
+        raise ConfigError(f"{where}: expected the keys {', '.join(_POINT_KEYS)}, found {', '.join(sorted(fields))}")
+    name, budget = fields["name"], fields["flops"]
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        raise ConfigError(
+            f"{where}: name: expected lower-case letters, digits and '-', a letter first and no '-' last, at most "
+            f"{_LONGEST_NAME} characters, found {name!r}"
+        )
+    if fields["arm"] not in ARMS:
+        raise ConfigError(f"{where} {name!r}: arm: expected {' or '.join(map(repr, ARMS))}, found {fields['arm']!r}")
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < float("inf"):
+        raise ConfigError(f"{where} {name!r}: flops: expected a number above 0, found {budget!r}")
+
+
+def _resolved(base: ml_collections.ConfigDict, fields: Mapping, positions: int) -> Point:
+    """A point with its whole config; `positions` is 0 where targets are not paid for."""
+    config = ml_collections.ConfigDict(base.to_dict())
+    config.update_from_flattened_dict({"training.seed": fields["seed"], **fields["overrides"]})
+    config.workdir = str(epath.Path(base.workdir) / "points" / fields["name"])
+    config.training.steps = 1  # known below
+    configs.check(config)
+    pays_for_targets = positions and fields["arm"] == "augmented"
+    first = budgets.planned_construction(config, positions) if pays_for_targets else 0.0
+    config.training.steps = budgets.steps(fields["arm"], config, fields["flops"], first)
+    config.training.warmup_steps = min(config.training.warmup_steps, config.training.steps // 10)
+    return Point(fields["name"], fields["arm"], fields["variant"], fields["seed"], float(fields["flops"]), config)
+
+
+def _refuse_other_corpus(file: str, one: Point, other: Point) -> None:
+    for group in ("corpus", "tokenizer"):
+        here, there = configs.plain(one.config[group]), configs.plain(other.config[group])
+        for key in here:
+            if here[key] != there[key]:
+                raise ConfigError(
+                    f"{file}: config.{group}.{key} is {here[key]!r} in point {one.name!r} and {there[key]!r} in point "
+                    f"{other.name!r}; perplexities of different corpora share no law: make a sweep of each"
+                )

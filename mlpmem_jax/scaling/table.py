@@ -1,0 +1,84 @@
+"""The points of a running sweep, as a live table on a terminal and as single lines in a log."""
+
+from __future__ import annotations
+
+import rich.table
+
+from mlpmem_jax.evaluation import wording
+from mlpmem_jax.scaling import collection
+from mlpmem_jax.scaling.sweep import Point, Sweep
+from mlpmem_jax.scaling.units import Unit
+
+_COLORS = {"runs": "cyan", "finished": "green", "failed": "red", "skipped": "red"}
+
+
+class Rows:
+    """What is shown of a sweep.
+
+    Args:
+      sweep: whose points are the rows.
+      units: of the sweep.
+      states: unit -> State of `runner`, which changes meanwhile.
+    """
+
+    def __init__(self, sweep: Sweep, units: list[Unit], states: dict):
+        self._sweep, self._states = sweep, states
+        self._units = {unit.name: unit for unit in units}
+        self._perplexities: dict[str, float] = {}
+
+    @property
+    def finished(self) -> int:
+        """Number of finished units."""
+        return sum(state.phase == "finished" for state in self._states.values())
+
+    def render(self) -> rich.table.Table:
+        """The table as it stands."""
+        caption = f"{self.finished} of {len(self._units)} units finished"
+        drawn = rich.table.Table(title=self._sweep.name, caption=caption)
+        for name, justify in (
+            *(("point", "left"), ("arm", "left"), ("seed", "right"), ("FLOPs", "right"), ("steps", "right")),
+            *(("state", "left"), ("seconds", "right"), ("perplexity", "right")),
+        ):
+            drawn.add_column(name, justify=justify)
+        for point in self._sweep.points:
+            state, words = self._words(point)
+            color = _COLORS.get(state.phase, "default")
+            seconds = f"{state.seconds:,.0f}" if state.seconds else ""
+            steps = f"{point.config.training.steps:,}"
+            drawn.add_row(
+                *(point.name, point.label, str(point.seed), f"{point.flops:.3g}", steps),
+                *(f"[{color}]{words}[/{color}]", seconds, self._perplexity(point)),
+            )
+        return drawn
+
+    def line(self, unit: Unit) -> str:
+        """One line of a log about a unit that has just started or ended."""
+        state = self._states[unit.name]
+        text = f"[{self.finished} of {len(self._units)}] {unit.name} {state.phase}"
+        if state.phase == "runs":
+            return text
+        text += f" after {state.seconds:,.0f} s"
+        if state.phase == "failed":
+            return f"{text}: {state.reason}"
+        points = [point for point in self._sweep.points if point.name == unit.name]
+        return f"{text}, perplexity {self._perplexity(points[0])}" if points else text
+
+    def _words(self, point: Point) -> tuple:
+        """The state that says most about a point, in words: its own, or that of what it waits for."""
+        unit = self._units[point.name]
+        state = self._states[point.name]
+        if state.phase not in ("waits", "skipped"):
+            return state, state.phase
+        while unit.needs:
+            unit = self._units[unit.needs[0]]
+            needed = self._states[unit.name]
+            if needed.phase in ("runs", "failed"):
+                return needed, f"{unit.verb} {needed.phase}"
+        return state, state.phase
+
+    def _perplexity(self, point: Point) -> str:
+        if self._states[point.name].phase != "finished":
+            return ""
+        if point.name not in self._perplexities:
+            self._perplexities[point.name] = collection.row(self._sweep, point)["perplexity"]
+        return wording.number(self._perplexities[point.name])

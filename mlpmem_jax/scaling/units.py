@@ -1,0 +1,138 @@
+"""What a sweep has to run: one unit for each artifact that points share, and one for each point.
+
+A unit is one verb of mlpmem in a working directory of its own, in which links stand for the artifacts that other
+units make. A shared unit's folder is named by a digest of every config key that its artifact depends on, so points
+that need the same one find the same folder, in this sweep and in a later one of the same workdir; the artifacts' own
+checks of their origin stand behind that.
+
+    WORKDIR/shared/VERB-DIGEST/    tokens, base, datastore, targets
+    WORKDIR/points/NAME/           memory and report (augmented), or continued
+    WORKDIR/points.csv
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+import ml_collections
+from etils import epath
+
+from mlpmem_jax.core import artifacts
+from mlpmem_jax.core import config as configs
+from mlpmem_jax.models import flops
+from mlpmem_jax.retrieval.datastore import SPLITS
+from mlpmem_jax.scaling import budgets
+from mlpmem_jax.scaling.sweep import Sweep
+from mlpmem_jax.training import continued
+
+SHARED = ("tokens", "base", "datastore", "targets")
+_VERBS = {"augmented": "run", "continued": "continued"}
+_CHAINS = {"augmented": SHARED, "continued": SHARED[:2]}  # what a point of the arm needs, each made from those before
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One verb in one working directory.
+
+    Attributes:
+      name: of its folder, and of its job.
+      verb: of mlpmem.
+      config: resolved, its workdir the unit's folder.
+      needs: names of the units that must be finished before.
+      links: folder in the workdir -> the artifact that it stands for.
+      path_flops: training compute from here to the end of the longest chain of units, to know what to start first.
+    """
+
+    name: str
+    verb: str
+    config: ml_collections.ConfigDict
+    needs: tuple[str, ...]
+    links: dict[str, str]
+    path_flops: float
+
+    def prepare(self) -> str:
+        """Writes links and the config into the workdir and returns the config's text."""
+        workdir = epath.Path(self.config.workdir)
+        for folder, target in self.links.items():
+            artifacts.link(workdir / folder, target)
+        text = configs.as_file(self.config, f"Unit {self.name} of a sweep")
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.py").write_text(text)
+        return text
+
+    def is_finished(self) -> bool:
+        """Whether what it makes is there, made by this very config.
+
+        Raises:
+          ArtifactError: something is there that is no artifact, or was edited.
+        """
+        workdir = epath.Path(self.config.workdir)
+        if self.verb == "run":
+            report = workdir / "report" / "metrics.json"
+            if not report.exists():
+                return False
+            return json.loads(report.read_text())["config"] == configs.plain(self.config)
+        if self.verb == "continued":
+            found = artifacts.read_manifest(str(workdir / continued.FOLDER))
+            kept = configs.plain(continued.settings_of(self.config))
+            return found is not None and found["sealed"] and found["config"] == {"training": kept}
+        manifests = (artifacts.read_manifest(str(workdir / folder)) for folder in _products(self.verb, self.config))
+        return all(found is not None and found["sealed"] for found in manifests)
+
+
+def _products(verb: str, config: ml_collections.ConfigDict) -> list[str]:
+    """Folders of the artifacts that a shared unit makes."""
+    if verb == "tokens":
+        return ["tokens"]
+    if verb == "base":
+        return ["base", "key_model"] if config.datastore.key_model else ["base"]
+    return [f"{verb}/{split}" for split in SPLITS]
+
+
+def _digest(verb: str, config: ml_collections.ConfigDict) -> str:
+    """Of every key that the artifacts of a shared unit depend on."""
+    parts = {"corpus": configs.plain(config.corpus), "tokenizer": configs.plain(config.tokenizer)}
+    if verb != "tokens":
+        parts |= {"base": configs.plain(config.base), "key_model": config.datastore.key_model}
+    if verb in ("datastore", "targets"):
+        parts["datastore"] = configs.plain(config.datastore)
+    if verb == "targets":
+        parts["targets"] = configs.plain(config.targets)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def of_sweep(sweep: Sweep) -> list[Unit]:
+    """Every unit, each after those that it needs."""
+    found: dict[str, Unit] = {}
+    for point in sweep.points:
+        chain, links = [], {}
+        for verb in _CHAINS[point.arm]:
+            name = f"{verb}-{_digest(verb, point.config)}"
+            config = ml_collections.ConfigDict(point.config.to_dict())
+            config.workdir = str(epath.Path(sweep.workdir) / "shared" / name)
+            found.setdefault(name, Unit(name, verb, config, tuple(chain[-1:]), dict(links), _flops(verb, config)))
+            links |= {folder: f"{config.workdir}/{folder}" for folder in _products(verb, config)}
+            chain.append(name)
+        found[point.name] = Unit(point.name, _VERBS[point.arm], point.config, (chain[-1],), links, point.flops)
+    return _with_paths(list(found.values()))
+
+
+def _flops(verb: str, config: ml_collections.ConfigDict) -> float:
+    """Training compute of a shared unit; of a base that is trained for so many epochs it is not known yet."""
+    if verb != "base" or config.base.source != "train":
+        return 0.0
+    positions = config.base.training.steps * config.base.training.batch_sequences * config.base.context_length
+    return 3.0 * flops.language_model_forward(budgets.base_model(config), config.base.context_length) * positions
+
+
+def _with_paths(units: list[Unit]) -> list[Unit]:
+    """The units with `path_flops` of whole chains instead of their own."""
+    longest = {unit.name: unit.path_flops for unit in units}
+    after = dict.fromkeys(longest, 0.0)
+    for unit in reversed(units):
+        longest[unit.name] += after[unit.name]
+        for needed in unit.needs:
+            after[needed] = max(after[needed], longest[unit.name])
+    return [dataclasses.replace(unit, path_flops=longest[unit.name]) for unit in units]

@@ -1,0 +1,145 @@
+"""Rates of the memory's train step in one process and in several, on the same cores.
+
+A job of processes cannot be started from inside one, so each measurement is a job of its own: this module run as a
+program, once for each process.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core import runtime
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.models import flops, memory
+from mlpmem_jax.training import loop
+from mlpmem_jax.training.loss import sparse_cross_entropy
+from mlpmem_jax.training.memory import dimensions
+from mlpmem_jax.training.optimizer import make_optimizer
+from mlpmem_jax.training.state import initial_state, state_shardings
+
+_ENTRIES = 64  # of a target distribution
+_ROUNDS, _STEPS = 5, 10
+_JOBS = ((1, 1), (1, 2), (2, 1))  # (processes, virtual devices of each)
+
+
+def rows(config: ml_collections.ConfigDict) -> list[dict]:
+    """Positions per second of every job, medians of interleaved runs, each against one process with one device."""
+    rates = {job: [] for job in _JOBS}
+    for _ in range(_ROUNDS):
+        for processes, devices in _JOBS:
+            rates[processes, devices].append(_measure(config, processes, devices))
+    first = statistics.median(rates[_JOBS[0]])
+    found = []
+    for (processes, devices), measured in rates.items():
+        rate = statistics.median(measured)
+        found.append(
+            {
+                "name": f"train step, {processes} x {devices} (processes x devices)",
+                "value": rate / first,
+                "unit": "of the rate of 1 x 1",
+                "detail": f"{rate:,.0f} positions/s ({min(measured):,.0f} to {max(measured):,.0f} in {_ROUNDS} runs of "
+                f"{_STEPS} steps), memory of width {config.memory.width}, {config.training.optimizer}, "
+                f"{config.training.batch_sequences * config.base.context_length} positions a step",
+            }
+        )
+    return found
+
+
+def _measure(config: ml_collections.ConfigDict, processes: int, devices: int) -> float:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for index in range(processes):
+        environment = {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(index),
+        }
+        command = [sys.executable, "-m", __name__, config.to_json_best_effort()]
+        started.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in started]
+    if failed := [process.returncode for process in started if process.returncode]:
+        raise UserError(f"benchmark of {processes} processes: one ended with exit code {failed[0]}; its error is above")
+    return float(outputs[0].splitlines()[-1])
+
+
+def _loss(model, mesh, settings, parameters, frozen, batch):
+    del frozen
+    return sparse_cross_entropy(
+        memory.hidden(parameters, model, batch["memory_inputs"], compute_dtype=jnp.dtype(settings.compute_dtype)),
+        memory.output_kernel(parameters),
+        batch["token_ids"],
+        batch["probabilities"],
+        batch["next_tokens"],
+        alpha=settings.alpha,
+        vocab_size=model.vocab_size,
+        chunk=settings.loss_chunk,
+        mesh=mesh,
+    )
+
+
+def _positions_per_second(config: ml_collections.ConfigDict) -> float:
+    mesh, rules = meshes.mesh_of(config)
+    part = meshes.batch_part(mesh, rules)
+    model = dimensions(config, config.tokenizer.vocab_size, config.base.width, mesh.shape["tensor"])
+    positions = config.training.batch_sequences * config.base.context_length
+    settings = config.training
+    settings.warmup_steps = 1
+    task = loop.Task(
+        name="benchmark",
+        folder="",
+        settings=settings,
+        initialise=functools.partial(memory.init, model, jax.random.key(0)),
+        logical_axes=memory.logical_axes(model),
+        loss=functools.partial(_loss, model, mesh, settings),
+        frozen={},
+        source=None,
+        validate=lambda parameters: {},
+        positions_per_sequence=1,
+        flops_per_position=3 * flops.memory_forward(model),
+    )
+    optimizer = make_optimizer(settings, 1000, task.logical_axes)
+    placed = meshes.shardings(mesh, task.logical_axes, rules)
+    make_state = initial_state(task.initialise, optimizer)
+    shardings = state_shardings(mesh, jax.eval_shape(make_state), placed)
+    step = jax.jit(loop.train_step(task, optimizer, placed), donate_argnums=0, out_shardings=(shardings, None))
+    state = jax.jit(make_state, out_shardings=shardings)()
+
+    random, count = np.random.default_rng(part.index), positions // part.count
+    weights = random.random((count, _ENTRIES), np.float32)
+    rows = {
+        "memory_inputs": random.normal(size=(count, config.base.width)).astype(np.float32),
+        "token_ids": random.integers(0, model.vocab_size, (count, _ENTRIES)).astype(np.int32),
+        "probabilities": weights / weights.sum(1, keepdims=True),
+        "next_tokens": random.integers(0, model.vocab_size, count).astype(np.int32),
+    }
+    for _ in range(2):
+        state, measured = step(state, {}, meshes.global_batch(mesh, rows, rules))
+    jax.block_until_ready(measured)
+    start = time.perf_counter()
+    for _ in range(_STEPS):
+        state, measured = step(state, {}, meshes.global_batch(mesh, rows, rules))
+    jax.block_until_ready((state, measured))
+    return _STEPS * positions / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    runtime.keep_freed_memory()
+    runtime.join_job()
+    print(_positions_per_second(ml_collections.ConfigDict(json.loads(sys.argv[1]))))

@@ -1,0 +1,95 @@
+"""The stages on an imported Mistral: what they store is what the model says, and its memory has its family."""
+
+import argparse
+
+import jax
+import numpy as np
+import pytest
+
+from configs import smoke
+from mlpmem_jax.cli import _run_stage
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
+from mlpmem_jax.inference import compare
+from mlpmem_jax.interop import huggingface
+from mlpmem_jax.models import language_model, saved
+from mlpmem_jax.models.llama import LlamaConfig
+from mlpmem_jax.models.rotary import Rotary
+
+MISTRAL = LlamaConfig(
+    vocab_size=320,  # more than the tokenizer has, as where a vocabulary was padded
+    context_length=64,
+    width=16,
+    blocks=3,
+    heads=4,
+    key_value_heads=2,
+    head_width=6,
+    feed_forward_width=24,
+    norm_epsilon=3e-5,
+    sliding_window=5,
+    rotary=Rotary(theta=500.0),
+    family="mistral",
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistral")
+    parameters = jax.jit(language_model.init, static_argnums=0)(MISTRAL, jax.random.key(0))
+    parameters = jax.tree.map(lambda array: 5 * array if array.ndim > 1 else array, parameters)
+    huggingface.save_language_model(folder / "model", parameters, MISTRAL)
+
+    config = smoke.get_config()
+    config.workdir = str(folder / "run")
+    config.corpus.max_bytes = 40_000
+    config.tokenizer.vocab_size = 300
+    config.base.update({"source": "huggingface", "path": str(folder / "model"), "context_length": 16})
+    config.datastore.update({"sequences_per_shard": 200, "input_depth": 0.7})
+    config.targets.update({"k": 4, "temperature": 3.0, "backend": "exact", "quality_positions": 16})
+    config.memory.update(
+        {"family": "llama", "width": 16, "blocks": 1, "feed_forward_width": 24, "output_from_base": True}
+    )
+    config.training.update({"mode": "online", "steps": 1, "warmup_steps": 0, "learning_rate": 0.0})
+    config.training.update({"adam_learning_rate": 0.0, "evaluation_sequences": 8})
+    for stage in ("tokens", "base", "datastore", "targets", "train"):
+        _run_stage(stage, config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def base(config):
+    mesh = meshes.make_mesh(1, 1, 1, jax.devices()[:1])
+    parameters, model, artifact = saved.load_language_model(f"{config.workdir}/base", mesh, meshes.RULES)
+    assert model == MISTRAL
+    assert artifact.summary["model"]["family"] == "mistral"
+    return parameters
+
+
+def test_the_datastore_holds_its_states_and_log_probabilities(config, base):
+    datastore = open_artifact(f"{config.workdir}/datastore/test", "datastore")
+    tokens = open_artifact(f"{config.workdir}/tokens", "tokens")
+    tokens_SxT, next_SxT, _ = read_sequences(TokenStream(tokens, "test"), 0, 2, 16)
+    final, taps = language_model.features(base, MISTRAL, tokens_SxT, taps=(2, 3))
+    np.testing.assert_allclose(datastore.read("keys", 0, 2), taps[3], atol=5e-3)
+    np.testing.assert_allclose(datastore.read("memory_inputs", 0, 2), taps[2], atol=5e-3)
+    logits_SxTxV = np.asarray(final) @ np.asarray(base["lm_head"]["kernel"])
+    log_SxTxV = jax.nn.log_softmax(logits_SxTxV)
+    expected = np.take_along_axis(np.asarray(log_SxTxV), next_SxT[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(datastore.read("base_log_probabilities", 0, 2), expected, atol=1e-4)
+
+
+def test_the_memory_has_the_family_of_its_base_and_starts_from_its_untied_output(config, base):
+    mesh = meshes.make_mesh(1, 1, 1, jax.devices()[:1])
+    parameters, model, _ = saved.load_memory(f"{config.workdir}/memory", mesh, meshes.RULES)
+    assert (model.family, model.activation, model.norm_epsilon) == ("llama", "silu", 3e-5)
+    assert model.feed_forward_width == 24
+    kernel = parameters["lm_head"]["kernel"]
+    np.testing.assert_array_equal(kernel[:, :300], base["lm_head"]["kernel"][:, :300])
+    np.testing.assert_array_equal(kernel[:, 300:], 0)
+
+
+def test_it_generates_with_its_memory(config, capsys):
+    options = argparse.Namespace(prompt=["The", ""], tokens=3, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+    compare.run(config, options)
+    assert "base LM + memory" in capsys.readouterr().out

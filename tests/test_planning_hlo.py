@@ -1,0 +1,178 @@
+"""Reading compiled programs: small ones compiled here for eight devices, and lines as TPU compilers write them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mlpmem_jax.planning import hlo
+
+ROWS, WIDTH, LAYERS = 64, 32, 5
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return Mesh(np.asarray(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))
+
+
+def compiled(function, mesh, *shapes_and_specs):
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape, spec in shapes_and_specs
+    ]
+    return hlo.parse(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def test_a_scanned_body_counts_as_often_as_it_runs(mesh):
+    def layers(x_RxW, kernels_LxWxW):
+        return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x_RxW, kernels_LxWxW)[0]
+
+    program = compiled(
+        layers,
+        mesh,
+        ((ROWS, WIDTH), PartitionSpec(("fsdp", "tensor"))),
+        ((LAYERS, WIDTH, WIDTH), PartitionSpec(None, ("fsdp", "tensor"))),
+    )
+    assert program.flops == 2 * (ROWS // 8) * WIDTH * WIDTH * LAYERS
+    gathers = [one for one in program.collectives if one.kind == "all-gather"]
+    # The compiler may gather every layer by itself in the loop, or all of them before it: the bytes are the same.
+    assert sum(one.payload * one.times for one in gathers) == LAYERS * WIDTH * WIDTH * 4
+    assert sum(one.sent * one.times for one in gathers) == LAYERS * WIDTH * WIDTH * 4 * 7 / 8
+    assert all(one.group == tuple(range(8)) for one in gathers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "result", "payload", "sent"),
+    [
+        ("all-reduce", lambda x: jax.lax.psum(x, "tensor"), PartitionSpec("fsdp"), 4096, 2 * 4096 * 3 / 4),
+        (
+            "reduce-scatter",
+            lambda x: jax.lax.psum_scatter(x, "tensor", tiled=True),
+            PartitionSpec(("fsdp", "tensor")),
+            4096,
+            4096 * 3 / 4,
+        ),
+        (
+            "all-to-all",
+            lambda x: jax.lax.all_to_all(x, "tensor", 0, 0, tiled=True),
+            PartitionSpec("fsdp"),
+            4096,
+            4096 * 3 / 4,
+        ),
+        (
+            "collective-permute",
+            lambda x: jax.lax.ppermute(x, "tensor", [(0, 1), (1, 2), (2, 3), (3, 0)]),
+            PartitionSpec("fsdp"),
+            4096,
+            4096,
+        ),
+    ],
+)
+def test_collectives_and_their_bytes(mesh, kind, call, result, payload, sent):
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=result, check_vma=False)
+    program = compiled(mapped, mesh, ((64, 32), PartitionSpec("fsdp")))  # 32 x 32 float32 on each device
+    (found,) = program.collectives
+    assert (found.kind, found.payload, found.sent, found.times) == (kind, payload, sent, 1)
+    expected = (0, 1) if kind == "collective-permute" else (0, 1, 2, 3)
+    assert found.group == expected
+
+
+def test_matrix_products_of_batches(mesh):
+    program = compiled(
+        functools.partial(jnp.einsum, "bij,bjk->bik"),
+        mesh,
+        ((8, 16, 32), PartitionSpec(("fsdp", "tensor"))),
+        ((8, 32, 64), PartitionSpec(("fsdp", "tensor"))),
+    )
+    assert program.flops == 2 * 16 * 32 * 64
+
+
+TPU = """\
+HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter.1 (input.7: bf16[4096,512]) -> bf16[32,512] {
+  %input.7 = bf16[4096,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.25 = bf16[4096,512]{1,0:T(8,128)(2,1)} all-reduce(%input.7), channel_id=13, replica_groups=GROUPS
+  %constant.1 = u32[] constant(0)
+  ROOT %dynamic-slice.82 = bf16[32,512]{1,0} dynamic-slice(%all-reduce.25, %constant.1, %constant.1)
+}
+
+%start (p.1: bf16[16,512]) -> (bf16[16,512], bf16[4096,512], u32[]) {
+  %p.1 = bf16[16,512]{1,0} parameter(0)
+  %all-gather.65 = bf16[4096,512]{1,0} all-gather(%p.1), channel_id=21, replica_groups=[1,256]<=[256], dimensions={0}
+  ROOT %custom-call.12 = (bf16[16,512], bf16[4096,512], u32[]) custom-call(%all-gather.65), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%product (p.2: bf16[64,4096], p.3: bf16[4096,512], p.4: bf16[16,512]) -> f32[64,512] {
+  %p.2 = bf16[64,4096]{1,0} parameter(0)
+  %p.3 = bf16[4096,512]{1,0} parameter(1)
+  %p.4 = bf16[16,512]{1,0} parameter(2)
+  %all-gather.67 = bf16[4096,512]{1,0} all-gather(%p.4), channel_id=21, replica_groups=[1,256]<=[256], dimensions={0}
+  ROOT %convolution.57 = f32[64,512]{1,0:T(8,128)} convolution(%p.2, %p.3), dim_labels=bf_io->bf
+}
+
+%body (carry: (s32[], bf16[16,512], bf16[64,4096])) -> (s32[], bf16[16,512], bf16[64,4096]) {
+  %carry = (s32[], bf16[16,512]{1,0}, /*index=2*/bf16[64,4096]{1,0}) parameter(0)
+  %shard = bf16[16,512]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%carry), index=1
+  %x = bf16[64,4096]{1,0} get-tuple-element(%carry), index=2
+  %begun = (bf16[16,512], bf16[4096,512], u32[]) fusion(%shard), kind=kCustom, calls=%start
+  %whole = bf16[4096,512]{1,0:S(1)} get-tuple-element(%begun), index=1
+  %fusion.1 = f32[64,512]{1,0:T(8,128)} fusion(%x, %whole, %shard), kind=kOutput, calls=%product
+  %gradient = bf16[4096,512]{1,0} custom-call(%fusion.1), custom_call_target="Pretend"
+  %fusion.2 = bf16[32,512]{1,0} fusion(%gradient), kind=kCustom, calls=%all-reduce-scatter.1, \
+backend_config={"collective_algorithm_config":{"debug":"StrategyRing{colors:1 phases:1}"}}
+  ROOT %next = (s32[], bf16[16,512], bf16[64,4096]) tuple(%carry, %shard, %x)
+}
+
+%condition (carry.1: (s32[], bf16[16,512], bf16[64,4096])) -> pred[] {
+  %carry.1 = (s32[], bf16[16,512]{1,0}, bf16[64,4096]{1,0}) parameter(0)
+  %constant.277 = s32[]{:T(128)} constant(8)
+  %counter = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
+  ROOT %lt.55 = pred[]{:T(512)} compare(%counter, %constant.277), direction=LT
+}
+
+ENTRY %main (a: bf16[16,512], b: bf16[64,4096]) -> bf16[16,512] {
+  %a = bf16[16,512]{1,0} parameter(0)
+  %b = bf16[64,4096]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %first = (s32[], bf16[16,512], bf16[64,4096]) tuple(%zero, %a, %b)
+  %while.26 = (s32[], bf16[16,512], bf16[64,4096]) while(%first), condition=%condition, body=%body
+  ROOT %out = bf16[16,512]{1,0} get-tuple-element(%while.26), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("{{0,2,4,6},{1,3,5,7}}", (0, 2, 4, 6)),
+        ("[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+        ("[2,4]<=[8]", (0, 1, 2, 3)),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, use_global_device_ids=true", (0, 1, 2, 3)),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
+        ("mesh['axis_0'=1,'axis_1'=2,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_2'}, use_global", (0, 2, 4, 6)),
+    ],
+)
+def test_programs_of_tpus(groups, first):
+    program = hlo.parse(TPU.replace("GROUPS", groups))
+    gather, scatter = program.collectives  # one gather, though two fusions name it
+    assert (gather.kind, gather.payload, gather.times, gather.overlapped) == ("all-gather", 4096 * 512 * 2, 8, True)
+    assert gather.group == tuple(range(256))
+    assert (scatter.kind, scatter.overlapped, scatter.rings) == ("reduce-scatter", False, 1)
+    assert scatter.group == first
+    assert scatter.sent == 4096 * 512 * 2 * (len(first) - 1) / len(first)
+    assert program.flops == 8 * 2 * 64 * 4096 * 512
+    product = next(one for one in program.operations if one.name == "fusion.1")
+    assert product.traffic == 64 * 4096 * 2 + 64 * 512 * 4  # the gathered kernel is in the chip's own memory
+
+
+def test_what_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("HloModule nothing\n")
+    with pytest.raises(ValueError, match="number of turns"):
+        hlo.parse(TPU.replace("constant(8)", "add(%counter, %counter)"))
+    with pytest.raises(ValueError, match="unknown form"):
+        hlo.parse(TPU.replace("GROUPS", "@group"))

@@ -1,0 +1,163 @@
+"""`mlpmem plan`: the programs are the stages' own, costs follow from dimensions, advice comes in the stated order."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from configs import mistral_7b, quickstart, wikitext103_gpt2_large
+from mlpmem_jax import cli
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.accelerators import resolve
+from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.interop import published
+from mlpmem_jax.planning import compilation, cost, hlo, plan, programs
+from mlpmem_jax.training import benchmark, data
+
+ROOT = pathlib.Path(__file__).parents[1]
+NO_LIBTPU = "the compiler for TPUs is not here: pip install 'mlpmem_jax[plan]'"
+
+
+def small_config():
+    config = quickstart.get_config()
+    config.base.context_length, config.base.width, config.base.heads = 16, 32, 2
+    config.tokenizer.vocab_size = 512
+    config.memory.width, config.memory.blocks = 64, 2
+    config.training.batch_sequences, config.training.accumulation_steps = 16, 1
+    config.training.optimizer, config.training.warmup_steps = "adamw", 1
+    config.targets.keep, config.targets.k = 8, 8
+    config.datastore.batch_sequences = 8
+    return config
+
+
+def test_the_planned_batch_is_the_one_that_training_reads(tmp_path):
+    source = data.TargetSource(*benchmark._write_sample(epath.Path(tmp_path), 128, 16))
+    batch = next(data.batches(source, 4, seed=0))
+    width = batch["memory_inputs"].shape[-1]
+    planned = data.abstract_batch(4, 16, data.padded_entries(benchmark.ENTRIES), (width, "float16"))
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        name: (array.shape, array.dtype) for name, array in planned.items()
+    }
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_programs_of_the_stages_compile_and_do_the_flops_of_the_dimensions(tensor):
+    config = small_config()
+    config.mesh.tensor = tensor
+    mesh, rules = meshes.mesh_of(config)
+    for stage in ("train", "datastore"):
+        for program in programs.build(config, stage, mesh, rules, 100_000):
+            text = program.function.lower(*program.arguments, **program.static).compile().as_text()
+            found = hlo.parse(text).flops * mesh.size
+            # Attention computes all positions of a block, of which its formula counts half.
+            assert found == pytest.approx(program.flops, rel=0.2), program.name
+
+
+def test_gradients_are_cut_and_logits_are_not_gathered():
+    config = small_config()
+    config.mesh.tensor, config.training.batch_sequences = 2, 64  # logits are then larger than any parameter
+    mesh, rules = meshes.mesh_of(config)
+    step = programs.build(config, "train", mesh, rules, 100_000)[0]
+    read = hlo.parse(step.function.lower(*step.arguments).compile().as_text())
+    positions = config.training.batch_sequences * config.base.context_length
+    logits = positions // 4 * config.tokenizer.vocab_size // 2 * 4  # bytes of one device
+    assert all(one.payload < logits for one in read.collectives if one.kind == "all-gather")
+    assert any(one.kind == "reduce-scatter" for one in read.collectives)
+
+
+def test_costs_of_the_papers_runs():
+    large = wikitext103_gpt2_large.get_config()
+    found = {one.name: one for one in cost.artifacts(large, 100_000_000, 64)}
+    # Keys of GPT-2 xl and inputs of GPT-2 large, 16 bits each; 774M parameters, and two checkpoints of three copies.
+    held_out = 1 + large.corpus.validation_fraction + large.corpus.test_fraction
+    assert found["datastore"].storage == pytest.approx(100e6 * held_out * (2 * (1600 + 1280) + 8))
+    assert found["memory"].storage == pytest.approx(774e6 * 4 * 7, rel=0.01)
+    memory = mistral_7b.get_config()
+    run = cost.estimate(memory, 5_000_000_000, "v5e:16x16", utilization=0.5)
+    parameters = 8 * 3 * 4096 * 14336 + 4096 * 32768
+    assert run.steps == memory.training.steps
+    assert run.training_flops == pytest.approx(6 * parameters * run.steps * 512 * 128, rel=0.001)
+    assert run.chip_hours > run.training_flops / 0.5 / 197e12 / 3600
+
+
+def test_dimensions_of_published_models(tmp_path):
+    assert published.dimensions("openai-community/gpt2-xl").width == 1600
+    with pytest.raises(UserError, match="local folder with its config"):
+        published.dimensions("someone/unheard-of")
+    values = {"model_type": "gpt2", "vocab_size": 64, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert published.dimensions(str(tmp_path)).blocks == 2
+
+
+def test_changes_come_in_the_stated_order():
+    config = small_config()
+    config.training.loss_chunk = 512
+    found = list(plan.changes(config, "train"))
+    assert found[0] == {"training.remat": True}
+    assert found[1:3] == [{"training.remat": True, "training.loss_chunk": chunk} for chunk in (256, 128)]
+    assert [one["training.accumulation_steps"] for one in found[3:7]] == [2, 4, 8, 16]
+    assert [one["mesh.tensor"] for one in found[7:]] == [2, 4, 8, 16]
+
+
+def test_the_smallest_change_is_the_first_that_compiles(monkeypatch):
+    tried = []
+
+    def plan_stage(config, stage, tpu, devices, positions):
+        tried.append((config.training.remat, config.training.loss_chunk, config.training.accumulation_steps))
+        fits = config.training.accumulation_steps >= 4
+        return [plan.Planned(None, {}, object() if fits else None, 0.0)]
+
+    monkeypatch.setattr(plan, "plan_stage", plan_stage)
+    config = small_config()
+    config.training.loss_chunk = 256
+    change = plan.smallest_change(config, "train", resolve("v5e:2x4"), [], 100_000)
+    assert change == {"training.remat": True, "training.loss_chunk": 128, "training.accumulation_steps": 4}
+    assert tried == [(True, 256, 1), (True, 128, 1), (True, 128, 2), (True, 128, 4)]
+    monkeypatch.setattr(plan, "plan_stage", lambda *_: [plan.Planned(None, {}, None, 0.0)])
+    assert plan.smallest_change(config, "train", resolve("v5e:2x4"), [], 100_000) == {}
+
+
+@pytest.mark.parametrize(
+    ("installed", "attached", "expected"),
+    [
+        (["libtpu"], [], "cpu"),
+        (["libtpu", "jax_cuda13_plugin"], [], "cuda,cpu"),
+        (["libtpu"], ["/dev/accel0"], None),
+        ([], [], None),
+    ],
+)
+def test_stages_do_not_wait_for_a_tpu_that_is_not_there(monkeypatch, installed, attached, expected):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: [path for path in attached if path.startswith(pattern[:8])])
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name in installed or None)
+    cli._leave_absent_tpus_alone("train")
+    assert os.environ.get("JAX_PLATFORMS") == expected
+
+
+def test_only_the_axis_slice_runs_between_tpu_slices():
+    pytest.importorskip("libtpu", reason=NO_LIBTPU)
+    devices = compilation.devices(resolve("v5e:4x4"), 2)
+    mesh = meshes.make_mesh(4, -1, 4, devices)  # cuts each TPU slice in two
+    for part in mesh.devices:
+        assert len({device.slice_index for device in part.flat}) == 1
+    with pytest.raises(ConfigError, match=r"config.mesh.slice: 1 is no multiple of the 2 TPU slices"):
+        meshes.make_mesh(1, -1, 4, devices)
+
+
+def test_a_real_compilation_for_tpus(tmp_path):
+    pytest.importorskip("libtpu", reason=NO_LIBTPU)
+    command = [sys.executable, "-m", "mlpmem_jax.cli", "plan", "--quiet", "--config=configs/quickstart.py"]
+    command += ["--topology=v5e:2x4", f"--json={tmp_path / 'plan.json'}", "--config.training.batch_sequences=32"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Memory of one chip" in done.stdout
+    found = json.loads((tmp_path / "plan.json").read_text())
+    step = found["programs"][0]
+    assert step["fits"]
+    assert step["executed_flops_per_chip"] * 8 == pytest.approx(step["model_flops"], rel=0.35)
+    assert {one["kind"] for one in step["collectives"]} & {"all-gather", "reduce-scatter"}
+    assert 0 < step["utilization"] < 1

@@ -1,0 +1,102 @@
+"""Search over eight virtual devices against brute force in float64."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from retrieval_data import brute_force, forbidden, mixture
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.retrieval import neighbors, ring
+
+QUERIES = slice(100, 137)
+SELF = np.stack([np.arange(100, 137), np.arange(101, 138)], axis=1)
+DOCUMENT = np.tile([[90, 120]], (37, 1))
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return mixture(np.random.default_rng(0), 1003, clusters=30).astype(np.float32)  # no multiple of eight
+
+
+def index_of(keys_NxD, shape=(1, 8, 1), dtype="float32", recall_target=1.0):
+    return ring.MeshIndex(
+        *keys_NxD.shape, dtype, lambda start, stop: keys_NxD[start:stop], meshes.make_mesh(*shape), recall_target
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "excluded", "scores_at_once"),
+    [
+        ((1, 8, 1), 1, SELF, 1 << 26),
+        ((1, 8, 1), 20, DOCUMENT, 1 << 26),
+        ((2, 2, 2), 300, SELF, 1 << 26),  # more than a device has
+        ((1, 8, 1), 5, SELF, 1024),  # a device's keys in several blocks
+    ],
+)
+def test_it_agrees_with_brute_force(keys, shape, k, excluded, scores_at_once, monkeypatch):
+    monkeypatch.setattr(ring, "_SCORES_AT_ONCE", scores_at_once)
+    distances, ids = index_of(keys, shape).search(keys[QUERIES], k, excluded)
+    true_distances, true_ids = brute_force(keys[QUERIES], keys, k, forbidden(excluded, len(keys)))
+    np.testing.assert_array_equal(ids, true_ids)
+    np.testing.assert_allclose(distances, true_distances, atol=2e-5)
+
+
+def test_groups_of_a_long_block_lose_nothing():
+    keys = mixture(np.random.default_rng(1), 20_000, clusters=3).astype(np.float32)
+    scores = ((keys[:5, None] - keys[None]) ** 2).sum(axis=2)
+    found, places = ring._select(jnp.asarray(scores[:, :19_968]), k=7, num_keys=20_000, recall_target=1.0)
+    np.testing.assert_array_equal(np.asarray(places), np.argsort(scores[:, :19_968], axis=1)[:, :7])
+    np.testing.assert_array_equal(np.asarray(found), np.sort(scores[:, :19_968], axis=1)[:, :7])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_keys_are_compared_in_float32(keys, dtype):
+    rounded = np.asarray(jnp.asarray(keys, dtype).astype(jnp.float32))
+    distances, ids = index_of(keys, dtype=dtype).search(keys[QUERIES], 20, SELF)
+    true_distances, _ = brute_force(rounded[QUERIES], rounded, 20, forbidden(SELF, len(keys)))
+    bound = 4e-6 * 2 * (rounded**2).sum(axis=1).max()
+    np.testing.assert_allclose(distances, true_distances, atol=bound)
+    own = ((rounded[ids] - rounded[QUERIES][:, None]).astype(float) ** 2).sum(axis=2)
+    np.testing.assert_allclose(distances, own, atol=bound)
+
+
+def test_the_approximate_selection_finds_the_share_asked_for(keys):
+    _, ids = index_of(keys, recall_target=0.9).search(keys[QUERIES], 20, SELF)
+    _, true_ids = brute_force(keys[QUERIES], keys, 20, forbidden(SELF, len(keys)))
+    assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(ids, true_ids, strict=True)]) >= 0.9
+
+
+def test_fewer_keys_than_neighbors_or_devices():
+    keys = mixture(np.random.default_rng(0), 6).astype(np.float32)
+    distances, ids = index_of(keys).search(keys[:2], 8, np.array([[0, 1], [0, 4]]))
+    assert np.isfinite(distances).sum(axis=1).tolist() == [5, 2]
+    assert (ids[np.isinf(distances)] == neighbors.MISSING).all()
+    assert sorted(ids[1, :2].tolist()) == [4, 5]
+    assert index_of(keys).search(keys[:0], 8)[1].shape == (0, 8)
+
+
+def test_each_key_is_read_once(keys):
+    reads = []
+
+    def read(start, stop):
+        reads.append((start, stop))
+        return keys[start:stop]
+
+    ring.MeshIndex(*keys.shape, "float32", read, meshes.make_mesh(1, 8, 1))
+    reads.sort()
+    assert len(reads) == 8
+    assert reads[0][0] == 0
+    assert reads[-1][1] == len(keys)
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(reads))
+
+
+def test_the_shapes_to_compile_are_those_that_run(keys):
+    mesh = meshes.make_mesh(1, 8, 1)
+    search, arguments = ring.program(mesh, len(keys), 64, keys.shape[1], 5, "float32")
+    padded = arguments[0].shape[0]
+    keys_PxD = np.pad(keys, ((0, padded - len(keys)), (0, 0)))
+    norms_P = np.where(np.arange(padded) < len(keys), (keys_PxD**2).sum(axis=1), np.inf).astype(np.float32)
+    _, ids = search.lower(*arguments).compile()(keys_PxD, norms_P, keys[:64], np.zeros((64, 2), np.int32))
+    np.testing.assert_array_equal(np.asarray(ids), brute_force(keys[:64], keys, 5)[1])
