@@ -211,14 +211,17 @@ def _datastore(config, models: Models, mesh, rules, positions: int) -> list[Stag
 def _neighbors(config, models: Models, mesh, rules, positions: int) -> list[StageProgram]:
     keys = min(positions, config.targets.key_shard_rows)
     queries = ring.QUERIES_PER_DEVICE * mesh.size
-    function, arguments = ring.program(mesh, keys, queries, models.keys.width, config.targets.k, config.datastore.dtype)
+    width = config.targets.search_dimensions or models.keys.width
+    function, arguments = ring.program(
+        mesh, keys, queries, width, config.targets.k, config.datastore.dtype, config.targets.recall_target
+    )
     search = StageProgram(
         name="exact search",
         stage="neighbors",
         function=function,
         arguments=arguments,
         static={},
-        flops=2.0 * keys * queries * models.keys.width,
+        flops=2.0 * keys * queries * width,
         positions=queries,
         calls=positions / queries * -(-positions // keys),
     )
