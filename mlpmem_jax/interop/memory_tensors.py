@@ -131,7 +131,8 @@ def to_json(config: MemoryConfig, base: Mapping) -> dict:
         model_type = base["model_type"] if FAMILIES[base["model_type"]] == "llama" else "llama"
         values |= {"model_type": model_type, "num_attention_heads": heads, "num_key_value_heads": heads}
         values |= {"max_position_embeddings": positions, "mlp_bias": False}
-    return {**values, "tie_word_embeddings": False, "dtype": "float32"}
+    no_tokens = {"bos_token_id": None, "eos_token_id": None}  # the defaults may lie outside the vocabulary
+    return {**values, **no_tokens, "tie_word_embeddings": False, "dtype": "float32"}
 
 
 def from_json(values: Mapping, input_width: int, vocabulary_multiple: int, source: str) -> MemoryConfig:
