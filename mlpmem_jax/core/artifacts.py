@@ -245,10 +245,6 @@ class Artifact:
         except ValueError as error:
             raise self._corrupt(name, error) from error
 
-    def read_async(self, name: str, start: int, stop: int) -> ts.Future:
-        """Like `read`, but returns TensorStore's future; errors are TensorStore's own."""
-        return self._store(name)[start:stop].read()
-
     def read_ragged(self, name: str, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Entries start to stop of one shard of a ragged array.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -74,10 +73,3 @@ def read(artifact: Artifact, abstract, shardings):
             f"{folder}: parameters are not those that were sealed; delete {artifact.path} and run its stage again"
         )
     return parameters
-
-
-def remove_unfinished(path) -> None:
-    """Removes what a killed write left behind."""
-    folder = epath.Path(path)
-    for leftover in folder.glob(f"{_FOLDER}*"):
-        shutil.rmtree(leftover) if "://" not in str(path) else leftover.rmtree()

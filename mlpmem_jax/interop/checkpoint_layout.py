@@ -51,11 +51,6 @@ class Layout:
         return tuple(math.prod(self.shape[axis] for axis in joined) for joined in self.axes)
 
     @property
-    def tensor_size(self) -> int:
-        """Numbers in one tensor."""
-        return math.prod(self.shape)
-
-    @property
     def _order(self) -> list[int]:
         return [axis for joined in self.axes for axis in joined]
 
