@@ -38,6 +38,7 @@ def test_processes_join_one_job_with_their_virtual_devices(capfd):
     for index in (0, 1):
         assert f"[{index}] devices 3 6" in lines
         assert f"[{index}] sum 3.0" in lines
+    assert len(lines) == 4, "Gloo's own lines are in the output"
 
 
 def test_lines_carry_the_number_of_their_process(capfd):

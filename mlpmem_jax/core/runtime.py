@@ -50,6 +50,7 @@ def join_job() -> None:
         }
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        _keep_standard_output_for_python()
     seconds = int(os.environ.get("MLPMEM_JOIN_SECONDS", "600"))
     with _explained_abort(
         f"the processes of the job did not all find each other within {seconds} s (MLPMEM_JOIN_SECONDS), at "
@@ -137,6 +138,15 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26)):
             libc.mallopt(parameter, value)
+
+
+def _keep_standard_output_for_python() -> None:
+    """Sends what C++ prints to standard output nowhere: Gloo tells of each connection there, amid lines of Python's."""
+    sys.stdout.flush()
+    kept = open(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 1)
+    sys.stdout = kept
 
 
 @contextlib.contextmanager
