@@ -81,8 +81,9 @@ def _measure(config: ml_collections.ConfigDict, processes: int, devices: int) ->
 
 def _loss(model, mesh, settings, parameters, frozen, batch):
     del frozen
+    dtype, cut = jnp.dtype(settings.compute_dtype), meshes.cut(mesh)
     return sparse_cross_entropy(
-        memory.hidden(parameters, model, batch["memory_inputs"], compute_dtype=jnp.dtype(settings.compute_dtype)),
+        memory.hidden(parameters, model, batch["memory_inputs"], compute_dtype=dtype, cut=cut),
         memory.output_kernel(parameters),
         batch["token_ids"],
         batch["probabilities"],
