@@ -16,8 +16,9 @@ from etils import epath
 
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import parameters as stored
-from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact, read_manifest
+from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core.manifests import read_manifest
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.corpus.tokens import TOKENIZER_FILE
 from mlpmem_jax.interop import huggingface, huggingface_config, memory_tensors, tensor_files
