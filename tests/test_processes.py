@@ -57,8 +57,9 @@ if me == 1:
     if event == "killed_in_shard": after(artifacts.ArtifactWriter, "write_shard", 1, signal.SIGKILL)
     if event == "killed_in_targets": after(tiles.Split, "write", 1, signal.SIGKILL)
     if event == "killed_in_save": after(state.Checkpoints, "save", 2, signal.SIGKILL)  # the save goes on in a thread
-    if event == "killed_in_step": after(goodput.Stopwatch, "lap", 6, signal.SIGKILL, "input wait")
-    if event == "asked_to_stop_in_step": after(goodput.Stopwatch, "lap", 2, signal.SIGTERM, "input wait")
+    if event == "killed_in_step": after(goodput.Stopwatch, "lap", 10, signal.SIGKILL, "input wait")
+    if event == "asked_to_stop_in_step":  # in which the notice, looked for once a second, reaches the others
+        after(goodput.Stopwatch, "lap", 2, signal.SIGTERM, "input wait", busy_seconds=4)
     if event == "asked_to_stop_in_shard":
         after(artifacts.ArtifactWriter, "write_shard", 1, signal.SIGTERM, busy_seconds=120)
 with runtime.job(workdir):
@@ -196,7 +197,7 @@ def test_two_processes_that_start_apart_make_what_one_makes(reference, tmp_path)
         ("tokens", Job(2), Job(4)),
         ("tokens", Job(4), Job(2)),
         ("datastore", Job(2), Job(4)),
-        ("datastore", Job(4, 1, "2x2"), Job(2, 2, "4x1")),
+        ("datastore", Job(4), Job(2, 2, "2x2")),
         ("targets", Job(2), Job(4)),
         ("targets", Job(4), Job(2)),
     ]
@@ -224,10 +225,10 @@ def test_a_killed_stage_is_finished_by_another_number_of_processes(reference, tm
 def test_a_killed_training_goes_on_with_other_processes_on_another_mesh(reference, tmp_path, event, killed, again):
     workdir = seeded(reference, tmp_path, *DATA, "targets")
     assert_lost(*launch(workdir, "train", killed, event))
-    assert list(losses(workdir, "memory")) in ([EVERY], [EVERY, 2 * EVERY])
     codes, printed = launch(workdir, "train", again)
     assert codes == [0] * again.processes
-    assert f"goes on from the checkpoint at step {EVERY}" in printed[0]
+    complete = (EVERY, 2 * EVERY) if event == "killed_in_step" else (EVERY,)  # the second may be
+    assert any(f"goes on from the checkpoint at step {step} of" in printed[0] for step in complete)
     assert_same_losses(workdir, reference, "memory")
 
 
