@@ -17,10 +17,12 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import jax
 import ml_collections
 import numpy as np
 from etils import epath
 
+from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import runtime
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import UserError
@@ -191,7 +193,8 @@ def _fewer_dimensions_rows(datastore: Artifact) -> list[dict]:
 
 def _quality_row(datastore: Artifact, queries, scratch: epath.Path, search: Search) -> dict:
     sequences, length, width = datastore.arrays["keys"].shape
-    shards = KeyShards(datastore, sequences * length, scratch, search)
+    mesh = meshes.make_mesh(devices=jax.devices()[:1]) if search.backend == "exact" else None
+    shards = KeyShards(datastore, sequences * length, scratch, search, mesh)
     own_Qx2 = np.stack([queries.positions_Q, queries.positions_Q + 1], axis=1)
     distances_QxK, _ = shards.exact_neighbors(0, queries.keys_QxD, search.k, own_Qx2)
     temperature = 0.15 * float(np.median(distances_QxK))
