@@ -28,6 +28,7 @@ from mlpmem_jax.training.optimizer import (
     averaged_over_devices,
     make_optimizer,
     schedule,
+    shared_by_layers,
 )
 from mlpmem_jax.training.state import METRIC, Checkpoints, initial_state, state_shardings
 
@@ -117,10 +118,13 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def train_step(task: Task, optimizer: optax.GradientTransformation, parameter_shardings, mesh: Mesh, rules):
+def train_step(
+    task: Task, optimizer: optax.GradientTransformation, parameter_shardings, mesh: Mesh, rules: meshes.Rules
+):
     """One optimizer step as a function (state, frozen, batch) -> (state, statistics), to be jitted."""
     micro_batches = task.settings.accumulation_steps
-    if mesh.size > 1 and all(placed.is_fully_replicated for placed in jax.tree.leaves(parameter_shardings)):
+    whole = mesh.size > 1 and all(placed.is_fully_replicated for placed in jax.tree.leaves(parameter_shardings))
+    if whole:
         loss = functools.partial(task.loss, None)
         value_and_grad = averaged_over_devices(accumulated_value_and_grad(loss, micro_batches), mesh, rules)
     else:
@@ -131,6 +135,8 @@ def train_step(task: Task, optimizer: optax.GradientTransformation, parameter_sh
         # Laid out like the parameters, gradients are reduce-scattered instead of all-reduced.
         gradients = jax.lax.with_sharding_constraint(gradients, parameter_shardings)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
+        if whole and task.settings.optimizer == "muon":
+            updates = shared_by_layers(updates, task.logical_axes, mesh, rules)
         parameters = optax.apply_updates(state["parameters"], updates)
         measured = {"loss": loss, **statistics, "gradient_norm": optax.tree.norm(gradients)}
         return {"parameters": parameters, "optimizer": optimizer_state, "step": state["step"] + 1}, measured
