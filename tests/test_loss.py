@@ -169,7 +169,14 @@ def test_every_mesh_gives_the_same(sizes, chunk):
     found = loss_and_gradients(placed, mesh, alpha=0.4, vocab_size=37, chunk=chunk, weights_N=weights_N)
     assert_matches(found, oracle(problem, 0.4, 37, weights_N))
     assert found[1][1].sharding.is_equivalent_to(sharding(mesh, ("embed", "vocab")), 2)
-    assert found[1][0].sharding.is_equivalent_to(sharding(mesh, ("batch", None)), 2)
+    rows = jax.sharding.PartitionSpec(("slice", "fsdp", "tensor"))
+    assert found[1][0].sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, rows), 2)
+
+
+def test_positions_that_the_vocabulary_axes_do_not_divide_give_the_same():
+    problem = make_problem(6, 8, 37, 40, 5)
+    found = loss_and_gradients(problem, make_mesh(1, 2, 4, jax.devices()[:8]), alpha=0.4, vocab_size=37, chunk=2)
+    assert_matches(found, oracle(problem, 0.4, 37))
 
 
 def compiled_gradients(positions, width, vocab_size, entries, chunk, mesh=None):
@@ -211,12 +218,12 @@ def test_temporary_memory_grows_with_the_chunk_not_with_the_batch():
 
 
 def test_kernel_gradient_is_reduce_scattered_and_the_vocabulary_never_gathered():
-    width, vocab_size = 16, 512
-    text = compiled_gradients(64, width, vocab_size, 4, 8, make_mesh(2, 2, 2)).as_text()
+    positions, width, vocab_size = 64, 16, 512
+    text = compiled_gradients(positions, width, vocab_size, 4, 8, make_mesh(2, 2, 2)).as_text()
     scattered = re.findall(r"= f32\[(\d+),(\d+)\]\S* reduce-scatter\(", text)
-    assert scattered == [(str(width // 2), str(vocab_size // 2))]
+    assert set(scattered) == {(str(width // 2), str(vocab_size // 2)), (str(positions // 8), str(width))}
     gathered = re.findall(r"= f32\[(\d+),(\d+)\]\S* all-gather\(", text)
-    assert gathered == [(str(width), str(vocab_size // 2))]
+    assert set(gathered) == {(str(width), str(vocab_size // 2)), (str(positions // 4), str(width))}
     assert f",{vocab_size}]" not in text
 
 

@@ -147,6 +147,52 @@ def check_cuts(abstract, placed) -> None:
                 )
 
 
+class Cut(NamedTuple):
+    """How the arrays of a training step are cut, for programs that name their own collectives.
+
+    Attributes:
+      mesh: the devices.
+      batch, embed, mlp, vocab: mesh axes that cut the logical axis of that name.
+    """
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    embed: tuple[str, ...]
+    mlp: tuple[str, ...]
+    vocab: tuple[str, ...]
+
+    def parts(self, axes: tuple[str, ...]) -> int:
+        """Into how many parts some mesh axes cut."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def position_axes(self, positions: int, beside: tuple[str, ...]) -> tuple[str, ...]:
+        """Of the axes `beside` those of the batch, all where they cut so many positions in equal parts, else none."""
+        return beside if positions % self.parts(self.batch + beside) == 0 else ()
+
+    def spec(self, logical_axes: tuple[str | None, ...]) -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes; axes other than the four are not cut."""
+        named = self._asdict()
+        return PartitionSpec(*(named.get(axis) or None for axis in logical_axes))
+
+
+def cut(mesh: Mesh, rules: Rules = RULES) -> Cut | None:
+    """The cut that rules make on a mesh; None on a single device.
+
+    Raises:
+      ConfigError: parameters are cut along axes along which their products cannot be gathered or summed.
+    """
+    if mesh.size == 1:
+        return None
+    chosen = (rules[name] for name in ("batch", "embed", "mlp", "vocab"))
+    batch, embed, mlp, vocab = ((rule,) if isinstance(rule, str) else tuple(rule or ()) for rule in chosen)
+    if not set(embed) <= set(batch) or (set(mlp) | set(vocab)) & set(batch):
+        raise ConfigError(
+            f"config.mesh.rules: the axes of 'embed' {embed} must be among those of 'batch' {batch}, and those of "
+            f"'mlp' {mlp} and 'vocab' {vocab} must not"
+        )
+    return Cut(mesh, batch, embed, mlp, vocab)
+
+
 def batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
     """Into how many parts the batch axis is cut."""
     axes = rules["batch"]

@@ -12,8 +12,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.models import layers, modules
+
+_UNROLLED = 8
+"""Blocks in a turn of the loop on a mesh: compilers gather one's parameters beside another's products within a turn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +46,15 @@ class MemoryConfig:
 
 
 class Block(nnx.Module):
-    """x + feed_forward(norm(x)); the residual stream is float32.
-
-    What the layer adds is placed before it is added, so that what tensor shards contribute is summed in its own dtype.
-    """
+    """x + feed_forward(norm(x)); the residual stream is float32."""
 
     def __init__(self, config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.norm = _norm(config, rngs)
         feed_forward = layers.FeedForward if config.family == "gpt2" else layers.GatedFeedForward
         self.mlp = feed_forward(config, dtype, rngs)
 
-    def __call__(self, x: jax.Array, activations: jax.sharding.Sharding | None = None) -> jax.Array:
-        return x + modules.constrain(self.mlp(self.norm(x)), activations)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.mlp(self.norm(x))
 
 
 class Memory(nnx.Module):
@@ -110,26 +113,82 @@ def hidden(
     *,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
-    activations: jax.sharding.Sharding | None = None,
+    cut: meshes.Cut | None = None,
 ) -> jax.Array:
     """Hidden states after the final norm, float32 [..., width], of inputs [..., input_width].
 
     Matrix products run in `compute_dtype`; norms and the residual stream in float32. Differentiated, matrix
-    products are kept for the backward pass; with `remat` the input of each block alone. `activations` is the
-    sharding of hidden states on a mesh.
+    products are kept for the backward pass; with `remat` the input of each block alone.
+
+    On a mesh inputs are [positions, input_width], and the residual stream is cut by position over all of its axes: each
+    block gathers its parameters over the axes of `embed` and its positions over those of `mlp`, both in
+    `compute_dtype`, and scatters the sums of its outputs. Gradients go the same ways back: they are scattered, not
+    summed on every device.
+
+    Raises:
+      ConfigError: the mesh does not divide the positions.
     """
-    x_BxD = inputs_BxD
+    parameters = {name: tree for name, tree in parameters.items() if name != "lm_head"}
+    if cut is None:
+        return _hidden(config, compute_dtype, remat, cut, (), parameters, inputs_BxD)
+    positions = inputs_BxD.shape[0]
+    if positions % cut.parts(cut.batch):
+        raise ConfigError(
+            f"config.mesh: {positions} positions cannot be cut in {cut.parts(cut.batch)} equal parts over {cut.batch}"
+        )
+    mlp_axes = cut.position_axes(positions, cut.mlp)
+    logical = {name: tree for name, tree in logical_axes(config).items() if name != "lm_head"}
+    stream = PartitionSpec(cut.batch + mlp_axes)
+    return jax.shard_map(
+        functools.partial(_hidden, config, compute_dtype, remat, cut, mlp_axes),
+        mesh=cut.mesh,
+        in_specs=(_map_axes(cut.spec, logical), stream),
+        out_specs=stream,
+        check_vma=False,  # sums over `mlp` are of outputs, which JAX could not tell from those of whole arrays
+    )(parameters, inputs_BxD)
+
+
+def _hidden(config, compute_dtype, remat, cut: meshes.Cut | None, mlp_axes, parameters, x_BxD):
+    """`hidden` of one device, whose positions are cut over `mlp_axes` beside those of the batch."""
     if config.input_width != config.width:
-        transform = functools.partial(_transform, config, compute_dtype)
-        x_BxD = modules.bind(transform, parameters["embedding_transform"])(x_BxD)
+        transform = parameters["embedding_transform"]
+        if cut is not None:
+            axes = logical_axes(config)["embedding_transform"]
+            transform = _map_axes(functools.partial(_gathered, cut, compute_dtype), axes, transform)
+        x_BxD = modules.bind(functools.partial(_transform, config, compute_dtype), transform)(x_BxD)
 
-    def call(block: Block, x_BxD: jax.Array) -> jax.Array:
-        return modules.constrain(block(x_BxD, activations), activations)
+    def whole(block: dict) -> dict:
+        """A block's parameters with those that `embed` cuts gathered; one of the parts that are summed has the bias."""
+        axes = _map_axes(lambda axes: axes[1:], logical_axes(config)["h"])
+        block = _map_axes(functools.partial(_gathered, cut, compute_dtype), axes, block)
+        if config.family == "llama":
+            return block
+        first = jax.lax.axis_index(cut.mlp) == 0
+        output = block["mlp"]["c_proj"]
+        output = {**output, "bias": jnp.where(first, output["bias"], 0)}
+        return {**block, "mlp": {**block["mlp"], "c_proj": output}}
 
-    x_BxD = modules.constrain(x_BxD.astype(jnp.float32), activations)
+    def call_part(block: Block, x_BxD: jax.Array) -> jax.Array:
+        y_BxD = jax.lax.all_gather(block.norm(x_BxD).astype(compute_dtype), mlp_axes, axis=0, tiled=True)
+        y_BxD = jax.lax.psum_scatter(block.mlp(y_BxD), mlp_axes, scatter_dimension=0, tiled=True)
+        return x_BxD + jax.lax.psum(y_BxD, cut.mlp if not mlp_axes else ())
+
     build = functools.partial(Block, config, compute_dtype)
-    x_BxD = modules.run(call, build, parameters["h"], x_BxD, remat=remat)
+    call, prepare, unroll = (Block.__call__, None, 1) if cut is None else (call_part, whole, _UNROLLED)
+    x_BxD = modules.run(
+        call, build, parameters["h"], x_BxD.astype(jnp.float32), remat=remat, prepare=prepare, unroll=unroll
+    )
     return modules.bind(functools.partial(_norm, config), parameters["final_norm"])(x_BxD)
+
+
+def _gathered(cut: meshes.Cut, dtype: jax.typing.DTypeLike, axes: tuple[str | None, ...], array: jax.Array):
+    if "embed" not in axes:
+        return array
+    return jax.lax.all_gather(array.astype(dtype), cut.embed, axis=axes.index("embed"), tiled=True)
+
+
+def _map_axes(function, logical, *trees):
+    return jax.tree.map(function, logical, *trees, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def output_kernel(parameters: dict) -> jax.Array:

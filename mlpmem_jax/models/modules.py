@@ -51,13 +51,23 @@ def unstack(parameters: dict) -> dict:
 
 
 def run(
-    call: Callable, build: Build, blocks: dict | tuple, carry, *, start: int = 0, stop: int | None = None, remat=False
+    call: Callable,
+    build: Build,
+    blocks: dict | tuple,
+    carry,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    remat: bool = False,
+    prepare: Callable[[dict], dict] | None = None,
+    unroll: int = 1,
 ):
     """Run blocks `start` to `stop` one after the other: carry = call(module of the block, carry).
 
     Stacked parameters are scanned. Unstacked ones are a program without a loop: it reads each weight in place, which
     a decode step needs, and takes longer to compile. The backward pass keeps the results of matrix products inside a
-    block and computes everything else again; with `remat` it keeps the carry alone.
+    block and computes everything else again; with `remat` it keeps the carry alone. `prepare` changes the parameters of
+    a block where they are used, and again in the backward pass; `unroll` blocks make one turn of the loop.
     """
     if isinstance(blocks, tuple):
         for parameters in blocks[start:stop]:
@@ -68,11 +78,12 @@ def run(
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
 
-    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=remat and unroll > 1)
     def body(carry, parameters):
-        return call(bind(build, parameters), carry), None
+        return call(bind(build, prepare(parameters) if prepare else parameters), carry), None
 
-    return jax.lax.scan(body, carry, jax.tree.map(lambda array: array[start:stop], blocks))[0]
+    chosen = jax.tree.map(lambda array: array[start:stop], blocks)
+    return jax.lax.scan(body, carry, chosen, unroll=unroll)[0]
 
 
 def constrain(x: jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -58,6 +58,7 @@ def memory_log_probabilities(
         config=config,
         compute_dtype=jnp.dtype(compute_dtype),
         logits_sharding=meshes.sharding(mesh, ("batch", "vocab"), rules),
+        cut=meshes.cut(mesh, rules),
     )
     chunk = chunk or chunk_positions(config.padded_vocab_size, mesh)
     return _in_chunks(score, (inputs_NxD, next_tokens_N), chunk, mesh, rules)
@@ -155,16 +156,14 @@ def next_token_log_probabilities(
     return _replicated(log_probabilities, logits_sharding.mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "logits_sharding"))
-def memory_chunk(parameters, inputs_BxD, next_B, *, config, compute_dtype, logits_sharding):
+@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "logits_sharding", "cut"))
+def memory_chunk(parameters, inputs_BxD, next_B, *, config, compute_dtype, logits_sharding, cut):
+    hidden_BxD = memory.hidden(
+        parameters, config, inputs_BxD.astype(compute_dtype), compute_dtype=compute_dtype, cut=cut
+    )
+    rows = NamedSharding(logits_sharding.mesh, PartitionSpec(logits_sharding.spec[0]))
     return next_token_log_probabilities(
-        memory.hidden(
-            parameters,
-            config,
-            inputs_BxD.astype(compute_dtype),
-            compute_dtype=compute_dtype,
-            activations=NamedSharding(logits_sharding.mesh, PartitionSpec(logits_sharding.spec[0])),
-        ),
+        jax.lax.with_sharding_constraint(hidden_BxD, rows),
         memory.output_kernel(parameters),
         next_B,
         vocab_size=config.vocab_size,

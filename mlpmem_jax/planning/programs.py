@@ -161,6 +161,7 @@ def _train(config, models: Models, mesh, rules, positions: int) -> list[StagePro
             "config": models.memory,
             "compute_dtype": jnp.dtype("float32"),
             "logits_sharding": meshes.sharding(mesh, ("batch", "vocab"), rules),
+            "cut": meshes.cut(mesh, rules),
         },
         flops=flops.memory_forward(models.memory) * chunk,
         positions=chunk,

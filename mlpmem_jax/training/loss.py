@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.mesh import RULES, Rules
 from mlpmem_jax.models.layers import transposed_product
@@ -39,6 +40,7 @@ class _Plan(NamedTuple):
     batch_axes: tuple[str, ...]
     embed_axes: tuple[str, ...]
     vocab_axes: tuple[str, ...]
+    hidden_axes: tuple[str, ...]  # those of the vocabulary where they cut the hidden states as well, beside the batch
 
 
 def sparse_cross_entropy(
@@ -100,25 +102,19 @@ def _plan(alpha, vocab_size, chunk, mesh, rules, positions, kernel_shape) -> _Pl
         raise ConfigError(f"training.loss_chunk: expected at least 1 position, found {chunk}")
     if vocab_size > kernel_shape[1]:
         raise ConfigError(f"the output projection has {kernel_shape[1]} columns for {vocab_size} tokens")
-    if mesh is None or mesh.size == 1:
-        return _Plan(alpha, vocab_size, chunk, None, (), (), ())
-    batch, embed, vocab = (_mesh_axes(rules[name]) for name in ("batch", "embed", "vocab"))
-    if not set(embed) <= set(batch) or set(vocab) & set(batch):
-        raise ConfigError(
-            f"config.mesh.rules: the axes of 'embed' {embed} must be among those of 'batch' {batch}, and those of "
-            f"'vocab' {vocab} must not"
-        )
+    cut = None if mesh is None else meshes.cut(mesh, rules)
+    if cut is None:
+        return _Plan(alpha, vocab_size, chunk, None, (), (), (), ())
     for name, axes, size in zip(
-        ("positions", "width", "padded vocabulary"), (batch, embed, vocab), (positions, *kernel_shape), strict=True
+        ("positions", "width", "padded vocabulary"),
+        (cut.batch, cut.embed, cut.vocab),
+        (positions, *kernel_shape),
+        strict=True,
     ):
-        shards = math.prod(mesh.shape[axis] for axis in axes)
-        if size % shards:
-            raise ConfigError(f"config.mesh: {name} of {size} cannot be cut in {shards} equal parts over axes {axes}")
-    return _Plan(alpha, vocab_size, chunk, mesh, batch, embed, vocab)
-
-
-def _mesh_axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (rule,) if isinstance(rule, str) else tuple(rule or ())
+        if size % (parts := cut.parts(axes)):
+            raise ConfigError(f"config.mesh: {name} of {size} cannot be cut in {parts} equal parts over axes {axes}")
+    hidden_axes = cut.position_axes(positions, cut.vocab)
+    return _Plan(alpha, vocab_size, chunk, mesh, cut.batch, cut.embed, cut.vocab, hidden_axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -143,12 +139,13 @@ def _on_mesh(plan: _Plan, differentiate: bool, hidden_NxD, kernel_DxV, targets):
     local = functools.partial(_local_loss, plan, differentiate)
     if plan.mesh is not None:
         batch = PartitionSpec(plan.batch_axes)
+        hidden = PartitionSpec(plan.batch_axes + plan.hidden_axes)
         kernel = PartitionSpec(plan.embed_axes, plan.vocab_axes)
-        gradients = (batch, kernel) if differentiate else None
+        gradients = (hidden, kernel) if differentiate else None
         local = jax.shard_map(
             local,
             mesh=plan.mesh,
-            in_specs=(batch, kernel, batch),
+            in_specs=(hidden, kernel, batch),
             out_specs=((PartitionSpec(), PartitionSpec()), gradients),
             # Never differentiated through, so nothing depends on JAX tracking which values are replicated.
             check_vma=False,
@@ -159,6 +156,7 @@ def _on_mesh(plan: _Plan, differentiate: bool, hidden_NxD, kernel_DxV, targets):
 def _local_loss(plan: _Plan, differentiate: bool, hidden_NxD, kernel_DxV, targets):
     """What one device does for its positions and its part of the vocabulary. Collectives over () do nothing."""
     kernel_DxV = jax.lax.all_gather(kernel_DxV.astype(hidden_NxD.dtype), plan.embed_axes, axis=0, tiled=True)
+    hidden_NxD = jax.lax.all_gather(hidden_NxD, plan.hidden_axes, axis=0, tiled=True)
 
     def step(carry, chunk):
         sums, d_kernel_DxV = carry
@@ -174,14 +172,19 @@ def _local_loss(plan: _Plan, differentiate: bool, hidden_NxD, kernel_DxV, target
     chunks, positions = _cut(plan.chunk, (hidden_NxD, targets))
     (sums, d_kernel_DxV), d_hidden = jax.lax.scan(step, (zeros, d_kernel_DxV), chunks)
 
-    kl, cross_entropy = jax.lax.psum(sums, plan.batch_axes)
+    kl, cross_entropy = jax.lax.psum(sums, plan.batch_axes + plan.vocab_axes)
     loss = plan.alpha * kl + (1 - plan.alpha) * cross_entropy
     primal = loss, {"kl": kl, "cross_entropy": cross_entropy}
     if not differentiate:
         return primal, None
     d_kernel_DxV = jax.lax.psum_scatter(d_kernel_DxV, plan.embed_axes, scatter_dimension=0, tiled=True)
     d_kernel_DxV = jax.lax.psum(d_kernel_DxV, tuple(a for a in plan.batch_axes if a not in plan.embed_axes))
-    return primal, (d_hidden.reshape(-1, hidden_NxD.shape[1])[:positions], d_kernel_DxV)
+    d_hidden_NxD = d_hidden.reshape(-1, hidden_NxD.shape[1])[:positions]
+    if plan.hidden_axes:
+        d_hidden_NxD = jax.lax.psum_scatter(d_hidden_NxD, plan.hidden_axes, scatter_dimension=0, tiled=True)
+    else:
+        d_hidden_NxD = jax.lax.psum(d_hidden_NxD, plan.vocab_axes)
+    return primal, (d_hidden_NxD, d_kernel_DxV)
 
 
 def _cut(chunk: int, tree):
@@ -198,7 +201,10 @@ def _cut(chunk: int, tree):
 
 
 def _chunk_loss(plan: _Plan, differentiate: bool, kernel_DxV, hidden_CxD, targets: _Targets):
-    """((weighted sum of KL, of cross entropy), (d_hidden_CxD, d_kernel_DxV) or None)."""
+    """((weighted sum of KL, of cross entropy), (d_hidden_CxD, d_kernel_DxV) or None).
+
+    Sums and d_hidden_CxD are of this device's part of the vocabulary.
+    """
     first = jax.lax.axis_index(plan.vocab_axes) * kernel_DxV.shape[1]
     logits_CxV = jnp.dot(hidden_CxD, kernel_DxV, preferred_element_type=jnp.float32)
     if plan.vocab_size < kernel_DxV.shape[1] * _parts(plan):
@@ -213,15 +219,15 @@ def _chunk_loss(plan: _Plan, differentiate: bool, kernel_DxV, hidden_CxD, target
     here_CxE = (ids_CxE >= 0) & (ids_CxE < kernel_DxV.shape[1])
     ids_CxE = jnp.where(here_CxE, ids_CxE, 0)
     entry_logits_CxE = jnp.take_along_axis(logits_CxV, ids_CxE, axis=1, mode="promise_in_bounds")
-    entry_logits_CxE = jax.lax.psum(jnp.where(here_CxE, entry_logits_CxE, 0), plan.vocab_axes)
     log_q_CxE = entry_logits_CxE - maximum_Cx1 - jnp.log(normalizer_Cx1)
 
     p_CxS = targets.probabilities_NxS.astype(jnp.float32)
     mass_Cx1 = p_CxS.sum(-1, keepdims=True)
     p_CxS = p_CxS / jnp.where(mass_Cx1 > 0, mass_Cx1, 1)
     log_ratio_CxS = jnp.log(jnp.where(p_CxS > 0, p_CxS, 1)) - log_q_CxE[:, :-1]
-    kl = jnp.sum(targets.weights_N[:, None] * jnp.where(p_CxS > 0, p_CxS * log_ratio_CxS, 0))
-    sums = kl, -jnp.sum(targets.weights_N * log_q_CxE[:, -1])
+    counted_CxS = (p_CxS > 0) & here_CxE[:, :-1]
+    kl = jnp.sum(targets.weights_N[:, None] * jnp.where(counted_CxS, p_CxS * log_ratio_CxS, 0))
+    sums = kl, -jnp.sum(targets.weights_N * jnp.where(here_CxE[:, -1], log_q_CxE[:, -1], 0))
     if not differentiate:
         return sums, None
 
@@ -235,7 +241,7 @@ def _chunk_loss(plan: _Plan, differentiate: bool, kernel_DxV, hidden_CxD, target
     gradient_CxV = exponentials_CxV.at[rows_Cx1, ids_CxE].add(-entries_CxE, mode="promise_in_bounds")
     gradient_CxV = gradient_CxV.astype(kernel_DxV.dtype)
     d_hidden_CxD = factor_Cx1 * jnp.dot(gradient_CxV, kernel_DxV.T, preferred_element_type=jnp.float32)
-    d_hidden_CxD = jax.lax.psum(d_hidden_CxD, plan.vocab_axes).astype(hidden_CxD.dtype)
+    d_hidden_CxD = d_hidden_CxD.astype(hidden_CxD.dtype)
     scaled_CxD = (hidden_CxD * factor_Cx1).astype(hidden_CxD.dtype)
     d_kernel_DxV = transposed_product(scaled_CxD, gradient_CxV, preferred_element_type=jnp.float32)
     return sums, (d_hidden_CxD, d_kernel_DxV)

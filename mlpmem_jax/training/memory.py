@@ -82,9 +82,9 @@ def _loss(model: MemoryConfig, base_config, input_tap, training, rules, mesh, pa
     else:
         inputs_BxTxD = batch["memory_inputs"]
     inputs_NxD = inputs_BxTxD.reshape(-1, model.input_width).astype(dtype)
-    activations = None if mesh is None else meshes.sharding(mesh, ("batch", None), rules)
+    cut = None if mesh is None else meshes.cut(mesh, rules)
     hidden_NxD = memory.hidden(
-        parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat, activations=activations
+        parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat, cut=meshes.cut(mesh, rules)
     )
     entries = batch["token_ids"].shape[-1]
     return sparse_cross_entropy(
