@@ -24,4 +24,6 @@ def get_config():
     config.training.warmup_steps = 20
     config.training.evaluate_every = 100
     config.training.checkpoint_every = 100
+    # 10 MB of parameters: every device holds them all, and gradients are summed once a step.
+    config.mesh.rules.embed = ""
     return config

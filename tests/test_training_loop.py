@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 
 import jax
@@ -77,7 +78,7 @@ def task(folder, mesh, source=None, validate=None, **changes):
         settings=settings,
         initialise=functools.partial(memory.init, MODEL, jax.random.key(0)),
         logical_axes=memory.logical_axes(MODEL),
-        loss=functools.partial(loss_of, mesh),
+        loss=loss_of,
         frozen={},
         source=source or Source(),
         validate=validate or (lambda parameters: {"perplexity": 1.0}),
@@ -105,6 +106,52 @@ def test_meshes_agree_over_twenty_steps(tmp_path, monkeypatch, optimizer):
     assert losses["one"][-1] < 0.9 * losses["one"][0]
     for name in shapes:
         np.testing.assert_allclose(losses[name], losses["one"], rtol=1e-4, err_msg=name)
+
+
+WHOLE = {**meshes.RULES, "embed": None, "mlp": None, "vocab": None}  # every device holds all parameters
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_devices_that_hold_all_parameters_agree_with_one(tmp_path, monkeypatch, optimizer):
+    monkeypatch.setattr(loop, "_LOG_EVERY", 1)
+    losses = []
+    for shape in ((1, 1, 1), (1, 2, 1), (2, 2, 2)):  # the two layers are cut between two devices, not between four
+        mesh = meshes.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+        folder, rate = tmp_path / str(mesh.size), 0.02 if optimizer == "muon" else 0.003
+        loop.fit(
+            task(folder, mesh, optimizer=optimizer, learning_rate=rate, accumulation_steps=4 if mesh.size < 8 else 2),
+            mesh,
+            WHOLE,
+        )
+        losses.append(list(recorded_losses(folder).values()))
+    assert len(losses[0]) == 20
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    for measured in losses[1:]:
+        np.testing.assert_allclose(measured, losses[0], rtol=1e-4)
+
+
+def compiled_step(tmp_path, devices, **changes):
+    mesh = meshes.make_mesh(1, devices, 1, devices=jax.devices()[:devices])
+    program = loop.step_program(task(tmp_path, mesh, **changes), mesh, WHOLE, 20)
+    items = [Source()[index] for index in range(16)]
+    batch = meshes.global_batch(mesh, jax.tree.map(lambda *rows: np.stack(rows), *items), WHOLE)
+    return program.step.lower(program.abstract_state, {}, batch).compile().as_text()
+
+
+def test_devices_that_hold_all_parameters_sum_gradients_once_a_step(tmp_path):
+    once, accumulated = (
+        [line for line in compiled_step(tmp_path, 2, optimizer="adamw", accumulation_steps=steps).splitlines()
+         if re.search(r" all-(reduce|gather|to-all)(-start)?\(", line)]
+        for steps in (1, 4)
+    )  # fmt: skip
+    assert 0 < len(accumulated) <= len(once)
+    assert not [line for line in accumulated if "while/body" in line]
+
+
+def test_newton_schulz_is_shared_by_layers(tmp_path):
+    gram_matrices = "f32[2,32,32]"  # of both layers, which one device computes alone
+    assert gram_matrices in compiled_step(tmp_path, 1, optimizer="muon")
+    assert gram_matrices not in compiled_step(tmp_path, 2, optimizer="muon")
 
 
 def test_accumulation_changes_nothing(tmp_path):

@@ -22,7 +22,7 @@ from mlpmem_jax.training import data, loop
 from mlpmem_jax.training.loss import sparse_cross_entropy
 
 
-def _loss(model: language_model.Config, settings, mesh, rules, parameters, frozen, batch):
+def _loss(model: language_model.Config, settings, rules, mesh, parameters, frozen, batch):
     del frozen
     hidden_BxTxD, _ = language_model.features(
         parameters, model, batch["tokens"], compute_dtype=jnp.dtype(settings.compute_dtype), remat=settings.remat
@@ -87,7 +87,7 @@ def train(
         settings=settings,
         initialise=initialise,
         logical_axes=language_model.logical_axes(model),
-        loss=functools.partial(_loss, model, settings, mesh, rules),
+        loss=functools.partial(_loss, model, settings, rules),
         frozen={},
         source=data.TokenSource(TokenStream(tokens, "train"), length),
         validate=validate,

@@ -51,7 +51,7 @@ def _batch(positions: int) -> dict:
     }
 
 
-def _loss(model, mesh, chunk, parameters, frozen, batch):
+def _loss(model, chunk, mesh, parameters, frozen, batch):
     del frozen
     return sparse_cross_entropy(
         memory.hidden(parameters, model, batch["memory_inputs"]),
@@ -81,7 +81,7 @@ def _train_step_row(
         settings=settings,
         initialise=functools.partial(memory.init, model, jax.random.key(0)),
         logical_axes=memory.logical_axes(model),
-        loss=functools.partial(_loss, model, mesh, settings.loss_chunk),
+        loss=functools.partial(_loss, model, settings.loss_chunk),
         frozen={},
         source=None,
         validate=lambda parameters: {},
@@ -90,7 +90,7 @@ def _train_step_row(
     )
     optimizer = make_optimizer(settings, 100, task.logical_axes)
     placed = meshes.shardings(mesh, task.logical_axes)
-    step = jax.jit(loop.train_step(task, optimizer, placed), donate_argnums=0)
+    step = jax.jit(loop.train_step(task, optimizer, placed, mesh, meshes.RULES), donate_argnums=0)
     state = jax.jit(initial_state(task.initialise, optimizer))()
     batch = meshes.global_batch(mesh, _batch(positions))
     state, measured = step(state, {}, batch)

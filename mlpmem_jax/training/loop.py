@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import time
@@ -22,7 +23,13 @@ from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.training import data, goodput
 from mlpmem_jax.training.metrics import MetricsWriter, matmul_rate
-from mlpmem_jax.training.optimizer import accumulated_value_and_grad, make_optimizer, schedule
+from mlpmem_jax.training.optimizer import (
+    accumulated_value_and_grad,
+    averaged_over_devices,
+    make_optimizer,
+    schedule,
+    shared_by_layers,
+)
 from mlpmem_jax.training.state import METRIC, Checkpoints, initial_state, state_shardings
 
 _LOG_EVERY = 20  # steps between records of the training loss
@@ -38,7 +45,8 @@ class Task:
       settings: a config group made by `configs.default.optimization`.
       initialise: makes the parameters (traced, so that they are created sharded).
       logical_axes: tree of logical axis names, one tuple per parameter.
-      loss: (parameters, frozen, batch) -> (loss, {name: statistic}), float32 scalars, means over the batch.
+      loss: (mesh, parameters, frozen, batch) -> (loss, {name: statistic}), float32 scalars, means over the batch. The
+        mesh is what parameters and batch lie on; None where both are one device's own.
       frozen: tree of arrays that the loss reads and nothing changes (the base LM, online); may be empty.
       source: random-access sequences.
       validate: parameters -> {"perplexity": ..., other figures}; the lowest perplexity is kept.
@@ -111,15 +119,25 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def train_step(task: Task, optimizer: optax.GradientTransformation, parameter_shardings):
+def train_step(
+    task: Task, optimizer: optax.GradientTransformation, parameter_shardings, mesh: Mesh, rules: meshes.Rules
+):
     """One optimizer step as a function (state, frozen, batch) -> (state, statistics), to be jitted."""
-    value_and_grad = accumulated_value_and_grad(task.loss, task.settings.accumulation_steps)
+    micro_batches = task.settings.accumulation_steps
+    whole = mesh.size > 1 and all(placed.is_fully_replicated for placed in jax.tree.leaves(parameter_shardings))
+    if whole:
+        loss = functools.partial(task.loss, None)
+        value_and_grad = averaged_over_devices(accumulated_value_and_grad(loss, micro_batches), mesh, rules)
+    else:
+        value_and_grad = accumulated_value_and_grad(functools.partial(task.loss, mesh), micro_batches)
 
     def step(state, frozen, batch):
         (loss, statistics), gradients = value_and_grad(state["parameters"], frozen, batch)
         # Laid out like the parameters, gradients are reduce-scattered instead of all-reduced.
         gradients = jax.lax.with_sharding_constraint(gradients, parameter_shardings)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
+        if whole and task.settings.optimizer == "muon":
+            updates = shared_by_layers(updates, task.logical_axes, mesh, rules)
         parameters = optax.apply_updates(state["parameters"], updates)
         measured = {"loss": loss, **statistics, "gradient_norm": optax.tree.norm(gradients)}
         return {"parameters": parameters, "optimizer": optimizer_state, "step": state["step"] + 1}, measured
@@ -151,7 +169,7 @@ def step_program(task: Task, mesh: Mesh, rules: meshes.Rules, steps: int) -> Ste
     return StepProgram(
         make_state=jax.jit(make_state, out_shardings=shardings),
         step=jax.jit(
-            train_step(task, optimizer, parameter_shardings),
+            train_step(task, optimizer, parameter_shardings, mesh, rules),
             donate_argnums=0,
             out_shardings=(shardings, None),
             compiler_options=meshes.compiler_options(mesh),

@@ -73,7 +73,7 @@ def _started(start: str, model: MemoryConfig, mesh, rules) -> tuple[dict, Memory
     return parameters, found
 
 
-def _loss(model: MemoryConfig, base_config, input_tap, training, mesh, rules, parameters, frozen, batch):
+def _loss(model: MemoryConfig, base_config, input_tap, training, rules, mesh, parameters, frozen, batch):
     dtype = jnp.dtype(training.compute_dtype)
     if training.mode == "online":
         base = jax.lax.stop_gradient(frozen)
@@ -82,6 +82,7 @@ def _loss(model: MemoryConfig, base_config, input_tap, training, mesh, rules, pa
     else:
         inputs_BxTxD = batch["memory_inputs"]
     inputs_NxD = inputs_BxTxD.reshape(-1, model.input_width).astype(dtype)
+    cut = None if mesh is None else meshes.cut(mesh, rules)
     hidden_NxD = memory.hidden(
         parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat, cut=meshes.cut(mesh, rules)
     )
@@ -156,7 +157,7 @@ def make_task(
         settings=training,
         initialise=initialise,
         logical_axes=memory.logical_axes(model),
-        loss=functools.partial(_loss, model, base_config, input_tap, training, mesh, rules),
+        loss=functools.partial(_loss, model, base_config, input_tap, training, rules),
         frozen=frozen,
         source=source,
         validate=validate,

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import jax
 import ml_collections
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers, muon
 
+from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import ConfigError
 
 
@@ -118,3 +120,43 @@ def accumulated_value_and_grad(loss: Callable, steps: int) -> Callable:
         return optax.microbatching.microbatch(value_and_grad, 2, rows // steps, mean)(parameters, frozen, batch)
 
     return accumulated
+
+
+def averaged_over_devices(value_and_grad: Callable, mesh: Mesh, rules: meshes.Rules) -> Callable:
+    """Plain data parallelism: each device takes its own rows, and what they find is averaged once.
+
+    Args:
+      value_and_grad: (parameters, frozen, batch) -> tree of means over the rows of the batch.
+      mesh, rules: every device holds all parameters; the batch is cut in equal parts.
+
+    Returns:
+      The same function of arrays on the mesh.
+    """
+    batch_axes = meshes.partition_spec(("batch",), rules)
+
+    def on_one_device(parameters, frozen, batch):
+        return jax.lax.pmean(value_and_grad(parameters, frozen, batch), batch_axes[0])
+
+    whole = PartitionSpec()
+    # Every output is an average, the same on all devices; JAX need not track it.
+    return jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=(whole, whole, batch_axes), out_specs=whole, check_vma=False
+    )
+
+
+def shared_by_layers(updates, logical_axes, mesh: Mesh, rules: meshes.Rules):
+    """Muon's updates of a model that every device holds, each layer's computed on one part of the devices alone.
+
+    Newton-Schulz iterations are the costly part of a step that more devices do not divide by themselves. Cut along the
+    layers here, the updates are so in all that the compiler does for them, and gathered when they are applied. Layers
+    that the devices do not divide stay with all of them.
+    """
+    parts = meshes.batch_shards(mesh, rules)
+    cut = NamedSharding(mesh, meshes.partition_spec(("batch",), rules))
+
+    def share(axes, update):
+        if _muon_dimensions(axes) is None or update.shape[0] % parts:
+            return update
+        return jax.lax.with_sharding_constraint(update, cut)
+
+    return jax.tree.map(share, logical_axes, updates, is_leaf=lambda leaf: isinstance(leaf, tuple))

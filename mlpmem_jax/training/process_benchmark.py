@@ -16,19 +16,16 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import runtime
 from mlpmem_jax.core.errors import UserError
-from mlpmem_jax.models import flops, memory
+from mlpmem_jax.models import memory
+from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.training import loop
-from mlpmem_jax.training.loss import sparse_cross_entropy
-from mlpmem_jax.training.memory import dimensions
-from mlpmem_jax.training.optimizer import make_optimizer
-from mlpmem_jax.training.state import initial_state, state_shardings
+from mlpmem_jax.training.memory import dimensions, make_task
 
 _ENTRIES = 64  # of a target distribution
 _ROUNDS, _STEPS = 5, 10
@@ -79,56 +76,39 @@ def _measure(config: ml_collections.ConfigDict, processes: int, devices: int) ->
     return float(outputs[0].splitlines()[-1])
 
 
-def _loss(model, mesh, settings, parameters, frozen, batch):
-    del frozen
-    dtype, cut = jnp.dtype(settings.compute_dtype), meshes.cut(mesh)
-    return sparse_cross_entropy(
-        memory.hidden(parameters, model, batch["memory_inputs"], compute_dtype=dtype, cut=cut),
-        memory.output_kernel(parameters),
-        batch["token_ids"],
-        batch["probabilities"],
-        batch["next_tokens"],
-        alpha=settings.alpha,
-        vocab_size=model.vocab_size,
-        chunk=settings.loss_chunk,
-        mesh=mesh,
-    )
-
-
 def _positions_per_second(config: ml_collections.ConfigDict) -> float:
     mesh, rules = meshes.mesh_of(config)
     part = meshes.batch_part(mesh, rules)
     model = dimensions(config, config.tokenizer.vocab_size, config.base.width, mesh.shape["tensor"])
-    positions = config.training.batch_sequences * config.base.context_length
-    settings = config.training
-    settings.warmup_steps = 1
-    task = loop.Task(
+    base = GPT2Config(
+        model.vocab_size, config.base.context_length, config.base.width, config.base.blocks, config.base.heads
+    )
+    config.training.warmup_steps = 1
+    task = make_task(
+        config,
+        model,
+        base,
+        mesh,
+        rules,
         name="benchmark",
         folder="",
-        settings=settings,
         initialise=functools.partial(memory.init, model, jax.random.key(0)),
-        logical_axes=memory.logical_axes(model),
-        loss=functools.partial(_loss, model, mesh, settings),
         frozen={},
         source=None,
-        validate=lambda parameters: {},
-        positions_per_sequence=1,
-        flops_per_position=3 * flops.memory_forward(model),
+        validate=None,
     )
-    optimizer = make_optimizer(settings, 1000, task.logical_axes)
-    placed = meshes.shardings(mesh, task.logical_axes, rules)
-    make_state = initial_state(task.initialise, optimizer)
-    shardings = state_shardings(mesh, jax.eval_shape(make_state), placed)
-    step = jax.jit(loop.train_step(task, optimizer, placed), donate_argnums=0, out_shardings=(shardings, None))
-    state = jax.jit(make_state, out_shardings=shardings)()
+    program = loop.step_program(task, mesh, rules, steps=1000)
+    step, state = program.step, program.make_state()
 
-    random, count = np.random.default_rng(part.index), positions // part.count
-    weights = random.random((count, _ENTRIES), np.float32)
+    length = config.base.context_length
+    positions = config.training.batch_sequences * length
+    random, count = np.random.default_rng(part.index), config.training.batch_sequences // part.count
+    weights = random.random((count, length, _ENTRIES), np.float32)
     rows = {
-        "memory_inputs": random.normal(size=(count, config.base.width)).astype(np.float32),
-        "token_ids": random.integers(0, model.vocab_size, (count, _ENTRIES)).astype(np.int32),
-        "probabilities": weights / weights.sum(1, keepdims=True),
-        "next_tokens": random.integers(0, model.vocab_size, count).astype(np.int32),
+        "memory_inputs": random.normal(size=(count, length, config.base.width)).astype(config.datastore.dtype),
+        "token_ids": random.integers(0, model.vocab_size, weights.shape).astype(np.int32),
+        "probabilities": weights / weights.sum(-1, keepdims=True),
+        "next_tokens": random.integers(0, model.vocab_size, (count, length)).astype(np.int32),
     }
     for _ in range(2):
         state, measured = step(state, {}, meshes.global_batch(mesh, rows, rules))
