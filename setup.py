@@ -9,6 +9,9 @@ EXTRAS = {
     "torch": ["torch>=2.6,<2.14", "transformers>=5.0,<6"],
     # Data sets, tokenizers and weights by their Hugging Face name, and Parquet files.
     "hub": ["datasets>=4.0,<6", "huggingface_hub>=1.0", "pyarrow>=18"],
+    # Working directories, corpora and tokenizers in buckets: gs:// and s3://.
+    "gcs": ["gcsfs>=2026.4"],
+    "s3": ["s3fs>=2026.4"],
     # The compiler for TPUs, for `mlpmem plan` on machines without one. Versions that jax 0.10 and 0.11 were seen with.
     "plan": ["libtpu>=0.0.40,<0.1"],
     # The reference's way of searching, for `mlpmem benchmark`.

@@ -41,14 +41,14 @@ def get_config():
     training.alpha = 0.4
     training.steps = STEPS
     training.batch_sequences = BATCH
-    training.accumulation_steps = 4
+    training.accumulation_steps = 1
     training.optimizer = "adamw"
     training.learning_rate = 4e-4
     training.beta2 = 0.999
     training.schedule = "linear"
     training.warmup_steps = round(0.03 * STEPS)
     training.compute_dtype = "bfloat16"
-    training.remat = True
+    training.remat = False
     training.loss_chunk = 2048
     training.evaluate_every = 1000
     training.evaluation_sequences = 2048

@@ -21,6 +21,7 @@ PARTS = {
     "train": "mlpmem_jax.training.benchmark",
     "generate": "mlpmem_jax.inference.benchmark",
     "targets": "mlpmem_jax.retrieval.benchmark",
+    "search": "mlpmem_jax.retrieval.search_benchmark",
     "processes": "mlpmem_jax.training.process_benchmark",
 }
 

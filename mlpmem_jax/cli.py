@@ -13,6 +13,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from mlpmem_jax.core import config as configs
+from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import ConfigError, UserError
 
 STAGES = {
@@ -124,6 +125,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
 
     _refuse_strangers(overrides)
     found = sweep.read(options.config, overrides)
+    storage.prepare(found.workdir)
     if options.launch:
         launching.write(found, options.launch)
     else:
@@ -135,6 +137,7 @@ def _fit(options: argparse.Namespace, strangers: list[str]) -> None:
 
     if strangers:
         raise UserError(f"{strangers[0]}: unknown option; see mlpmem fit --help")
+    storage.prepare(options.points or options.runs, options.output)
     fit.run(options.points or points.of_sweep(options.runs), options.output, against=options.against)
 
 
@@ -224,6 +227,19 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
         _run_stage("evaluate", config)
 
 
+def _with_config(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    # The imports bring jax, which a config that is wrong need not wait for.
+    if options.verb == "plan":
+        from mlpmem_jax.planning import plan
+
+        plan.run(config, options)
+        return
+    from mlpmem_jax.core import runtime
+
+    with runtime.job(config.workdir):
+        _dispatch(options, config)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. When something the user gave cannot work, one clear error and the exit code of that error."""
     options, overrides = _parser().parse_known_args(arguments)
@@ -235,17 +251,10 @@ def main(arguments: list[str] | None = None) -> None:
             _fit(options, overrides)
         elif options.verb == "sweep":
             _sweep(options, overrides)
-        elif options.verb == "plan":
-            config = read_config(options.config, overrides)
-            from mlpmem_jax.planning import plan
-
-            plan.run(config, options)
         else:
             config = read_config(options.config, overrides)
-            from mlpmem_jax.core import runtime  # imports jax, which a config that is wrong need not wait for
-
-            with runtime.job(config.workdir):
-                _dispatch(options, config)
+            storage.prepare(config.workdir, config.corpus.path, config.tokenizer.path, config.training.start)
+            _with_config(options, config)
     except UserError as error:
         print(f"mlpmem {options.verb}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from launch import local
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.interop import huggingface
@@ -260,6 +261,62 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused(tmp_path):
     source = write_llama(tmp_path / "model", llama_tensors())
     with pytest.raises(ConfigError, match=r"config\.mesh: tensor cuts in 4 parts, but h/self_attn/k_proj/kernel has 2"):
         huggingface.load_language_model(source, make_mesh(1, 1, 4, jax.devices()[:4]))
+
+
+
+# One of two processes: reads a folder, prints how many numbers of it, and writes the model as another folder.
+_LOAD_AND_SAVE = """
+import json, os, sys
+from mlpmem_jax.core import mesh, runtime
+from mlpmem_jax.interop import huggingface, tensor_files
+source, output = sys.argv[1:]
+read, numbers = huggingface._read, 0
+def counted(*arguments):
+    global numbers
+    part = read(*arguments)
+    numbers += part.size
+    return part
+huggingface._read = counted
+with runtime.job(os.path.dirname(output)):
+    parameters, config = huggingface.load_language_model(source, mesh.make_mesh())
+    huggingface.save_language_model(output, parameters, config, maximum_shard_bytes=8000)
+print(numbers)
+"""
+
+
+def test_two_processes_read_half_of_a_sharded_checkpoint_each_and_write_it_whole(tmp_path):
+    weights = llama_tensors()
+    names = sorted(weights)
+    shards = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
+    write_llama(tmp_path / "source", weights)
+    (tmp_path / "source" / "model.safetensors").unlink()
+    for shard, held in shards.items():
+        safetensors.numpy.save_file({name: weights[name] for name in held}, tmp_path / "source" / shard)
+    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    (tmp_path / "source" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    command = [sys.executable, "-c", _LOAD_AND_SAVE, str(tmp_path / "source"), str(tmp_path / "output")]
+    processes = [
+        subprocess.Popen(
+            command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True,
+            cwd=pathlib.Path(__file__).parent.parent,
+        )
+        for variables in local.environments(2, 1, local.free_port())
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    norms = sum(tensor.size for tensor in weights.values() if tensor.ndim == 1)
+    total = sum(tensor.size for tensor in weights.values())
+    for text in printed:
+        assert int(text) <= total / 2 + norms
+
+    written = {}
+    for file in (tmp_path / "output").glob("*.safetensors"):
+        written |= safetensors.numpy.load_file(file)
+    assert len(list((tmp_path / "output").glob("*.safetensors"))) > 1
+    assert written.keys() == weights.keys()
+    for name, tensor in weights.items():
+        np.testing.assert_array_equal(written[name], tensor)
 
 
 _LOAD_AND_TELL_MEMORY = """

@@ -1,6 +1,7 @@
 """The stages on an imported Mistral: what they store is what the model says, and its memory has its family."""
 
 import argparse
+import dataclasses
 
 import jax
 import numpy as np
@@ -10,9 +11,11 @@ from configs import smoke
 from mlpmem_jax.cli import _run_stage
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
 from mlpmem_jax.inference import compare
 from mlpmem_jax.interop import huggingface
+from mlpmem_jax.interop.base import check_fits
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.llama import LlamaConfig
 from mlpmem_jax.models.rotary import Rotary
@@ -93,3 +96,17 @@ def test_it_generates_with_its_memory(config, capsys):
     options = argparse.Namespace(prompt=["The", ""], tokens=3, temperature=0.0, top_k=0, top_p=1.0, seed=0)
     compare.run(config, options)
     assert "base LM + memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "context_length", "message"),
+    [
+        ({"vocab_size": 299}, 16, "config.base.path=X: has a vocabulary of 299, but the tokenizer makes ids up to 299"),
+        ({"context_length": 15}, 16, "config.base.context_length: 16 is longer than the 15 positions of config.base"),
+    ],
+)
+def test_a_model_that_cannot_read_the_tokens_is_refused(config, changes, context_length, message):
+    tokens = open_artifact(f"{config.workdir}/tokens", "tokens")
+    check_fits("X", MISTRAL, tokens, MISTRAL.context_length)
+    with pytest.raises(ConfigError, match=message):
+        check_fits("config.base.path=X", dataclasses.replace(MISTRAL, **changes), tokens, context_length)

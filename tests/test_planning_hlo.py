@@ -159,14 +159,54 @@ ENTRY %main (a: bf16[16,512], b: bf16[64,4096]) -> bf16[16,512] {
 def test_programs_of_tpus(groups, first):
     program = hlo.parse(TPU.replace("GROUPS", groups))
     gather, scatter = program.collectives  # one gather, though two fusions name it
-    assert (gather.kind, gather.payload, gather.times, gather.overlapped) == ("all-gather", 4096 * 512 * 2, 8, True)
+    assert (gather.kind, gather.payload, gather.times) == ("all-gather", 4096 * 512 * 2, 8)
     assert gather.group == tuple(range(256))
-    assert (scatter.kind, scatter.overlapped, scatter.rings) == ("reduce-scatter", False, 1)
+    assert (scatter.kind, scatter.rings) == ("reduce-scatter", 1)
     assert scatter.group == first
     assert scatter.sent == 4096 * 512 * 2 * (len(first) - 1) / len(first)
+    (loop,) = program.steps
+    starts, runs = ([len(step.starts) for step in loop.body], [step.operation is not None for step in loop.body])
+    ends = [step.ends for step in loop.body]
+    # Started before the product, waited for behind it; the other starts and ends in one place.
+    assert (loop.turns, starts, runs) == (8, [1, 0, 0, 1], [False, True, True, False])
+    assert ends[:3] == [(), ("21",), ()]
+    assert len(ends[3]) == 1
     assert program.flops == 8 * 2 * 64 * 4096 * 512
     product = next(one for one in program.operations if one.name == "fusion.1")
     assert product.traffic == 64 * 4096 * 2 + 64 * 512 * 4  # the gathered kernel is in the chip's own memory
+
+
+SPARSE_CORE = """HloModule offloaded, is_scheduled=true
+
+%gather (p.1: bf16[16,512]) -> bf16[256,512] {
+  %p.1 = bf16[16,512]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[256,512]{1,0} all-gather(%p.1), channel_id=1, replica_groups=[16,16]<=[256], dimensions={0}
+}, execution_thread="sparsecore"
+
+%offloaded (p.2: bf16[16,512]) -> bf16[256,512] {
+  %p.2 = bf16[16,512]{1,0} parameter(0)
+  ROOT %custom-call.1 = bf16[256,512]{1,0} custom-call(%p.2), called_computations={%gather}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: bf16[16,512]) -> bf16[256,512] {
+  %a = bf16[16,512]{1,0} parameter(0)
+  %begun = ((), (), (s32[8])) async-start(), async_execution_thread="sparsecore", calls=%offloaded
+  %before = bf16[16,512]{1,0} negate(%a)
+  %under-way = ((bf16[16,512]{1,0}), bf16[256,512]{1,0}, (s32[8])) async-update(%begun, %before)
+  %beside = bf16[16,512]{1,0} negate(%a)
+  ROOT %done = bf16[256,512]{1,0} async-done(%under-way)
+}
+"""
+
+
+def test_a_sparse_cores_collective_starts_with_its_operands():
+    program = hlo.parse(SPARSE_CORE)
+    (gather,) = program.collectives
+    assert (gather.kind, gather.payload, gather.group) == ("all-gather", 256 * 512 * 2, tuple(range(16)))
+    names = [step.operation and step.operation.name for step in program.steps]
+    assert names == ["before", None, "beside", None]
+    assert [len(step.starts) for step in program.steps] == [0, 1, 0, 0]
+    assert program.steps[3].ends == (program.steps[1].starts[0][0],)
 
 
 def test_what_is_no_program_is_refused():

@@ -4,15 +4,24 @@ import pytest
 
 from mlpmem_jax.core.accelerators import GENERATIONS
 from mlpmem_jax.planning.chips import CHIPS, Chip
-from mlpmem_jax.planning.hlo import Collective, Operation, Program
+from mlpmem_jax.planning.hlo import Collective, Operation, Program, Step
 from mlpmem_jax.planning.roofline import Place, axes, links, roofline
 
 CHIP = Chip(100.0, 1, 10.0, 1.0, 0.25, 4, {})
 SQUARE = [(x, y) for x in range(4) for y in range(4)]
 
 
-def collective(kind="all-gather", payload=160.0, group=tuple(range(16)), times=1.0, overlapped=False, rings=None):
-    return Collective(kind, payload, group, times, overlapped, rings, "")
+def collective(kind="all-gather", payload=160.0, group=tuple(range(16)), times=1.0, rings=None):
+    return Collective(kind, payload, group, times, rings, "")
+
+
+def waited_for(one):
+    """The step of a collective that nothing runs beside."""
+    return Step(starts=(("0", one),), ends=("0",))
+
+
+def work(seconds, times=1.0):
+    return Step(Operation(100.0 * seconds, 0.0, times, False, ""))
 
 
 def test_the_table_has_every_generation_and_plausible_rates():
@@ -56,28 +65,45 @@ def plan(program, slices=1):
 
 def test_operations_one_after_the_other_each_at_its_own_limit():
     operations = (Operation(1000.0, 10.0, 2.0, False, ""), Operation(0.0, 30.0, 1.0, False, ""))
-    line = plan(Program((), operations))
+    line = plan(Program((Step(body=(Step(operations[0]),), turns=2.0), Step(operations[1]))))
     assert (line.compute, line.memory, line.operations) == (20.0, 5.0, 20.0 + 3.0)
     assert (line.step, line.bound) == (23.0, "compute")
 
 
-def test_collectives_beside_other_work_and_those_that_are_waited_for():
-    work = (Operation(1000.0, 0.0, 1.0, False, ""),)  # 10 s
-    gather = collective(payload=640.0, overlapped=True)  # 600 bytes over four links: 150 s
-    line = plan(Program((gather,), work))
-    assert line.step == 150.0
-    assert line.bound == "interconnect"
-    line = plan(Program((collective(payload=64.0, overlapped=True), collective("all-reduce", 64.0, times=3.0)), work))
-    assert line.step == max(10.0, 15.0) + 3 * 30.0
-    # Where the compiler says that it uses one ring, two of the four links carry it all.
-    assert plan(Program((collective(payload=64.0, rings=1),), work)).step == 10.0 + 30.0
+def test_a_collective_costs_what_the_operations_between_its_start_and_its_end_do_not_cover():
+    gather = collective(payload=64.0)  # 60 bytes over four links: 15 s
+    between = (work(2.0), Step(starts=(("a", gather),)), work(10.0), Step(ends=("a",)), work(20.0))
+    assert plan(Program(between)).step == 2.0 + 15.0 + 20.0
+    behind = (Step(starts=(("a", gather),)), work(10.0), work(20.0), Step(ends=("a",)))
+    assert plan(Program(behind)).step == 30.0
+    assert plan(Program((waited_for(gather), work(10.0)))).step == 25.0
+    # In a fusion it runs beside the fusion's own products.
+    assert plan(Program((Step(work(10.0).operation, (("a", gather),), ("a",)),))).step == 15.0
+
+
+def test_collectives_on_the_same_links_run_one_after_the_other():
+    starts = Step(starts=(("a", collective(payload=64.0)), ("b", collective(payload=64.0))))
+    line = plan(Program((starts, work(20.0), Step(ends=("a", "b")))))
+    assert (line.step, line.waited) == (30.0, 10.0)
+
+
+def test_a_loop_waits_in_every_turn():
+    gather = collective(payload=64.0, times=3.0)
+    body = (Step(starts=(("a", gather),)), work(10.0, times=3.0), Step(ends=("a",)))
+    line = plan(Program((Step(body=body, turns=3.0),)))
+    assert (line.operations, line.waited, line.step) == (30.0, 15.0, 45.0)
+    assert line.traffic[0].seconds == 45.0
+
+
+def test_the_compilers_word_on_rings_bounds_the_links():
+    assert plan(Program((waited_for(collective(payload=64.0, rings=1)),))).step == 30.0
 
 
 def test_the_network_between_slices():
     across = collective("all-reduce", payload=8.0, group=(0, 8))
-    line = plan(Program((across,), ()), slices=2)
-    assert line.collectives(network=True, overlapped=False) == 8.0 / 0.25
+    line = plan(Program((waited_for(across),)), slices=2)
+    assert line.collectives(network=True) == 8.0 / 0.25
     # All sixteen: every device sends its eighth of what its slice has reduced.
-    line = plan(Program((collective("all-gather", payload=16.0),), ()), slices=2)
+    line = plan(Program((waited_for(collective("all-gather", payload=16.0)),)), slices=2)
     assert line.traffic[0].axes == ("slice", "fsdp")
     assert line.step == 15.0 * 2 / 16 / 0.25

@@ -1,54 +1,67 @@
 """Jobs of several real processes (gloo between them) against one process; kills, lost coordinators, preemption.
 
-The reference is one process with one device; jobs that were stopped go on in this process, on eight virtual devices.
-MLPMEM_KILLS=2 adds jobs of four processes.
+The reference is one process with one device; jobs that were stopped go on with another number of processes on another
+mesh. MLPMEM_KILLS=2 adds those that take long.
 """
 
 import json
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
+import tempfile
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from configs import smoke
 from launch import local
-from mlpmem_jax.cli import STAGES, _run_stage
+from mlpmem_jax.cli import STAGES
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.training import goodput
 
 ROOT = pathlib.Path(__file__).parent.parent
 KILLS = int(os.environ.get("MLPMEM_KILLS", "1"))
 STEPS, EVERY = 12, 4
-EXIT_AGAIN = 75
+EXIT_AGAIN, KILLED = 75, -9
+DATA = ("tokens", "base", "datastore")
 
-# One process of a job: stages of a config, with something that happens to one of the processes.
+# One process of a job: stages of a config, with something that happens to process 1.
 DRIVER = """
 import os, signal, sys, time
-me, (workdir, stages, mesh, event) = int(os.environ["JAX_PROCESS_ID"]), sys.argv[1:]
+me, (workdir, stages, mesh, backend, event) = int(os.environ["JAX_PROCESS_ID"]), sys.argv[1:]
 if event == "late" and me == 1: time.sleep(3)
 from test_processes import small
 from mlpmem_jax import cli
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import artifacts, runtime
+from mlpmem_jax.corpus import documents
+from mlpmem_jax.models import saved
 from mlpmem_jax.retrieval import tiles
-from mlpmem_jax.training import data, state
-config = small(workdir)
+from mlpmem_jax.training import goodput, state
+documents.SHARD_BYTES = 8192
+config = small(workdir, backend)
 config.mesh.fsdp, config.mesh.tensor = (int(size) for size in mesh.split("x"))
-def after(owner, name, calls, signum):
+def after(owner, name, calls, signum, argument=None, busy_seconds=0):
     method, seen = getattr(owner, name), []
-    def wrapper(self, *arguments):
-        result = method(self, *arguments)
-        seen.append(0)
-        if len(seen) == calls: os.kill(os.getpid(), signum)
+    def wrapper(self, *arguments, **named):
+        result = method(self, *arguments, **named)
+        if argument is None or argument in arguments: seen.append(0)
+        if len(seen) == calls:
+            os.kill(os.getpid(), signum)
+            time.sleep(busy_seconds)
         return result
     setattr(owner, name, wrapper)
 if me == 1:
-    if event == "killed_in_save": after(state.Checkpoints, "save", 2, signal.SIGKILL)  # the save goes on in a thread
-    if event == "killed_in_step": after(data.TargetSource, "__getitem__", 36, signal.SIGKILL)
+    if event == "killed_in_shard": after(artifacts.ArtifactWriter, "write_shard", 1, signal.SIGKILL)
     if event == "killed_in_targets": after(tiles.Split, "write", 1, signal.SIGKILL)
-    if event == "asked_to_stop": after(data.TargetSource, "__getitem__", 4, signal.SIGTERM)
+    if event == "killed_in_save": after(state.Checkpoints, "save", 2, signal.SIGKILL)  # the save goes on in a thread
+    if event == "killed_in_step": after(goodput.Stopwatch, "lap", 10, signal.SIGKILL, "input wait")
+    if event == "asked_to_stop_in_step":  # in which the notice, looked for once a second, reaches the others
+        after(goodput.Stopwatch, "lap", 2, signal.SIGTERM, "input wait", busy_seconds=4)
+    if event == "asked_to_stop_in_shard":
+        after(artifacts.ArtifactWriter, "write_shard", 1, signal.SIGTERM, busy_seconds=120)
 with runtime.job(workdir):
     for stage in stages.split(","):
         if stage == "generate":
@@ -61,7 +74,15 @@ with runtime.job(workdir):
 """
 
 
-def small(workdir):
+class Job(NamedTuple):
+    """So many processes with so many devices each, on a mesh of fsdp x tensor."""
+
+    processes: int
+    devices: int = 1
+    mesh: str = "-1x1"
+
+
+def small(workdir, backend="auto"):
     config = smoke.get_config()
     config.workdir = str(workdir)
     config.corpus.update({"source": "files", "path": f"{ROOT}/docs", "document_bytes": 2048, "max_bytes": 60_000})
@@ -71,31 +92,47 @@ def small(workdir):
         settings.update({"steps": STEPS, "warmup_steps": 2, "evaluate_every": EVERY, "checkpoint_every": EVERY})
         settings.update({"evaluation_sequences": 16, "optimizer": "adamw", "learning_rate": 0.003})
     config.datastore.update({"sequences_per_shard": 512, "batch_sequences": 64})
-    config.targets.update({"k": 5, "temperature": 3.0, "quality_positions": 64})
+    config.targets.update({"backend": backend, "k": 5, "temperature": 3.0, "quality_positions": 64})
     config.memory.update({"width": 16, "blocks": 1})
     config.evaluation.update({"bootstrap_samples": 50, "sharpness_positions": 50})
     return config
 
 
-def launch(workdir, stages, processes, mesh, event="nothing", devices=1):
-    """Exit code of a job of so many processes; what they print is left to `capfd`."""
-    environments = local.environments(processes, devices, local.free_port())
-    for environment in environments:
-        environment |= {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "MLPMEM_LOST_SECONDS": "6",
-            "MLPMEM_QUIET": "0",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        }
-    command = [sys.executable, "-c", DRIVER, str(workdir), stages, mesh, event]
-    # One process of the job ends by itself: the launcher must not be what ends the others.
-    return local.run_processes(command, environments, grace_seconds=60)
+def launch(workdir, stages, job, event="nothing", backend="auto"):
+    """Runs a job to its end, which no launcher hastens: (exit code of each process, what each printed)."""
+    command = [sys.executable, "-c", DRIVER, str(workdir), stages, job.mesh, backend, event]
+    return run_processes(command, local.environments(job.processes, job.devices, local.free_port()), job.devices)
+
+
+def run_processes(command, environments, devices=1):
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [pathlib.Path(folder, f"{index}.log") for index in range(len(environments))]
+        running = []
+        for log, environment in zip(logs, environments, strict=True):
+            variables = {
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "MLPMEM_LOST_SECONDS": "10",
+                "MLPMEM_QUIET": "0",
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            }
+            with log.open("wb") as file:
+                process = subprocess.Popen(
+                    command, env=os.environ | environment | variables, stdout=file, stderr=subprocess.STDOUT
+                )
+            running.append(process)
+        try:
+            codes = [process.wait(timeout=300) for process in running]
+        finally:
+            for process in running:
+                process.kill()
+        return codes, [log.read_text(errors="replace") for log in logs]
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes") / "run"
-    assert launch(folder, ",".join(STAGES), 1, "1x1") == 0
+    codes, printed = launch(folder, ",".join(STAGES), Job(1))
+    assert codes == [0], printed
     return folder
 
 
@@ -121,12 +158,11 @@ def assert_same_losses(workdir, reference, name):
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
 
 
-def test_two_processes_that_start_apart_make_what_one_makes(reference, tmp_path):
-    """Tokens: the same bytes. Base: losses to 1e-4. Keys: float16 of states that differ by that much."""
-    workdir = seeded(reference, tmp_path)
-    assert launch(workdir, "tokens,base,datastore", 2, "-1x1", "late") == 0
-    assert files(workdir / "tokens") == files(reference / "tokens")
-    assert_same_losses(workdir, reference, "base")
+def assert_same(workdir, reference, stage):
+    """The same bytes; but keys are float16 of states that differ in the last bits of float32."""
+    if stage != "datastore":
+        assert files(workdir / stage) == files(reference / stage)
+        return
     for split in ("train", "validation", "test"):
         ours, theirs = (open_artifact(at / "datastore" / split, "datastore") for at in (workdir, reference))
         assert ours.arrays == theirs.arrays
@@ -136,39 +172,74 @@ def test_two_processes_that_start_apart_make_what_one_makes(reference, tmp_path)
             np.testing.assert_allclose(found, expected, atol=5e-3 if theirs.arrays[name].dtype[0] == "f" else 0)
 
 
-def test_a_killed_target_builder_ends_the_job_and_one_process_finishes_it(reference, tmp_path, capfd):
-    workdir = seeded(reference, tmp_path, "tokens", "datastore")
-    assert launch(workdir, "targets", 2, "-1x1", "killed_in_targets") == 128 + 9
-    assert "another process of the job was lost. What was complete is kept" in capfd.readouterr().out
-    assert len(list((workdir / "targets" / "train" / "shards").iterdir())) >= 1
-    _run_stage("targets", small(workdir))
-    assert files(workdir / "targets") == files(reference / "targets")
+def assert_lost(codes, printed):
+    """Process 1 was killed, and the others said so as their last word."""
+    assert codes[1] == KILLED
+    for index in set(range(len(codes))) - {1}:
+        assert codes[index] == EXIT_AGAIN, printed[index]
+        assert "mlpmem: error: another process of the job was lost. What was complete is kept" in printed[index]
+        assert printed[index].count("mlpmem: error") == 1
+        assert "Traceback" not in printed[index]
+
+
+def test_two_processes_that_start_apart_make_what_one_makes(reference, tmp_path):
+    workdir = seeded(reference, tmp_path)
+    assert launch(workdir, "tokens,base,datastore", Job(2), "late")[0] == [0, 0]
+    assert_same(workdir, reference, "tokens")
+    assert_same_losses(workdir, reference, "base")
+    assert_same(workdir, reference, "datastore")
 
 
 @pytest.mark.parametrize(
-    ("event", "processes", "mesh"),
-    [("killed_in_save", 2, "1x2")]  # one `tensor` axis over both: they read the same rows
-    + [("killed_in_step", 4, "2x2"), ("killed_in_step", 4, "1x4"), ("killed_in_save", 4, "4x1")] * (KILLS - 1),
+    ("stage", "killed", "again"),
+    [("targets", Job(2), Job(1))]
+    + [
+        ("tokens", Job(2), Job(4)),
+        ("tokens", Job(4), Job(2)),
+        ("datastore", Job(2), Job(4)),
+        ("datastore", Job(4), Job(2, 2, "2x2")),
+        ("targets", Job(2), Job(4)),
+        ("targets", Job(4), Job(2)),
+    ]
+    * (KILLS - 1),
 )
-def test_a_killed_training_goes_on_on_another_mesh(reference, tmp_path, capfd, event, processes, mesh):
-    workdir = seeded(reference, tmp_path, "tokens", "base", "datastore", "targets")
-    assert launch(workdir, "train", processes, mesh, event) == 128 + 9
-    output = capfd.readouterr().out
-    assert "another process of the job was lost" in output
-    assert "Traceback" not in output
-    assert losses(workdir, "memory")
-    _run_stage("train", small(workdir))  # one process, eight devices
+def test_a_killed_stage_is_finished_by_another_number_of_processes(reference, tmp_path, stage, killed, again):
+    workdir = seeded(reference, tmp_path, *{"tokens": (), "datastore": ("tokens", "base")}.get(stage, DATA))
+    event = "killed_in_targets" if stage == "targets" else "killed_in_shard"
+    assert_lost(*launch(workdir, stage, killed, event))
+    assert launch(workdir, stage, again)[0] == [0] * again.processes
+    assert_same(workdir, reference, stage)
+
+
+@pytest.mark.parametrize(
+    ("event", "killed", "again"),
+    [("killed_in_save", Job(2, 1, "1x2"), Job(4, 1, "2x2"))]  # in that of two, both read the same rows
+    + [
+        ("killed_in_step", Job(2, 2, "2x2"), Job(4, 1, "4x1")),
+        ("killed_in_step", Job(4, 1, "2x2"), Job(2, 2, "4x1")),
+        ("killed_in_step", Job(4, 1, "1x4"), Job(2, 1, "2x1")),
+        ("killed_in_save", Job(4, 1, "4x1"), Job(2, 2, "1x4")),
+    ]
+    * (KILLS - 1),
+)
+def test_a_killed_training_goes_on_with_other_processes_on_another_mesh(reference, tmp_path, event, killed, again):
+    workdir = seeded(reference, tmp_path, *DATA, "targets")
+    assert_lost(*launch(workdir, "train", killed, event))
+    codes, printed = launch(workdir, "train", again)
+    assert codes == [0] * again.processes
+    complete = (EVERY, 2 * EVERY) if event == "killed_in_step" else (EVERY,)  # the second may be
+    assert any(f"goes on from the checkpoint at step {step} of" in printed[0] for step in complete)
     assert_same_losses(workdir, reference, "memory")
 
 
-def test_a_notice_to_one_process_leads_to_one_checkpoint_of_all(reference, tmp_path, capfd):
-    workdir = seeded(reference, tmp_path, "tokens", "base", "datastore", "targets")
-    assert launch(workdir, "train", 2, "-1x1", "asked_to_stop") == EXIT_AGAIN
-    output = capfd.readouterr().out
-    stopped = {line.split("at step ")[1].split()[0] for line in output.splitlines() if "asked to stop" in line}
+def test_a_notice_to_one_process_leads_to_one_checkpoint_of_all(reference, tmp_path):
+    workdir = seeded(reference, tmp_path, *DATA, "targets")
+    codes, printed = launch(workdir, "train", Job(2), "asked_to_stop_in_step")
+    assert codes == [EXIT_AGAIN] * 2
+    stopped = {line.split("at step ")[1].split()[0] for line in "".join(printed).splitlines() if "asked to" in line}
     assert len(stopped) == 1  # both say the same step
     assert (workdir / "memory" / "checkpoints" / stopped.pop()).exists()
-    _run_stage("train", small(workdir))
+    assert launch(workdir, "train", Job(1, 8))[0] == [0]
     found, expected = losses(workdir, "memory"), losses(reference, "memory")
     np.testing.assert_allclose([found[step] for step in expected], list(expected.values()), rtol=1e-4)
     records = [json.loads(line) for line in (workdir / "memory" / "metrics.jsonl").read_text().splitlines()]
@@ -178,21 +249,36 @@ def test_a_notice_to_one_process_leads_to_one_checkpoint_of_all(reference, tmp_p
     assert spent["wall"] == pytest.approx(sum(value for phase, value in spent.items() if phase != "wall"))
 
 
-def test_two_processes_evaluate_and_generate_as_one(reference, tmp_path, capfd):
-    workdir = seeded(reference, tmp_path, "tokens", "base", "datastore", "targets", "memory")
-    assert launch(workdir, "evaluate,generate", 2, "-1x1") == 0
+@pytest.mark.parametrize("stage", ["datastore", "tokens"][:KILLS])
+def test_a_notice_to_one_process_ends_all_in_the_middle_of_another_stage(reference, tmp_path, stage):
+    """Process 1 is busy on the host for longer than the test waits; 0 waits for it, on the devices or at a barrier."""
+    earlier = {"datastore": ["tokens", "base"], "tokens": []}[stage]
+    workdir = seeded(reference, tmp_path, *earlier)
+    codes, printed = launch(workdir, stage, Job(2), "asked_to_stop_in_shard")
+    assert codes == [EXIT_AGAIN] * 2
+    for text in printed:
+        assert text.count("mlpmem: error") == text.count("mlpmem: error: the job was asked to stop. What was") == 1
+        assert "Traceback" not in text
+    assert launch(workdir, stage, Job(1))[0] == [0]
+    assert_same(workdir, reference, stage)
+
+
+def test_two_processes_evaluate_and_generate_as_one(reference, tmp_path):
+    workdir = seeded(reference, tmp_path, *DATA, "targets", "memory")
+    codes, printed = launch(workdir, "evaluate,generate", Job(2))
+    assert codes == [0, 0]
     ours, theirs = (json.loads((at / "report" / "metrics.json").read_text()) for at in (workdir, reference))
     for name, value in theirs["perplexity"]["test"].items():
         assert ours["perplexity"]["test"][name] == pytest.approx(value, rel=1e-5)
-    assert capfd.readouterr().out.count("base LM + memory") == 1  # the first process alone prints
+    assert "".join(printed).count("base LM + memory") == 1  # the first process alone prints
 
 
-def test_a_coordinator_that_is_not_there_is_named_in_bounded_time(tmp_path, capfd, monkeypatch):
+def test_a_coordinator_that_is_not_there_is_named_in_bounded_time(monkeypatch):
     monkeypatch.setenv("MLPMEM_JOIN_SECONDS", "3")
     absent = local.environments(2, 1, local.free_port())[1:]
     command = [sys.executable, "-m", "mlpmem_jax.cli", "tokens", f"--config={ROOT}/configs/smoke.py"]
-    assert local.run_processes(command, absent) == EXIT_AGAIN
-    output = capfd.readouterr().out
+    codes, (output,) = run_processes(command, absent)
+    assert codes == [EXIT_AGAIN]
     assert "did not all find each other within 3 s" in output
     assert absent[0]["JAX_COORDINATOR_ADDRESS"] in output
 

@@ -31,6 +31,15 @@ def test_exact_search_agrees_with_brute_force(keys, k, block, monkeypatch):
     np.testing.assert_allclose(distances, true_distances, rtol=1e-4)
 
 
+def test_exact_search_takes_the_smaller_ids_of_equal_distances():
+    rng = np.random.default_rng(2)
+    keys = rng.integers(-3, 4, size=(20, WIDTH))[rng.integers(20, size=2000)].astype(np.float32)
+    distances, ids = ExactIndex(keys).search(keys[:30], 40)
+    true_distances, true_ids = brute_force(keys[:30], keys, 40)
+    np.testing.assert_array_equal(ids, true_ids)
+    np.testing.assert_array_equal(distances, true_distances)
+
+
 def test_exact_search_with_fewer_keys_than_k(keys):
     distances, ids = ExactIndex(keys[:6]).search(keys[:2], 8, np.array([[0, 1], [0, 4]]))
     assert np.isfinite(distances).sum(axis=1).tolist() == [5, 2]

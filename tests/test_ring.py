@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,10 +21,9 @@ def keys():
     return mixture(np.random.default_rng(0), 1003, clusters=30).astype(np.float32)  # no multiple of eight
 
 
-def index_of(keys_NxD, shape=(1, 8, 1), dtype="float32", recall_target=1.0):
-    return ring.MeshIndex(
-        *keys_NxD.shape, dtype, lambda start, stop: keys_NxD[start:stop], meshes.make_mesh(*shape), recall_target
-    )
+def index_of(keys_NxD, shape=(1, -1, 1), dtype="float32", recall_target=1.0, devices=8):
+    mesh = meshes.make_mesh(*shape, jax.devices()[:devices])
+    return ring.MeshIndex(*keys_NxD.shape, dtype, lambda start, stop: keys_NxD[start:stop], mesh, recall_target)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,35 @@ def test_groups_of_a_long_block_lose_nothing():
     found, places = ring._select(jnp.asarray(scores[:, :19_968]), k=7, num_keys=20_000, recall_target=1.0)
     np.testing.assert_array_equal(np.asarray(places), np.argsort(scores[:, :19_968], axis=1)[:, :7])
     np.testing.assert_array_equal(np.asarray(found), np.sort(scores[:, :19_968], axis=1)[:, :7])
+
+
+def duplicated(count=1003, different=40):
+    """Small whole numbers, every key many times: float32 has all distances exactly, most of them several times."""
+    rng = np.random.default_rng(2)
+    return rng.integers(-3, 4, size=(different, 8))[rng.integers(different, size=count)].astype(np.float32)
+
+
+@pytest.mark.parametrize("k", [1, 30, 200])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("scores_at_once", [1 << 26, 1 << 12])
+def test_of_equal_distances_the_smaller_ids_are_taken_on_every_mesh(devices, k, scores_at_once, monkeypatch):
+    monkeypatch.setattr(ring, "_SCORES_AT_ONCE", scores_at_once)
+    keys = duplicated()
+    distances, ids = index_of(keys, devices=devices).search(keys[QUERIES], k, SELF)
+    true_distances, true_ids = brute_force(keys[QUERIES], keys, k, forbidden(SELF, len(keys)))
+    np.testing.assert_array_equal(ids, true_ids)
+    np.testing.assert_array_equal(distances, true_distances)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_distances_have_the_same_bits_on_every_mesh(keys, dtype):
+    keys = np.concatenate([keys, keys[::3]])  # rounded distances, and equal ones
+    found = [index_of(keys, devices=devices, dtype=dtype).search(keys[QUERIES], 50, SELF) for devices in (1, 2, 8)]
+    for distances, ids in found[1:]:
+        np.testing.assert_array_equal(ids, found[0][1])
+        np.testing.assert_array_equal(distances.view(np.int32), found[0][0].view(np.int32))
+    distances, ids = found[0]
+    assert ((np.diff(distances) > 0) | ((np.diff(distances) == 0) & (np.diff(ids) > 0))).all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

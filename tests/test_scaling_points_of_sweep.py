@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlpmem_jax import cli
-from mlpmem_jax.core import artifacts
+from mlpmem_jax.core import artifacts, manifests
 from mlpmem_jax.core.errors import ArtifactError, UserError
 from mlpmem_jax.scaling import collection, points, sweep, units
 
@@ -113,15 +113,15 @@ def test_points_of_different_tokens_are_refused(trained, tmp_path):
     """Texts that changed between two runs of a sweep, say, under the same config."""
     elsewhere = tmp_path / "tokens"
     found = {point.name: point for point in trained.points}["w16-continued"]
-    link = f"{found.config.workdir}/tokens/{artifacts.LINK}"
+    link = f"{found.config.workdir}/tokens/{manifests.LINK}"
     with open(link, encoding="utf-8") as file:
         before = file.read()
-    content = artifacts.read_manifest(artifacts.open_artifact(f"{found.config.workdir}/tokens", "tokens").path)
+    content = manifests.read_manifest(artifacts.open_artifact(f"{found.config.workdir}/tokens", "tokens").path)
     content = {**content, "inputs": {"other": "text"}, "shards": []}
-    content["fingerprint"] = artifacts._fingerprint(content)
+    content["fingerprint"] = manifests.fingerprint(content)
     elsewhere.mkdir()
     (elsewhere / "manifest.json").write_text(json.dumps(content))
-    artifacts.link(f"{found.config.workdir}/tokens", elsewhere)
+    manifests.link(f"{found.config.workdir}/tokens", elsewhere)
     try:
         with pytest.raises(ArtifactError, match="were trained on different tokens"):
             collection.write(trained, {point.name for point in trained.points})
@@ -133,7 +133,7 @@ def test_points_of_different_tokens_are_refused(trained, tmp_path):
 def test_links_are_for_reading_finished_artifacts(tmp_path):
     spec = {"numbers": artifacts.ArraySpec((4,), "int32", 2, (2,))}
     writer = artifacts.ArtifactWriter.create(tmp_path / "made" / "tokens", "tokens", {"a": 1}, {}, spec)
-    artifacts.link(tmp_path / "used" / "tokens", tmp_path / "made" / "tokens")
+    manifests.link(tmp_path / "used" / "tokens", tmp_path / "made" / "tokens")
     with pytest.raises(ArtifactError, match=r"is unfinished, and .*used/tokens is a link to it"):
         artifacts.find_finished(tmp_path / "used" / "tokens", "tokens", {"a": 1}, {})
     with pytest.raises(ArtifactError, match="is unfinished"):
@@ -152,7 +152,7 @@ def test_links_are_for_reading_finished_artifacts(tmp_path):
         (tmp_path / name).rename(tmp_path / "moved" / name)
     assert artifacts.open_artifact(tmp_path / "moved" / "used" / "tokens", "tokens").config == {"a": 1}
     with pytest.raises(ArtifactError, match="holds an artifact, where a link"):
-        artifacts.link(tmp_path / "moved" / "made" / "tokens", tmp_path / "nothing")
+        manifests.link(tmp_path / "moved" / "made" / "tokens", tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("scheme", ["gs://bucket/sweep", "s3://bucket/sweep"])
@@ -163,6 +163,6 @@ def test_links_in_object_storage(scheme, tmp_path, monkeypatch):
     def local(path):
         return (root / str(path).split("://")[1]) if "://" in str(path) else tmp_path / path
 
-    monkeypatch.setattr(artifacts.epath, "Path", local)
-    artifacts.link(f"{scheme}/points/a/targets/train", f"{scheme}/shared/targets-1/targets/train")
-    assert artifacts._located(f"{scheme}/points/a/targets/train") == f"{scheme}/shared/targets-1/targets/train"
+    monkeypatch.setattr(manifests.epath, "Path", local)
+    manifests.link(f"{scheme}/points/a/targets/train", f"{scheme}/shared/targets-1/targets/train")
+    assert manifests.located(f"{scheme}/points/a/targets/train") == f"{scheme}/shared/targets-1/targets/train"

@@ -23,8 +23,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
-import posixpath
 from collections.abc import Mapping
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
@@ -33,11 +31,18 @@ import tensorstore as ts
 from etils import epath
 
 from mlpmem_jax.core.errors import ArtifactError
+from mlpmem_jax.core.manifests import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    absolute,
+    check_same_origin,
+    encode,
+    fingerprint,
+    located,
+    read_manifest,
+)
 
-FORMAT = "mlpmem_jax artifact"
-VERSION = 1
-MANIFEST = "manifest.json"
-LINK = "link"
 _LIBRARIES = ("jax", "numpy", "tensorstore", "tokenizers", "scann")
 
 
@@ -72,36 +77,6 @@ class ArraySpec:
         return cls(tuple(fields["shape"]), fields["dtype"], fields["rows_per_shard"], tuple(fields["read_chunk"]))
 
 
-def _absolute(path) -> str:
-    """TensorStore's file driver takes absolute paths alone; URLs stay as they are."""
-    path = str(path).rstrip("/")
-    return path if "://" in path else os.path.abspath(path)
-
-
-def link(path, target) -> None:
-    """Makes the folder `path` stand for the artifact at `target`, for reading alone; it need not be there yet.
-
-    Raises:
-      ArtifactError: the folder holds an artifact of its own.
-    """
-    path, folder = _absolute(path), epath.Path(path)
-    if (folder / MANIFEST).exists():
-        raise ArtifactError(f"{path}: holds an artifact, where a link to {target} is needed; delete that folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    # Relative, so that the two may be moved together.
-    (folder / LINK).write_text(posixpath.relpath(_absolute(target), path) + "\n")
-
-
-def _located(path) -> str:
-    """Where the artifact at `path` is, a link followed."""
-    path = _absolute(path)
-    file = epath.Path(path) / LINK
-    if not file.exists():
-        return path
-    scheme, separator, place = path.rpartition("://")
-    return scheme + separator + posixpath.normpath(posixpath.join(place, file.read_text().strip()))
-
-
 def _kvstore_spec(path: str) -> dict | str:
     return path + "/" if "://" in path else {"driver": "file", "path": path + "/"}
 
@@ -129,63 +104,6 @@ def _open_array(path: str, name: str, spec: ArraySpec, create: bool) -> ts.Tenso
             ],
         }
     return ts.open(store, create=create, open=True).result()
-
-
-def _fingerprint(manifest: Mapping) -> str:
-    content = {key: value for key, value in manifest.items() if key != "fingerprint"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _encode(content: Mapping) -> bytes:
-    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-
-
-def read_manifest(path: str) -> dict | None:
-    """The manifest of the artifact at `path`, sealed or not; None when there is none.
-
-    Raises:
-      ArtifactError: the file is not a manifest of this project, is of a newer version, or is corrupt.
-    """
-    file = epath.Path(path) / MANIFEST
-    if not file.exists():
-        return None
-    try:
-        manifest = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ArtifactError(f"{file}: not valid JSON ({error}); delete {path} and run its stage again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{file}: expected a manifest with format {FORMAT!r}; this folder is not an artifact")
-    if manifest["version"] > VERSION:
-        raise ArtifactError(
-            f"{file}: has version {manifest['version']}, this installation reads up to {VERSION}; upgrade mlpmem_jax"
-        )
-    if _fingerprint(manifest) != manifest.get("fingerprint"):
-        raise ArtifactError(
-            f"{file}: its content does not match its fingerprint (edited or corrupt); "
-            f"restore it, or delete {path} and run its stage again"
-        )
-    return manifest
-
-
-def _differences(found, wanted, prefix="") -> list[str]:
-    """Human-readable differences between two trees of dictionaries."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        return [
-            line
-            for key in sorted({*found, *wanted})
-            for line in _differences(found.get(key, "(absent)"), wanted.get(key, "(absent)"), f"{prefix}{key}.")
-        ]
-    return [] if found == wanted else [f"{prefix[:-1]}: {found!r} there, {wanted!r} now"]
-
-
-def _check_same_origin(path: str, manifest: Mapping, kind: str, config: Mapping, inputs: Mapping) -> None:
-    wanted = json.loads(json.dumps({"kind": kind, "config": config, "inputs": inputs}))
-    found = {key: manifest[key] for key in wanted}
-    if lines := _differences(found, wanted):
-        raise ArtifactError(
-            f"{path}: was made by another config: {'; '.join(lines[:6])}{' ...' if len(lines) > 6 else ''}. "
-            "Choose another config.workdir, restore these values, or delete that folder to make it anew"
-        )
 
 
 class Artifact:
@@ -326,7 +244,7 @@ class ArtifactWriter:
         Raises:
           ArtifactError: the directory holds something else, or was made by another config.
         """
-        path = _absolute(path)
+        path = absolute(path)
         if len({spec.num_shards for spec in arrays.values()}) > 1:
             raise ValueError(f"arrays of {path} differ in their number of shards")
         # Listed before the manifest is looked for: another process of the job may just now write it, and then all else.
@@ -344,11 +262,11 @@ class ArtifactWriter:
                 "inputs": dict(inputs),
                 "arrays": {name: spec.to_json() for name, spec in arrays.items()},
             }
-            manifest["fingerprint"] = _fingerprint(manifest)
+            manifest["fingerprint"] = fingerprint(manifest)
             writer = cls(path, manifest)
-            writer._write(MANIFEST, _encode(manifest))
+            writer._write(MANIFEST, encode(manifest))
             return writer
-        _check_same_origin(path, manifest, kind, config, inputs)
+        check_same_origin(path, manifest, kind, config, inputs)
         if manifest["sealed"]:
             raise ArtifactError(f"{path}: is finished and sealed already; nothing may be written to it")
         return cls(path, manifest)
@@ -413,7 +331,7 @@ class ArtifactWriter:
             raise self._write_error(f"shard {index}", error) from error
         for name, record in records.items():
             record["bytes"] = _shard_bytes(self.path, name, self._specs[name], index)
-        self._write(f"shards/{index:06d}.json", _encode({"arrays": records, "extra": dict(extra or {})}))
+        self._write(f"shards/{index:06d}.json", encode({"arrays": records, "extra": dict(extra or {})}))
 
     def write_file(self, name: str, content: bytes) -> None:
         """Writes a small side file durably; it is checksummed when the artifact is sealed."""
@@ -443,8 +361,8 @@ class ArtifactWriter:
             "summary": json.loads(json.dumps(summary)),
             "libraries": library_versions(_LIBRARIES),
         }
-        manifest["fingerprint"] = _fingerprint(manifest)
-        self._write(MANIFEST, _encode(manifest))
+        manifest["fingerprint"] = fingerprint(manifest)
+        self._write(MANIFEST, encode(manifest))
         _remove_shard_records(self.path)
         return Artifact(self.path, manifest)
 
@@ -473,7 +391,7 @@ def open_artifact(path, kind: str) -> Artifact:
     Raises:
       ArtifactError: there is none, it is unfinished, corrupt, truncated, newer, or of another kind.
     """
-    path = _located(path)
+    path = located(path)
     manifest = read_manifest(path)
     if manifest is None:
         raise ArtifactError(f"{path}: expected a finished {kind!r} artifact, found none; run the stage that makes it")
@@ -494,7 +412,7 @@ def find_finished(path, kind: str, config: Mapping, inputs: Mapping[str, str]) -
     Raises:
       ArtifactError: what is there was made by another config, or cannot be trusted.
     """
-    own, path = _absolute(path), _located(path)
+    own, path = absolute(path), located(path)
     manifest = read_manifest(path)
     if path != own and (manifest is None or not manifest["sealed"]):
         raise ArtifactError(f"{path}: is unfinished, and {own} is a link to it; run the stage that makes it there")
@@ -503,7 +421,7 @@ def find_finished(path, kind: str, config: Mapping, inputs: Mapping[str, str]) -
     if "imported" in manifest["config"] and "imported" not in config:
         config = manifest["config"]
         inputs = {name: inputs.get(name, "(absent)") for name in manifest["inputs"]}
-    _check_same_origin(path, manifest, kind, config, inputs)
+    check_same_origin(path, manifest, kind, config, inputs)
     if not manifest["sealed"]:
         return None
     _remove_shard_records(path)  # a kill between sealing and tidying leaves them

@@ -84,14 +84,18 @@ def _on_wires(devices: list, sizes: list[int]) -> np.ndarray:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool]:
-    """Options of the compiler for a train step: on TPU v5e, to sum gradients while it goes on.
+    """Options of the compiler for a train step on TPUs: collectives that run beside the products.
 
-    By default it runs matrix products beside all-gathers alone and waits for every sum. The compilers for other TPUs
-    refuse the option.
+    By default v5e sums gradients while nothing else runs. v5p and v6e wait for every collective, unless their sparse
+    cores do them; their compilers refuse v5e's options, and v4's knows neither.
     """
-    if mesh.devices.flat[0].device_kind not in ("TPU v5 lite", "TPU v5e"):
-        return {}
-    return {"xla_enable_async_all_reduce": True, "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True}
+    kind = mesh.devices.flat[0].device_kind
+    if kind in ("TPU v5 lite", "TPU v5e"):
+        return {"xla_enable_async_all_reduce": True, "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True}
+    if kind in ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e"):
+        kinds = ("all_gather", "reduce_scatter", "all_reduce")
+        return {f"xla_tpu_enable_sparse_core_collective_offload_{name}": True for name in kinds}
+    return {}
 
 
 def mesh_of(config: ml_collections.ConfigDict, devices: list | None = None) -> tuple[Mesh, Rules]:

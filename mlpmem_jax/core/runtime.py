@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -19,12 +20,16 @@ from etils import epath
 
 from mlpmem_jax.core.errors import Stopped, UserError
 
-_LOST = (
-    "another process of the job was lost. What was complete is kept: run the same command again, with as many "
-    "processes as you like"
-)
+_KEPT = "What was complete is kept: run the same command again, with as many processes as you like"
+_LOST = f"another process of the job was lost. {_KEPT}"
+_ASKED = f"the job was asked to stop. {_KEPT}"
 _LINGER_SECONDS = 2.0  # of process 0, which coordinates: when it ends, JAX ends the rest before they can say why
 _SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "Barrier failed")
+
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # JAX's key for what tells all processes that one of them got SIGTERM
+_NOTICE_SECONDS = 1.0  # between looks for it
+_stops_by_itself = threading.Lock()  # held by work that leaves by itself, at a better moment
+_ending = threading.Lock()  # never released: the first reason to end is the one that is said
 
 STAGES_FILE = "stages.jsonl"
 _COMPILED_FOLDER = "compiled"
@@ -74,6 +79,8 @@ def _explained_abort(text: str) -> Iterator[None]:
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def explain(signum):
+        if not _ending.acquire(blocking=False):
+            time.sleep(2 * _LINGER_SECONDS)  # another thread has said why this process ends, and ends it meanwhile
         os.write(2, f"mlpmem: error: {text}\n".encode())
         os._exit(Stopped.exit_code)
 
@@ -91,13 +98,17 @@ def job(workdir: str) -> Iterator[None]:
 
     In a job of several, a process that fails says why and ends at once: it does not wait for the others, who may wait
     for it. One that loses another ends with the exit code of `Stopped`; it notices at once where connections are closed
-    (a killed process), else by missing heartbeats.
+    (a killed process), else by missing heartbeats. When one of them is asked to stop, by SIGTERM, all end with that
+    exit code, a second or two later.
     """
     _keep_compiled(workdir)
     join_job()
     if not jax.distributed.is_initialized():
         yield
         return
+    finished = threading.Event()
+    watcher = threading.Thread(target=_end_when_asked, args=(finished,), daemon=True)
+    watcher.start()
     with _explained_abort(_LOST):
         try:
             yield
@@ -108,15 +119,43 @@ def job(workdir: str) -> Iterator[None]:
                 _end(f"{_LOST} ({str(error).splitlines()[0][:200]})", Stopped.exit_code)
             traceback.print_exc()
             _end("an error of the program, above", 1)
+        finished.set()
+        watcher.join()
 
 
-def _end(text: str, code: int) -> NoReturn:
+def _end(text: str, code: int, lingers: bool = False) -> NoReturn:
+    _ending.acquire()
     print(f"mlpmem: error: {text}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:
+    if lingers or jax.process_index() == 0:
         time.sleep(_LINGER_SECONDS)
     os._exit(code)
+
+
+def _end_when_asked(finished: threading.Event) -> None:
+    """Ends this process when the job is asked to stop, whatever its main thread does or waits for.
+
+    No stage loses more than the shards in work when it ends at any moment, and none needs the others to agree, but for
+    what is in `stopping_by_itself`. All processes linger, so that none takes another's end for a loss.
+    """
+    from jax._src import distributed  # JAX's public call tells of the notice at agreed steps alone
+
+    while not finished.wait(_NOTICE_SECONDS):
+        try:
+            distributed.global_state.client.key_value_try_get(_NOTICE)
+        except jax.errors.JaxRuntimeError:  # there is none
+            continue
+        with _stops_by_itself:
+            _end(_ASKED, Stopped.exit_code, lingers=True)
+
+
+@contextlib.contextmanager
+def stopping_by_itself() -> Iterator[None]:
+    """While inside, being asked to stop does not end this process: what is inside takes note, and raises `Stopped`."""
+    _stops_by_itself.acquire()
+    yield
+    _stops_by_itself.release()  # not after an error: this process then ends with that
 
 
 def _keep_compiled(workdir: str) -> None:

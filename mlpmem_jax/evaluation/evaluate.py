@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import runtime
-from mlpmem_jax.core.artifacts import Artifact, open_artifact, read_manifest
+from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
+from mlpmem_jax.core.manifests import read_manifest
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
 from mlpmem_jax.evaluation import comparison, provenance, report, wording

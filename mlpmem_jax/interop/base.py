@@ -9,7 +9,7 @@ from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.models import saved
+from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.training import base as training
 
 
@@ -25,16 +25,7 @@ def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: 
 
     mesh, rules = meshes.mesh_of(config)
     parameters, model = huggingface.load_language_model(source, mesh, rules)
-    if model.vocab_size < tokens.summary["vocab_size"]:
-        raise ConfigError(
-            f"config.{key}: {source} has a vocabulary of {model.vocab_size}, but the tokenizer makes ids up to "
-            f"{tokens.summary['vocab_size'] - 1}; use the tokenizer that belongs to this model"
-        )
-    if model.context_length < config.base.context_length:
-        raise ConfigError(
-            f"config.base.context_length: {config.base.context_length} is longer than the {model.context_length} "
-            f"positions of {source}"
-        )
+    check_fits(f"config.{key}={source}", model, tokens, config.base.context_length)
     writer = ArtifactWriter.create(path, "base", settings, inputs, {})
     saved.seal(writer, model, parameters, {})
     return open_artifact(path, "base")
@@ -51,3 +42,21 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     if config.base.source == "huggingface":
         return _imported(config, config.base.path, "base", "base.path")
     return training.run(config)
+
+
+def check_fits(source, model: language_model.Config, tokens: Artifact, context_length: int) -> None:
+    """Whether a language model can read the tokens in sequences of `context_length` positions.
+
+    Raises:
+      ConfigError: its vocabulary is smaller than the tokenizer's, or its context shorter; names `source`.
+    """
+    if model.vocab_size < tokens.summary["vocab_size"]:
+        raise ConfigError(
+            f"{source}: has a vocabulary of {model.vocab_size}, but the tokenizer makes ids up to "
+            f"{tokens.summary['vocab_size'] - 1}; use the tokenizer that belongs to this model"
+        )
+    if model.context_length < context_length:
+        raise ConfigError(
+            f"config.base.context_length: {context_length} is longer than the {model.context_length} positions of "
+            f"{source}"
+        )

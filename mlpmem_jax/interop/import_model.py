@@ -16,11 +16,13 @@ from etils import epath
 
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import parameters as stored
-from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact, read_manifest
+from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core.manifests import read_manifest
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.corpus.tokens import TOKENIZER_FILE
 from mlpmem_jax.interop import huggingface, huggingface_config, memory_tensors, tensor_files
+from mlpmem_jax.interop.base import check_fits
 from mlpmem_jax.interop.export_model import BASE_PREFIX, MEMORY_PREFIX
 from mlpmem_jax.interop.tensor_files import Tensor
 from mlpmem_jax.models import language_model, saved
@@ -94,16 +96,7 @@ def _check_fits(
             f"{file}: is another tokenizer than that of {tokens.path}; make the tokens with "
             f"--config.tokenizer.source=file --config.tokenizer.path={file}"
         )
-    if base.vocab_size < tokens.summary["vocab_size"]:
-        raise UserError(
-            f"{folder}: its base has a vocabulary of {base.vocab_size}, but the tokenizer makes ids up to "
-            f"{tokens.summary['vocab_size'] - 1}"
-        )
-    if base.context_length < config.base.context_length:
-        raise ConfigError(
-            f"config.base.context_length: {config.base.context_length} is longer than the {base.context_length} "
-            f"positions of {folder}"
-        )
+    check_fits(folder, base, tokens, config.base.context_length)
     block, block_here = values["input_block"], tapped_block(base.blocks, config.datastore.input_depth)
     if block != block_here:
         raise ConfigError(

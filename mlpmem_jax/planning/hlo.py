@@ -56,7 +56,7 @@ class Instruction:
 
     def named(self, attribute: str) -> str | None:
         """The computation that an attribute such as `calls` or `body` names."""
-        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
+        found = re.search(rf"\b{attribute}=\{{?%?([\w.\-]+)", self.attributes)
         return found and found[1]
 
 
@@ -70,7 +70,6 @@ class Collective:
       group: device numbers (positions in the mesh) that take part together; of a permutation, one sender and its
         receiver.
       times: how often it runs in one call of the program.
-      overlapped: whether other instructions run meanwhile.
       rings: torus axes that the compiler says it uses at once; None where it does not say.
       name: of the instruction.
     """
@@ -79,7 +78,6 @@ class Collective:
     payload: float
     group: tuple[int, ...]
     times: float
-    overlapped: bool
     rings: int | None
     name: str
 
@@ -104,9 +102,45 @@ class Operation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """One place in the order in which a device runs its program.
+
+    Attributes:
+      operation: what is computed here, if anything.
+      starts: (channel, collective) for each that starts before the operation.
+      ends: channels whose collectives are waited for after the operation.
+      body: steps that are run here `turns` times.
+    """
+
+    operation: Operation | None = None
+    starts: tuple[tuple[str, Collective], ...] = ()
+    ends: tuple[str, ...] = ()
+    body: tuple[Step, ...] = ()
+    turns: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
-    collectives: tuple[Collective, ...]
-    operations: tuple[Operation, ...]
+    """The steps of one device. In `collectives` and `operations` each stands once, with how often it runs."""
+
+    steps: tuple[Step, ...]
+
+    @functools.cached_property
+    def _all(self) -> tuple[Step, ...]:
+        def flat(steps: tuple[Step, ...]) -> Iterator[Step]:
+            for step in steps:
+                yield step
+                yield from flat(step.body)
+
+        return tuple(flat(self.steps))
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        return tuple(one for step in self._all for _, one in step.starts)
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        return tuple(step.operation for step in self._all if step.operation)
 
     @property
     def flops(self) -> float:
@@ -120,20 +154,13 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Reads the text of an optimized HLO module.
+    """Reads the text of an optimized HLO module; the compiler writes instructions in the order in which they run.
 
     Raises:
       ValueError: it is none, or the number of turns of a loop cannot be read.
     """
     module = _Module(text)
-    collectives, operations = [], []
-    for parent, instruction, times in module.executed(module.entry, 1.0):
-        operations.append(module.operation(instruction, times))
-        collectives.extend(module.collectives(parent, instruction, times))
-    # The fusions that start an asynchronous collective, go on with it and end it all name it: the start counts.
-    started = {channel for channel, is_start, _ in collectives if is_start}
-    counted = tuple(one for channel, is_start, one in collectives if is_start or channel not in started)
-    return Program(counted, tuple(one for one in operations if one is not None))
+    return Program(tuple(module.steps(module.entry, 1.0)))
 
 
 class _Module:
@@ -160,20 +187,35 @@ class _Module:
         if not self.entry:
             raise ValueError("this is no text of an optimized HLO module: it has no ENTRY computation")
 
-    def executed(self, name: str, times: float) -> Iterator[tuple[str, Instruction, float]]:
-        """(computation, instruction, how often it runs), through loops, branches and calls but not into fusions."""
-        for instruction in self.computations[name].values():
-            yield name, instruction, times
-            if instruction.opcode == "while":
-                yield from self.executed(instruction.named("body"), times * self._turns(instruction))
-            elif instruction.opcode == "call":
-                yield from self.executed(instruction.named("to_apply"), times)
-            elif instruction.opcode == "conditional":
-                branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-                names = branches[1].split(",") if branches else []
-                names += [instruction.named(f"{truth}_computation") for truth in ("true", "false")]
-                for branch in filter(None, names):
-                    yield from self.executed(branch.strip().lstrip("%"), times)
+    def steps(self, name: str, times: float) -> Iterator[Step]:
+        """The steps of a computation, and in them those of its loops, branches and calls, but not of fusions."""
+        body = self.computations[name]
+        found = {one.name: list(self.collectives(one, times)) for one in body.values()}
+        # The fusions that start an asynchronous collective, go on with it and end it all name its channel.
+        last = {channel: one for one, channels in found.items() for channel, _, _ in channels}
+        fused = {channel for channels in found.values() for channel, is_start, _ in channels if is_start}
+        waiting: dict[str, tuple[tuple[str, Collective], ...]] = {}  # instruction -> started by it, or about to be
+        for one in body.values():
+            if one.opcode == "while":
+                turns = self._turns(one)
+                yield Step(body=tuple(self.steps(one.named("body"), times * turns)), turns=turns)
+                continue
+            if one.opcode in ("call", "conditional"):
+                for called in _called(one):
+                    yield Step(body=tuple(self.steps(called, times)))
+                continue
+            starts = tuple((c, collective) for c, is_start, collective in found[one.name] if is_start or c not in fused)
+            ends = tuple(channel for channel, _, _ in found[one.name] if last[channel] == one.name)
+            if one.opcode.endswith("-start"):
+                waiting[one.name], ends = starts, ()
+                starts = starts if one.operands else ()  # a sparse core gets its operands with the first update
+            elif one.opcode == "async-update":
+                waiting[one.name] = starts = waiting.pop(one.operands[0], ())
+            elif one.opcode.endswith("-done"):
+                ends = tuple(channel for channel, _ in waiting.pop(one.operands[0], ()))
+            operation = self.operation(one, times)
+            if operation or starts or ends:
+                yield Step(operation, starts, ends)
 
     def _turns(self, loop: Instruction) -> int:
         """Of a counted loop: the compiler's note, or the constant that the counter is compared with over its step."""
@@ -212,21 +254,16 @@ class _Module:
         for instruction in self.computations[name].values():
             yield instruction
             called = instruction.named("calls") if instruction.opcode in ("fusion", "async-start") else None
+            if instruction.opcode in ("call", "custom-call"):  # of a sparse core
+                called = instruction.named("to_apply") or instruction.named("called_computations")
             if called:
                 yield from self._inside(called)
 
-    def collectives(
-        self, parent: str, instruction: Instruction, times: float
-    ) -> Iterator[tuple[str, bool, Collective]]:
-        """(channel, whether it starts here, collective) for each that an instruction is, or that a fusion holds."""
+    def collectives(self, instruction: Instruction, times: float) -> Iterator[tuple[str, bool, Collective]]:
+        """(channel, whether a fusion starts it, collective) for each that an instruction is, or that is inside it."""
         called = instruction.named("calls") if instruction.opcode in ("fusion", "async-start") else None
         inside = list(self._inside(called)) if called else [instruction]
         is_start = any("AsyncCollectiveStart" in one.attributes for one in inside)
-        has_product = any(one.opcode in ("convolution", "dot") for one in inside)
-        # A windowed product sends one part of its factor while it multiplies another.
-        overlapped = (
-            is_start or has_product or instruction.opcode.endswith("-start") or "windowed_dot_general" in parent
-        )
         for one in inside:
             kind = one.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
@@ -238,15 +275,16 @@ class _Module:
                 kind = "reduce-scatter"  # TPUs hold one as an all-reduce and the slice that is kept, in one fusion
             channel = re.search(r"channel_id=(\d+)", one.attributes)
             rings = re.search(r"Strategy\w+\{colors:(\d+)", one.attributes + instruction.attributes)
+            # Only a fusion that goes on with another's collective shares its channel within a computation.
+            shared = channel and (is_start or instruction.opcode == "fusion")
             yield (
-                channel[1] if channel else one.name,
+                channel[1] if shared else one.name,
                 is_start,
                 Collective(
                     kind=kind,
                     payload=max(sent, received),
                     group=_group(one.attributes),
                     times=times,
-                    overlapped=overlapped,
                     rings=int(rings[1]) if rings else None,
                     name=one.name,
                 ),
@@ -335,6 +373,16 @@ class _Module:
         # TPUs hold a batch axis as a dilated window, of which each position meets one element.
         kept = "i" if "lhs_dilate" in instruction.attributes else labels.replace("o", "")
         return 2.0 * results * math.prod(right[labels.index(label)] for label in kept)
+
+
+def _called(instruction: Instruction) -> list[str]:
+    """The computations that a call or a conditional runs; of the latter all branches."""
+    if instruction.opcode == "call":
+        return [instruction.named("to_apply")]
+    branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+    names = branches[1].split(",") if branches else []
+    names += [instruction.named(f"{truth}_computation") for truth in ("true", "false")]
+    return [name.strip().lstrip("%") for name in names if name]
 
 
 def _is_slice(body: dict[str, Instruction], root: Instruction) -> bool:

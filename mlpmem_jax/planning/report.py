@@ -90,12 +90,8 @@ def _times(report: Report) -> rich.table.Table:
     )
     for one in (one for one in report.planned if one.roofline):
         line = one.roofline
-        within, between = (
-            sum(line.collectives(network=network, overlapped=overlapped) for overlapped in (True, False))
-            for network in (False, True)
-        )
-        waited = sum(line.collectives(network=network, overlapped=False) for network in (False, True))
-        seconds = (line.compute, line.memory, within, between, waited, line.step)
+        within, between = (line.collectives(network=network) for network in (False, True))
+        seconds = (line.compute, line.memory, within, between, line.waited, line.step)
         table.add_row(
             one.program.name,
             f"{one.executed_flops / 1e12:,.2f}",
@@ -108,7 +104,7 @@ def _times(report: Report) -> rich.table.Table:
 
 
 def _collectives(report: Report) -> rich.table.Table:
-    columns = ("program", "kind", "mesh axes", "MB sent by a chip", "times", "ms", "beside other work")
+    columns = ("program", "kind", "mesh axes", "MB sent by a chip", "times", "ms", "waited, ms")
     table = _table("Collectives of one call", *columns)
     for one in (one for one in report.planned if one.roofline):
         shown = [traffic for traffic in one.roofline.traffic if traffic.seconds > 0.002 * one.roofline.step]
@@ -120,7 +116,7 @@ def _collectives(report: Report) -> rich.table.Table:
                 f"{traffic.bytes / 1e6:,.1f}",
                 f"{traffic.times:,.0f}",
                 f"{1e3 * traffic.seconds:,.2f}",
-                "yes" if traffic.overlapped else "no",
+                f"{1e3 * traffic.waited:,.2f}",
             )
     return table
 
@@ -154,6 +150,7 @@ def to_json(report: Report, changes: dict) -> dict:
                     "compute": line.compute,
                     "memory": line.memory,
                     "operations": line.operations,
+                    "waited": line.waited,
                     "call": line.step,
                 },
                 "collectives": [dataclasses.asdict(traffic) for traffic in line.traffic],

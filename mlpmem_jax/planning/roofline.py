@@ -1,20 +1,21 @@
 """Least time of a compiled program on a slice: every operation at the peak rates of the chip and of its wires.
 
 A prediction from published peaks. Operations run one after the other, each as fast as its matrix products or its
-memory traffic allow; collectives that the compiler runs beside them cost what exceeds them, the others wait. What a
-peak does not tell (small shapes, sparse look-ups, latencies of small collectives) is not in it.
+memory traffic allow. A collective costs what the operations between its start and its end, in the compiler's own order,
+do not cover. What a peak does not tell (small shapes, sparse look-ups, latencies of small collectives) is not in it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from mlpmem_jax.planning.chips import Chip
-from mlpmem_jax.planning.hlo import Collective, Program
+from mlpmem_jax.planning.hlo import Collective, Program, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +28,15 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of one kind over the same mesh axes: bytes that one device sends, seconds, how often."""
+    """All collectives of one kind over the same mesh axes: bytes that one device sends, seconds of them all, how many
+    of those seconds nothing runs beside them, how often they run."""
 
     kind: str
     axes: tuple[str, ...]
     network: bool
-    overlapped: bool
     bytes: float
     seconds: float
+    waited: float
     times: float
 
 
@@ -54,24 +56,25 @@ class Roofline:
     operations: float
     traffic: tuple[Traffic, ...]
 
-    def collectives(self, *, network: bool, overlapped: bool) -> float:
-        """Seconds of the collectives within a slice or between slices, of those beside other work or of the rest."""
-        chosen = (one for one in self.traffic if (one.network, one.overlapped) == (network, overlapped))
-        return sum(one.seconds for one in chosen)
+    @property
+    def waited(self) -> float:
+        """Seconds of collectives that nothing runs beside."""
+        return sum(one.waited for one in self.traffic)
 
     @property
     def step(self) -> float:
-        """The longest of what runs side by side, and then what nothing runs beside."""
-        beside = [self.collectives(network=network, overlapped=True) for network in (False, True)]
-        waiting = [self.collectives(network=network, overlapped=False) for network in (False, True)]
-        return max(self.operations, self.memory, *beside) + sum(waiting)
+        """Operations and what they wait for, or the memory's traffic where that takes longer than all operations."""
+        return max(self.operations, self.memory) + self.waited
+
+    def collectives(self, *, network: bool) -> float:
+        """Seconds of the collectives within a slice or between slices."""
+        return sum(one.seconds for one in self.traffic if one.network == network)
 
     @property
     def bound(self) -> str:
         """What takes most of the time: "compute", "memory", "interconnect" or "network"."""
         seconds = {"compute": self.compute, "memory": self.memory}
-        for name, network in (("interconnect", False), ("network", True)):
-            seconds[name] = sum(one.seconds for one in self.traffic if one.network == network)
+        seconds |= {"interconnect": self.collectives(network=False), "network": self.collectives(network=True)}
         return max(seconds, key=seconds.get)
 
 
@@ -87,12 +90,10 @@ def roofline(
       shape: of the torus of one slice.
       mesh_shape: mesh axis -> size, in order.
     """
-    sums: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    for one in program.collectives:
+
+    def cost(one: Collective) -> Cost:
         group = [places[number] for number in one.group]
         slices = len({place.slice for place in group})
-        key = one.kind, axes(one, mesh_shape), slices > 1, one.overlapped
-        total = sums[key]
         if slices > 1:
             # Each slice first reduces (or last gathers) within itself, so that its devices share the network.
             sent = one.sent * slices / len(group) if one.kind != "collective-permute" else one.sent
@@ -103,19 +104,61 @@ def roofline(
             if one.rings is not None:
                 open_links = min(open_links, 2.0 * one.rings)
             seconds = sent / (chip.link_bandwidth * (1 if one.kind == "collective-permute" else open_links))
-        for index, value in enumerate((sent, seconds, 1.0)):
+        return Cost(one.kind, axes(one, mesh_shape), slices > 1, sent, seconds)
+
+    waited: dict[int, float] = defaultdict(float)
+    operations = _run(program.steps, chip, cost, waited)[0]
+    sums: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+    for one in program.collectives:
+        found = cost(one)
+        total = sums[found.kind, found.axes, found.network]
+        for index, value in enumerate((found.sent, found.seconds, waited[id(one)], 1.0)):
             total[index] += value * one.times
-    operations = sum(
-        one.times * max(one.flops / chip.flops, one.traffic / chip.hbm_bandwidth)
-        for one in program.operations
-        if not one.asynchronous
-    )
     return Roofline(
         compute=program.flops / chip.flops,
         memory=program.traffic / chip.hbm_bandwidth,
         operations=operations,
         traffic=tuple(Traffic(*key, *total) for key, total in sorted(sums.items(), key=lambda item: -item[1][1])),
     )
+
+
+class Cost(NamedTuple):
+    """Of one run of a collective: its kind, mesh axes, whether it leaves the slice, bytes sent, seconds."""
+
+    kind: str
+    axes: tuple[str, ...]
+    network: bool
+    sent: float
+    seconds: float
+
+
+def _run(steps: Sequence[Step], chip: Chip, cost: Callable, waited: dict[int, float]) -> tuple[float, float]:
+    """(seconds of operations, seconds with what they wait for) of steps that run in order.
+
+    A collective has the links of its mesh axes to itself, so one that starts while another uses them begins after it.
+    `waited` gets, by the id of a collective, the seconds that one run of it is waited for.
+    """
+    clock, operations, free = 0.0, 0.0, defaultdict(float)
+    ends: dict[str, tuple[Collective, float]] = {}
+    for step in steps:
+        for channel, one in step.starts:
+            found = cost(one)
+            lanes = [(found.network, axis) for axis in found.axes]
+            end = max([clock, *(free[lane] for lane in lanes)]) + found.seconds
+            free.update(dict.fromkeys(lanes, end))
+            ends[channel] = one, end
+        seconds = 0.0
+        if step.operation and not step.operation.asynchronous:
+            seconds = max(step.operation.flops / chip.flops, step.operation.traffic / chip.hbm_bandwidth)
+        busy, elapsed = _run(step.body, chip, cost, waited) if step.body else (seconds, seconds)
+        operations += step.turns * busy
+        clock += step.turns * elapsed
+        for channel in step.ends:
+            if channel in ends:
+                one, end = ends.pop(channel)
+                waited[id(one)] += max(0.0, end - clock)
+                clock = max(clock, end)
+    return operations, clock
 
 
 def axes(collective: Collective, mesh_shape: dict[str, int]) -> tuple[str, ...]:

@@ -28,7 +28,8 @@ POSITIONS, RECALL_POSITIONS = 16_384, 512
 MINIMUM_PROBABILITY = 1e-8
 
 
-def _row(name: str, value: float, unit: str, detail: str) -> dict:
+def row(name: str, value: float, unit: str, detail: str) -> dict:
+    """One row of what `mlpmem benchmark` prints."""
     return {"name": name, "value": value, "unit": unit, "detail": detail}
 
 
@@ -75,7 +76,9 @@ def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: in
     built = time.perf_counter() - start
     shard = KeyShard(index, 0, next_tokens_N, np.zeros(len(next_tokens_N), np.int32))
     plan = tiles.Plan("scann", k, "self", 0, MINIMUM_PROBABILITY)
+    cpu = time.process_time()
     distances, ids = index.search(queries.keys_QxD[chosen], k, shard.excluded(queries, "self")[chosen])
+    searching = (time.process_time() - cpu) / len(chosen)
     recall = quality.contains(ids, true_ids).mean()
     temperature = 0.15 * float(np.median(distances))
 
@@ -84,15 +87,16 @@ def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: in
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     entries = sum(len(distribution.token_ids_M) for distribution, _ in made) / len(queries)
     return [
-        _row(
+        row(
             f"targets, {name}",
             len(queries) / seconds,
             "positions/s",
             f"recall@{k} {recall:.3f}; {len(keys_NxD):,} keys of width {keys_NxD.shape[1]}, ScaNN with "
             f"{derived.leaves_to_search} of {derived.leaves} leaves searched, {derived.reorder:.2f} x {k} reordered; "
-            f"{entries:.0f} entries a position; {1e6 * cpu / len(queries):.0f} us of CPU time a position",
+            f"{entries:.0f} entries a position; {1e6 * cpu / len(queries):.0f} us of CPU time a position, "
+            f"{1e6 * searching:.0f} of them for the search",
         ),
-        _row(f"targets, {name}: index", built, "s", f"to train and fill, {os.cpu_count()} cores"),
+        row(f"targets, {name}: index", built, "s", f"to train and fill, {os.cpu_count()} cores"),
     ]
 
 
@@ -127,7 +131,7 @@ def _reference_rows(keys_NxD, next_tokens_N, queries: Queries, truth, k: int) ->
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     found = index.search(np.ascontiguousarray(_workload(keys_NxD, next_tokens_N).keys_QxD[chosen]), k + 1)[1][:, 1:]
     return [
-        _row(
+        row(
             "targets, the reference's way",
             len(sparse) / seconds,
             "positions/s",
@@ -135,7 +139,7 @@ def _reference_rows(keys_NxD, next_tokens_N, queries: Queries, truth, k: int) ->
             f"{code_bytes}-byte codes, then a dense row of {VOCABULARY:,} and a loop; the same {len(keys_NxD):,} keys; "
             f"{1e6 * cpu / len(sparse):.0f} us of CPU time a position",
         ),
-        _row("targets, the reference's way: index", built, "s", f"to train and fill, {os.cpu_count()} cores"),
+        row("targets, the reference's way: index", built, "s", f"to train and fill, {os.cpu_count()} cores"),
     ]
 
 

@@ -1,7 +1,6 @@
 """Exact nearest neighbours in JAX: one matrix product per block of keys, then the smallest distances of each row.
 
-It runs on any device. It is the truth that approximate search is measured against, and the backend of machines for
-which ScaNN has no wheel.
+It runs on any one device, and is the truth that ScaNN is measured against.
 """
 
 from __future__ import annotations
@@ -87,9 +86,10 @@ class ExactIndex:
 @functools.partial(jax.jit, static_argnames=("k", "group"))
 def _search_block(queries_QxD, keys_BxD, norms_B, excluded_Qx2, *, k: int, group: int):
     """(squared distances [Q, k], ids within the block [Q, k]) of the k nearest keys, in no special order."""
-    groups = keys_BxD.shape[0] // group  # group j is the keys j, j + groups, j + 2 groups, ...
+    # Groups are runs of keys, and of equal members `top_k` takes the first: so equal scores go to the smaller ids.
+    groups = keys_BxD.shape[0] // group
     products_QxB = jnp.matmul(queries_QxD, keys_BxD.T, precision=jax.lax.Precision.HIGHEST)
-    products_QxgxG, norms_gxG = products_QxB.reshape(-1, group, groups), norms_B.reshape(group, groups)
+    products_QxGxg, norms_Gxg = products_QxB.reshape(-1, groups, group), norms_B.reshape(groups, group)
 
     def scores(products, norms, ids):
         """Distances but for the query's own norm, which does not change the order; infinite where excluded."""
@@ -97,13 +97,14 @@ def _search_block(queries_QxD, keys_BxD, norms_B, excluded_Qx2, *, k: int, group
         return jnp.where(is_excluded, jnp.inf, norms - 2 * products)
 
     def nearer(member, nearest_QxG):
-        member_scores = scores(products_QxgxG[:, member], norms_gxG[member], member * groups + jnp.arange(groups))
+        ids_G = group * jnp.arange(groups) + member
+        member_scores = scores(products_QxGxg[:, :, member], norms_Gxg[:, member], ids_G)
         return jnp.minimum(nearest_QxG, member_scores)
 
     # A loop of minima, because XLA on CPUs makes slow scalar code of a reduction that is fused with its operands.
     nearest_QxG = jax.lax.fori_loop(0, group, nearer, jnp.full((len(queries_QxD), groups), jnp.inf))
     _, chosen_QxK = jax.lax.top_k(-nearest_QxG, min(k, groups))
-    ids_QxC = (chosen_QxK[:, None] + groups * jnp.arange(group)[:, None]).reshape(len(queries_QxD), -1)
+    ids_QxC = (group * jnp.sort(chosen_QxK)[:, :, None] + jnp.arange(group)).reshape(len(queries_QxD), -1)
     scores_QxC = scores(jnp.take_along_axis(products_QxB, ids_QxC, axis=1), norms_B[ids_QxC], ids_QxC)
     negated_QxK, places_QxK = jax.lax.top_k(-scores_QxC, min(k, ids_QxC.shape[1]))
     ids_QxK = jnp.take_along_axis(ids_QxC, places_QxK, axis=1)

@@ -1,7 +1,7 @@
 """Keys of the training split in shards, each with a search index; queries, and what they may not retrieve.
 
-A process holds one shard at a time, so `config.targets.key_shard_rows` bounds its memory, `host_bytes` says to what. On
-a mesh of several devices the exact backend holds the shard on the devices instead, each process its part.
+A process holds one shard at a time, so `config.targets.key_shard_rows` bounds its memory, `host_bytes` says to what.
+The exact backend holds the shard on the devices of the mesh, each process its part.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mlpmem_jax.retrieval.scann_index import ScannIndex
 _READS_AT_ONCE = 16  # small range reads, which wait for storage more than they work
 _MEASURED_AT_ONCE = 1 << 18  # keys of one block of the exact search that approximate ones are compared with
 
-Index = ExactIndex | MeshIndex | ReducedIndex | ScannIndex
+Index = MeshIndex | ReducedIndex | ScannIndex
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ class KeyShards:
           rows: keys in one shard.
           scratch: existing folder for what is built.
           search: how shards are searched.
-          mesh: devices over which the exact backend spreads a shard; None for the default device alone.
+          mesh: devices over which the exact backend spreads a shard; None with another backend.
         """
         sequences, self._length = datastore.arrays["next_tokens"].shape
         count = min(sequences, -(-sequences * self._length // rows))
@@ -199,8 +199,8 @@ class KeyShards:
 
     @property
     def are_on_mesh(self) -> bool:
-        """Whether all processes have to open and search the shards together."""
-        return self._mesh is not None
+        """Whether several devices search in step, so that all processes have to open and search the shards together."""
+        return self._mesh is not None and self._mesh.size > 1
 
     def _fit_projection(self) -> Projection:
         """Fitted by the first process alone, on sequences at even distances, and kept."""
@@ -270,11 +270,10 @@ class KeyShards:
             self._opened = (shard, key_shard)
         return self._opened[1]
 
-    def _index(self, shard: int) -> ExactIndex | MeshIndex | ScannIndex:
+    def _index(self, shard: int) -> MeshIndex | ScannIndex:
         if self._search.backend == "scann":
             return self._load_or_build(shard)
-        if self._mesh is None:
-            return ExactIndex(self._searched_keys(shard))  # nothing is built that would be worth keeping
+        # Nothing is built that would be worth keeping.
         return self._on_mesh(shard, self._searched_width, self._searched_keys, self._search.recall_target)
 
     def _on_mesh(self, shard: int, width: int, read, recall_target: float) -> MeshIndex:

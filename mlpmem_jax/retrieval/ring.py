@@ -8,6 +8,9 @@ the next device while the present product is computed.
 Distances are |q|^2 + |x|^2 - 2 q.x. Products of bfloat16 are exact and are added in float32; float16 and float32 are
 multiplied in float32 (`Precision.HIGHEST`, several passes on a TPU). A distance is then wrong by a few millionths of
 |q|^2 + |x|^2, which matters to near duplicates alone.
+
+Equal distances are settled by id wherever neighbors are selected or merged, and blocks of keys are whole registers, in
+which a product has the same bits wherever it stands: what is found does not depend on the mesh (tested on CPUs).
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target:
       A function of (keys [P, D], norms float32 [P], queries [Q, D], excluded int32 [Q, 2]), all sharded along axis 0
       over the whole mesh, P the number of keys with padding (its norm is infinite). Of query q, keys with ids in
       [start, stop) are left out. It returns (squared distances float32 [Q, k], ids int32 [Q, k]), sharded likewise,
-      nearest first; where there are fewer than k keys, infinite distances and ids of -1.
+      nearest first, at equal distance the smaller id first; where there are fewer than k keys, infinite distances and
+      ids of -1.
     """
     axes, devices = mesh.axis_names, mesh.size
     onwards = [(device, (device + 1) % devices) for device in range(devices)]
@@ -89,7 +93,9 @@ def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target:
         _, best = jax.lax.fori_loop(0, devices, step, ((queries_qxD, excluded_qx2), none))
         scores_qxk, ids_qxk = travel(best)
         distances_qxk = jnp.maximum(scores_qxk + _squared_norms(queries_qxD)[:, None], 0)
-        return distances_qxk, jnp.where(jnp.isinf(distances_qxk), neighbors.MISSING, ids_qxk)
+        ids_qxk = jnp.where(jnp.isinf(distances_qxk), neighbors.MISSING, ids_qxk)
+        # Sums round different scores to one distance.
+        return tuple(jax.lax.sort((distances_qxk, ids_qxk), dimension=1, num_keys=2))
 
     sharded = PartitionSpec(axes)
     return jax.jit(jax.shard_map(at_home, mesh=mesh, in_specs=sharded, out_specs=sharded, check_vma=False))
@@ -124,8 +130,9 @@ def _products(left_qxD, right_BxD):
 
 
 def _squared_norms(rows_NxD):
-    rows_NxD = rows_NxD.astype(jnp.float32)
-    return jnp.sum(rows_NxD * rows_NxD, axis=1)
+    """Added up by a matrix product: the order in which a compiler adds otherwise depends on the number of rows."""
+    squares_NxD = rows_NxD.astype(jnp.float32) ** 2
+    return _products(squares_NxD, jnp.ones((_LANES, rows_NxD.shape[1])))[:, 0]
 
 
 def _select(scores_QxB, *, k: int, num_keys: int, recall_target: float):
@@ -136,33 +143,24 @@ def _select(scores_QxB, *, k: int, num_keys: int, recall_target: float):
         return jax.lax.approx_min_k(
             scores_QxB, k, recall_target=recall_target, reduction_input_size_override=num_keys, aggregate_to_topk=False
         )
-    # The k smallest lie in the k groups whose smallest member is smallest. B / g + k g is least at this g.
+    # The k smallest lie in the k groups whose smallest member is smallest. B / g + k g is least at this g. Groups are
+    # runs of keys, and of equal members `top_k` takes the first: so equal scores go to the smaller ids.
     group = min(_LANES, 1 << max(0, round(math.log2(size / k) / 2)))
-    groups = size // group  # blocks are whole multiples of 128 keys; group j is the keys j, j + groups, ...
+    groups = size // group  # blocks are whole multiples of 128 keys
     if group == 1:
         negated, places = jax.lax.top_k(-scores_QxB, min(k, size))
         return -negated, places
-    smallest_QxG = scores_QxB.reshape(-1, group, groups).min(axis=1)
+    smallest_QxG = scores_QxB.reshape(-1, groups, group).min(axis=2)
     _, chosen_Qxk = jax.lax.top_k(-smallest_QxG, min(k, groups))
-    places_QxC = (chosen_Qxk[:, None] + groups * jnp.arange(group)[:, None]).reshape(len(scores_QxB), -1)
+    places_QxC = (group * jnp.sort(chosen_Qxk)[:, :, None] + jnp.arange(group)).reshape(len(scores_QxB), -1)
     negated, among_Qxk = jax.lax.top_k(-jnp.take_along_axis(scores_QxB, places_QxC, axis=1), k)
     return -negated, jnp.take_along_axis(places_QxC, among_Qxk, axis=1)
 
 
 def _merge(left, right, k: int):
-    """The k nearest of two lists (scores [Q, ...], ids [Q, ...])."""
-    scores_QxM, ids_QxM = (jnp.concatenate(arrays, axis=1) for arrays in zip(left, right, strict=True))
-
-    def by_sorting(scores_QxM, ids_QxM):
-        scores_QxM, ids_QxM = jax.lax.sort((scores_QxM, ids_QxM), dimension=1, num_keys=1)
-        return scores_QxM[:, :k], ids_QxM[:, :k]
-
-    def by_selecting(scores_QxM, ids_QxM):
-        negated_Qxk, places_Qxk = jax.lax.top_k(-scores_QxM, k)
-        return -negated_Qxk, jnp.take_along_axis(ids_QxM, places_Qxk, axis=1)
-
-    # A TPU selects by sorting anyhow, and is slow to look the ids up; elsewhere a sort of pairs is what is slow.
-    return jax.lax.platform_dependent(scores_QxM, ids_QxM, tpu=by_sorting, default=by_selecting)
+    """The k nearest of two lists (scores [Q, ...], ids [Q, ...]), by score and then by id."""
+    both = (jnp.concatenate(arrays, axis=1) for arrays in zip(left, right, strict=True))
+    return tuple(array[:, :k] for array in jax.lax.sort(tuple(both), dimension=1, num_keys=2))
 
 
 class MeshIndex:
@@ -194,8 +192,13 @@ class MeshIndex:
 
         self._keys = jax.make_array_from_callback((padded, width), self._sharding, resident)
 
+        def local_norms(keys_nxD):
+            return jax.lax.map(_squared_norms, keys_nxD.reshape(-1, self._block, width)).ravel()
+
         def norms(keys_PxD):
-            return jnp.where(jnp.arange(padded) < size, _squared_norms(keys_PxD), jnp.inf)
+            axes = self._sharding.spec
+            norms_P = jax.shard_map(local_norms, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)(keys_PxD)
+            return jnp.where(jnp.arange(padded) < size, norms_P, jnp.inf)
 
         self._norms = jax.jit(norms, out_shardings=self._sharding)(self._keys)
 
@@ -211,8 +214,8 @@ class MeshIndex:
           excluded_Qx2: int [Q, 2]; of query q, keys with ids in [start, stop) are left out. None leaves none out.
 
         Returns:
-          (squared distances float32 [Q, k], ids int32 [Q, k]), nearest first; where there are fewer than k keys,
-          infinite distances and ids of -1.
+          (squared distances float32 [Q, k], ids int32 [Q, k]), nearest first, at equal distance the smaller id first;
+          where there are fewer than k keys, infinite distances and ids of -1.
         """
         if excluded_Qx2 is None:
             excluded_Qx2 = np.zeros((len(queries_QxD), 2), np.int32)

@@ -157,7 +157,7 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
     search = Search(
         **{field.name: settings[field.name] for field in dataclasses.fields(Search) if field.name in settings}
     )
-    mesh = meshes.mesh_of(config)[0] if plan.backend == "exact" and jax.device_count() > 1 else None
+    mesh = meshes.mesh_of(config)[0] if plan.backend == "exact" else None
     _check(plan, search, settings["key_shard_rows"], datastores["train"])
     digest = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()[:12]
     scratch = workdir / "targets" / "scratch" / digest  # what another config left there is not taken for this one's

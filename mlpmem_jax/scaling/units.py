@@ -19,8 +19,8 @@ import json
 import ml_collections
 from etils import epath
 
-from mlpmem_jax.core import artifacts
 from mlpmem_jax.core import config as configs
+from mlpmem_jax.core import manifests
 from mlpmem_jax.models import flops
 from mlpmem_jax.retrieval.datastore import SPLITS
 from mlpmem_jax.scaling import budgets
@@ -56,7 +56,7 @@ class Unit:
         """Writes links and the config into the workdir and returns the config's text."""
         workdir = epath.Path(self.config.workdir)
         for folder, target in self.links.items():
-            artifacts.link(workdir / folder, target)
+            manifests.link(workdir / folder, target)
         text = configs.as_file(self.config, f"Unit {self.name} of a sweep")
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.py").write_text(text)
@@ -75,11 +75,11 @@ class Unit:
                 return False
             return json.loads(report.read_text())["config"] == configs.plain(self.config)
         if self.verb == "continued":
-            found = artifacts.read_manifest(str(workdir / continued.FOLDER))
+            found = manifests.read_manifest(str(workdir / continued.FOLDER))
             kept = configs.plain(continued.settings_of(self.config))
             return found is not None and found["sealed"] and found["config"] == {"training": kept}
-        manifests = (artifacts.read_manifest(str(workdir / folder)) for folder in _products(self.verb, self.config))
-        return all(found is not None and found["sealed"] for found in manifests)
+        made = (manifests.read_manifest(str(workdir / folder)) for folder in _products(self.verb, self.config))
+        return all(found is not None and found["sealed"] for found in made)
 
 
 def _products(verb: str, config: ml_collections.ConfigDict) -> list[str]:

@@ -109,7 +109,8 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
         asked = True
 
     if jax.process_count() > 1:  # JAX's own notice handler catches SIGTERM, and all processes agree on the step
-        yield multihost_utils.reached_preemption_sync_point
+        with runtime.stopping_by_itself():
+            yield multihost_utils.reached_preemption_sync_point
         return
     before = signal.signal(signal.SIGTERM, note)
     try:
@@ -258,7 +259,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
                 watch.lap("checkpoint")
                 writer.write(step, watch.record())
                 raise Stopped(f"{task.name}: asked to stop; a checkpoint at step {step} is written, run again")
-    checkpoints.wait()
+        checkpoints.wait()
     watch.lap("checkpoint")
     writer.write(steps, watch.record())
     writer.close()

@@ -83,9 +83,7 @@ def _loss(model: MemoryConfig, base_config, input_tap, training, rules, mesh, pa
         inputs_BxTxD = batch["memory_inputs"]
     inputs_NxD = inputs_BxTxD.reshape(-1, model.input_width).astype(dtype)
     cut = None if mesh is None else meshes.cut(mesh, rules)
-    hidden_NxD = memory.hidden(
-        parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat, cut=cut
-    )
+    hidden_NxD = memory.hidden(parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat, cut=cut)
     entries = batch["token_ids"].shape[-1]
     return sparse_cross_entropy(
         hidden_NxD.astype(dtype),

@@ -1,0 +1,112 @@
+"""What the folder of an artifact says about itself: its manifest, or a link to the folder that has one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+from collections.abc import Mapping
+
+from etils import epath
+
+from mlpmem_jax.core.errors import ArtifactError
+
+FORMAT = "mlpmem_jax artifact"
+VERSION = 1
+MANIFEST = "manifest.json"
+LINK = "link"
+
+
+def absolute(path) -> str:
+    """The path that TensorStore's file driver takes, which is absolute; URLs stay as they are."""
+    path = str(path).rstrip("/")
+    return path if "://" in path else os.path.abspath(path)
+
+
+def link(path, target) -> None:
+    """Makes the folder `path` stand for the artifact at `target`, for reading alone; it need not be there yet.
+
+    Raises:
+      ArtifactError: the folder holds an artifact of its own.
+    """
+    path, folder = absolute(path), epath.Path(path)
+    if (folder / MANIFEST).exists():
+        raise ArtifactError(f"{path}: holds an artifact, where a link to {target} is needed; delete that folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Relative, so that the two may be moved together.
+    (folder / LINK).write_text(posixpath.relpath(absolute(target), path) + "\n")
+
+
+def located(path) -> str:
+    """Where the artifact at `path` is, a link followed."""
+    path = absolute(path)
+    file = epath.Path(path) / LINK
+    if not file.exists():
+        return path
+    scheme, separator, place = path.rpartition("://")
+    return scheme + separator + posixpath.normpath(posixpath.join(place, file.read_text().strip()))
+
+
+def fingerprint(manifest: Mapping) -> str:
+    """SHA-256 of all that the manifest says, its own fingerprint left out."""
+    content = {key: value for key, value in manifest.items() if key != "fingerprint"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def encode(content: Mapping) -> bytes:
+    """JSON that is the same for the same content."""
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_manifest(path: str) -> dict | None:
+    """The manifest of the artifact at `path`, sealed or not; None when there is none.
+
+    Raises:
+      ArtifactError: the file is not a manifest of this project, is of a newer version, or is corrupt.
+    """
+    file = epath.Path(path) / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ArtifactError(f"{file}: not valid JSON ({error}); delete {path} and run its stage again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{file}: expected a manifest with format {FORMAT!r}; this folder is not an artifact")
+    if manifest["version"] > VERSION:
+        raise ArtifactError(
+            f"{file}: has version {manifest['version']}, this installation reads up to {VERSION}; upgrade mlpmem_jax"
+        )
+    if fingerprint(manifest) != manifest.get("fingerprint"):
+        raise ArtifactError(
+            f"{file}: its content does not match its fingerprint (edited or corrupt); "
+            f"restore it, or delete {path} and run its stage again"
+        )
+    return manifest
+
+
+def _differences(found, wanted, prefix="") -> list[str]:
+    """Human-readable differences between two trees of dictionaries."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return [
+            line
+            for key in sorted({*found, *wanted})
+            for line in _differences(found.get(key, "(absent)"), wanted.get(key, "(absent)"), f"{prefix}{key}.")
+        ]
+    return [] if found == wanted else [f"{prefix[:-1]}: {found!r} there, {wanted!r} now"]
+
+
+def check_same_origin(path: str, manifest: Mapping, kind: str, config: Mapping, inputs: Mapping) -> None:
+    """Whether the artifact at `path` was made of this kind, by this config, from these inputs.
+
+    Raises:
+      ArtifactError: it was not; names what differs.
+    """
+    wanted = json.loads(json.dumps({"kind": kind, "config": config, "inputs": inputs}))
+    found = {key: manifest[key] for key in wanted}
+    if lines := _differences(found, wanted):
+        raise ArtifactError(
+            f"{path}: was made by another config: {'; '.join(lines[:6])}{' ...' if len(lines) > 6 else ''}. "
+            "Choose another config.workdir, restore these values, or delete that folder to make it anew"
+        )

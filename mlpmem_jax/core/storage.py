@@ -1,0 +1,33 @@
+"""Object storage. TensorStore reads and writes buckets by itself; all small files go through etils.epath, by fsspec."""
+
+from __future__ import annotations
+
+from mlpmem_jax.core.errors import UserError, require
+
+_FILE_SYSTEMS = {
+    # Scheme of a URL: (fsspec's name of it, the package that it needs, our extra). Orbax takes the client library of
+    # Google Cloud Storage, which comes with gcsfs, to delete old checkpoints.
+    "gs": ("gcs", "gcsfs", "gcs"),
+    "s3": ("s3", "s3fs", "s3"),
+}
+
+
+def prepare(*places: str) -> None:
+    """Makes ready to read and write what of `places`, paths or URLs, is in a bucket. Call it before anything is opened.
+
+    Raises:
+      UserError: a package that this needs is not installed.
+    """
+    for place in places:
+        scheme, separator, _ = place.partition("://")
+        if not separator or scheme not in _FILE_SYSTEMS:
+            continue
+        name, package, extra = _FILE_SYSTEMS[scheme]
+        try:
+            require(package, extra)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+        import fsspec.config
+
+        # A folder that was listed once would not change: TensorStore and other processes write into it as well.
+        fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False

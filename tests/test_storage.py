@@ -1,0 +1,46 @@
+import sys
+import types
+
+import fsspec.config
+import pytest
+
+from mlpmem_jax import cli
+from mlpmem_jax.core import storage
+from mlpmem_jax.core.errors import UserError
+
+
+@pytest.mark.parametrize(("place", "package", "extra"), [("gs://b/r", "gcsfs", "gcs"), ("s3://b/r", "s3fs", "s3")])
+def test_a_bucket_without_its_package(monkeypatch, place, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails, installed or not
+    with pytest.raises(UserError, match=rf"{place}: .*'{package}'.*pip install 'mlpmem_jax\[{extra}\]'"):
+        storage.prepare("runs/mine", place)
+
+
+@pytest.mark.parametrize("place", ["runs/mine", "/tmp/runs", "", "file:///tmp/runs"])
+def test_local_places_need_nothing(monkeypatch, place):
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    storage.prepare(place)
+    assert not fsspec.config.conf
+
+
+def test_listings_of_a_bucket_are_never_kept(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", types.ModuleType("gcsfs"))
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    storage.prepare("gs://bucket/run")
+
+    class Bucket(fsspec.AbstractFileSystem):
+        protocol = ("gs", "gcs")
+        cachable = False
+
+    assert not Bucket().dircache.use_listings_cache
+
+
+@pytest.mark.parametrize("key", ["workdir", "corpus.path", "tokenizer.path", "training.start"])
+def test_the_command_says_so_before_anything_else(monkeypatch, capsys, key):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["tokens", "--config=configs/smoke.py", f"--config.{key}=gs://bucket/place"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mlpmem tokens: error: gs://bucket/place: this needs the Python package 'gcsfs'")
+    assert len(error.splitlines()) == 1
