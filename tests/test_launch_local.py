@@ -42,7 +42,8 @@ def test_processes_join_one_job_with_their_virtual_devices(capfd):
 
 
 def test_lines_carry_the_number_of_their_process(capfd):
-    script = "print('out', me, flush=True); print('error', me, file=sys.stderr); sys.stdout.buffer.write(b'\\xff no newline')"
+    script = "print('out', me, flush=True); print('error', me, file=sys.stderr); "
+    script += "sys.stdout.buffer.write(b'\\xff no newline')"
     assert local.run_processes(python(script), local.environments(3, 1, 1)) == 0
     lines = capfd.readouterr().out.splitlines()
     for index in range(3):
