@@ -7,6 +7,7 @@ mesh. MLPMEM_KILLS=2 adds those that take long.
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -227,8 +228,9 @@ def test_a_killed_training_goes_on_with_other_processes_on_another_mesh(referenc
     assert_lost(*launch(workdir, "train", killed, event))
     codes, printed = launch(workdir, "train", again)
     assert codes == [0] * again.processes
-    complete = (EVERY, 2 * EVERY) if event == "killed_in_step" else (EVERY,)  # the second may be
-    assert any(f"goes on from the checkpoint at step {step} of" in printed[0] for step in complete)
+    # The second may be complete: where it was killed in that save, if the save's thread was faster.
+    began = re.findall(r"goes on from the checkpoint at step (\d+) of", printed[0])
+    assert began in ([str(EVERY)], [str(2 * EVERY)]), printed[0]
     assert_same_losses(workdir, reference, "memory")
 
 
