@@ -129,6 +129,11 @@ def shardings(mesh: Mesh, tree, rules: Rules = RULES):
     return jax.tree.map(lambda axes: sharding(mesh, axes, rules), tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
+def _mesh_axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that a rule, or an entry of a PartitionSpec, names."""
+    return (rule,) if isinstance(rule, str) else tuple(rule or ())
+
+
 def check_cuts(abstract, placed) -> None:
     """Checks that the mesh cuts every array of a tree in equal parts.
 
@@ -142,7 +147,7 @@ def check_cuts(abstract, placed) -> None:
     arrays = jax.tree_util.tree_leaves_with_path(abstract)
     for (path, array), cut in zip(arrays, jax.tree.leaves(placed), strict=True):
         for size, axes in zip(array.shape, cut.spec, strict=False):
-            axes = (axes,) if isinstance(axes, str) else axes or ()
+            axes = _mesh_axes(axes)
             if size % (parts := math.prod(cut.mesh.shape[axis] for axis in axes)):
                 name = "/".join(entry.key for entry in path)
                 raise ConfigError(
@@ -187,8 +192,7 @@ def cut(mesh: Mesh, rules: Rules = RULES) -> Cut | None:
     """
     if mesh.size == 1:
         return None
-    chosen = (rules[name] for name in ("batch", "embed", "mlp", "vocab"))
-    batch, embed, mlp, vocab = ((rule,) if isinstance(rule, str) else tuple(rule or ()) for rule in chosen)
+    batch, embed, mlp, vocab = (_mesh_axes(rules[name]) for name in ("batch", "embed", "mlp", "vocab"))
     if not set(embed) <= set(batch) or (set(mlp) | set(vocab)) & set(batch):
         raise ConfigError(
             f"config.mesh.rules: the axes of 'embed' {embed} must be among those of 'batch' {batch}, and those of "
@@ -199,9 +203,7 @@ def cut(mesh: Mesh, rules: Rules = RULES) -> Cut | None:
 
 def batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
     """Into how many parts the batch axis is cut."""
-    axes = rules["batch"]
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    return int(np.prod([mesh.shape[axis] for axis in axes]))
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(rules["batch"]))
 
 
 class BatchPart(NamedTuple):

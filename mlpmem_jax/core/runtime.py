@@ -202,7 +202,8 @@ def no_native_log() -> Iterator[None]:
         os.close(saved)
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """From here on `peak_rss_bytes` counts anew (on Linux)."""
     # Writing 5 resets the kernel's high-water mark; where that is not to be had the peak is that of the whole process.
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
@@ -241,7 +242,7 @@ def memory_bytes() -> int:
 @contextlib.contextmanager
 def measured_stage(workdir: str, stage: str) -> Iterator[None]:
     """Records seconds and peak memory of a stage in WORKDIR/stages.jsonl, also of one that fails."""
-    _reset_peak()
+    reset_peak()
     start = time.perf_counter()
     _began.append(time.time() if _began else time.time() - _process_age())
     try:

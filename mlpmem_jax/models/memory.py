@@ -130,17 +130,17 @@ def hidden(
     """
     parameters = {name: tree for name, tree in parameters.items() if name != "lm_head"}
     if cut is None:
-        return _hidden(config, compute_dtype, remat, cut, (), parameters, inputs_BxD)
+        return _hidden(config, compute_dtype, remat, None, {}, (), parameters, inputs_BxD)
     positions = inputs_BxD.shape[0]
     if positions % cut.parts(cut.batch):
         raise ConfigError(
             f"config.mesh: {positions} positions cannot be cut in {cut.parts(cut.batch)} equal parts over {cut.batch}"
         )
     mlp_axes = cut.position_axes(positions, cut.mlp)
-    logical = {name: tree for name, tree in logical_axes(config).items() if name != "lm_head"}
+    logical = {name: axes for name, axes in logical_axes(config).items() if name != "lm_head"}
     stream = PartitionSpec(cut.batch + mlp_axes)
     return jax.shard_map(
-        functools.partial(_hidden, config, compute_dtype, remat, cut, mlp_axes),
+        functools.partial(_hidden, config, compute_dtype, remat, cut, logical, mlp_axes),
         mesh=cut.mesh,
         in_specs=(_map_axes(cut.spec, logical), stream),
         out_specs=stream,
@@ -148,18 +148,21 @@ def hidden(
     )(parameters, inputs_BxD)
 
 
-def _hidden(config, compute_dtype, remat, cut: meshes.Cut | None, mlp_axes, parameters, x_BxD):
-    """`hidden` of one device, whose positions are cut over `mlp_axes` beside those of the batch."""
+def _hidden(config, compute_dtype, remat, cut: meshes.Cut | None, logical, mlp_axes, parameters, x_BxD):
+    """`hidden` of one device; of several, by `cut` and the parameters' `logical` axes.
+
+    Positions are cut over `mlp_axes` beside those of the batch.
+    """
     if config.input_width != config.width:
         transform = parameters["embedding_transform"]
         if cut is not None:
-            axes = logical_axes(config)["embedding_transform"]
-            transform = _map_axes(functools.partial(_gathered, cut, compute_dtype), axes, transform)
+            gather = functools.partial(_gathered, cut, compute_dtype)
+            transform = _map_axes(gather, logical["embedding_transform"], transform)
         x_BxD = modules.bind(functools.partial(_transform, config, compute_dtype), transform)(x_BxD)
 
     def whole(block: dict) -> dict:
         """A block's parameters with those that `embed` cuts gathered; one of the parts that are summed has the bias."""
-        axes = _map_axes(lambda axes: axes[1:], logical_axes(config)["h"])
+        axes = _map_axes(lambda axes: axes[1:], logical["h"])  # of one block, without "layers"
         block = _map_axes(functools.partial(_gathered, cut, compute_dtype), axes, block)
         if config.family == "llama":
             return block

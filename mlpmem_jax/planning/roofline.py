@@ -8,6 +8,7 @@ do not cover. What a peak does not tell (small shapes, sparse look-ups, latencie
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -91,6 +92,7 @@ def roofline(
       mesh_shape: mesh axis -> size, in order.
     """
 
+    @functools.cache  # asked for where a collective runs, and again for its sum
     def cost(one: Collective) -> Cost:
         group = [places[number] for number in one.group]
         slices = len({place.slice for place in group})

@@ -228,7 +228,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
 def _resident_bytes() -> int:
     """Of this process, now. What its allocator only keeps goes back before, and the peak starts anew from here."""
     ctypes.CDLL(None).malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    runtime.reset_peak()
     return runtime.peak_rss_bytes()
 
 
