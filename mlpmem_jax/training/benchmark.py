@@ -20,8 +20,6 @@ from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.training import data, loop
 from mlpmem_jax.training.loss import sparse_cross_entropy
 from mlpmem_jax.training.metrics import matmul_rate
-from mlpmem_jax.training.optimizer import make_optimizer
-from mlpmem_jax.training.state import initial_state
 
 INPUT_WIDTH, VOCABULARY, ENTRIES = 64, 4096, 64
 STEPS = (
@@ -88,10 +86,8 @@ def _train_step_row(
         positions_per_sequence=1,
         flops_per_position=3 * flops.memory_forward(model),
     )
-    optimizer = make_optimizer(settings, 100, task.logical_axes)
-    placed = meshes.shardings(mesh, task.logical_axes)
-    step = jax.jit(loop.train_step(task, optimizer, placed, mesh, meshes.RULES), donate_argnums=0)
-    state = jax.jit(initial_state(task.initialise, optimizer))()
+    program = loop.step_program(task, mesh, meshes.RULES, steps=100)
+    step, state = program.step, program.make_state()
     batch = meshes.global_batch(mesh, _batch(positions))
     state, measured = step(state, {}, batch)
     jax.block_until_ready(measured)
