@@ -44,14 +44,17 @@ from mlpmem_jax.training import goodput, state
 documents.SHARD_BYTES = 8192
 config = small(workdir, backend)
 config.mesh.fsdp, config.mesh.tensor = (int(size) for size in mesh.split("x"))
-def after(owner, name, calls, signum, argument=None, busy_seconds=0):
+def agree():  # each process has told its step, from which JAX finds the one at which all stop
+    from jax._src import distributed
+    while len(distributed.global_state.client.key_value_dir_get("PREEMPTION_CURRENT_COUNTER/")) < 2: time.sleep(0.1)
+def after(owner, name, calls, signum, argument=None, then=None):
     method, seen = getattr(owner, name), []
     def wrapper(self, *arguments, **named):
         result = method(self, *arguments, **named)
         if argument is None or argument in arguments: seen.append(0)
         if len(seen) == calls:
             os.kill(os.getpid(), signum)
-            time.sleep(busy_seconds)
+            if then: then()
         return result
     setattr(owner, name, wrapper)
 if me == 1:
@@ -59,10 +62,10 @@ if me == 1:
     if event == "killed_in_targets": after(tiles.Split, "write", 1, signal.SIGKILL)
     if event == "killed_in_save": after(state.Checkpoints, "save", 2, signal.SIGKILL)  # the save goes on in a thread
     if event == "killed_in_step": after(goodput.Stopwatch, "lap", 10, signal.SIGKILL, "input wait")
-    if event == "asked_to_stop_in_step":  # in which the notice, looked for once a second, reaches the others
-        after(goodput.Stopwatch, "lap", 2, signal.SIGTERM, "input wait", busy_seconds=4)
+    if event == "asked_to_stop_in_step":
+        after(goodput.Stopwatch, "lap", 2, signal.SIGTERM, "input wait", then=agree)
     if event == "asked_to_stop_in_shard":
-        after(artifacts.ArtifactWriter, "write_shard", 1, signal.SIGTERM, busy_seconds=120)
+        after(artifacts.ArtifactWriter, "write_shard", 1, signal.SIGTERM, then=lambda: time.sleep(120))
 with runtime.job(workdir):
     for stage in stages.split(","):
         if stage == "generate":
