@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--topology", required=True, metavar="NAME", help="one slice, e.g. v5e:16x16 or v5p-1024")
             verb.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them (default 1)")
             verb.add_argument("--stage", default="train", choices=("train", "datastore", "neighbors", "all"))
+            verb.add_argument("--meshes", action="store_true", help="compare meshes for the train step instead")
             verb.add_argument("--positions", type=int, default=0, metavar="N", help="of the training split")
             verb.add_argument("--json", metavar="FILE", help="write what was found here as well")
     _add_sweep(verbs)
@@ -230,9 +231,9 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
 def _with_config(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
     # The imports bring jax, which a config that is wrong need not wait for.
     if options.verb == "plan":
-        from mlpmem_jax.planning import plan
+        from mlpmem_jax.planning import mesh_choice, plan
 
-        plan.run(config, options)
+        (mesh_choice if options.meshes else plan).run(config, options)
         return
     from mlpmem_jax.core import runtime
 

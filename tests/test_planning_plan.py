@@ -5,7 +5,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 from etils import epath
 
@@ -15,7 +17,8 @@ from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.accelerators import resolve
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.interop import published
-from mlpmem_jax.planning import compilation, cost, hlo, plan, programs
+from mlpmem_jax.planning import compilation, cost, hlo, mesh_choice, plan, programs
+from mlpmem_jax.planning.roofline import Roofline
 from mlpmem_jax.training import benchmark, data
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -120,6 +123,37 @@ def test_the_smallest_change_is_the_first_that_compiles_less_what_is_not_needed(
     assert tried[4:] == [(False, 128, 4), (False, 256, 4)]  # then what is not needed is left out
     monkeypatch.setattr(plan, "plan_stage", lambda *_: [plan.Planned(None, {}, None, 0.0)])
     assert plan.smallest_change(config, "train", resolve("v5e:2x4"), [], 100_000) == {}
+
+
+def test_the_fastest_mesh_is_named_and_the_others_say_what_is_wrong_with_them(monkeypatch, tmp_path, capsys):
+    seconds = {2: 3.0, 4: 1.0}
+
+    def plan_program(program, tpu, mesh):
+        tensor = mesh.shape["tensor"]
+        if tensor not in seconds:
+            return plan.Planned(program, {}, None, 0.0, "20 GiB of 16")
+        return plan.Planned(program, {"arguments": 2**30}, Roofline(1e-3, 1e-3, seconds[tensor], ()), 1.0)
+
+    monkeypatch.setattr(mesh_choice, "plan_program", plan_program)
+    monkeypatch.setattr(mesh_choice.compilation, "devices", lambda tpu, slices: jax.devices())
+    config = small_config()
+    config.training.batch_sequences = 4  # of 8 devices, which cannot share them with tensor = 1
+    options = types.SimpleNamespace(topology="v5e:2x4", slices=1, positions=100_000, json=f"{tmp_path / 'found.json'}")
+    mesh_choice.run(config, options)
+    printed = capsys.readouterr().out
+    assert "The fastest is --config.mesh.tensor=4\n" in printed
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["fastest"] == 4
+    assert [(one["tensor"], one["fsdp"], one["fits"]) for one in found["meshes"]] == [
+        (1, 8, False), (2, 4, True), (4, 2, True), (8, 1, False), (16, 0, False),
+    ]  # fmt: skip
+    reasons = [one.get("reason", "") for one in found["meshes"]]
+    assert "4 sequences, which 8 batch shards" in reasons[0]
+    assert reasons[3] == "20 GiB of 16"
+    assert "does not fit 8 devices" in reasons[4]
+    monkeypatch.setattr(mesh_choice, "plan_program", lambda program, *_: plan.Planned(program, {}, None, 0.0))
+    with pytest.raises(SystemExit):
+        mesh_choice.run(config, options)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import ml_collections
 from etils import epath
+from jax.sharding import Mesh
 
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import mesh as meshes
@@ -57,7 +58,7 @@ def run(config: ml_collections.ConfigDict, options) -> None:
       UserError: unknown topology, config that does not fit the slices, or libtpu is missing.
     """
     tpu = resolve(options.topology, "--topology")
-    positions, source = _positions(config, options.positions)
+    positions, source = training_positions(config, options.positions)
     devices = compilation.devices(tpu, options.slices)
     stages = programs.STAGES if options.stage == "all" else (options.stage,)
     planned = [one for stage in stages for one in plan_stage(config, stage, tpu, devices, positions)]
@@ -85,7 +86,8 @@ def run(config: ml_collections.ConfigDict, options) -> None:
         sys.exit(1)
 
 
-def _positions(config: ml_collections.ConfigDict, given: int) -> tuple[int, str]:
+def training_positions(config: ml_collections.ConfigDict, given: int) -> tuple[int, str]:
+    """(positions of the training split, where this number is from)."""
     if given:
         return given, "--positions"
     try:
@@ -104,31 +106,30 @@ def plan_stage(
       UserError: the config does not fit the devices.
     """
     mesh, rules = meshes.mesh_of(config, devices)
+    return [plan_program(program, tpu, mesh) for program in programs.build(config, stage, mesh, rules, positions)]
+
+
+def plan_program(program: programs.StageProgram, tpu: Slice, mesh: Mesh) -> Planned:
+    """Compiles one program for a mesh of TPUs and reads what became of it."""
+    say(f"compiling {program.stage}: {program.name}")
+    try:
+        text, compiled = compilation.compile_program(program.function, program.arguments, program.static)
+    except compilation.DoesNotFit as error:
+        return Planned(program, {}, None, 0.0, str(error))
+    sizes = compiled.memory_analysis()
+    read = hlo.parse(text)
     places = [Place(getattr(device, "slice_index", 0) or 0, tuple(device.coords)) for device in mesh.devices.flat]
-    planned = []
-    for program in programs.build(config, stage, mesh, rules, positions):
-        say(f"compiling {stage}: {program.name}")
-        try:
-            text, compiled = compilation.compile_program(program.function, program.arguments, program.static)
-        except compilation.DoesNotFit as error:
-            planned.append(Planned(program, {}, None, 0.0, str(error)))
-            continue
-        sizes = compiled.memory_analysis()
-        read = hlo.parse(text)
-        planned.append(
-            Planned(
-                program=program,
-                memory={
-                    "arguments": sizes.argument_size_in_bytes,
-                    "temporaries": sizes.temp_size_in_bytes,
-                    "results": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-                    "code": sizes.generated_code_size_in_bytes,
-                },
-                roofline=roofline(read, CHIPS[tpu.family], places, tpu.shape, dict(mesh.shape)),
-                executed_flops=read.flops,
-            )
-        )
-    return planned
+    return Planned(
+        program=program,
+        memory={
+            "arguments": sizes.argument_size_in_bytes,
+            "temporaries": sizes.temp_size_in_bytes,
+            "results": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+            "code": sizes.generated_code_size_in_bytes,
+        },
+        roofline=roofline(read, CHIPS[tpu.family], places, tpu.shape, dict(mesh.shape)),
+        executed_flops=read.flops,
+    )
 
 
 def changes(config: ml_collections.ConfigDict, stage: str) -> Iterator[dict[str, object]]:
@@ -171,6 +172,19 @@ def changes(config: ml_collections.ConfigDict, stage: str) -> Iterator[dict[str,
         yield {**change, "mesh.tensor": tensor}
 
 
+def changed(config: ml_collections.ConfigDict, change: dict[str, object]) -> ml_collections.ConfigDict:
+    """The config with other values of some keys, "group.key".
+
+    Raises:
+      ConfigError: these values are not allowed together.
+    """
+    other = config.copy_and_resolve_references()
+    with other.unlocked():
+        other.update_from_flattened_dict(change)
+    configs.check(other)
+    return other
+
+
 def smallest_change(
     config: ml_collections.ConfigDict, stage: str, tpu: Slice, devices: list, positions: int
 ) -> dict[str, object]:
@@ -178,12 +192,8 @@ def smallest_change(
     there is no such."""
 
     def fits(change: dict[str, object]) -> bool:
-        changed = config.copy_and_resolve_references()
-        with changed.unlocked():
-            changed.update_from_flattened_dict(change)
         try:
-            configs.check(changed)
-            return all(one.roofline for one in plan_stage(changed, stage, tpu, devices, positions))
+            return all(one.roofline for one in plan_stage(changed(config, change), stage, tpu, devices, positions))
         except UserError:
             return False  # the mesh cannot divide it so
 

@@ -63,7 +63,8 @@ def _crosses_the_network(report: Report) -> bool:
     return any(traffic.network for one in report.planned if one.roofline for traffic in one.roofline.traffic)
 
 
-def _table(title: str, *columns: str) -> rich.table.Table:
+def new_table(title: str, *columns: str) -> rich.table.Table:
+    """A table whose first column is of text and whose others are of numbers."""
     table = rich.table.Table(title=title, title_justify="left", box=rich.table.box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
@@ -73,7 +74,7 @@ def _table(title: str, *columns: str) -> rich.table.Table:
 def _memory(report: Report) -> rich.table.Table:
     size = CHIPS[report.tpu.family].hbm_bytes
     title = f"Memory of one chip, MiB of {size / _MIB:,.0f}"
-    table = _table(title, "program", "arguments", "temporaries", "results", "code", "used")
+    table = new_table(title, "program", "arguments", "temporaries", "results", "code", "used")
     for one in report.planned:
         if one.roofline is None:
             table.add_row(one.program.name, *[""] * 4, f"does not fit. {one.needs}")
@@ -84,7 +85,7 @@ def _memory(report: Report) -> rich.table.Table:
 
 
 def _times(report: Report) -> rich.table.Table:
-    table = _table(
+    table = new_table(
         "Least time of one call, ms, at published peak rates; waited: collectives that nothing runs beside",
         *("program", "TFLOP", "matmuls", "memory", "links", "network", "waited", "call", "most", "MFU", "chip-hours"),
     )
@@ -105,7 +106,7 @@ def _times(report: Report) -> rich.table.Table:
 
 def _collectives(report: Report) -> rich.table.Table:
     columns = ("program", "kind", "mesh axes", "MB sent by a chip", "times", "ms", "waited, ms")
-    table = _table("Collectives of one call", *columns)
+    table = new_table("Collectives of one call", *columns)
     for one in (one for one in report.planned if one.roofline):
         shown = [traffic for traffic in one.roofline.traffic if traffic.seconds > 0.002 * one.roofline.step]
         for traffic in shown:
@@ -122,7 +123,7 @@ def _collectives(report: Report) -> rich.table.Table:
 
 
 def _artifacts(report: Report) -> rich.table.Table:
-    table = _table("Artifacts", "artifact", "GB stored", "GiB in a host's memory", "")
+    table = new_table("Artifacts", "artifact", "GB stored", "GiB in a host's memory", "")
     for one in report.artifacts:
         table.add_row(one.name, f"{one.storage / 1e9:,.1f}", f"{one.host / _GIB:,.1f}", one.note)
     return table

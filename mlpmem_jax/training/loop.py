@@ -95,7 +95,9 @@ def check_batch(settings: ml_collections.ConfigDict, mesh: Mesh, rules: meshes.R
     if micro_batch % shards:
         raise ConfigError(
             f"config.{group}.batch_sequences: {settings.batch_sequences} over {settings.accumulation_steps} "
-            f"accumulation steps is {micro_batch} sequences, which {shards} batch shards of the mesh do not divide"
+            f"accumulation steps is {micro_batch} sequences, which {shards} batch shards of the mesh do not divide; "
+            f"take a multiple of {shards * settings.accumulation_steps}, or a larger config.mesh.tensor: fewer shards "
+            "(mlpmem plan --meshes compares them)"
         )
 
 

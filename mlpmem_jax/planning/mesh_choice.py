@@ -1,0 +1,112 @@
+"""`mlpmem plan --meshes`: the same train step on meshes of every `tensor` size, and which of them is the fastest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import ml_collections
+import rich.console
+from etils import epath
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.accelerators import Slice, resolve
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.planning import compilation, programs, report
+from mlpmem_jax.planning.chips import CHIPS
+from mlpmem_jax.planning.plan import Planned, changed, plan_program, training_positions
+
+_TENSOR = (1, 2, 4, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The train step on one mesh; `planned` is None, and `refusal` says why, where the config does not fit the mesh."""
+
+    tensor: int
+    fsdp: int
+    planned: Planned | None
+    refusal: str = ""
+
+    @property
+    def runs(self) -> bool:
+        return self.planned is not None and self.planned.roofline is not None
+
+
+def run(config: ml_collections.ConfigDict, options) -> None:
+    """Compiles, prints a table and the fastest mesh as an override; exits with 1 where none fits.
+
+    Args:
+      config: the whole config, of which `mesh.tensor` and `mesh.fsdp` are varied.
+      options: of the command line: topology, slices, positions, json.
+
+    Raises:
+      UserError: unknown topology, or libtpu is missing.
+    """
+    tpu = resolve(options.topology, "--topology")
+    positions, source = training_positions(config, options.positions)
+    devices = compilation.devices(tpu, options.slices)
+    choices = [choose(config, tensor, tpu, devices, positions) for tensor in _TENSOR]
+    best = fastest(choices)
+    console = rich.console.Console(width=120, highlight=False, soft_wrap=True)
+    console.print(f"{options.slices} x {tpu}; {positions:,} training positions ({source})")
+    console.print(_table(choices, tpu, len(devices)))
+    if options.json:
+        values = [_to_json(one, tpu, len(devices)) for one in choices]
+        found = {"meshes": values, "fastest": best and best.tensor}
+        epath.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    if best is None:
+        print("The train step fits none of these meshes; mlpmem plan without --meshes says what to change.")
+        sys.exit(1)
+    print(f"The fastest is --config.mesh.tensor={best.tensor}")
+
+
+def choose(config: ml_collections.ConfigDict, tensor: int, tpu: Slice, devices: list, positions: int) -> Choice:
+    """The train step with the devices of a slice cut in groups of `tensor`."""
+    fsdp = len(devices) // tensor // max(config.mesh.slice, 1)
+    try:
+        other = changed(config, {"mesh.tensor": tensor, "mesh.fsdp": -1})
+        mesh, rules = meshes.mesh_of(other, devices)
+        step = programs.build(other, "train", mesh, rules, positions)[0]
+    except UserError as error:
+        return Choice(tensor, fsdp, None, str(error))
+    say(f"mesh.tensor={tensor}, fsdp={mesh.shape['fsdp']}")
+    return Choice(tensor, mesh.shape["fsdp"], plan_program(step, tpu, mesh))
+
+
+def fastest(choices: list[Choice]) -> Choice | None:
+    """The choice with the shortest step of those that run; None where none does."""
+    return min((one for one in choices if one.runs), key=lambda one: one.planned.roofline.step, default=None)
+
+
+def _table(choices: list[Choice], tpu: Slice, chips: int):
+    columns = ("mesh.tensor", "fsdp", "memory used", "operations", "waited", "step", "MFU", "chip-hours", "")
+    table = report.new_table("Train step by mesh, ms at published peak rates", *columns)
+    for one in choices:
+        if not one.runs:
+            why = one.refusal or f"does not fit. {one.planned.needs}"
+            table.add_row(str(one.tensor), str(one.fsdp), *[""] * 6, why.split(";")[0])
+            continue
+        line, planned = one.planned.roofline, one.planned
+        used = sum(planned.memory.values()) / CHIPS[tpu.family].hbm_bytes
+        milliseconds = (f"{1e3 * seconds:,.1f}" for seconds in (line.operations, line.waited, line.step))
+        utilization = f"{planned.utilization(tpu, chips):.0%}"
+        hours = f"{line.step * planned.program.calls * chips / 3600:,.1f}"
+        table.add_row(str(one.tensor), str(one.fsdp), f"{used:.0%}", *milliseconds, utilization, hours)
+    return table
+
+
+def _to_json(one: Choice, tpu: Slice, chips: int) -> dict:
+    values = {"tensor": one.tensor, "fsdp": one.fsdp, "fits": one.runs}
+    if not one.runs:
+        return values | {"reason": one.refusal or one.planned.needs}
+    line = one.planned.roofline
+    seconds = {"operations": line.operations, "waited": line.waited, "step": line.step}
+    return values | {
+        "memory": one.planned.memory,
+        "seconds": seconds,
+        "utilization": one.planned.utilization(tpu, chips),
+        "chip_hours": line.step * one.planned.program.calls * chips / 3600,
+    }
