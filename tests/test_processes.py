@@ -301,3 +301,18 @@ def test_goodput_counts_what_is_done_again_as_lost():
     assert spent["steps"] == 14.0
     assert spent["between runs"] == 9.0
     assert "goodput 48% of 29.0 s" in goodput.table(spent)
+
+
+def test_a_stopwatch_gives_every_second_to_one_phase(monkeypatch):
+    clock = iter([103.0, 105.0, 106.0, 110.0])
+    monkeypatch.setattr(goodput.time, "time", lambda: next(clock))
+    watch = goodput.Stopwatch(100.0)
+    watch.lap("start-up")
+    watch.lap("steps")
+    first = watch.record()
+    watch.lap("input wait")
+    watch.lap("steps")
+    second = watch.record()
+    assert (first["clock"], first["seconds/start-up"], first["seconds/steps"]) == (105.0, 3.0, 2.0)
+    assert (second["clock"], second["seconds/start-up"], second["seconds/steps"]) == (110.0, 0.0, 4.0)
+    assert watch.spent("steps", "input wait") == 7.0

@@ -20,6 +20,7 @@ class Stopwatch:
     def __init__(self, began: float):
         self._last = began
         self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._recorded = dict(self._seconds)
 
     def lap(self, phase: str) -> None:
         """What passed since the last lap belongs to `phase`."""
@@ -27,11 +28,15 @@ class Stopwatch:
         self._seconds[phase] += now - self._last
         self._last = now
 
+    def spent(self, *phases: str) -> float:
+        """Seconds in these phases up to the last lap."""
+        return sum(self._seconds[phase] for phase in phases)
+
     def record(self) -> dict[str, float]:
         """Seconds of each phase since the last record, and the time on the clock, for `MetricsWriter.write`."""
-        values = {f"{_SECONDS}{phase}": seconds for phase, seconds in self._seconds.items()} | {_CLOCK: self._last}
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        return values
+        values = {f"{_SECONDS}{phase}": seconds - self._recorded[phase] for phase, seconds in self._seconds.items()}
+        self._recorded = dict(self._seconds)
+        return values | {_CLOCK: self._last}
 
 
 def summary(records: Iterable[Mapping[str, float]]) -> dict[str, float]:

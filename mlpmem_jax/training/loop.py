@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -214,14 +213,12 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
     peak = matmul_rate(settings.compute_dtype) * jax.device_count()
     writer = MetricsWriter(task.folder, start)
     losses: list[tuple[int, jax.Array]] = []
-    clock, waited, last_logged = time.perf_counter(), 0.0, start
     watch.lap("start-up")
+    logged, training, waiting = start, 0.0, 0.0  # step of the last record, and seconds up to it
 
     with _stop_requests() as must_stop, progress(steps, task.name, "steps", initial=start) as bar:
         for step in range(start + 1, steps + 1):
-            wait_start = time.perf_counter()
             batch = meshes.global_batch(mesh, next(batches), rules)
-            waited += time.perf_counter() - wait_start
             watch.lap("input wait")
             state, measured = program.step(state, task.frozen, batch)
             losses.append((step, measured["loss"]))
@@ -234,18 +231,18 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
                 _check_finite(task.name, losses, checkpoints)
                 values = {name: float(value) for name, value in measured.items()}
                 watch.lap("steps")
-                seconds = time.perf_counter() - clock
-                rate = (step - last_logged) * positions_per_step / seconds
+                seconds = watch.spent("compile", "steps", "input wait") - training
+                rate = (step - logged) * positions_per_step / seconds
                 values |= {
                     "learning_rate": float(learning_rate(step)),
                     "positions_per_second": rate,
                     "flops_per_second": rate * task.flops_per_position,
                     "matmul_share": rate * task.flops_per_position / peak,
-                    "input_wait": waited / seconds,
+                    "input_wait": (watch.spent("input wait") - waiting) / seconds,
                 }
                 writer.write(step, values)
-                bar.advance(step - last_logged, note=f"loss {values['loss']:.3f}")
-                clock, waited, last_logged = time.perf_counter(), 0.0, step
+                bar.advance(step - logged, note=f"loss {values['loss']:.3f}")
+                logged, training, waiting = step, training + seconds, watch.spent("input wait")
 
             if validates:
                 validation = task.validate(state["parameters"])
@@ -255,7 +252,6 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
                 checkpoints.save(step, state, step * settings.batch_sequences, validation if validates else None)
                 watch.lap("checkpoint")
                 writer.write(step, watch.record())
-                clock = time.perf_counter()  # neither validation nor saving counts in the training rate
             if stopping and step < steps:
                 checkpoints.wait()
                 watch.lap("checkpoint")
