@@ -160,11 +160,11 @@ class Cut(NamedTuple):
     """How the arrays of a training step are cut, for programs that name their own collectives.
 
     Attributes:
-      mesh: the devices.
+      mesh: the devices; None of a single one.
       batch, embed, mlp, vocab: mesh axes that cut the logical axis of that name.
     """
 
-    mesh: Mesh
+    mesh: Mesh | None
     batch: tuple[str, ...]
     embed: tuple[str, ...]
     mlp: tuple[str, ...]

@@ -8,7 +8,6 @@ of rematerialisation, and memory grows with the chunk, not with positions x voca
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -31,16 +30,16 @@ class _Targets(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """All that is known when the program is traced. No mesh axes are named on a single device."""
+    """All that is known when the program is traced. On a single device the cut names no mesh axes."""
 
     alpha: float
     vocab_size: int
     chunk: int
-    mesh: Mesh | None
-    batch_axes: tuple[str, ...]
-    embed_axes: tuple[str, ...]
-    vocab_axes: tuple[str, ...]
+    cut: meshes.Cut
     hidden_axes: tuple[str, ...]  # those of the vocabulary where they cut the hidden states as well, beside the batch
+
+
+_ONE_DEVICE = meshes.Cut(mesh=None, batch=(), embed=(), mlp=(), vocab=())
 
 
 def sparse_cross_entropy(
@@ -102,9 +101,7 @@ def _plan(alpha, vocab_size, chunk, mesh, rules, positions, kernel_shape) -> _Pl
         raise ConfigError(f"training.loss_chunk: expected at least 1 position, found {chunk}")
     if vocab_size > kernel_shape[1]:
         raise ConfigError(f"the output projection has {kernel_shape[1]} columns for {vocab_size} tokens")
-    cut = None if mesh is None else meshes.cut(mesh, rules)
-    if cut is None:
-        return _Plan(alpha, vocab_size, chunk, None, (), (), (), ())
+    cut = (mesh and meshes.cut(mesh, rules)) or _ONE_DEVICE
     for name, axes, size in zip(
         ("positions", "width", "padded vocabulary"),
         (cut.batch, cut.embed, cut.vocab),
@@ -114,7 +111,7 @@ def _plan(alpha, vocab_size, chunk, mesh, rules, positions, kernel_shape) -> _Pl
         if size % (parts := cut.parts(axes)):
             raise ConfigError(f"config.mesh: {name} of {size} cannot be cut in {parts} equal parts over axes {axes}")
     hidden_axes = cut.position_axes(positions, cut.vocab)
-    return _Plan(alpha, vocab_size, chunk, mesh, cut.batch, cut.embed, cut.vocab, hidden_axes)
+    return _Plan(alpha, vocab_size, chunk, cut, hidden_axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -137,14 +134,14 @@ _loss.defvjp(_loss_forward, _loss_backward)
 def _on_mesh(plan: _Plan, differentiate: bool, hidden_NxD, kernel_DxV, targets):
     """((loss, statistics), (d_hidden, d_kernel) or None)."""
     local = functools.partial(_local_loss, plan, differentiate)
-    if plan.mesh is not None:
-        batch = PartitionSpec(plan.batch_axes)
-        hidden = PartitionSpec(plan.batch_axes + plan.hidden_axes)
-        kernel = PartitionSpec(plan.embed_axes, plan.vocab_axes)
+    if plan.cut.mesh is not None:
+        batch = PartitionSpec(plan.cut.batch)
+        hidden = PartitionSpec(plan.cut.batch + plan.hidden_axes)
+        kernel = PartitionSpec(plan.cut.embed, plan.cut.vocab)
         gradients = (hidden, kernel) if differentiate else None
         local = jax.shard_map(
             local,
-            mesh=plan.mesh,
+            mesh=plan.cut.mesh,
             in_specs=(hidden, kernel, batch),
             out_specs=((PartitionSpec(), PartitionSpec()), gradients),
             # Never differentiated through, so nothing depends on JAX tracking which values are replicated.
@@ -155,7 +152,7 @@ def _on_mesh(plan: _Plan, differentiate: bool, hidden_NxD, kernel_DxV, targets):
 
 def _local_loss(plan: _Plan, differentiate: bool, hidden_NxD, kernel_DxV, targets):
     """What one device does for its positions and its part of the vocabulary. Collectives over () do nothing."""
-    kernel_DxV = jax.lax.all_gather(kernel_DxV.astype(hidden_NxD.dtype), plan.embed_axes, axis=0, tiled=True)
+    kernel_DxV = jax.lax.all_gather(kernel_DxV.astype(hidden_NxD.dtype), plan.cut.embed, axis=0, tiled=True)
     hidden_NxD = jax.lax.all_gather(hidden_NxD, plan.hidden_axes, axis=0, tiled=True)
 
     def step(carry, chunk):
@@ -172,18 +169,18 @@ def _local_loss(plan: _Plan, differentiate: bool, hidden_NxD, kernel_DxV, target
     chunks, positions = _cut(plan.chunk, (hidden_NxD, targets))
     (sums, d_kernel_DxV), d_hidden = jax.lax.scan(step, (zeros, d_kernel_DxV), chunks)
 
-    kl, cross_entropy = jax.lax.psum(sums, plan.batch_axes + plan.vocab_axes)
+    kl, cross_entropy = jax.lax.psum(sums, plan.cut.batch + plan.cut.vocab)
     loss = plan.alpha * kl + (1 - plan.alpha) * cross_entropy
     primal = loss, {"kl": kl, "cross_entropy": cross_entropy}
     if not differentiate:
         return primal, None
-    d_kernel_DxV = jax.lax.psum_scatter(d_kernel_DxV, plan.embed_axes, scatter_dimension=0, tiled=True)
-    d_kernel_DxV = jax.lax.psum(d_kernel_DxV, tuple(a for a in plan.batch_axes if a not in plan.embed_axes))
+    d_kernel_DxV = jax.lax.psum_scatter(d_kernel_DxV, plan.cut.embed, scatter_dimension=0, tiled=True)
+    d_kernel_DxV = jax.lax.psum(d_kernel_DxV, tuple(a for a in plan.cut.batch if a not in plan.cut.embed))
     d_hidden_NxD = d_hidden.reshape(-1, hidden_NxD.shape[1])[:positions]
     if plan.hidden_axes:
         d_hidden_NxD = jax.lax.psum_scatter(d_hidden_NxD, plan.hidden_axes, scatter_dimension=0, tiled=True)
     else:
-        d_hidden_NxD = jax.lax.psum(d_hidden_NxD, plan.vocab_axes)
+        d_hidden_NxD = jax.lax.psum(d_hidden_NxD, plan.cut.vocab)
     return primal, (d_hidden_NxD, d_kernel_DxV)
 
 
@@ -205,14 +202,14 @@ def _chunk_loss(plan: _Plan, differentiate: bool, kernel_DxV, hidden_CxD, target
 
     Sums and d_hidden_CxD are of this device's part of the vocabulary.
     """
-    first = jax.lax.axis_index(plan.vocab_axes) * kernel_DxV.shape[1]
+    first = jax.lax.axis_index(plan.cut.vocab) * kernel_DxV.shape[1]
     logits_CxV = jnp.dot(hidden_CxD, kernel_DxV, preferred_element_type=jnp.float32)
-    if plan.vocab_size < kernel_DxV.shape[1] * _parts(plan):
+    if plan.vocab_size < kernel_DxV.shape[1] * plan.cut.parts(plan.cut.vocab):
         real_V = first + jnp.arange(kernel_DxV.shape[1]) < plan.vocab_size
         logits_CxV = jnp.where(real_V, logits_CxV, -jnp.inf)
-    maximum_Cx1 = jax.lax.pmax(logits_CxV.max(-1, keepdims=True), plan.vocab_axes)
+    maximum_Cx1 = jax.lax.pmax(logits_CxV.max(-1, keepdims=True), plan.cut.vocab)
     exponentials_CxV = jnp.exp(logits_CxV - maximum_Cx1)
-    normalizer_Cx1 = jax.lax.psum(exponentials_CxV.sum(-1, keepdims=True), plan.vocab_axes)
+    normalizer_Cx1 = jax.lax.psum(exponentials_CxV.sum(-1, keepdims=True), plan.cut.vocab)
 
     # The stored entries and, last, the next token. Each device looks up those of its own part of the vocabulary.
     ids_CxE = jnp.concatenate([targets.token_ids_NxS, targets.next_tokens_N[:, None]], axis=1) - first
@@ -245,8 +242,3 @@ def _chunk_loss(plan: _Plan, differentiate: bool, kernel_DxV, hidden_CxD, target
     scaled_CxD = (hidden_CxD * factor_Cx1).astype(hidden_CxD.dtype)
     d_kernel_DxV = transposed_product(scaled_CxD, gradient_CxV, preferred_element_type=jnp.float32)
     return sums, (d_hidden_CxD, d_kernel_DxV)
-
-
-def _parts(plan: _Plan) -> int:
-    """Into how many parts the vocabulary is cut."""
-    return math.prod(plan.mesh.shape[axis] for axis in plan.vocab_axes) if plan.mesh else 1
