@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import ml_collections
+import numpy as np
 
 from mlpmem_jax.core.accelerators import resolve
 from mlpmem_jax.models import flops
 from mlpmem_jax.planning import programs
 from mlpmem_jax.planning.chips import CHIPS
+from mlpmem_jax.retrieval.key_shards import Search, host_bytes
 
 MEAN_ENTRIES = 251
 """Tokens that a kNN distribution holds in the mean at k = 1024, GPT-2 large on WikiText-103 (the paper)."""
@@ -51,6 +53,10 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
     local_batch = max(1, config.training.batch_sequences // hosts)
     sequence = length * (2 * models.base.width + 8 * most + 4)
     rows = min(positions, config.targets.key_shard_rows)
+    of_search = {field.name for field in dataclasses.fields(Search)}
+    search = Search(**{name: value for name, value in config.targets.items() if name in of_search})
+    if search.backend == "auto":  # this machine may have no ScaNN where the hosts have it
+        search = dataclasses.replace(search, backend="scann")
     return [
         ArtifactCost("tokens", total * token, 0, f"{token} bytes a token"),
         ArtifactCost("base", 4.0 * (base + keys), 4.0 * (base + keys) / hosts, "float32, the keys' model too"),
@@ -63,8 +69,8 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
         ArtifactCost(
             "targets",
             total * (4 + 4 + (token + 2) * entries),
-            rows * models.keys.width * 4.0,
-            f"about {entries:.0f} entries a position, at most {most}; float32 keys of one index in memory",
+            host_bytes(rows, models.keys.width, np.dtype(settings.dtype).itemsize, search, hosts),
+            f"about {entries:.0f} entries a position, at most {most}; in memory one {search.backend} index",
         ),
         ArtifactCost(
             "memory",
