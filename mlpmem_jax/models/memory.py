@@ -18,8 +18,11 @@ from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.models import layers, modules
 
-_UNROLLED = 8
-"""Blocks in a turn of the loop on a mesh: compilers gather one's parameters beside another's products within a turn."""
+_MOST_UNROLLED = 9
+"""Most blocks in a turn of the loop on a mesh: compilers gather one's parameters beside another's products in a turn.
+
+All turns have as many: of a last one with fewer, everything kept for the backward pass would be copied once more.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +180,10 @@ def _hidden(config, compute_dtype, remat, cut: meshes.Cut | None, logical, mlp_a
         return x_BxD + jax.lax.psum(y_BxD, cut.mlp if not mlp_axes else ())
 
     build = functools.partial(Block, config, compute_dtype)
-    call, prepare, unroll = (Block.__call__, None, 1) if cut is None else (call_part, whole, _UNROLLED)
+    call, prepare, unroll = Block.__call__, None, 1
+    if cut is not None:
+        call, prepare = call_part, whole
+        unroll = max(count for count in range(1, _MOST_UNROLLED + 1) if config.blocks % count == 0)
     x_BxD = modules.run(
         call, build, parameters["h"], x_BxD.astype(jnp.float32), remat=remat, prepare=prepare, unroll=unroll
     )
