@@ -60,6 +60,13 @@ def test_programs_of_the_stages_compile_and_do_the_flops_of_the_dimensions(tenso
             assert found == pytest.approx(program.flops, rel=0.2), program.name
 
 
+def test_a_width_that_the_mesh_does_not_divide_is_an_error_of_the_config():
+    config = small_config()
+    config.memory.width, config.mesh.rules.embed = 60, "fsdp"
+    with pytest.raises(ConfigError, match=r"config.mesh: fsdp cuts in 8 parts, but .* has 60 in an axis"):
+        programs.build(config, "train", *meshes.mesh_of(config), 100_000)
+
+
 def test_gradients_are_cut_and_logits_are_not_gathered():
     config = small_config()
     config.mesh.tensor, config.training.batch_sequences = 2, 64  # logits are then larger than any parameter

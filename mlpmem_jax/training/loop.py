@@ -161,11 +161,16 @@ class StepProgram(NamedTuple):
 
 
 def step_program(task: Task, mesh: Mesh, rules: meshes.Rules, steps: int) -> StepProgram:
-    """The program of one optimizer step of a run of `steps`; `task.source` and `task.validate` are not used."""
+    """The program of one optimizer step of a run of `steps`; `task.source` and `task.validate` are not used.
+
+    Raises:
+      ConfigError: the mesh does not divide the parameters.
+    """
     optimizer = make_optimizer(task.settings, steps, task.logical_axes)
     make_state = initial_state(task.initialise, optimizer)
     abstract = jax.eval_shape(make_state)
     parameter_shardings = meshes.shardings(mesh, task.logical_axes, rules)
+    meshes.check_cuts(abstract["parameters"], parameter_shardings)
     shardings = state_shardings(mesh, abstract, parameter_shardings)
     return StepProgram(
         make_state=jax.jit(make_state, out_shardings=shardings),
