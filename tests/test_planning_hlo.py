@@ -176,6 +176,70 @@ def test_programs_of_tpus(groups, first):
     assert product.traffic == 64 * 4096 * 2 + 64 * 512 * 4  # the gathered kernel is in the chip's own memory
 
 
+ACROSS_A_LOOP = """HloModule across, is_scheduled=true
+
+%start (p.1: f32[4096,512]) -> (f32[4096,512], f32[4096,512], u32[]) {
+  %p.1 = f32[4096,512]{1,0} parameter(0)
+  %all-reduce.1 = f32[4096,512]{1,0} all-reduce(%p.1), channel_id=9, replica_groups=[1,8]<=[8]
+  ROOT %custom-call.1 = (f32[4096,512], f32[4096,512], u32[]) custom-call(%p.1, %all-reduce.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%product (p.2: f32[4096,512], p.3: f32[4096,512], p.4: bf16[64,4096], p.5: bf16[4096,256]) -> (f32[64,256], \
+f32[4096,512], f32[4096,512]) {
+  %p.2 = f32[4096,512]{1,0} parameter(0)
+  %p.3 = f32[4096,512]{1,0} parameter(1)
+  %p.4 = bf16[64,4096]{1,0} parameter(2)
+  %p.5 = bf16[4096,256]{1,0} parameter(3)
+  %all-reduce.2 = f32[4096,512]{1,0} all-reduce(%p.2), channel_id=9, replica_groups=[1,8]<=[8]
+  %convolution.1 = f32[64,256]{1,0} convolution(%p.4, %p.5), dim_labels=bf_io->bf
+  ROOT %tuple.1 = (f32[64,256]{1,0}, f32[4096,512]{1,0}, f32[4096,512]{1,0}) tuple(%convolution.1, %all-reduce.2, %p.3)
+}
+
+%end (p.6: f32[4096,512], p.7: f32[4096,512]) -> f32[4096,512] {
+  %p.6 = f32[4096,512]{1,0} parameter(0)
+  %p.7 = f32[4096,512]{1,0} parameter(1)
+  ROOT %all-reduce.3 = f32[4096,512]{1,0} all-reduce(%p.6), channel_id=9, replica_groups=[1,8]<=[8]
+}
+
+%body (carry: (s32[], f32[4096,512], f32[4096,512], bf16[64,4096], bf16[4096,256])) -> (s32[]) {
+  %carry = (s32[], f32[4096,512], f32[4096,512], bf16[64,4096], bf16[4096,256]) parameter(0)
+  %from = f32[4096,512]{1,0} get-tuple-element(%carry), index=1
+  %to = f32[4096,512]{1,0} get-tuple-element(%carry), index=2
+  %x = bf16[64,4096]{1,0} get-tuple-element(%carry), index=3
+  %kernel = bf16[4096,256]{1,0} get-tuple-element(%carry), index=4
+  %beside = (f32[64,256]{1,0}, f32[4096,512]{1,0}, f32[4096,512]{1,0}) fusion(%from, %to, %x, %kernel), \
+kind=kOutput, calls=%product
+  %other = f32[4096,512]{1,0} all-reduce(%from), channel_id=10, replica_groups=[1,8]<=[8]
+  ROOT %next = (s32[]) tuple(%carry)
+}
+
+%condition (carry.1: (s32[])) -> pred[] {
+  %carry.1 = (s32[]) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (a: f32[4096,512]) -> f32[4096,512] {
+  %a = f32[4096,512]{1,0} parameter(0)
+  %begun = (f32[4096,512], f32[4096,512], u32[]) fusion(%a), kind=kCustom, calls=%start
+  %half = f32[4096,512]{1,0} get-tuple-element(%begun), index=1
+  %loop = (s32[]) while(%begun), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  ROOT %done = f32[4096,512]{1,0} fusion(%a, %half), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_that_goes_on_through_a_loop_is_one():
+    program = hlo.parse(ACROSS_A_LOOP)
+    assert [(one.payload, one.times) for one in program.collectives] == [(2**23, 1), (2**23, 6)]
+    begun, loop, done = program.steps
+    assert [channel for channel, _ in begun.starts] == ["9"]
+    assert (begun.ends, done.ends) == ((), ("9",))
+    assert [len(step.starts) for step in loop.body] == [0, 1]  # the other one is of the body itself
+    (product,) = program.operations
+    assert product.traffic == 64 * 4096 * 2 + 4096 * 256 * 2 + 64 * 256 * 4  # not what is summed beside it
+
+
 SPARSE_CORE = """HloModule offloaded, is_scheduled=true
 
 %gather (p.1: bf16[16,512]) -> bf16[256,512] {

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -187,22 +187,29 @@ class _Module:
         if not self.entry:
             raise ValueError("this is no text of an optimized HLO module: it has no ENTRY computation")
 
-    def steps(self, name: str, times: float) -> Iterator[Step]:
-        """The steps of a computation, and in them those of its loops, branches and calls, but not of fusions."""
+    def steps(self, name: str, times: float, around: Mapping[str, Collective] | None = None) -> Iterator[Step]:
+        """The steps of a computation, and in them those of its loops, branches and calls, but not of fusions.
+
+        Fusions that only go on with a collective of `around`, those by channel that go on around this computation, do
+        not count as collectives of their own.
+        """
         body = self.computations[name]
         found = {one.name: list(self.collectives(one, times)) for one in body.values()}
+        for channels in found.values():
+            channels[:] = [one for one in channels if one[1] or not _goes_on(one[2], (around or {}).get(one[0]))]
         # The fusions that start an asynchronous collective, go on with it and end it all name its channel.
         last = {channel: one for one, channels in found.items() for channel, _, _ in channels}
         fused = {channel for channels in found.values() for channel, is_start, _ in channels if is_start}
         waiting: dict[str, tuple[tuple[str, Collective], ...]] = {}  # instruction -> started by it, or about to be
+        goes_on = dict(around or {})
         for one in body.values():
             if one.opcode == "while":
                 turns = self._turns(one)
-                yield Step(body=tuple(self.steps(one.named("body"), times * turns)), turns=turns)
+                yield Step(body=tuple(self.steps(one.named("body"), times * turns, goes_on)), turns=turns)
                 continue
             if one.opcode in ("call", "conditional"):
                 for called in _called(one):
-                    yield Step(body=tuple(self.steps(called, times)))
+                    yield Step(body=tuple(self.steps(called, times, goes_on)))
                 continue
             starts = tuple((c, collective) for c, is_start, collective in found[one.name] if is_start or c not in fused)
             ends = tuple(channel for channel, _, _ in found[one.name] if last[channel] == one.name)
@@ -213,6 +220,9 @@ class _Module:
                 waiting[one.name] = starts = waiting.pop(one.operands[0], ())
             elif one.opcode.endswith("-done"):
                 ends = tuple(channel for channel, _ in waiting.pop(one.operands[0], ()))
+            goes_on |= {channel: collective for channel, is_start, collective in found[one.name] if is_start}
+            for channel in ends:
+                goes_on.pop(channel, None)
             operation = self.operation(one, times)
             if operation or starts or ends:
                 yield Step(operation, starts, ends)
@@ -336,6 +346,8 @@ class _Module:
         for user in (one for one in body.values() if name in one.operands):
             if user.opcode in _PARTIAL_READS and user.operands[0] == name:
                 total += sum(shape.bytes for shape in user.shapes)
+            elif user.opcode in (*COLLECTIVES, "tuple"):
+                continue  # beside the operation, or only handed on
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 continue  # in place
             elif user.opcode == "bitcast":
@@ -350,6 +362,8 @@ class _Module:
     def _written(self, instruction: Instruction) -> float:
         """Bytes of main memory that an instruction writes; of an update in place, the update."""
         body = self.computations[self._homes[id(instruction)]]
+        if instruction.opcode in COLLECTIVES or instruction.opcode == "parameter":
+            return 0  # of a fusion beside which a collective goes on
         if instruction.opcode == "dynamic-update-slice":
             update = body[instruction.operands[1]]
             return sum(shape.bytes for shape in update.shapes) if instruction.shapes[0].space == 0 else 0
@@ -373,6 +387,11 @@ class _Module:
         # TPUs hold a batch axis as a dilated window, of which each position meets one element.
         kept = "i" if "lhs_dilate" in instruction.attributes else labels.replace("o", "")
         return 2.0 * results * math.prod(right[labels.index(label)] for label in kept)
+
+
+def _goes_on(part: Collective, whole: Collective | None) -> bool:
+    """Whether one collective is a part of another, of the same channel, that began before."""
+    return whole is not None and (part.kind, part.payload, part.group) == (whole.kind, whole.payload, whole.group)
 
 
 def _called(instruction: Instruction) -> list[str]:
