@@ -53,10 +53,8 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
     local_batch = max(1, config.training.batch_sequences // hosts)
     sequence = length * (2 * models.base.width + 8 * most + 4)
     rows = min(positions, config.targets.key_shard_rows)
-    of_search = {field.name for field in dataclasses.fields(Search)}
-    search = Search(**{name: value for name, value in config.targets.items() if name in of_search})
-    if search.backend == "auto":  # this machine may have no ScaNN where the hosts have it
-        search = dataclasses.replace(search, backend="scann")
+    backend = "exact" if config.targets.backend == "exact" else "scann"  # which the hosts have, if not this machine
+    search = Search.of({**config.targets, "backend": backend})
     return [
         ArtifactCost("tokens", total * token, 0, f"{token} bytes a token"),
         ArtifactCost("base", 4.0 * (base + keys), 4.0 * (base + keys) / hosts, "float32, the keys' model too"),

@@ -194,14 +194,19 @@ class _Module:
         not count as collectives of their own.
         """
         body = self.computations[name]
-        found = {one.name: list(self.collectives(one, times)) for one in body.values()}
-        for channels in found.values():
-            channels[:] = [one for one in channels if one[1] or not _goes_on(one[2], (around or {}).get(one[0]))]
+        goes_on = dict(around or {})
+        found = {
+            one.name: [
+                (channel, is_start, collective)
+                for channel, is_start, collective in self.collectives(one, times)
+                if is_start or not _goes_on(collective, goes_on.get(channel))
+            ]
+            for one in body.values()
+        }
         # The fusions that start an asynchronous collective, go on with it and end it all name its channel.
         last = {channel: one for one, channels in found.items() for channel, _, _ in channels}
         fused = {channel for channels in found.values() for channel, is_start, _ in channels if is_start}
         waiting: dict[str, tuple[tuple[str, Collective], ...]] = {}  # instruction -> started by it, or about to be
-        goes_on = dict(around or {})
         for one in body.values():
             if one.opcode == "while":
                 turns = self._turns(one)

@@ -7,7 +7,6 @@ import json
 import sys
 
 import ml_collections
-import rich.console
 from etils import epath
 
 from mlpmem_jax.core import mesh as meshes
@@ -15,7 +14,6 @@ from mlpmem_jax.core.accelerators import Slice, resolve
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.planning import compilation, programs, report
-from mlpmem_jax.planning.chips import CHIPS
 from mlpmem_jax.planning.plan import Planned, changed, plan_program, training_positions
 
 _TENSOR = (1, 2, 4, 8, 16)
@@ -50,7 +48,7 @@ def run(config: ml_collections.ConfigDict, options) -> None:
     devices = compilation.devices(tpu, options.slices)
     choices = [choose(config, tensor, tpu, devices, positions) for tensor in _TENSOR]
     best = fastest(choices)
-    console = rich.console.Console(width=120, highlight=False, soft_wrap=True)
+    console = report.new_console()
     console.print(f"{options.slices} x {tpu}; {positions:,} training positions ({source})")
     console.print(_table(choices, tpu, len(devices)))
     if options.json:
@@ -90,11 +88,10 @@ def _table(choices: list[Choice], tpu: Slice, chips: int):
             table.add_row(str(one.tensor), str(one.fsdp), *[""] * 6, why.split(";")[0])
             continue
         line, planned = one.planned.roofline, one.planned
-        used = sum(planned.memory.values()) / CHIPS[tpu.family].hbm_bytes
         milliseconds = (f"{1e3 * seconds:,.1f}" for seconds in (line.operations, line.waited, line.step))
         utilization = f"{planned.utilization(tpu, chips):.0%}"
-        hours = f"{line.step * planned.program.calls * chips / 3600:,.1f}"
-        table.add_row(str(one.tensor), str(one.fsdp), f"{used:.0%}", *milliseconds, utilization, hours)
+        used, hours = f"{planned.memory_share(tpu):.0%}", f"{planned.chip_hours(chips):,.1f}"
+        table.add_row(str(one.tensor), str(one.fsdp), used, *milliseconds, utilization, hours)
     return table
 
 
@@ -108,5 +105,5 @@ def _to_json(one: Choice, tpu: Slice, chips: int) -> dict:
         "memory": one.planned.memory,
         "seconds": seconds,
         "utilization": one.planned.utilization(tpu, chips),
-        "chip_hours": line.step * one.planned.program.calls * chips / 3600,
+        "chip_hours": one.planned.chip_hours(chips),
     }

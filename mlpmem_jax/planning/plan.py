@@ -46,6 +46,14 @@ class Planned:
         """Model FLOPs of a call over what the chips could do in its time."""
         return self.program.flops / (self.roofline.step * chips * CHIPS[tpu.family].flops)
 
+    def memory_share(self, tpu: Slice) -> float:
+        """What the program takes of a chip's memory, 1 for all of it."""
+        return sum(self.memory.values()) / CHIPS[tpu.family].hbm_bytes
+
+    def chip_hours(self, chips: int) -> float:
+        """Of all calls of the program; 0 where it does not fit."""
+        return self.roofline.step * self.program.calls * chips / 3600 if self.roofline else 0.0
+
 
 def run(config: ml_collections.ConfigDict, options) -> None:
     """Compiles, prints and, where a program does not fit, exits with 1 after naming the smallest change that does.

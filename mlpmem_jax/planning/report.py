@@ -39,14 +39,10 @@ class Report:
     def chips(self) -> int:
         return self.tpu.chips * self.slices
 
-    def hours(self, one: Planned) -> float:
-        """Chip-hours of all calls of a program; 0 where it does not fit."""
-        return one.roofline.step * one.program.calls * self.chips / 3600 if one.roofline else 0.0
-
 
 def show(report: Report) -> None:
     """Prints the tables on standard output."""
-    console = rich.console.Console(width=120, highlight=False, soft_wrap=True)
+    console = new_console()
     mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     console.print(f"{report.slices} x {report.tpu}; mesh: {mesh}")
     console.print(f"{report.positions:,} training positions ({report.positions_from})")
@@ -54,13 +50,18 @@ def show(report: Report) -> None:
         console.print(table)
     if report.slices > 1 and not _crosses_the_network(report):
         console.print(UNREAD_NETWORK)
-    hours = sum(report.hours(one) for one in report.planned)
+    hours = sum(one.chip_hours(report.chips) for one in report.planned)
     storage = sum(one.storage for one in report.artifacts)
     console.print(f"Together: {hours:,.1f} chip-hours in the programs above, {storage / 1e9:,.1f} GB stored")
 
 
 def _crosses_the_network(report: Report) -> bool:
     return any(traffic.network for one in report.planned if one.roofline for traffic in one.roofline.traffic)
+
+
+def new_console() -> rich.console.Console:
+    """Standard output, as wide in a log file as on a terminal."""
+    return rich.console.Console(width=120, highlight=False, soft_wrap=True)
 
 
 def new_table(title: str, *columns: str) -> rich.table.Table:
@@ -80,7 +81,7 @@ def _memory(report: Report) -> rich.table.Table:
             table.add_row(one.program.name, *[""] * 4, f"does not fit. {one.needs}")
             continue
         parts = [f"{one.memory[name] / _MIB:,.0f}" for name in ("arguments", "temporaries", "results", "code")]
-        table.add_row(one.program.name, *parts, f"{sum(one.memory.values()) / size:.0%}")
+        table.add_row(one.program.name, *parts, f"{one.memory_share(report.tpu):.0%}")
     return table
 
 
@@ -99,7 +100,7 @@ def _times(report: Report) -> rich.table.Table:
             *(f"{1e3 * second:,.2f}" for second in seconds),
             line.bound,
             f"{one.utilization(report.tpu, report.chips):.0%}",
-            f"{report.hours(one):,.1f}",
+            f"{one.chip_hours(report.chips):,.1f}",
         )
     return table
 
@@ -157,7 +158,7 @@ def to_json(report: Report, changes: dict) -> dict:
                 "collectives": [dataclasses.asdict(traffic) for traffic in line.traffic],
                 "bound": line.bound,
                 "utilization": one.utilization(report.tpu, report.chips),
-                "chip_hours": report.hours(one),
+                "chip_hours": one.chip_hours(report.chips),
             }
         rows.append(row)
     return {

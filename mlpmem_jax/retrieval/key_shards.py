@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -142,6 +143,11 @@ class Search:
     leaves: int = 0
     leaves_to_search: int = 0
     reorder: int = 0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, object]) -> Search:
+        """The search that settings named like those of config.targets ask for; `backend` is one of the two."""
+        return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls) if field.name in settings})
 
     @property
     def candidates(self) -> int:

@@ -154,9 +154,7 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
     """Makes the splits `names`; those finished before stay as they are."""
     workdir = epath.Path(config.workdir)
     plan = Plan(**{field.name: settings[field.name] for field in dataclasses.fields(Plan)})
-    search = Search(
-        **{field.name: settings[field.name] for field in dataclasses.fields(Search) if field.name in settings}
-    )
+    search = Search.of(settings)
     mesh = meshes.mesh_of(config)[0] if plan.backend == "exact" else None
     _check(plan, search, settings["key_shard_rows"], datastores["train"])
     digest = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()[:12]

@@ -101,7 +101,7 @@ def _plan(alpha, vocab_size, chunk, mesh, rules, positions, kernel_shape) -> _Pl
         raise ConfigError(f"training.loss_chunk: expected at least 1 position, found {chunk}")
     if vocab_size > kernel_shape[1]:
         raise ConfigError(f"the output projection has {kernel_shape[1]} columns for {vocab_size} tokens")
-    cut = (mesh and meshes.cut(mesh, rules)) or _ONE_DEVICE
+    cut = _ONE_DEVICE if mesh is None else meshes.cut(mesh, rules) or _ONE_DEVICE
     for name, axes, size in zip(
         ("positions", "width", "padded vocabulary"),
         (cut.batch, cut.embed, cut.vocab),
