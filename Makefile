@@ -1,5 +1,6 @@
 # make quickstart   install into .venv, then text to report in minutes on two CPU cores
 # make test         install into .venv with what the tests need, then run them
+# make test-slow    the tests that take minutes each: every ready config on several processes, fuzzing
 # make controls     the quickstart's controls, reported beside it
 # make desk         the whole embedded corpus, up to 90 minutes on two CPU cores
 # make sweep        five sizes, two arms, two seeds, and the scaling laws through them
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test controls desk sweep benchmark smoke lint clean
+.PHONY: quickstart test test-slow controls desk sweep benchmark smoke lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mlpmem run --config=configs/quickstart.py
@@ -37,6 +38,9 @@ benchmark: $(VENV)/installed-bench
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 
@@ -52,7 +56,7 @@ $(VENV)/installed: setup.py $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/installed-test: setup.py $(VENV)/bin/pip
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,torch]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,torch,hub,gguf,plan,bench]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-bench: setup.py $(VENV)/bin/pip

@@ -12,6 +12,8 @@ EXTRAS = {
     # Working directories, corpora and tokenizers in buckets: gs:// and s3://.
     "gcs": ["gcsfs>=2026.4"],
     "s3": ["s3fs>=2026.4"],
+    # Weights and tokenizers of llama.cpp's files.
+    "gguf": ["gguf>=0.17,<1"],
     # The compiler for TPUs, for `mlpmem plan` on machines without one. Versions that jax 0.10 and 0.11 were seen with.
     "plan": ["libtpu>=0.0.40,<0.1"],
     # The reference's way of searching, for `mlpmem benchmark`.
@@ -20,7 +22,6 @@ EXTRAS = {
         "pytest>=8.3,<10",
         "hypothesis>=6.130,<7",
         "pytest-xdist>=3.6,<4",
-        "pyarrow>=18",
         "ruff>=0.11,<0.18",
         "kubernetes-validate>=1.30",
     ],
