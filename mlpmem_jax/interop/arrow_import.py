@@ -18,7 +18,7 @@ from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.interop.arrow_stream import Stream
 from mlpmem_jax.models import saved, scoring
-from mlpmem_jax.retrieval.datastore import tapped_block
+from mlpmem_jax.retrieval.datastore import summary, tapped_block
 from mlpmem_jax.retrieval.distribution import SparseDistributions
 from mlpmem_jax.retrieval.targets import array_specs
 from mlpmem_jax.retrieval.tiles import Split
@@ -163,7 +163,7 @@ def _import_datastore(config: ml_collections.ConfigDict, split: str, stream: Str
             bar.advance(sizes[shard])
         stream.finish(length)
     if jax.process_index() == 0:
-        writer.seal({"sequences": sequences, "positions": sequences * length, "width": model.width})
+        writer.seal(summary(sequences, length, model.width, input_block=model.blocks))
     meshes.barrier(f"datastore {split} imported")
     return open_artifact(path, "datastore")
 

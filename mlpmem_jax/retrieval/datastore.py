@@ -157,33 +157,68 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: _M
     )
     shards, part = writer.incomplete_shards(), meshes.batch_part(models.mesh, models.rules)
     meshes.barrier(f"datastore {split} listed")
-    batch = config.datastore.batch_sequences // part.count
-    with progress(len(shards) * per_shard * length, f"datastore/{split}", "positions") as bar:
+    largest = config.datastore.batch_sequences // part.count
+    multiple = meshes.batch_shards(models.mesh, models.rules) // part.count
+    left = {shard: min(per_shard, sequences - shard * per_shard) for shard in shards}
+    with progress(sum(left.values()) * length, f"datastore/{split}", "positions") as bar:
         for first in range(0, len(shards), part.count):
+            group = shards[first : first + part.count]
             # Every process runs every forward pass, those without a shard of their own on a copy of another.
-            shard = shards[min(first + part.index, len(shards) - 1)]
-            start = shard * per_shard
-            count = min(per_shard, sequences - start)
-            tokens_SxT, next_SxT, documents_SxT = read_sequences(stream, start, count, length)
-            rows = [
-                models.outputs(*_padded(tokens_SxT, next_SxT, offset, batch), scored)
-                for offset in range(0, per_shard if part.count > 1 else count, batch)
-            ]
-            arrays = {name: np.concatenate([row[name] for row in rows])[:count] for name in rows[0]}
-            if not np.isfinite(arrays["keys"].astype(np.float32)).all():
-                raise UserError(f"datastore/{split}: shard {shard} has keys that are not finite in {models.dtype.name}")
-            if first + part.index < len(shards) and part.leads:
+            shard = group[min(part.index, len(group) - 1)]
+            tokens_SxT, next_SxT, documents_SxT = read_sequences(stream, shard * per_shard, left[shard], length)
+            longest = max(left[member] for member in group)
+            rows, outputs = rows_of_pass(longest, largest, multiple), []
+            for offset in range(0, longest, rows):
+                outputs.append(models.outputs(*_padded(tokens_SxT, next_SxT, offset, rows), scored))
+                _check_finite(outputs[-1], f"datastore/{split}, shard {shard}", config.datastore)
+                bar.advance(length * sum(min(max(left[member] - offset, 0), rows) for member in group))
+            if part.index < len(group) and part.leads:
+                arrays = {
+                    name: np.concatenate([output[name] for output in outputs])[: left[shard]] for name in outputs[0]
+                }
                 writer.write_shard(shard, {**arrays, "next_tokens": next_SxT, "documents": documents_SxT})
-            bar.advance(min(part.count, len(shards) - first) * per_shard * length)
     meshes.barrier(f"datastore {split} written")
     if jax.process_index() == 0:
-        writer.seal({"sequences": sequences, "positions": sequences * length, "width": models.key_config.width})
+        writer.seal(summary(sequences, length, models.key_config.width, models.input_tap))
     meshes.barrier(f"datastore {split} sealed")
     return open_artifact(path, "datastore")
 
 
+def summary(sequences: int, length: int, width: int, input_block: int) -> dict[str, int]:
+    """What the manifest of a datastore says beside its arrays; `input_block` is the one that the memory reads."""
+    return {"sequences": sequences, "positions": sequences * length, "width": width, "input_block": input_block}
+
+
+def rows_of_pass(count: int, largest: int, multiple: int) -> int:
+    """Rows of each forward pass over `count` sequences: few passes, little padding, and one shape to compile.
+
+    Args:
+      count: sequences, at least 1.
+      largest: most rows of one pass, a multiple of `multiple`.
+      multiple: into so many equal parts the devices divide the rows.
+    """
+    passes = -(-count // largest)
+    return -(-count // (passes * multiple)) * multiple
+
+
+def _check_finite(arrays: dict[str, np.ndarray], where: str, settings: ml_collections.ConfigDict) -> None:
+    """Raises UserError at the first array with a number that is infinite or not a number."""
+    for name, array in arrays.items():
+        if np.isfinite(array).all():
+            continue
+        if array.dtype == np.float16 and not np.isnan(array).any():
+            cause = f"float16 ends at {np.finfo(np.float16).max:,.0f}"
+            remedy = "set config.datastore.dtype to bfloat16"
+        else:
+            cause = f"the forward pass ran in {settings.compute_dtype}"
+            remedy = "set config.datastore.compute_dtype to float32"
+            if settings.compute_dtype == "float32":
+                remedy = "the model's parameters are not fit for use; import or train it again"
+        raise UserError(f"{where}: {name} has numbers that are not finite ({cause}); {remedy}")
+
+
 def _padded(tokens_SxT: np.ndarray, next_SxT: np.ndarray, offset: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows offset to offset + batch; past the end the first row is repeated, so that one shape compiles once."""
+    """Rows offset to offset + batch; past the end the first row is repeated."""
     rows = np.arange(offset, offset + batch)
     rows = np.where(rows < len(tokens_SxT), rows, 0)
     return tokens_SxT[rows], next_SxT[rows]
