@@ -75,12 +75,17 @@ def write_base(workdir, model=GPT2, seed=0):
     return parameters, saved.seal(writer, model, parameters, {})
 
 
-def write_memory(workdir, base, model, seed=1):
+def write_memory(workdir, base, model, seed=1, input_block=INPUT_BLOCK):
     parameters = noisy(jax.jit(memory.init, static_argnums=0)(model, jax.random.key(seed)), seed)
     kernel = parameters["lm_head"]["kernel"]
     parameters["lm_head"]["kernel"] = kernel.at[:, VOCABULARY:].set(0)  # padding, which no export holds
     writer = ArtifactWriter.create(workdir / "memory", "memory", {"made": "here"}, {"base": base.fingerprint}, {})
-    saved.seal(writer, model, parameters, {"validation": {"interpolation_weight": WEIGHT}, "step": 7})
+    saved.seal(
+        writer,
+        model,
+        parameters,
+        {"validation": {"interpolation_weight": WEIGHT}, "step": 7, "input_block": input_block},
+    )
     return parameters
 
 
@@ -155,8 +160,9 @@ def datastore_stream(file, vals, keys=None, width=WIDTH):
     return write_stream(file, schema, {"keys": list(keys), "vals": vals})
 
 
-def write_workdir(folder, base_model, model):
+def write_workdir(folder, base_model, model, input_block=INPUT_BLOCK):
     workdir = epath.Path(folder)
     write_tokens(workdir)
     base, artifact = write_base(workdir, base_model)
-    return Workdir(config_for(workdir), base_model, model, base, write_memory(workdir, artifact, model))
+    beside = write_memory(workdir, artifact, model, input_block=input_block)
+    return Workdir(config_for(workdir), base_model, model, base, beside)

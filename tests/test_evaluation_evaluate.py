@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from configs import default
+from mlpmem_jax.core import manifests
 from mlpmem_jax.core import mesh as meshes
-from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
+from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter, open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.evaluation import evaluate, provenance
+from mlpmem_jax.evaluation.inputs import open_inputs
 from mlpmem_jax.models import gpt2, memory, saved, scoring
 
 VOCABULARY, LENGTH, ENTRIES = 31, 8, 12
@@ -19,6 +21,7 @@ LANGUAGE_MODEL = gpt2.GPT2Config(VOCABULARY, LENGTH, 16, 2, 2)
 MEMORY = memory.MemoryConfig("gpt2", VOCABULARY, 32, 16, 16, 2, 32)
 SEQUENCES = {"train": 3, "validation": 7, "test": 9}
 PER_SHARD = 4
+SETTINGS = {"memory": {"blocks": 2}, "training": {"alpha": 0.4, "seed": 0}}
 
 
 def log_softmax(logits):
@@ -38,12 +41,12 @@ def write_tokens(workdir, streams):
     return writer.seal({"vocab_size": VOCABULARY})
 
 
-def write_model(path, kind, model, parameters, inputs):
-    writer = ArtifactWriter.create(path, kind, {}, inputs, {})
-    return saved.seal(writer, model, parameters, {"step": 10, "steps": 20})
+def write_model(path, kind, model, parameters, inputs, config=None, **figures):
+    writer = ArtifactWriter.create(path, kind, config or {}, inputs, {})
+    return saved.seal(writer, model, parameters, {"step": 10, "steps": 20, "training_flops": 1e6, **figures})
 
 
-def write_datastore(workdir, split, inputs_SxTxD, next_SxT, scores_SxT, base):
+def write_datastore(workdir, split, inputs_SxTxD, next_SxT, scores_SxT, inputs):
     count = len(next_SxT)
     specs = {
         "keys": ArraySpec((count, LENGTH, 16), "float16", PER_SHARD, (1, LENGTH, 16)),
@@ -51,16 +54,16 @@ def write_datastore(workdir, split, inputs_SxTxD, next_SxT, scores_SxT, base):
         "documents": ArraySpec((count, LENGTH), "int32", PER_SHARD, (1, LENGTH)),
         "base_log_probabilities": ArraySpec((count, LENGTH), "float32", PER_SHARD, (1, LENGTH)),
     }
-    writer = ArtifactWriter.create(workdir / "datastore" / split, "datastore", {}, {"base": base}, specs)
+    writer = ArtifactWriter.create(workdir / "datastore" / split, "datastore", {}, inputs, specs)
     rows = {"keys": inputs_SxTxD, "next_tokens": next_SxT, "base_log_probabilities": scores_SxT}
     rows["documents"] = np.arange(count * LENGTH).reshape(count, LENGTH) // (2 * LENGTH)
     for shard in range(writer.num_shards):
         part = slice(shard * PER_SHARD, (shard + 1) * PER_SHARD)
         writer.write_shard(shard, {name: array[part] for name, array in rows.items()})
-    writer.seal({})
+    return writer.seal({"input_block": 2})
 
 
-def write_targets(workdir, split, counts_SxT, labels_SxT):
+def write_targets(workdir, split, counts_SxT, labels_SxT, inputs):
     """Every position has uniform probabilities over so many tokens."""
     count = len(counts_SxT)
     shards = -(-count // PER_SHARD)
@@ -71,7 +74,7 @@ def write_targets(workdir, split, counts_SxT, labels_SxT):
         "probabilities": ArraySpec((shards, capacity), "float16", 1, (1, capacity)),
         "label_probabilities": ArraySpec((count, LENGTH), "float32", PER_SHARD, (1, LENGTH)),
     }
-    writer = ArtifactWriter.create(workdir / "targets" / split, "targets", {}, {}, specs)
+    writer = ArtifactWriter.create(workdir / "targets" / split, "targets", {}, inputs, specs)
     for shard in range(shards):
         part = slice(shard * PER_SHARD, (shard + 1) * PER_SHARD)
         counts_N = counts_SxT[part].ravel()
@@ -86,7 +89,7 @@ def write_targets(workdir, split, counts_SxT, labels_SxT):
                 "label_probabilities": labels_SxT[part],
             },
         )
-    writer.seal({"recall_at_k": 0.99, "total_variation": 0.001, "bytes_per_position": 12.5})
+    return writer.seal({"recall_at_k": 0.99, "total_variation": 0.001, "bytes_per_position": 12.5})
 
 
 @jax.jit
@@ -112,10 +115,9 @@ def world(tmp_path_factory):
     generator = np.random.default_rng(0)
     base, trained = fresh_models(jax.random.key(0))
     streams = {split: generator.integers(VOCABULARY, size=n * LENGTH + 3) for split, n in SEQUENCES.items()}
-    write_tokens(workdir, streams)
-    base_artifact = write_model(workdir / "base", "base", LANGUAGE_MODEL, base, {})
-    write_model(workdir / "memory", "memory", MEMORY, trained, {"base": base_artifact.fingerprint})
-    expected = {}
+    inputs = {"tokens": write_tokens(workdir, streams).fingerprint}
+    inputs["base"] = write_model(workdir / "base", "base", LANGUAGE_MODEL, base, inputs).fingerprint
+    expected, datastores = {}, {}
     for split, count in SEQUENCES.items():
         tokens_SxT = streams[split][: count * LENGTH].reshape(count, LENGTH)
         next_SxT = streams[split][1 : count * LENGTH + 1].reshape(count, LENGTH)
@@ -126,8 +128,8 @@ def world(tmp_path_factory):
         picked = [np.take_along_axis(rows, next_SxT[..., None], 2)[..., 0] for rows in (base_SxTxV, memory_SxTxV)]
         labels_SxT = generator.random((count, LENGTH)) * (generator.random((count, LENGTH)) < 0.5)
         counts_SxT = generator.integers(1, ENTRIES + 1, (count, LENGTH))
-        write_datastore(workdir, split, inputs_SxTxD, next_SxT, picked[0], base_artifact.fingerprint)
-        write_targets(workdir, split, counts_SxT, labels_SxT)
+        written = write_datastore(workdir, split, inputs_SxTxD, next_SxT, picked[0], inputs)
+        datastores[f"datastore/{split}"] = written.fingerprint
         expected[split] = {
             "base": picked[0],
             "memory": picked[1],
@@ -135,6 +137,9 @@ def world(tmp_path_factory):
             "rows": {"base": base_SxTxV, "memory": memory_SxTxV},
             "counts": counts_SxT,
         }
+    targets = [write_targets(workdir, split, of["counts"], of["labels"], datastores) for split, of in expected.items()]
+    made_from = {"base": inputs["base"], "datastore": datastores["datastore/train"], "targets": targets[0].fingerprint}
+    write_model(workdir / "memory", "memory", MEMORY, trained, made_from, SETTINGS, input_block=2)
     return workdir, expected
 
 
@@ -207,26 +212,44 @@ def test_shapes_are_means_over_all_positions_when_all_are_asked_for(world, metri
         assert shapes[name]["tokens_for_mass"]["0.9"] == pytest.approx(needed, abs=0.03)
 
 
-def test_controls_are_found_scored_and_left_out_when_foreign(world):
-    workdir, _ = world
-    base = evaluate.open_artifact(workdir / "base", "base").fingerprint
-    continued, ce_only = fresh_models(jax.random.key(7))
-    write_model(workdir / "controls" / "continued", "base", LANGUAGE_MODEL, continued, {"base": base})
-    write_model(workdir / "controls" / "ce_only", "memory", MEMORY, ce_only, {"base": "another"})
-    metrics = evaluate.run(config_of(workdir))
-    assert set(metrics["controls"]) == {"continued"}
-    shutil.rmtree(workdir / "controls" / "ce_only")
-    write_model(workdir / "controls" / "ce_only", "memory", MEMORY, ce_only, {"base": base})
+def linked(workdir, folder, *, without):
+    """A working directory of links to the entries of another."""
+    for entry in workdir.iterdir():
+        if entry.name not in without:
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def controls_of(workdir):
+    """Writers of the two controls of the memory of a working directory, by name, and their parameters."""
+    of_memory = open_artifact(workdir / "memory", "memory")
+    models = dict(zip(("continued", "ce_only"), fresh_models(jax.random.key(7)), strict=True))
+    dimensions = {"continued": ("base", LANGUAGE_MODEL), "ce_only": ("memory", MEMORY)}
+    inputs = {"continued": {"memory": of_memory.fingerprint}, "ce_only": of_memory.inputs}
+
+    def write(folder, name, config=None, inputs=inputs, **figures):
+        kind, model = dimensions[name]
+        return write_model(folder / "controls" / name, kind, model, models[name], inputs[name], config, **figures)
+
+    return write, models
+
+
+def test_controls_of_this_memory_are_scored(world, tmp_path):
+    workdir = linked(world[0], tmp_path, without=("report", "controls"))
+    write, models = controls_of(workdir)
+    write(workdir, "continued", training_flops=1.015e6)
+    write(workdir, "ce_only", {**SETTINGS, "training": {**SETTINGS["training"], "alpha": 0.0}})
     metrics = evaluate.run(config_of(workdir))
     assert set(metrics["controls"]) == {"continued", "ce_only"}
-    opened = evaluate._open(config_of(workdir))
+    assert metrics["controls_left_out"] == {}
+    opened = open_inputs(config_of(workdir))
     tokens_SxT, next_SxT = opened.tokens("test", 0, SEQUENCES["test"])
-    rows_SxTxV = log_softmax(gpt2.logits(continued, LANGUAGE_MODEL, tokens_SxT))
+    rows_SxTxV = log_softmax(gpt2.logits(models["continued"], LANGUAGE_MODEL, tokens_SxT))
     picked_SxT = np.take_along_axis(rows_SxTxV, next_SxT[..., None], 2)[..., 0]
     found = metrics["controls"]["continued"]["perplexity"]["test"]
     assert found == pytest.approx(perplexity(np.exp(picked_SxT)), rel=1e-4)
-    inputs_SxTxD = opened.inputs("test", 0, SEQUENCES["test"]).astype(np.float32)
-    rows_SxTxV = log_softmax(np.asarray(memory.logits(ce_only, MEMORY, inputs_SxTxD))[..., :VOCABULARY])
+    inputs_SxTxD = opened.memory_inputs("test", 0, SEQUENCES["test"]).astype(np.float32)
+    rows_SxTxV = log_softmax(np.asarray(memory.logits(models["ce_only"], MEMORY, inputs_SxTxD))[..., :VOCABULARY])
     picked_SxT = np.take_along_axis(rows_SxTxV, next_SxT[..., None], 2)[..., 0]
     weight = metrics["interpolation_weight"]["ce_only"]
     mixed_SxT = weight * np.exp(picked_SxT) + (1 - weight) * np.exp(world[1]["test"]["base"])
@@ -235,31 +258,82 @@ def test_controls_are_found_scored_and_left_out_when_foreign(world):
     assert "controls/continued" in metrics["bytes"]
 
 
-def test_a_memory_of_another_base_is_refused(world, tmp_path):
-    workdir, _ = world
-    for entry in workdir.iterdir():
-        if entry.name not in ("memory", "report"):
-            (tmp_path / entry.name).symlink_to(entry)
+ALPHA_0 = {"memory": {"blocks": 2}, "training": {"alpha": 0.0, "seed": 0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "inputs", "figures", "reason"),
+    [
+        ("continued", None, {"memory": "another"}, {}, "another memory"),
+        ("continued", None, None, {"training_flops": 0.13e6}, "0.13 times"),
+        ("continued", None, None, {"training_flops": 1.03e6}, "1.03 times"),
+        ("ce_only", ALPHA_0, {"base": "another"}, {}, "other inputs"),
+        ("ce_only", {**ALPHA_0, "memory": {"blocks": 1}}, None, {}, "other settings"),
+        ("ce_only", SETTINGS, None, {}, "other settings"),
+        ("ce_only", ALPHA_0, None, {"steps": 21}, "21 steps, the memory for 20"),
+    ],
+)
+def test_controls_of_other_settings_are_named_and_left_out(world, tmp_path, name, config, inputs, figures, reason):
+    workdir = linked(world[0], tmp_path, without=("report", "controls"))
+    write, _ = controls_of(workdir)
+    write(workdir, name, config, **({"inputs": {name: inputs}} if inputs else {}), **figures)
+    opened = open_inputs(config_of(workdir))
+    assert opened.controls == {}
+    assert reason in opened.controls_left_out[name]
+    assert str(workdir / "controls" / name) in opened.controls_left_out[name]
+
+
+def test_whole_steps_may_miss_the_compute_by_half_of_one(world, tmp_path):
+    workdir = linked(world[0], tmp_path, without=("report", "controls"))
+    controls_of(workdir)[0](workdir, "continued", training_flops=1.2e6, steps=3)
+    assert set(open_inputs(config_of(workdir)).controls) == {"continued"}
+
+
+@pytest.mark.parametrize("remade", ["tokens", "base", "datastore/train", "datastore/test", "targets/train"])
+def test_inputs_that_were_made_anew_since_are_refused(world, tmp_path, remade):
+    """Both folders are named, and nothing is written."""
+    workdir = linked(world[0], tmp_path, without=("report", "controls", remade.split("/")[0]))
+    folder = world[0] / remade.split("/")[0]
+    shutil.copytree(folder, workdir / folder.name)
+    file = workdir / remade / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["summary"]["remade"] = True
+    file.write_bytes(manifests.encode({**manifest, "fingerprint": manifests.fingerprint(manifest)}))
+    with pytest.raises(
+        ArtifactError, match=rf"{workdir}/\S+: was made from another \w+ than the one at {workdir / remade}"
+    ):
+        evaluate.run(config_of(workdir))
+    assert not (workdir / "report").exists()
+
+
+def test_a_memory_imported_for_another_block_is_refused(world, tmp_path):
+    workdir = linked(world[0], tmp_path, without=("memory", "report"))
+    base = open_artifact(workdir / "base", "base").fingerprint
     trained = fresh_models(jax.random.key(0))[1]
-    write_model(tmp_path / "memory", "memory", MEMORY, trained, {"base": "another"})
-    with pytest.raises(ArtifactError, match="another base"):
-        evaluate.run(config_of(tmp_path))
-    assert not (tmp_path / "report").exists()
+    origin = {"imported": {"parameters": "x"}}
+    write_model(workdir / "memory", "memory", MEMORY, trained, {"base": base}, origin, input_block=1)
+    with pytest.raises(ArtifactError, match=r"reads block 1 .* inputs of block 2; .*input_depth to 0.5"):
+        evaluate.run(config_of(workdir))
 
 
 def test_a_missing_stage_and_a_short_test_split_are_refused(world, tmp_path):
-    workdir, _ = world
     with pytest.raises(ArtifactError, match="run the stage"):
         evaluate.run(config_of(tmp_path))
-    for entry in workdir.iterdir():
-        if entry.name != "datastore":
-            (tmp_path / entry.name).symlink_to(entry)
-    base = evaluate.open_artifact(workdir / "base", "base").fingerprint
+    workdir = linked(world[0], tmp_path, without=("datastore", "targets", "memory"))
+    inputs = {kind: open_artifact(workdir / kind, kind).fingerprint for kind in ("tokens", "base")}
+    datastores = {}
     for split, count in {**SEQUENCES, "test": 1}.items():
         zeros = [np.zeros((count, LENGTH, *width)) for width in ((16,), (), ())]
-        write_datastore(tmp_path, split, *zeros, base)
+        datastores[f"datastore/{split}"] = write_datastore(workdir, split, *zeros, inputs).fingerprint
+    for split in SEQUENCES:
+        ones = np.ones((SEQUENCES[split], LENGTH), int)
+        targets = write_targets(workdir, split, ones, ones, datastores)
+        if split == "train":
+            made_from = {"datastore": datastores["datastore/train"], "targets": targets.fingerprint}
+    trained = fresh_models(jax.random.key(0))[1]
+    write_model(workdir / "memory", "memory", MEMORY, trained, {"base": inputs["base"], **made_from})
     with pytest.raises(ConfigError, match="test_fraction"):
-        evaluate.run(config_of(tmp_path))
+        evaluate.run(config_of(workdir))
 
 
 def test_curves_are_thinned_but_keep_every_validation_and_the_last_record(tmp_path):

@@ -78,3 +78,29 @@ def test_few_positions_are_not_padded_to_a_whole_chunk(mesh, monkeypatch):
         parameters, MEMORY, np.zeros((3, 12), np.float32), np.zeros(3, np.int32), mesh=mesh, chunk=1024
     )
     assert shapes[0] == (-(-3 // meshes.batch_shards(mesh)) * meshes.batch_shards(mesh), 12)
+
+
+def test_the_batch_is_sharded_as_the_config_says():
+    """All four devices share the batch; six positions are no multiple of them."""
+    mesh = meshes.make_mesh(1, 2, 2, devices=jax.devices()[:4])
+    rules = {**dict.fromkeys(meshes.RULES), "batch": ("slice", "fsdp", "tensor"), "embed": "fsdp"}
+    beside, base = fresh_models(jax.random.key(0))
+    beside = jax.device_put(beside, meshes.shardings(mesh, memory.logical_axes(MEMORY), rules))
+    base = jax.device_put(base, meshes.shardings(mesh, gpt2.logical_axes(LANGUAGE_MODEL), rules))
+    on_mesh = {"mesh": mesh, "rules": rules}
+    generator = np.random.default_rng(2)
+    inputs_6xD = generator.normal(size=(6, 12)).astype(np.float32)
+    tokens_6xT = generator.integers(36, size=(6, 8)).astype(np.int32)
+    memory_6xV = log_softmax_oracle(np.asarray(memory.logits(beside, MEMORY, inputs_6xD))[:, :37])
+    base_6xV = log_softmax_oracle(gpt2.logits(base, LANGUAGE_MODEL, tokens_6xT))[:, -1]
+    found_6 = scoring.memory_log_probabilities(beside, MEMORY, inputs_6xD, tokens_6xT[:, 0], **on_mesh)
+    np.testing.assert_allclose(found_6, memory_6xV[np.arange(6), tokens_6xT[:, 0]], rtol=1e-4, atol=1e-4)
+    found_6xV = scoring.memory_distributions(beside, MEMORY, inputs_6xD, **on_mesh)
+    np.testing.assert_allclose(found_6xV, np.exp(memory_6xV), rtol=1e-3, atol=1e-6)
+    next_6xT = np.roll(tokens_6xT, -1, axis=1)
+    found_6xT = scoring.language_model_log_probabilities(base, LANGUAGE_MODEL, tokens_6xT, next_6xT, **on_mesh)
+    np.testing.assert_allclose(found_6xT[:, -1], base_6xV[np.arange(6), next_6xT[:, -1]], rtol=1e-4, atol=1e-4)
+    hidden_6xTxD = scoring.language_model_hidden(base, LANGUAGE_MODEL, tokens_6xT, **on_mesh)
+    found_6xV = scoring.language_model_distributions(base, hidden_6xTxD[:, -1], **on_mesh)
+    np.testing.assert_allclose(found_6xV, np.exp(base_6xV), rtol=1e-3, atol=1e-6)
+    assert scoring.chunk_positions(scoring.LOGITS_AT_ONCE, mesh, rules) == 4

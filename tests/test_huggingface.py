@@ -263,7 +263,6 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused(tmp_path):
         huggingface.load_language_model(source, make_mesh(1, 1, 4, jax.devices()[:4]))
 
 
-
 # One of two processes: reads a folder, prints how many numbers of it, and writes the model as another folder.
 _LOAD_AND_SAVE = """
 import json, os, sys

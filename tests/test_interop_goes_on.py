@@ -32,8 +32,7 @@ from mlpmem_jax.training import memory as training
 def imported(tmp_path_factory):
     """(config, parameters of the memory, next tokens of the test split) of a directory where all is imported."""
     root = tmp_path_factory.mktemp("goes_on")
-    made = write_workdir(root / "source", *MODELS["gpt2-projected"])
-    made.config.datastore.input_depth = 1.0
+    made = write_workdir(root / "source", *MODELS["gpt2-projected"], input_block=GPT2.blocks)
     folder = export_model.transformers_folder(made.config, str(root / "folder"))
     streams = write_tokens(epath.Path(root / "work"))
     config = config_for(

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import json
+import pathlib
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from configs import smoke
 from mlpmem_jax.cli import _run_stage
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import open_artifact
-from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
 from mlpmem_jax.inference import compare
 from mlpmem_jax.interop import huggingface
@@ -92,10 +94,59 @@ def test_the_memory_has_the_family_of_its_base_and_starts_from_its_untied_output
     np.testing.assert_array_equal(kernel[:, 300:], 0)
 
 
-def test_it_generates_with_its_memory(config, capsys):
-    options = argparse.Namespace(prompt=["The", ""], tokens=3, temperature=0.0, top_k=0, top_p=1.0, seed=0)
-    compare.run(config, options)
-    assert "base LM + memory" in capsys.readouterr().out
+OPTIONS = argparse.Namespace(prompt=["The", ""], tokens=3, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+
+
+def test_it_generates_with_its_memory_and_the_lambda_of_its_report(config, capsys):
+    compare.run(config, OPTIONS)
+    trained = open_artifact(f"{config.workdir}/memory", "memory")
+    printed = capsys.readouterr().out
+    assert "base LM + memory" in printed
+    assert f"lambda {trained.summary['validation']['interpolation_weight']:.4f}: from {trained.path}" in printed
+
+    config.evaluation.update({"bootstrap_samples": 20, "sharpness_positions": 40})
+    _run_stage("evaluate", config)  # base and memory are padded to different sizes
+    report = pathlib.Path(config.workdir) / "report" / "metrics.json"
+    metrics = json.loads(report.read_text())
+    assert metrics["sharpness"]["augmented"]["positions"] == 40
+    metrics["interpolation_weight"]["memory"] = 0.4321
+    report.write_text(json.dumps(metrics))
+    compare.run(config, OPTIONS)
+    assert f"lambda 0.4321: from {report}, tuned on the validation split" in capsys.readouterr().out
+    metrics["provenance"]["fingerprints"]["memory"] = "another"
+    report.write_text(json.dumps(metrics))
+    compare.run(config, OPTIONS)
+    assert "lambda 0.4321" not in capsys.readouterr().out
+
+
+def test_generation_reads_the_block_that_the_memory_was_trained_on(config, monkeypatch):
+    changed = config.copy_and_resolve_references()
+    changed.datastore.input_depth = 1.0
+    read = []
+    monkeypatch.setattr(compare, "generate", lambda models, *_, **__: read.append(models.input_block) or [])
+    monkeypatch.setattr(compare, "_show", lambda *_: None)
+    compare.run(changed, OPTIONS)
+    assert read == [0, 2]  # alone, and beside the memory: depth 0.7 of three blocks
+
+
+def test_training_refuses_a_datastore_of_another_depth(config):
+    changed = config.copy_and_resolve_references()
+    changed.datastore.input_depth = 1.0
+    with pytest.raises(ConfigError, match=r"input_depth: 1.0 is not that of .*datastore/train.* block 2 of 3"):
+        _run_stage("train", changed)
+
+
+def test_generation_refuses_a_memory_of_another_base(config, tmp_path):
+    changed = config.copy_and_resolve_references()
+    changed.workdir = str(tmp_path)
+    for name in ("tokens", "memory"):
+        (tmp_path / name).symlink_to(pathlib.Path(config.workdir) / name)
+    changed.base.path = str(tmp_path / "model")
+    parameters = jax.jit(language_model.init, static_argnums=0)(MISTRAL, jax.random.key(1))
+    huggingface.save_language_model(tmp_path / "model", parameters, MISTRAL)
+    _run_stage("base", changed)
+    with pytest.raises(ArtifactError, match=rf"{tmp_path}/memory: was made from another base than .*{tmp_path}/base"):
+        compare.run(changed, OPTIONS)
 
 
 @pytest.mark.parametrize(

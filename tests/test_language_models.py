@@ -127,9 +127,7 @@ def test_logits_and_taps_equal_those_of_transformers(folders, name):
     final, taps = language_model.features(parameters, config, tokens_BxT, taps=(3, 1))
     for tap in (1, 3):
         np.testing.assert_allclose(taps[tap], inputs[tap - 1], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(
-        language_model.vocabulary_logits(parameters, config, final), expected, rtol=0, atol=1e-4
-    )
+    np.testing.assert_allclose(language_model.vocabulary_logits(parameters, config, final), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "mistral"])

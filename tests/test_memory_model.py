@@ -140,9 +140,7 @@ def test_positions_that_tensor_shards_do_not_divide_stay_whole_in_each():
         memory.hidden(parameters, GPT2, inputs[:5], cut=meshes.cut(mesh))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("family", "bert"), ("activation", "tanh"), ("padded_vocab_size", 49)]
-)
+@pytest.mark.parametrize(("key", "value"), [("family", "bert"), ("activation", "tanh"), ("padded_vocab_size", 49)])
 def test_unknown_families_activations_and_too_little_padding_are_refused(key, value):
     with pytest.raises(ValueError, match=key):
         dataclasses.replace(GPT2, **{key: value})

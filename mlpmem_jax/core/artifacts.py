@@ -130,6 +130,29 @@ class Artifact:
         """Bytes of all shard files and side files; directories of parameters included."""
         return _tree_bytes(epath.Path(self.path))
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether it was read from elsewhere rather than made by a stage."""
+        return "imported" in self.config
+
+    def check_made_from(self, inputs: Mapping[str, Artifact]) -> None:
+        """Checks that this artifact was made from these very artifacts.
+
+        Args:
+          inputs: by the names that its manifest has for them; an imported artifact need not name them all.
+
+        Raises:
+          ArtifactError: it was made from another one; names both folders.
+        """
+        for name, artifact in inputs.items():
+            if name not in self.inputs and self.is_imported:
+                continue
+            if self.inputs.get(name) != artifact.fingerprint:
+                raise ArtifactError(
+                    f"{self.path}: was made from another {artifact.kind} than the one at {artifact.path}; restore that "
+                    f"one, or delete {self.path} and run its stage again"
+                )
+
     def shard_extra(self, shard: int) -> dict:
         """What the writer stored beside the shard."""
         return self._shards[shard]["extra"]

@@ -6,63 +6,23 @@ models to compare with, run here.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 
 import ml_collections
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import runtime
-from mlpmem_jax.core.artifacts import Artifact, open_artifact
-from mlpmem_jax.core.errors import ArtifactError, ConfigError
-from mlpmem_jax.core.manifests import read_manifest
+from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.progress import progress, say
-from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
 from mlpmem_jax.evaluation import comparison, provenance, report, wording
+from mlpmem_jax.evaluation.inputs import HELD_OUT, Inputs, open_inputs
 from mlpmem_jax.evaluation.sharpness import SharpnessMean, rows_of_ragged
 from mlpmem_jax.models import saved, scoring
 
-HELD_OUT = ("validation", "test")
-CONTROLS = {"continued": "base", "ce_only": "memory"}
-"""Controls by folder name, and what each is: a language model by itself, or a memory to be mixed with the base."""
-
 _PROBABILITIES_AT_ONCE = 2**22  # of one distribution in a chunk: 16 MiB of float32
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """What evaluation reads: a working directory of finished stages, and the mesh to compute on."""
-
-    config: ml_collections.ConfigDict
-    artifacts: dict[str, Artifact]
-    controls: dict[str, Artifact]
-    mesh: Mesh
-    rules: meshes.Rules
-
-    def sequences(self, split: str) -> tuple[int, int]:
-        """(number of sequences, positions in each)."""
-        return self.artifacts[f"datastore/{split}"].arrays["next_tokens"].shape
-
-    def shards(self, split: str) -> list[tuple[int, int]]:
-        """(first sequence, number of sequences) of every shard."""
-        count, per_shard = self.sequences(split)[0], self.artifacts[f"targets/{split}"].arrays["offsets"].rows_per_shard
-        return [(first, min(per_shard, count - first)) for first in range(0, count, per_shard)]
-
-    def inputs(self, split: str, first: int, count: int) -> np.ndarray:
-        """Memory inputs [count, T, D]."""
-        datastore = self.artifacts[f"datastore/{split}"]
-        name = "memory_inputs" if "memory_inputs" in datastore.arrays else "keys"
-        return datastore.read(name, first, first + count)
-
-    def tokens(self, split: str, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and next tokens, int32 [count, T]."""
-        stream = TokenStream(self.artifacts["tokens"], split)
-        return read_sequences(stream, first, count, self.sequences(split)[1])[:2]
 
 
 def run(config: ml_collections.ConfigDict) -> dict:
@@ -72,11 +32,13 @@ def run(config: ml_collections.ConfigDict) -> dict:
       What metrics.json holds.
 
     Raises:
-      ArtifactError: a stage before this one is missing, or was made from another base.
-      ConfigError: the test split is too short for a bootstrap.
+      ArtifactError: a stage before this one is missing, or was made from others than those that are there.
+      ConfigError: the test split is too short for intervals.
     """
     start = time.perf_counter()
-    opened = _open(config)
+    opened = open_inputs(config)
+    for reason in opened.controls_left_out.values():
+        say(f"left out of the report: {reason}")
     parameters, model, _ = saved.load_memory(opened.artifacts["memory"].path, opened.mesh, opened.rules)
     scores = {split: _scores(opened, split, parameters, model) for split in HELD_OUT}
     settings = config.evaluation
@@ -98,46 +60,12 @@ def run(config: ml_collections.ConfigDict) -> dict:
     return metrics
 
 
-def _open(config: ml_collections.ConfigDict) -> _Run:
-    workdir = epath.Path(config.workdir)
-    artifacts = {"tokens": open_artifact(workdir / "tokens", "tokens"), "base": open_artifact(workdir / "base", "base")}
-    for kind in ("datastore", "targets"):
-        for split in ("train", *HELD_OUT):
-            artifacts[f"{kind}/{split}"] = open_artifact(workdir / kind / split, kind)
-    artifacts["memory"] = open_artifact(workdir / "memory", "memory")
-    base = artifacts["base"].fingerprint
-    for name in ("memory", *(f"datastore/{split}" for split in HELD_OUT)):
-        if artifacts[name].inputs.get("base") != base:
-            raise ArtifactError(
-                f"{artifacts[name].path}: was made from another base than {artifacts['base'].path}; delete it and run "
-                "its stage again"
-            )
-    sequences = artifacts["datastore/test"].arrays["next_tokens"].shape[0]
-    if sequences < 2:
-        raise ConfigError(
-            f"config.corpus.test_fraction: the test split holds {sequences} sequence of "
-            f"{config.base.context_length} tokens, intervals need 2 or more; raise it, or lower "
-            "config.base.context_length"
-        )
-    mesh, rules = meshes.mesh_of(config)
-    return _Run(config, artifacts, _controls(workdir / "controls", base), mesh, rules)
+def _computed_by(opened: Inputs) -> dict:
+    """Arguments of `scoring` that are the same for all that is compared."""
+    return {"mesh": opened.mesh, "rules": opened.rules, "compute_dtype": opened.compute_dtype}
 
 
-def _controls(folder: epath.Path, base: str) -> dict[str, Artifact]:
-    """The finished controls of this very base."""
-    found = {}
-    for name, kind in CONTROLS.items():
-        manifest = read_manifest(str(folder / name))
-        if manifest is None or not manifest["sealed"]:
-            continue
-        if manifest["inputs"].get("base") != base:
-            say(f"{folder / name}: was made from another base, and is left out of the report")
-            continue
-        found[name] = open_artifact(folder / name, kind)
-    return found
-
-
-def _scores(opened: _Run, split: str, parameters: dict, model) -> comparison.Scores:
+def _scores(opened: Inputs, split: str, parameters: dict, model) -> comparison.Scores:
     datastore, targets = opened.artifacts[f"datastore/{split}"], opened.artifacts[f"targets/{split}"]
     count = opened.sequences(split)[0]
     labels_SxT = targets.read("label_probabilities", 0, count)
@@ -161,23 +89,21 @@ def _scores(opened: _Run, split: str, parameters: dict, model) -> comparison.Sco
     )
 
 
-def _memory_scores(opened: _Run, split: str, parameters: dict, model, name: str) -> np.ndarray:
+def _memory_scores(opened: Inputs, split: str, parameters: dict, model, name: str) -> np.ndarray:
     """log p_MLP of the next tokens, float32 [S, T], shard by shard."""
     sequences, length = opened.sequences(split)
     rows = []
     with progress(sequences * length, f"evaluate: {name} on {split}", "positions") as bar:
         for first, count in opened.shards(split):
-            inputs_NxD = opened.inputs(split, first, count).reshape(count * length, -1)
+            inputs_NxD = opened.memory_inputs(split, first, count).reshape(count * length, -1)
             next_N = opened.artifacts[f"datastore/{split}"].read("next_tokens", first, first + count).reshape(-1)
-            scores_N = scoring.memory_log_probabilities(
-                parameters, model, inputs_NxD, next_N, mesh=opened.mesh, rules=opened.rules
-            )
+            scores_N = scoring.memory_log_probabilities(parameters, model, inputs_NxD, next_N, **_computed_by(opened))
             rows.append(scores_N.reshape(count, length))
             bar.advance(count * length)
     return np.concatenate(rows)
 
 
-def _language_model_scores(opened: _Run, split: str, parameters: dict, model, name: str) -> np.ndarray:
+def _language_model_scores(opened: Inputs, split: str, parameters: dict, model, name: str) -> np.ndarray:
     """log p_LM of the next tokens, float32 [S, T], shard by shard."""
     sequences, length = opened.sequences(split)
     rows = []
@@ -186,14 +112,14 @@ def _language_model_scores(opened: _Run, split: str, parameters: dict, model, na
             tokens_SxT, next_SxT = opened.tokens(split, first, count)
             rows.append(
                 scoring.language_model_log_probabilities(
-                    parameters, model, tokens_SxT, next_SxT, mesh=opened.mesh, rules=opened.rules
+                    parameters, model, tokens_SxT, next_SxT, **_computed_by(opened)
                 )
             )
             bar.advance(count * length)
     return np.concatenate(rows)
 
 
-def _sharpness(opened: _Run, parameters: dict, model, weight: float) -> dict[str, dict]:
+def _sharpness(opened: Inputs, parameters: dict, model, weight: float) -> dict[str, dict]:
     """Shapes of the four distributions at random test positions, the same ones for all."""
     sequences, length = opened.sequences("test")
     settings = opened.config.evaluation
@@ -202,7 +128,8 @@ def _sharpness(opened: _Run, parameters: dict, model, weight: float) -> dict[str
         np.random.default_rng(settings.seed).choice(sequences * length, positions, replace=False, shuffle=False)
     )
     base, base_model, _ = saved.load_language_model(opened.artifacts["base"].path, opened.mesh, opened.rules)
-    on_mesh = {"mesh": opened.mesh, "rules": opened.rules}
+    vocabulary = max(base_model.vocab_size, model.vocab_size)  # models are padded beyond the tokenizer's
+    on_mesh = _computed_by(opened)
     means = {name: SharpnessMean() for name in ("base", "knn", "memory", "augmented")}
     shards = opened.shards("test")
     with progress(positions, "evaluate: shapes of distributions", "positions") as bar:
@@ -212,12 +139,14 @@ def _sharpness(opened: _Run, parameters: dict, model, weight: float) -> dict[str
                 continue
             tokens_SxT, _ = opened.tokens("test", first, count)
             hidden_NxD = _hidden(base, base_model, tokens_SxT, rows_N, on_mesh)
-            inputs_NxD = opened.inputs("test", first, count).reshape(count * length, -1)[rows_N]
-            chunk = max(1, _PROBABILITIES_AT_ONCE // model.vocab_size)
+            inputs_NxD = opened.memory_inputs("test", first, count).reshape(count * length, -1)[rows_N]
+            chunk = max(1, _PROBABILITIES_AT_ONCE // vocabulary)
             for at in range(0, len(rows_N), chunk):
                 part = slice(at, at + chunk)
-                base_NxV = scoring.language_model_distributions(base, hidden_NxD[part], **on_mesh)
-                memory_NxV = scoring.memory_distributions(parameters, model, inputs_NxD[part], **on_mesh)
+                base_NxV = _widened(scoring.language_model_distributions(base, hidden_NxD[part], **on_mesh), vocabulary)
+                memory_NxV = _widened(
+                    scoring.memory_distributions(parameters, model, inputs_NxD[part], **on_mesh), vocabulary
+                )
                 means["base"].add(base_NxV)
                 means["memory"].add(memory_NxV)
                 means["augmented"].add(weight * memory_NxV + (1 - weight) * base_NxV)
@@ -226,10 +155,15 @@ def _sharpness(opened: _Run, parameters: dict, model, weight: float) -> dict[str
     return {name: mean.summary() for name, mean in means.items()}
 
 
+def _widened(distributions_NxV: np.ndarray, vocabulary: int) -> np.ndarray:
+    """Distributions over a larger vocabulary, whose further tokens have no probability."""
+    return np.pad(distributions_NxV, ((0, 0), (0, vocabulary - distributions_NxV.shape[1])))
+
+
 def _hidden(base: dict, base_model, tokens_SxT: np.ndarray, rows_N: np.ndarray, on_mesh: dict) -> np.ndarray:
     """Final hidden states [N, D] at positions rows_N of the sequences, counted through all of them."""
     length = tokens_SxT.shape[1]
-    batch = max(1, scoring.chunk_positions(base_model.vocab_size, on_mesh["mesh"]) // length)
+    batch = max(1, scoring.chunk_positions(base_model.vocab_size, on_mesh["mesh"], on_mesh["rules"]) // length)
     parts = []
     for at in range(0, len(tokens_SxT), batch):
         hidden_BxTxD = scoring.language_model_hidden(base, base_model, tokens_SxT[at : at + batch], **on_mesh)
@@ -256,12 +190,14 @@ def _figures(trained: Artifact) -> dict:
     return {name: value for name, value in trained.summary.items() if isinstance(value, int | float)}
 
 
-def _facts(opened: _Run) -> dict:
+def _facts(opened: Inputs) -> dict:
     """Everything of metrics.json that is read rather than computed."""
     artifacts, workdir = opened.artifacts, opened.config.workdir
     every = {**artifacts, **{f"controls/{name}": artifact for name, artifact in opened.controls.items()}}
     lengths = {split: opened.sequences(split) for split in ("train", *HELD_OUT)}
     return {
+        "compute_dtype": opened.compute_dtype,
+        "controls_left_out": opened.controls_left_out,
         "targets": artifacts["targets/train"].summary,
         "counts": {
             "sequence_length": lengths["test"][1],

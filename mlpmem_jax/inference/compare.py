@@ -18,8 +18,8 @@ from mlpmem_jax.corpus.tokens import read_tokenizer
 from mlpmem_jax.inference.decoding import Models, Parameters, prepare
 from mlpmem_jax.inference.generate import generate
 from mlpmem_jax.inference.sampling import Sampling
+from mlpmem_jax.inference.weight import find_weight
 from mlpmem_jax.models import saved
-from mlpmem_jax.retrieval.datastore import tapped_block
 
 
 def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
@@ -36,10 +36,11 @@ def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
     workdir = epath.Path(config.workdir)
     tokens = open_artifact(workdir / "tokens", "tokens")
     mesh, rules = meshes.mesh_of(config)
-    base, base_config, _ = saved.load_language_model(workdir / "base", mesh, rules)
+    base, base_config, base_artifact = saved.load_language_model(workdir / "base", mesh, rules)
     beside, memory_config, artifact = saved.load_memory(workdir / "memory", mesh, rules)
-    weight = artifact.summary["validation"]["interpolation_weight"]
-    block = tapped_block(base_config.blocks, config.datastore.input_depth)
+    base_artifact.check_made_from({"tokens": tokens})
+    artifact.check_made_from({"base": base_artifact})
+    weight, block = find_weight(workdir, artifact), saved.input_block(artifact)
 
     tokenizer, end = read_tokenizer(tokens), tokens.summary["end_of_text_id"]
     # The start of a document is what follows the end of another: an empty prompt has that token to start from.
@@ -47,16 +48,25 @@ def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
     columns = {}
     for title, models, parameters in (
         ("base LM", Models(base_config), Parameters(base)),
-        (f"base LM + memory (lambda {weight:.2f})", Models(base_config, memory_config, block),
-         Parameters(base, beside, weight)),
+        (
+            f"base LM + memory (lambda {weight.value:.2f})",
+            Models(base_config, memory_config, block),
+            Parameters(base, beside, weight.value),
+        ),
     ):
         new = generate(
-            models, prepare(parameters), prompts,
-            count=options.tokens, sampling=sampling, seed=options.seed, end_token=end,
+            models,
+            prepare(parameters),
+            prompts,
+            count=options.tokens,
+            sampling=sampling,
+            seed=options.seed,
+            end_token=end,
         )
         columns[title] = [tokenizer.decode(ids.tolist()) for ids in new]
     if jax.process_index() == 0:
         _show(options.prompt, columns)
+        print(f"lambda {weight.value:.4f}: {weight.source}")
 
 
 def _show(prompts: list[str], columns: dict[str, list[str]]) -> None:

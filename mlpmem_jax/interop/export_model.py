@@ -23,10 +23,10 @@ from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.corpus.tokens import TOKENIZER_FILE, read_tokenizer
+from mlpmem_jax.inference.weight import find_weight, read_report
 from mlpmem_jax.interop import huggingface, huggingface_config, memory_tensors, model_card, tensor_files
 from mlpmem_jax.models import saved
 from mlpmem_jax.models.memory import MemoryConfig
-from mlpmem_jax.retrieval.datastore import tapped_block
 
 MODULE = "modeling_mlp_memory"
 BASE_PREFIX, MEMORY_PREFIX = "base.", "memory."
@@ -49,8 +49,9 @@ def transformers_folder(
     tokens = open_artifact(workdir / "tokens", "tokens")
     base, base_model, base_artifact = saved.load_language_model(workdir / "base", mesh, rules)
     beside, model, artifact = saved.load_memory(workdir / "memory", mesh, rules)
-    if artifact.inputs.get("base") != base_artifact.fingerprint:
-        raise UserError(f"{artifact.path}: was made from another base than {base_artifact.path}; run `train` again")
+    artifact.check_made_from({"base": base_artifact})
+    base_artifact.check_made_from({"tokens": tokens})
+    weight = find_weight(workdir, artifact)
     base_json = huggingface_config.to_json(base_model)
     values = {
         "model_type": "mlp_memory",
@@ -63,14 +64,13 @@ def transformers_folder(
         "base_config": base_json,
         "memory_config": memory_tensors.to_json(model, base_json),
         "input_width": model.input_width,
-        "input_block": tapped_block(base_model.blocks, config.datastore.input_depth),
-        "interpolation_weight": artifact.summary["validation"]["interpolation_weight"],
+        "input_block": saved.input_block(artifact),
+        "interpolation_weight": weight.value,
         "tie_word_embeddings": base_json["tie_word_embeddings"],
         "dtype": "float32",
         "provenance": _provenance(tokens, base_artifact, artifact),
     }
-    if measured := _measured(workdir, artifact):
-        values["interpolation_weight"] = measured["interpolation_weight"]["memory"]
+    if measured := read_report(workdir, artifact):
         values["provenance"]["perplexity"] = measured["perplexity"]
     tensors = [
         dataclasses.replace(tensor, name=f"{prefix}{tensor.name}")
@@ -175,15 +175,3 @@ def _provenance(tokens: Artifact, base: Artifact, memory: Artifact) -> dict:
         "made_by": memory.config,
         "training": figures,
     }
-
-
-def _measured(workdir: epath.Path, memory: Artifact) -> dict | None:
-    """What report/metrics.json says of this very memory."""
-    file = workdir / "report" / "metrics.json"
-    if not file.exists():
-        return None
-    metrics = json.loads(file.read_text())
-    if metrics["provenance"]["fingerprints"].get("memory") != memory.fingerprint:
-        say(f"export: {file} is about another memory, and is left out; run `evaluate` again")
-        return None
-    return metrics

@@ -64,6 +64,8 @@ def run(config: ml_collections.ConfigDict, source: str) -> Artifact:
         base = _sealed(workdir, "base", base_model, base_parameters, {}, {"tokens": tokens.fingerprint})
         figures = {"validation": {"interpolation_weight": values["interpolation_weight"]}}
         figures["provenance"] = values["provenance"]
+    blocks = saved.language_model_config(base).blocks
+    figures["input_block"] = tapped_block(blocks, config.datastore.input_depth)
     parameters = memory_tensors.load(tensors, model, mesh, rules)
     return _sealed(workdir, "memory", model, parameters, figures, {"base": base.fingerprint})
 

@@ -181,9 +181,7 @@ class MLPMemoryForCausalLM(MLPMemoryPreTrainedModel, GenerationMixin):
     def get_decoder(self):
         return self.base.get_decoder()
 
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, labels=None, logits_to_keep=0, **kwargs
-    ):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, logits_to_keep=0, **kwargs):
         """What the base returns, with the logits (and with labels the loss, -log p of the next token) of the mixture.
 
         With `logits_to_keep` (a count from the end, or positions) neither output projection nor memory runs elsewhere.

@@ -126,9 +126,7 @@ def _explained(file: pathlib.Path, what: str) -> Iterator[None]:
         raise UserError(f"{file}: expected {what}, and could not read it (truncated?): {reason}") from error
 
 
-def check(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str, prefix: str = ""
-) -> None:
+def check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str, prefix: str = "") -> None:
     """Compares tensors with the names and shapes that a config asks for.
 
     Args:

@@ -45,12 +45,20 @@ class Attention(nnx.Module):
     def __init__(self, config: GPT2Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         heads = (config.heads, config.head_width)
         self.c_attn = nnx.LinearGeneral(
-            config.width, (3, *heads), dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.normal(0.02),
+            config.width,
+            (3, *heads),
+            dtype=dtype,
+            rngs=rngs,
+            kernel_init=nnx.initializers.normal(0.02),
             kernel_metadata={"logical_axes": ("embed", None, "heads", None)},
             bias_metadata={"logical_axes": (None, "heads", None)},
         )
         self.c_proj = nnx.LinearGeneral(
-            heads, config.width, axis=(-2, -1), dtype=dtype, rngs=rngs,
+            heads,
+            config.width,
+            axis=(-2, -1),
+            dtype=dtype,
+            rngs=rngs,
             kernel_init=layers.residual_init(config.blocks),
             kernel_metadata={"logical_axes": ("heads", None, "embed")},
             bias_metadata={"logical_axes": (None,)},

@@ -88,16 +88,28 @@ class GatedFeedForward(nnx.Module):
 
 def _into(config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, use_bias: bool) -> nnx.Linear:
     return nnx.Linear(
-        config.width, config.feed_forward_width, use_bias=use_bias, dtype=dtype, rngs=rngs, dot_general=_linear_dot,
-        kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", "mlp")},
+        config.width,
+        config.feed_forward_width,
+        use_bias=use_bias,
+        dtype=dtype,
+        rngs=rngs,
+        dot_general=_linear_dot,
+        kernel_init=nnx.initializers.normal(0.02),
+        kernel_metadata={"logical_axes": ("embed", "mlp")},
         bias_metadata={"logical_axes": ("mlp",)},
     )
 
 
 def _out_of(config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, use_bias: bool) -> nnx.Linear:
     return nnx.Linear(
-        config.feed_forward_width, config.width, use_bias=use_bias, dtype=dtype, rngs=rngs, dot_general=_linear_dot,
-        kernel_init=residual_init(config.blocks), kernel_metadata={"logical_axes": ("mlp", "embed")},
+        config.feed_forward_width,
+        config.width,
+        use_bias=use_bias,
+        dtype=dtype,
+        rngs=rngs,
+        dot_general=_linear_dot,
+        kernel_init=residual_init(config.blocks),
+        kernel_metadata={"logical_axes": ("mlp", "embed")},
         bias_metadata={"logical_axes": (None,)},
     )
 
@@ -110,8 +122,13 @@ def residual_init(blocks: int) -> nnx.Initializer:
 def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm with a scale and a bias."""
     return nnx.LayerNorm(
-        width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs,
-        scale_metadata={"logical_axes": (None,)}, bias_metadata={"logical_axes": (None,)},
+        width,
+        epsilon=epsilon,
+        dtype=jnp.float32,
+        use_fast_variance=False,
+        rngs=rngs,
+        scale_metadata={"logical_axes": (None,)},
+        bias_metadata={"logical_axes": (None,)},
     )
 
 
@@ -123,7 +140,10 @@ def rms_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.RMSNorm:
 def embedding(rows: int, width: int, logical_axis: str | None, rngs: nnx.Rngs) -> nnx.Embed:
     """A table of `rows` vectors, cut along `logical_axis` and the width."""
     return nnx.Embed(
-        rows, width, rngs=rngs, embedding_init=nnx.initializers.normal(0.02),
+        rows,
+        width,
+        rngs=rngs,
+        embedding_init=nnx.initializers.normal(0.02),
         embedding_metadata={"logical_axes": (logical_axis, "embed")},
     )
 

@@ -61,7 +61,12 @@ class Attention(nnx.Module):
         self.k_proj = _into_heads(config, config.key_value_heads, dtype, rngs)
         self.v_proj = _into_heads(config, config.key_value_heads, dtype, rngs)
         self.o_proj = nnx.LinearGeneral(
-            (config.heads, config.head_width), config.width, axis=(-2, -1), use_bias=False, dtype=dtype, rngs=rngs,
+            (config.heads, config.head_width),
+            config.width,
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=dtype,
+            rngs=rngs,
             kernel_init=layers.residual_init(config.blocks),
             kernel_metadata={"logical_axes": ("heads", None, "embed")},
         )
@@ -69,8 +74,13 @@ class Attention(nnx.Module):
 
 def _into_heads(config: LlamaConfig, heads: int, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> nnx.LinearGeneral:
     return nnx.LinearGeneral(
-        config.width, (heads, config.head_width), use_bias=False, dtype=dtype, rngs=rngs,
-        kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", "heads", None)},
+        config.width,
+        (heads, config.head_width),
+        use_bias=False,
+        dtype=dtype,
+        rngs=rngs,
+        kernel_init=nnx.initializers.normal(0.02),
+        kernel_metadata={"logical_axes": ("embed", "heads", None)},
     )
 
 
@@ -106,8 +116,13 @@ class Llama(nnx.Module):
         self.norm = layers.rms_norm(config.width, config.norm_epsilon, rngs)
         if not config.tied:
             self.lm_head = nnx.Linear(
-                config.width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs,
-                kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", vocabulary)},
+                config.width,
+                config.vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                rngs=rngs,
+                kernel_init=nnx.initializers.normal(0.02),
+                kernel_metadata={"logical_axes": ("embed", vocabulary)},
             )
 
 

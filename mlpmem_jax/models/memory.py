@@ -69,15 +69,25 @@ class Memory(nnx.Module):
         self.h = modules.stack(functools.partial(Block, config, dtype), config.blocks, rngs)
         self.final_norm = _norm(config, rngs)
         self.lm_head = nnx.Linear(
-            config.width, config.padded_vocab_size, use_bias=False, dtype=dtype, rngs=rngs,
-            kernel_init=nnx.initializers.normal(0.02), kernel_metadata={"logical_axes": ("embed", "vocab")},
+            config.width,
+            config.padded_vocab_size,
+            use_bias=False,
+            dtype=dtype,
+            rngs=rngs,
+            kernel_init=nnx.initializers.normal(0.02),
+            kernel_metadata={"logical_axes": ("embed", "vocab")},
         )
 
 
 def _transform(config: MemoryConfig, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(
-        config.input_width, config.width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.normal(0.02),
-        kernel_metadata={"logical_axes": ("embed", None)}, bias_metadata={"logical_axes": (None,)},
+        config.input_width,
+        config.width,
+        dtype=dtype,
+        rngs=rngs,
+        kernel_init=nnx.initializers.normal(0.02),
+        kernel_metadata={"logical_axes": ("embed", None)},
+        bias_metadata={"logical_axes": (None,)},
     )
 
 
@@ -96,9 +106,7 @@ def init(config: MemoryConfig, key: jax.Array, output_kernel_DxV: jax.Array | No
     if output_kernel_DxV is not None:
         expected = (config.width, config.vocab_size)
         if output_kernel_DxV.shape != expected:
-            raise ValueError(
-                f"the output projection to start from is {output_kernel_DxV.shape}, expected {expected}"
-            )
+            raise ValueError(f"the output projection to start from is {output_kernel_DxV.shape}, expected {expected}")
         padding = ((0, 0), (0, config.padded_vocab_size - config.vocab_size))
         parameters["lm_head"]["kernel"] = jnp.pad(output_kernel_DxV.astype(jnp.float32), padding)
     return parameters

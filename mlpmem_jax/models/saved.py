@@ -77,3 +77,17 @@ def load_memory(path, mesh: Mesh, rules: meshes.Rules) -> tuple[dict, MemoryConf
     abstract = jax.eval_shape(functools.partial(memory.init, config), jax.random.key(0))
     placed = meshes.shardings(mesh, memory.logical_axes(config), rules)
     return stored.read(artifact, abstract, placed), config, artifact
+
+
+def input_block(memory: Artifact) -> int:
+    """The block of the base, counted from 1, whose feed-forward input a finished memory reads.
+
+    Raises:
+      ArtifactError: the memory does not say.
+    """
+    if "input_block" not in memory.summary:
+        raise ArtifactError(
+            f"{memory.path}: does not say which block of the base it reads, an earlier version made it; delete it and "
+            "run `train` again"
+        )
+    return memory.summary["input_block"]

@@ -27,9 +27,9 @@ POSITIONS_AT_ONCE = 2**13
 """Positions of a chunk at the most, for each part of the batch axis: a small vocabulary has hidden states too."""
 
 
-def chunk_positions(vocab_size: int, mesh: Mesh) -> int:
-    """Positions per chunk: as many as both limits allow, a multiple of what the batch axis is cut in."""
-    parts = meshes.batch_shards(mesh)
+def chunk_positions(vocab_size: int, mesh: Mesh, rules: meshes.Rules = meshes.RULES) -> int:
+    """Positions per chunk: as many as both limits allow, a multiple of the shards of the batch axis."""
+    parts = meshes.batch_shards(mesh, rules)
     return max(1, min(LOGITS_AT_ONCE // vocab_size, POSITIONS_AT_ONCE)) * parts
 
 
@@ -60,7 +60,7 @@ def memory_log_probabilities(
         logits_sharding=meshes.sharding(mesh, ("batch", "vocab"), rules),
         cut=meshes.cut(mesh, rules),
     )
-    chunk = chunk or chunk_positions(config.padded_vocab_size, mesh)
+    chunk = chunk or chunk_positions(config.padded_vocab_size, mesh, rules)
     return _in_chunks(score, (inputs_NxD, next_tokens_N), chunk, mesh, rules)
 
 
@@ -77,7 +77,7 @@ def memory_distributions(
     distributions = functools.partial(
         _memory_rows, parameters, config=config, compute_dtype=jnp.dtype(compute_dtype), mesh=mesh
     )
-    return _in_chunks(distributions, (inputs_NxD,), _rounded(len(inputs_NxD), mesh), mesh, rules)
+    return _in_chunks(distributions, (inputs_NxD,), len(inputs_NxD), mesh, rules)
 
 
 def language_model_log_probabilities(
@@ -99,7 +99,7 @@ def language_model_log_probabilities(
         compute_dtype=jnp.dtype(compute_dtype),
         logits_sharding=meshes.sharding(mesh, ("batch", None, "vocab"), rules),
     )
-    chunk = chunk or _rounded(chunk_positions(config.vocab_size, mesh) // tokens_SxT.shape[1], mesh)
+    chunk = chunk or chunk_positions(config.vocab_size, mesh, rules) // tokens_SxT.shape[1]
     return _in_chunks(score, (tokens_SxT, next_tokens_SxT), chunk, mesh, rules)
 
 
@@ -116,7 +116,7 @@ def language_model_hidden(
     hidden = functools.partial(
         _language_model_hidden, parameters, config=config, compute_dtype=jnp.dtype(compute_dtype), mesh=mesh
     )
-    return _in_chunks(hidden, (tokens_SxT,), _rounded(len(tokens_SxT), mesh), mesh, rules)
+    return _in_chunks(hidden, (tokens_SxT,), len(tokens_SxT), mesh, rules)
 
 
 def language_model_distributions(
@@ -131,7 +131,7 @@ def language_model_distributions(
     distributions = functools.partial(
         _language_model_rows, parameters, compute_dtype=jnp.dtype(compute_dtype), mesh=mesh
     )
-    return _in_chunks(distributions, (hidden_NxD,), _rounded(len(hidden_NxD), mesh), mesh, rules)
+    return _in_chunks(distributions, (hidden_NxD,), len(hidden_NxD), mesh, rules)
 
 
 def next_token_log_probabilities(
@@ -208,17 +208,15 @@ def _replicated(array: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
 
 
-def _rounded(rows: int, mesh: Mesh) -> int:
-    """`rows`, at least one, rounded up to a multiple of what the batch axis is cut in."""
-    parts = meshes.batch_shards(mesh)
-    return -(-max(rows, 1) // parts) * parts
-
-
 def _in_chunks(
     call: Callable[..., jax.Array], arrays: tuple[np.ndarray, ...], chunk: int, mesh: Mesh, rules: meshes.Rules
 ) -> np.ndarray:
-    """call(*rows) over chunks of the arrays' first axis; the last chunk is padded by repeating its last row."""
-    chunk = min(chunk, _rounded(len(arrays[0]), mesh))
+    """call(*rows) over chunks of the arrays' first axis, of about `chunk` rows, one or more.
+
+    Chunks have a multiple of the batch axis's shards of rows; the last is padded by repeating its last row.
+    """
+    shards = meshes.batch_shards(mesh, rules)
+    chunk = -(-max(1, min(chunk, len(arrays[0]))) // shards) * shards
     pending, results = None, []
     for rows, length in _padded_chunks(arrays, chunk):
         result = call(*(_on_mesh(array, mesh, rules) for array in rows))

@@ -31,7 +31,9 @@ def attention(
         mask_TxS = jnp.concatenate([mask_TxS] * repeats, axis=-2)
     # Batch axes in front of both products and an additive mask: a third faster on CPU than masking with a select.
     scores_BxHxTxS = jnp.einsum(
-        "bhtk,bhsk->bhts", query_BxHxTxK * query_BxHxTxK.shape[-1] ** -0.5, key_BxGxSxK,
+        "bhtk,bhsk->bhts",
+        query_BxHxTxK * query_BxHxTxK.shape[-1] ** -0.5,
+        key_BxGxSxK,
         preferred_element_type=jnp.float32,
     )
     weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS + mask_TxS, axis=-1).astype(value_BxGxSxK.dtype)

@@ -14,15 +14,41 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 _DTYPE_BYTES = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
-    "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
 }
 _SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = {
-    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "iota", "opt-barrier", "optimization-barrier",
+    "parameter",
+    "constant",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "opt-barrier",
+    "optimization-barrier",
 }
 _COMMENT = re.compile(r"/\*.*?\*/")
 _PARTIAL_READS = ("dynamic-slice", "slice", "gather")
@@ -234,7 +260,7 @@ class _Module:
 
     def _turns(self, loop: Instruction) -> int:
         """Of a counted loop: the compiler's note, or the constant that the counter is compared with over its step."""
-        known = re.search(r'known_trip_count[^\d]*(\d+)', loop.attributes)
+        known = re.search(r"known_trip_count[^\d]*(\d+)", loop.attributes)
         if known:
             return int(known[1])
         condition = loop.named("condition")
@@ -341,9 +367,7 @@ class _Module:
     def _read(self, computation: str, number: int) -> float:
         """Most bytes that a fused computation reads of a parameter; infinite where it may read the whole."""
         body = self.computations[computation]
-        parameter = next(
-            one for one in body.values() if one.opcode == "parameter" and one.operands == (str(number),)
-        )
+        parameter = next(one for one in body.values() if one.opcode == "parameter" and one.operands == (str(number),))
         return self._read_by_users(body, parameter.name)
 
     def _read_by_users(self, body: dict[str, Instruction], name: str) -> float:

@@ -147,7 +147,7 @@ def _train(config, models: Models, mesh, rules, positions: int) -> list[StagePro
         positions=per_step,
         calls=steps,
     )
-    chunk = scoring.chunk_positions(models.memory.padded_vocab_size, mesh)
+    chunk = scoring.chunk_positions(models.memory.padded_vocab_size, mesh, rules)
     scored = (((models.base.width,), config.datastore.dtype), ((), "int32"))
     rows = [jax.ShapeDtypeStruct((chunk, *shape), dtype) for shape, dtype in scored]
     validations = steps / config.training.evaluate_every

@@ -85,9 +85,7 @@ def abstract_batch(sequences: int, length: int, entries: int, inputs: tuple[int,
         "next_tokens": ((), "int32"),
         "tokens" if inputs is None else "memory_inputs": ((), "int32") if inputs is None else (inputs[:1], inputs[1]),
     }
-    return {
-        name: jax.ShapeDtypeStruct((sequences, length, *shape), dtype) for name, (shape, dtype) in shapes.items()
-    }
+    return {name: jax.ShapeDtypeStruct((sequences, length, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
 def batches(source, batch_sequences: int, seed: int, part: int = 0, parts: int = 1) -> grain.DatasetIterator:

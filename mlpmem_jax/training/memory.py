@@ -109,8 +109,12 @@ def _validation(config: ml_collections.ConfigDict, model: MemoryConfig, mesh, ru
     next_N = held_out.read("next_tokens", 0, count).reshape(-1)
     base_N = held_out.read("base_log_probabilities", 0, count).reshape(-1)
 
+    dtype = held_out.config.get("compute_dtype", "float32")  # that of the base's scores
+
     def validate(parameters) -> dict[str, float]:
-        memory_N = memory_log_probabilities(parameters, model, inputs_NxD, next_N, mesh=mesh, rules=rules)
+        memory_N = memory_log_probabilities(
+            parameters, model, inputs_NxD, next_N, mesh=mesh, rules=rules, compute_dtype=dtype
+        )
         weight, mixed = tune_weight(base_N, memory_N)
         return {
             "perplexity": mixed,
@@ -183,6 +187,16 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     if targets.inputs["datastore/train"] != datastore.fingerprint:
         raise ConfigError(f"{targets.path}: was made from another datastore than {datastore.path}; run `targets` again")
 
+    base_config = saved.language_model_config(base)
+    block = tapped_block(base_config.blocks, config.datastore.input_depth)
+    held = datastore.summary.get("input_block", block)  # datastores of earlier versions do not say
+    if block != held:
+        raise ConfigError(
+            f"config.datastore.input_depth: {config.datastore.input_depth} is not that of {datastore.path}, which "
+            f"holds the inputs of block {held} of {base_config.blocks}; set it to {held / base_config.blocks:.4g}, or "
+            "delete the datastore and run its stage again"
+        )
+
     path = workdir / folder
     settings = {"memory": configs.plain(config.memory), "training": configs.plain(config.training)}
     inputs = {"base": base.fingerprint, "datastore": datastore.fingerprint, "targets": targets.fingerprint}
@@ -195,7 +209,6 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
 
     mesh, rules = meshes.mesh_of(config)
     loop.check_batch(config.training, mesh, rules, "training")
-    base_config = saved.language_model_config(base)
     # Offline as online, the memory reads the base LM's states, so its input is as wide as the base.
     model = dimensions(
         config,
@@ -235,6 +248,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
         validate=_validation(config, model, mesh, rules),
     )
     parameters, figures = loop.fit(task, mesh, rules)
+    figures["input_block"] = block  # where the memory is to be read from, whatever a later config says
     figures["positions"] = int(figures["steps"] * config.training.batch_sequences * config.base.context_length)
     figures["training_flops"] = float(np.float64(figures["positions"]) * 3 * flops.memory_forward(model))
     saved.seal(writer, model, parameters, figures)

@@ -1,0 +1,160 @@
+"""What an evaluation reads: the finished stages of a working directory, checked to belong to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_collections
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.artifacts import Artifact, open_artifact
+from mlpmem_jax.core.errors import ArtifactError, ConfigError
+from mlpmem_jax.core.manifests import read_manifest
+from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
+from mlpmem_jax.models import saved
+from mlpmem_jax.retrieval.datastore import SPLITS
+
+HELD_OUT = ("validation", "test")
+CONTROLS = {"continued": "base", "ce_only": "memory"}
+"""Controls by folder name, and what each is: a language model by itself, or a memory to be mixed with the base."""
+
+_COMPUTE_TOLERANCE = 0.02  # by which the FLOPs of `continued` may differ from the memory's, if a step is no more
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The artifacts of a finished working directory, and the mesh to compute on.
+
+    Attributes:
+      config: of the evaluation.
+      artifacts: tokens, base, memory, and datastore and targets by "<kind>/<split>".
+      controls: those that were made from this memory's settings, by name.
+      controls_left_out: name -> why, of the other finished controls.
+      mesh, rules: where and how scores are computed.
+    """
+
+    config: ml_collections.ConfigDict
+    artifacts: dict[str, Artifact]
+    controls: dict[str, Artifact]
+    controls_left_out: dict[str, str]
+    mesh: Mesh
+    rules: meshes.Rules
+
+    @property
+    def compute_dtype(self) -> str:
+        """Of the forward passes: the one that the datastore's base scores were computed in; imported ones: float32."""
+        return self.artifacts["datastore/test"].config.get("compute_dtype", "float32")
+
+    def sequences(self, split: str) -> tuple[int, int]:
+        """(number of sequences, positions in each)."""
+        return self.artifacts[f"datastore/{split}"].arrays["next_tokens"].shape
+
+    def shards(self, split: str) -> list[tuple[int, int]]:
+        """(first sequence, number of sequences) of every shard."""
+        count, per_shard = self.sequences(split)[0], self.artifacts[f"targets/{split}"].arrays["offsets"].rows_per_shard
+        return [(first, min(per_shard, count - first)) for first in range(0, count, per_shard)]
+
+    def memory_inputs(self, split: str, first: int, count: int) -> np.ndarray:
+        """Memory inputs [count, T, D]."""
+        datastore = self.artifacts[f"datastore/{split}"]
+        name = "memory_inputs" if "memory_inputs" in datastore.arrays else "keys"
+        return datastore.read(name, first, first + count)
+
+    def tokens(self, split: str, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and next tokens, int32 [count, T]."""
+        stream = TokenStream(self.artifacts["tokens"], split)
+        return read_sequences(stream, first, count, self.sequences(split)[1])[:2]
+
+
+def open_inputs(config: ml_collections.ConfigDict) -> Inputs:
+    """Opens everything that an evaluation of `config.workdir` reads.
+
+    Raises:
+      ArtifactError: a stage is missing, or an artifact was made from another one than the one that is there.
+      ConfigError: the test split is too short for intervals.
+    """
+    workdir = epath.Path(config.workdir)
+    artifacts = {"tokens": open_artifact(workdir / "tokens", "tokens"), "base": open_artifact(workdir / "base", "base")}
+    for kind in ("datastore", "targets"):
+        for split in SPLITS:
+            artifacts[f"{kind}/{split}"] = open_artifact(workdir / kind / split, kind)
+    artifacts["memory"] = open_artifact(workdir / "memory", "memory")
+    _check_belong_together(artifacts)
+    sequences = artifacts["datastore/test"].arrays["next_tokens"].shape[0]
+    if sequences < 2:
+        raise ConfigError(
+            f"config.corpus.test_fraction: the test split holds {sequences} sequence of "
+            f"{config.base.context_length} tokens, intervals need 2 or more; raise it, or lower "
+            "config.base.context_length"
+        )
+    mesh, rules = meshes.mesh_of(config)
+    return Inputs(config, artifacts, *_controls(workdir / "controls", artifacts["memory"]), mesh, rules)
+
+
+def _check_belong_together(artifacts: dict[str, Artifact]) -> None:
+    """Whether the memory was made from the datastore and targets that are there, and those from the base and tokens.
+
+    Raises:
+      ArtifactError: naming the two folders that do not belong together.
+    """
+    datastores = {f"datastore/{split}": artifacts[f"datastore/{split}"] for split in SPLITS}
+    base, memory, targets = artifacts["base"], artifacts["memory"], artifacts["targets/train"]
+    base.check_made_from({"tokens": artifacts["tokens"]})
+    for split in SPLITS:
+        artifacts[f"datastore/{split}"].check_made_from({"tokens": artifacts["tokens"], "base": base})
+        artifacts[f"targets/{split}"].check_made_from(datastores)
+        if not artifacts[f"targets/{split}"].is_imported and artifacts[f"targets/{split}"].config != targets.config:
+            raise ArtifactError(
+                f"{artifacts[f'targets/{split}'].path}: was made with other settings than {targets.path}; delete "
+                "both and run `targets` again"
+            )
+    memory.check_made_from({"base": base, "datastore": artifacts["datastore/train"], "targets": targets})
+    reads, held = (artifacts[name].summary.get("input_block") for name in ("memory", "datastore/test"))
+    if reads != held and None not in (reads, held):
+        raise ArtifactError(
+            f"{memory.path}: reads block {reads} of the base, but {artifacts['datastore/test'].path} holds the inputs "
+            f"of block {held}; set config.datastore.input_depth to "
+            f"{reads / saved.language_model_config(base).blocks:.4g}, delete the datastore and run its stage again"
+        )
+
+
+def _controls(folder: epath.Path, memory: Artifact) -> tuple[dict[str, Artifact], dict[str, str]]:
+    """The finished controls of this very memory, and why the other finished ones are left out."""
+    kept, left_out = {}, {}
+    for name, kind in CONTROLS.items():
+        manifest = read_manifest(str(folder / name))
+        if manifest is None or not manifest["sealed"]:
+            continue
+        control = open_artifact(folder / name, kind)
+        reason = _other_compute(control, memory) if name == "continued" else _other_settings(control, memory)
+        if reason is None:
+            kept[name] = control
+        else:
+            left_out[name] = f"{control.path}: {reason}; delete it and run `controls` again"
+    return kept, left_out
+
+
+def _other_compute(control: Artifact, memory: Artifact) -> str | None:
+    """Why the base trained on is no control of the memory; None where it is one."""
+    if control.inputs.get("memory") != memory.fingerprint:
+        return "was made beside another memory"
+    its, wanted = control.summary["training_flops"], memory.summary["training_flops"]
+    # Its steps are whole, so it may miss the memory's compute by half a step where there are few of them.
+    if abs(its - wanted) > max(_COMPUTE_TOLERANCE * wanted, 0.51 * its / control.summary["steps"]):
+        return f"took {its / wanted:.2f} times the memory's training compute"
+    return None
+
+
+def _other_settings(control: Artifact, memory: Artifact) -> str | None:
+    """Why a memory trained without targets is no control of the memory; None where it is one."""
+    if memory.is_imported:
+        return "how the memory was trained is not known"
+    training = {**memory.config["training"], "alpha": 0.0}
+    if control.config != {**memory.config, "training": training} or control.inputs != memory.inputs:
+        return "was trained with other settings, or from other inputs, than the memory"
+    if control.summary["steps"] != memory.summary["steps"]:
+        return f"was trained for {control.summary['steps']} steps, the memory for {memory.summary['steps']}"
+    return None

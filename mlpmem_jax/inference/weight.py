@@ -1,0 +1,45 @@
+"""The interpolation weight lambda of a finished memory: one number, wherever it is used."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+from etils import epath
+
+from mlpmem_jax.core.artifacts import Artifact
+
+
+class Weight(NamedTuple):
+    """Lambda, and where it is kept and what it was tuned on, in words."""
+
+    value: float
+    source: str
+
+
+def find_weight(workdir, memory: Artifact) -> Weight:
+    """The lambda of a memory: the report's, tuned on the whole validation split, else the one its training ended with.
+
+    Args:
+      workdir: its report, if any, is looked at.
+      memory: finished; a report about another memory does not count.
+    """
+    if report := read_report(workdir, memory):
+        value = report["interpolation_weight"]["memory"]
+        return Weight(value, f"from {_file(workdir)}, tuned on the validation split")
+    value = memory.summary["validation"]["interpolation_weight"]
+    tuned = "imported with it" if memory.is_imported else "tuned on the validation split during training"
+    return Weight(value, f"from {memory.path}, {tuned}; `evaluate` has not been run on it")
+
+
+def read_report(workdir, memory: Artifact) -> dict | None:
+    """What report/metrics.json says, where it is about this very memory."""
+    file = _file(workdir)
+    if not file.exists():
+        return None
+    metrics = json.loads(file.read_text())
+    return metrics if metrics["provenance"]["fingerprints"].get("memory") == memory.fingerprint else None
+
+
+def _file(workdir) -> epath.Path:
+    return epath.Path(workdir) / "report" / "metrics.json"
