@@ -39,14 +39,18 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.corpus = corpus = ml_collections.ConfigDict()
     corpus.source = "installed_docs"  # "installed_docs", "files" or "hub"
-    corpus.path = ""  # file or folder (text, JSONL, Parquet; plain, gz, zst) for "files"
-    corpus.name = ""  # Hugging Face data set for "hub"; several, with commas between, are mixed and split anew
+    corpus.path = ""  # file or folder (text, JSON, Parquet; plain, gz, zst, bz2, xz) for "files"
+    corpus.name = ""  # Hugging Face data set for "hub"; several, with commas between, are mixed
     corpus.subset = ""  # its configuration, e.g. "wikitext-103-raw-v1"; as many entries as names, or one for all
-    corpus.text_key = "text"  # field of JSONL and Parquet rows that holds the text; entries likewise
+    corpus.text_key = "text"  # field of rows that holds the text, e.g. "data.text" or "title+text"; entries likewise
+    corpus.group_key = ""  # field of rows whose equal values stay on one side of a split, e.g. "book"; entries likewise
+    corpus.group_part = r"#\d+$"  # what is no part of such a value: the 0007 of "book#0007" numbers a piece of the book
+    corpus.articles = ""  # "wikitext": text files or lines in WikiText's format, of whole articles; entries likewise
+    corpus.split_by_name = False  # "files": split by names of files and folders (train*, valid*, test*), not by hash
     corpus.max_bytes = 0  # a deterministic sample of documents up to this many bytes; 0 = all
-    corpus.document_bytes = 8192  # longer text files are cut into documents of about this size, at blank lines
-    corpus.validation_fraction = 0.05  # of the documents
-    corpus.test_fraction = 0.05  # of the documents
+    corpus.document_bytes = 8192  # longer text files become documents of about this size, ending at blank lines
+    corpus.validation_fraction = 0.05  # of the text, in whole files, articles or groups
+    corpus.test_fraction = 0.05  # likewise
     corpus.seed = 0  # of the sample and the split
 
     config.tokenizer = tokenizer = ml_collections.ConfigDict()
@@ -75,7 +79,9 @@ def get_config() -> ml_collections.ConfigDict:
     targets.backend = "auto"  # "scann", "exact", or "auto": scann where it is installed
     targets.k = 64  # neighbors
     targets.temperature = 0.0  # squared-L2 units; 0 = best validation likelihood of the kNN-LM mixture
-    targets.exclude = "self"  # what a query may not retrieve: "self" (the paper) or its own "document"
+    targets.exclude = (
+        "self"  # what a query may not retrieve: "self" (the paper), or "document": its file, article or group
+    )
     targets.keep = 0  # largest probabilities kept per position; 0 = all
     targets.minimum_probability = 1e-8  # smaller probabilities are dropped
     targets.key_shard_rows = 2_000_000  # keys in one index; bounds the memory of a process (docs/neighbors.md)

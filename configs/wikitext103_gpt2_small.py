@@ -13,6 +13,7 @@ def get_config():
     config.corpus.source = "hub"
     config.corpus.name = "Salesforce/wikitext"
     config.corpus.subset = "wikitext-103-raw-v1"
+    config.corpus.articles = "wikitext"
     config.tokenizer.source = "hub"
     config.tokenizer.path = "openai-community/gpt2"
     config.base.source = "huggingface"

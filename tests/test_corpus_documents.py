@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from configs import default
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.corpus import documents
-from mlpmem_jax.corpus.documents import Part, make_plan, read_selected
+from mlpmem_jax.corpus.documents import Document, Part, make_plan, read_selected
 
 TRAIN, VALIDATION, TEST = range(3)
 
@@ -17,7 +17,10 @@ def plan_of(*texts, splits=None, **changes):
     corpus = default.get_config().corpus
     corpus.update({"validation_fraction": 0.2, "test_fraction": 0.2, **changes})
     splits = splits or [""] * len(texts)
-    parts = [Part(str(i), lambda t=t: iter(t), split) for i, (t, split) in enumerate(zip(texts, splits, strict=True))]
+    parts = [
+        Part(str(i), lambda t=t: (d if isinstance(d, Document) else Document(d) for d in t), split)
+        for i, (t, split) in enumerate(zip(texts, splits, strict=True))
+    ]
     return parts, make_plan(parts, corpus)
 
 
@@ -29,28 +32,116 @@ WORDS = [f"document {index} " * (1 + index % 5) for index in range(200)]
 
 
 @given(st.lists(st.sampled_from(WORDS), min_size=3), st.integers(min_value=0, max_value=5))
-def test_equal_texts_share_a_split(texts, seed):
+def test_equal_texts_are_used_once(texts, seed):
     if len(set(texts)) < 3:
         return
     parts, plan = plan_of(texts, seed=seed)
-    found = [set(texts_of(parts, plan, split)) for split in range(3)]
-    assert set.union(*found) == set(texts)
+    found = [texts_of(parts, plan, split) for split in range(3)]
+    assert sorted(itertools.chain(*found)) == sorted(set(texts))
     assert all(found)
-    assert not any(a & b for a, b in itertools.combinations(found, 2))
+    repeats = len(texts) - len(set(texts))
+    assert [note.split()[0] for note in plan.notes if "repeat" in note] == ([str(repeats)] if repeats else [])
+
+
+@st.composite
+def grouped(draw):
+    """Documents with different texts, in groups of one to ten, and fractions."""
+    sizes = draw(st.lists(st.integers(min_value=1, max_value=10), min_size=3, max_size=30))
+    names = [f"group {index}" for index, size in enumerate(sizes) for _ in range(size)]
+    lengths = draw(st.lists(st.integers(1, 50), min_size=len(names), max_size=len(names)))
+    rows = [
+        Document(f"{index} " + "x" * length, name)
+        for index, (name, length) in enumerate(zip(names, lengths, strict=True))
+    ]
+    if draw(st.booleans()):
+        rows = draw(st.permutations(rows))
+    return rows, draw(st.sampled_from([(0.05, 0.05), (0.2, 0.2), (0.45, 0.45), (0.6, 0.3)]))
+
+
+@given(grouped(), st.integers(min_value=0, max_value=5))
+def test_groups_lie_on_one_side(rows_and_fractions, seed):
+    rows, (validation, test) = rows_and_fractions
+    _, plan = plan_of(rows, seed=seed, validation_fraction=validation, test_fraction=test)
+    sides = {}
+    for row, split in zip(rows, plan.split_N.tolist(), strict=True):
+        sides.setdefault(row.group, set()).add(split)
+    assert all(len(side) == 1 for side in sides.values())
+    assert set().union(*sides.values()) == {0, 1, 2}
+    for split in range(3):  # groups are numbered in order; each run of one group has one number
+        numbers = plan.group_N[plan.split_N == split]
+        names = [row.group for row, s in zip(rows, plan.split_N, strict=True) if s == split]
+        runs = [name for name, _ in itertools.groupby(names)]
+        assert [runs[number] for number in numbers] == names
+        assert len(runs) == numbers[-1] + 1
+
+
+def test_the_shares_are_of_bytes_and_a_large_group_does_not_swallow_a_split():
+    rows = [Document(f"{group} {piece} " + "x" * 90, f"{group}") for group in range(100) for piece in range(3)]
+    rows += [Document(f"large {piece} " + "x" * 90, "large") for piece in range(100)]
+    for seed in range(10):
+        _, plan = plan_of(rows, seed=seed, validation_fraction=0.1, test_fraction=0.2)
+        shares = np.bincount(plan.split_N, plan.bytes_N) / plan.bytes_N.sum()
+        np.testing.assert_allclose(shares, [0.7, 0.1, 0.2], atol=0.01)
+        assert set(plan.split_N[300:]) == {TRAIN}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_one_text_is_split_where_it_stands(groups):
+    pieces = [Document(f"piece {index:03d}", f"file {index * groups // 100}") for index in range(100)]
+    _, plan = plan_of(pieces, validation_fraction=0.1, test_fraction=0.2)
+    assert plan.split_N.tolist() == [TRAIN] * 70 + [VALIDATION] * 10 + [TEST] * 20
+    assert plan.group_N.tolist() == [*range(70), *range(10), *range(20)]
+    assert any("split where it stands" in note and "train, then validation, then test" in note for note in plan.notes)
+    for few in range(3, 8):
+        _, plan = plan_of(pieces[:few], validation_fraction=0.01, test_fraction=0.01)
+        assert plan.split_N.tolist() == [TRAIN] * (few - 2) + [VALIDATION, TEST]
+
+
+def test_every_data_set_of_a_mixture_is_in_every_split_and_keeps_its_own():
+    def part(name, texts, split=""):
+        return Part(f"{name} {split}", lambda: map(Document, texts), split, data_set=name)
+
+    one, two = ([f"{name} {index} " + "x" * 20 for index in range(100)] for name in ("one", "two"))
+    parts = [part("one", one[:80], "train"), part("one", one[80:], "test"), part("two", two)]
+    corpus = default.get_config().corpus
+    corpus.update({"validation_fraction": 0.1, "test_fraction": 0.1})
+    plan = make_plan(parts, corpus)
+    found = [texts_of(parts, plan, split) for split in range(3)]
+    assert [text for text in found[TEST] if text in one] == one[80:]
+    assert [sum(text in one for text in texts) for texts in found] == [72, 8, 20]
+    assert [sum(text in two for text in texts) for texts in found] == [80, 10, 10]
+
+
+def test_rows_without_text_and_unpaired_surrogates_are_counted():
+    parts, plan = plan_of(["a", "", "b", " \n", "c", "half \ud83d", "d"])
+    assert sorted(itertools.chain(*(texts_of(parts, plan, split) for split in range(3)))) == [
+        "a", "b", "c", "d", "half \ufffd",
+    ]  # fmt: skip
+    assert any(note.startswith("2 rows have no text") for note in plan.notes)
+    assert any(note.startswith("1 documents have unpaired surrogates") for note in plan.notes)
+
+
+def test_scattered_groups_are_told():
+    rows = [Document(f"{index:02d}", f"group {index % 5}") for index in range(50)]  # three groups to train on
+    _, plan = plan_of(rows)
+    assert any(note.startswith("the documents of 3 groups do not stand together") for note in plan.notes)
+    _, plan = plan_of(sorted(rows, key=lambda row: row.group))
+    assert not plan.notes
 
 
 def test_fractions_and_seed():
-    parts, plan = plan_of(WORDS, validation_fraction=0.1, test_fraction=0.3)
-    assert [len(texts_of(parts, plan, split)) for split in range(3)] == [120, 20, 60]
+    _, plan = plan_of(WORDS, validation_fraction=0.1, test_fraction=0.3)
+    shares = np.bincount(plan.split_N, plan.bytes_N) / plan.bytes_N.sum()
+    np.testing.assert_allclose(shares, [0.6, 0.1, 0.3], atol=0.02)
     _, other = plan_of(WORDS, validation_fraction=0.1, test_fraction=0.3, seed=1)
     assert (plan.split_N != other.split_N).any()
 
 
 def test_a_split_follows_the_text_and_not_its_place():
     parts, plan = plan_of(WORDS)
-    turned, turned_plan = plan_of(WORDS[100:], WORDS[:100][::-1])
+    moved, moved_plan = plan_of(WORDS[100:], WORDS[:100][::-1])
     for split in range(3):
-        assert set(texts_of(parts, plan, split)) == set(texts_of(turned, turned_plan, split))
+        assert set(texts_of(parts, plan, split)) == set(texts_of(moved, moved_plan, split))
 
 
 def test_max_bytes_takes_a_sample_and_not_a_prefix():
@@ -61,6 +152,7 @@ def test_max_bytes_takes_a_sample_and_not_a_prefix():
     assert used[-1] >= 170
     _, larger = plan_of(WORDS, max_bytes=4000)
     assert set(used) < set(np.flatnonzero(larger.split_N >= 0))
+    np.testing.assert_array_equal(plan.split_N[used], larger.split_N[used])
     assert all(texts_of(parts, plan, split) for split in range(3))
 
 
@@ -79,7 +171,7 @@ def test_a_text_in_two_splits_of_the_source_stays_in_the_later_one():
 def test_a_missing_split_is_taken_from_the_training_documents():
     parts, plan = plan_of(WORDS[:100], WORDS[100:], splits=["train", "test"])
     assert texts_of(parts, plan, TEST) == WORDS[100:]
-    assert len(texts_of(parts, plan, VALIDATION)) == 20
+    assert 18 <= len(texts_of(parts, plan, VALIDATION)) <= 22  # a fifth of the bytes
     assert sorted(texts_of(parts, plan, VALIDATION) + texts_of(parts, plan, TRAIN)) == sorted(WORDS[:100])
 
 
@@ -114,7 +206,7 @@ def test_only_the_parts_that_are_needed_are_opened():
         def read():
             for index in range(10):
                 opened.append((name, index))
-                yield f"{name} {index}"
+                yield Document(f"{name} {index}")
 
         return Part(name, read)
 
@@ -135,5 +227,5 @@ def test_no_text_at_all_names_the_parts():
 
 @pytest.mark.parametrize("texts", [["one"], ["one", "two"], ["one", "two", "two", "one"]])
 def test_too_few_documents(texts):
-    with pytest.raises(UserError, match=r"config\.corpus: \d different documents give no train split"):
+    with pytest.raises(UserError, match=r"config\.corpus: \d different documents give no validation split"):
         plan_of(texts)

@@ -27,7 +27,7 @@ def parts_of(folder, **changes):
     corpus = default.get_config().corpus
     corpus.source, corpus.name = "hub", str(folder)
     corpus.update(changes)
-    return {part.split: list(part.read()) for part in hub.open_source(corpus).parts()}
+    return {part.split: [text for text, _ in part.read() if text] for part in hub.open_source(corpus).parts()}
 
 
 def test_rows_are_documents_with_the_splits_of_the_data_set(tmp_path, datasets):
@@ -47,7 +47,7 @@ def test_rows_that_are_lines_are_joined_to_documents(tmp_path, datasets):
 def test_what_cannot_be_loaded_is_named(tmp_path, datasets):
     with pytest.raises(UserError, match=r"config\.corpus\.name: the data set '.*absent'"):
         parts_of(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"config\.corpus\.text_key: .* has no text column 'body'.*\['text'\]"):
+    with pytest.raises(UserError, match=r"config\.corpus\.text_key, group_key: .* has no column 'body'.*\['text'\]"):
         parts_of(write(tmp_path / "set", train=["one"]), text_key="body")
     with pytest.raises(UserError, match="has no split 'train'"):
         parts_of(write(tmp_path / "other", test=["one"]))
@@ -62,19 +62,48 @@ def test_without_the_extra(monkeypatch):
         hub.open_source(default.get_config().corpus)
 
 
-def test_several_sets_are_mixed_and_split_anew(tmp_path, datasets):
+def test_several_sets_are_mixed_and_keep_their_splits(tmp_path, datasets):
     one = write(tmp_path / "one", train=["first\n\nrow", "second\n\nrow"], test=["third\n\nrow"])
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "train.jsonl").write_text(json.dumps({"content": "another\n\ntext"}) + "\n")
     corpus = default.get_config().corpus
     corpus.update({"source": "hub", "name": f"{one},{tmp_path / 'two'}", "text_key": "text,content"})
     parts = hub.open_source(corpus).parts()
-    assert {part.split for part in parts} == {""}
-    texts = [text for part in parts for text in part.read()]
+    assert [(part.data_set, part.split) for part in parts] == [
+        (str(one), "train"), (str(one), "test"), (str(tmp_path / "two"), "train"),
+    ]  # fmt: skip
+    texts = [text for part in parts for text, _ in part.read()]
     assert texts == ["first\n\nrow", "second\n\nrow", "third\n\nrow", "another\n\ntext"]
     corpus.text_key = "text,content,body"
     with pytest.raises(UserError, match=r"config\.corpus\.text_key: expected 2 entries.*found 3"):
         hub.open_source(corpus)
     corpus.text_key = "text"
-    with pytest.raises(UserError, match=r"two' has no text column 'text'"):
+    with pytest.raises(UserError, match=r"two' has no column 'text'"):
         hub.open_source(corpus).parts()
+
+
+def test_articles_of_wikitext_rows_and_groups_of_others(tmp_path, datasets):
+    rows = [
+        "",
+        " = One = \n",
+        "",
+        " A line . \n",
+        " = = Part = = \n",
+        "",
+        " More . \n",
+        "",
+        " = Two = \n",
+        "",
+        " End . \n",
+    ]
+    folder = write(tmp_path / "wiki", train=rows)
+    (tmp_path / "books").mkdir()
+    pieces = [{"text": f"piece\n\n{index}", "path": f"book {index // 3}#{index:04d}"} for index in range(6)]
+    (tmp_path / "books" / "train.jsonl").write_text("".join(json.dumps(piece) + "\n" for piece in pieces))
+    corpus = default.get_config().corpus
+    corpus.update({"source": "hub", "name": f"{folder},{tmp_path / 'books'}"})
+    corpus.update({"articles": "wikitext,", "group_key": ",path"})
+    wiki, books = (list(part.read()) for part in hub.open_source(corpus).parts())
+    assert [text for text, _ in wiki] == ["".join(rows[:8]), "".join(rows[8:])]
+    assert {group for _, group in wiki} == {""}
+    assert [group for _, group in books] == ["book 0"] * 3 + ["book 1"] * 3

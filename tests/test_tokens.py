@@ -22,7 +22,6 @@ def write_corpus(folder: pathlib.Path) -> list[str]:
     generator = random.Random(0)
     words = ["alpha", "beta", "gamma", "delta", "naïve", "<|endoftext|>", "\n\n", "x = 1"]
     texts = [" ".join(generator.choices(words, k=generator.randrange(1, 60))) + f" {index}" for index in range(60)]
-    texts[41] = texts[7]
     folder.mkdir()
     for index, text in enumerate(texts):
         (folder / f"{index:03d}.txt").write_text(text)
@@ -229,3 +228,38 @@ def test_bad_text_leaves_nothing_behind(corpus):
     with pytest.raises(UserError, match=r"bad\.txt: expected UTF-8"):
         tokens.run(config)
     assert not pathlib.Path(config.workdir).exists()
+
+
+def test_the_documents_of_one_file_are_one_text_to_readers(corpus, tmp_path):
+    """A position's document, which neighbors may be excluded by, is the whole file that it is from."""
+    config, _ = corpus
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in "abcdefgh":
+        (folder / f"{name}.txt").write_text("".join(f"file {name}, {index}.\n\n" for index in range(30)))
+    config.corpus.update({"path": str(folder), "document_bytes": 100})
+    artifact = tokens.run(config)
+    assert artifact.num_shards > 1
+    sides = {}
+    for split in SPLITS:
+        names = [text.split(",")[0].strip() for text in reference_documents(artifact, split)]
+        stream = tokens.TokenStream(artifact, split)
+        ends = stream.document_ends
+        ids = stream.document_ids(0, stream.length)
+        first = [ids[end - 1] for end in ends]
+        assert len(names) > len(set(names))
+        assert first == [list(dict.fromkeys(names)).index(name) for name in names]
+        for begin, end in itertools.pairwise([0, *ends]):
+            assert len(set(ids[begin:end])) == 1
+        sides |= dict.fromkeys(names, split)
+        assert all(sides[name] == split for name in names)
+    assert len(sides) == 8
+
+
+def test_text_edited_in_place_is_noticed(corpus):
+    config, texts = corpus
+    tokens.run(config)
+    file = pathlib.Path(config.corpus.path) / "003.txt"
+    file.write_text(texts[3].replace("3", "4"))
+    with pytest.raises(ArtifactError, match="files"):
+        tokens.run(config)

@@ -17,6 +17,7 @@ def web():
     config.corpus.name = "Salesforce/wikitext,fancyzhx/amazon_polarity,vblagoje/cc_news,stanfordnlp/imdb"
     config.corpus.subset = "wikitext-103-raw-v1,,,"
     config.corpus.text_key = "text,content,text,text"
+    config.corpus.articles = "wikitext,,,"
     config.corpus.max_bytes = 2_600_000_000  # about 600M tokens
     config.corpus.validation_fraction = 0.001
     config.corpus.test_fraction = 0.001

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import pprint
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,14 @@ Check = tuple[type | tuple[type, ...], Callable[[Any], bool], str]
 
 def _one_of(*values: str) -> Check:
     return str, lambda value: value in values, "one of " + ", ".join(map(repr, values))
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 _TEXT: Check = (str, lambda value: True, "a text")
@@ -65,6 +74,14 @@ SCHEMA: dict[str, Any] = {
         "name": _TEXT,
         "subset": _TEXT,
         "text_key": _TEXT,
+        "group_key": _TEXT,
+        "group_part": (str, _is_pattern, "a regular expression"),
+        "articles": (
+            str,
+            lambda value: set(value.split(",")) <= {"", "wikitext"},
+            "'wikitext' or '', one for each data set with commas between",
+        ),
+        "split_by_name": _BOOLEAN,
         "max_bytes": _COUNT,
         "document_bytes": _POSITIVE,
         "validation_fraction": _OPEN_FRACTION,

@@ -2,6 +2,9 @@
 
 Everything here follows from the documents' text, their order and the config, so every process and every restart
 comes to the same plan. Documents themselves are never held: only 16 bytes of hash and a length for each.
+
+Splits are made of whole groups: the pieces of a file, an article, the rows of one book. Text that continues across a
+split would let a model, and any search, recognize what it is evaluated on.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import array
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import ml_collections
 import numpy as np
@@ -21,6 +25,18 @@ SHARD_BYTES = 8 * 2**20
 """Text of one shard, the unit that a restarted stage redoes."""
 
 
+class Document(NamedTuple):
+    """One text of a corpus.
+
+    Attributes:
+      text: it; blank for a row without text, which is counted and left out.
+      group: name of what it belongs to, which lies on one side of a split; "" = a group of its own.
+    """
+
+    text: str
+    group: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A piece of a corpus that is read from its beginning: a file, or one split of a hub data set.
@@ -29,11 +45,13 @@ class Part:
       name: for messages.
       read: gives its documents, the same ones in the same order at every call.
       split: the split its documents belong to, "" to have it chosen by hash.
+      data_set: parts of one data set are split together, so that each set of a mixture is in every split.
     """
 
     name: str
-    read: Callable[[], Iterable[str]]
+    read: Callable[[], Iterable[Document]]
     split: str = ""
+    data_set: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +59,14 @@ class Source:
     """A corpus before it is read.
 
     Attributes:
-      inputs: what its content depends on besides the config (versions, file sizes), by name.
+      inputs: what its content depends on besides the config (versions, checksums of files), by name.
       parts: finds its parts; may download.
+      notes: what the user should know of how it was found, a sentence each.
     """
 
     inputs: dict[str, str]
     parts: Callable[[], Sequence[Part]]
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +75,22 @@ class Plan:
 
     Attributes:
       split_N: int8, index into SPLITS, -1 for a document that is not used.
+      group_N: int32, number of its group within its split, never decreasing; a group whose documents do not stand
+        together has several numbers.
       shard_N: int32, shard that holds it.
       bytes_N: int64, size as UTF-8.
       order_N: uint64, a hash of text and seed; sorting by it shuffles the documents.
       part_ends: number of documents up to the end of each part.
+      notes: what the user should know of the result, a sentence each.
     """
 
     split_N: np.ndarray
+    group_N: np.ndarray
     shard_N: np.ndarray
     bytes_N: np.ndarray
     order_N: np.ndarray
     part_ends: np.ndarray
+    notes: tuple[str, ...]
 
     @property
     def num_shards(self) -> int:
@@ -81,6 +106,16 @@ class Plan:
         return _sample(self.split_N == split, self.order_N, self.bytes_N, max_bytes)
 
 
+class _Scan(NamedTuple):
+    """What one pass over N documents in P parts finds; sizes are 0 where there is no text."""
+
+    text_hash_N: np.ndarray
+    group_hash_N: np.ndarray
+    bytes_N: np.ndarray
+    part_ends: np.ndarray
+    repaired: int
+
+
 def _sample(candidates_N: np.ndarray, order_N: np.ndarray, bytes_N: np.ndarray, max_bytes: int) -> np.ndarray:
     chosen = np.zeros(len(candidates_N), bool)
     index = np.flatnonzero(candidates_N)
@@ -90,45 +125,130 @@ def _sample(candidates_N: np.ndarray, order_N: np.ndarray, bytes_N: np.ndarray, 
     return chosen
 
 
-def _scan(parts: Sequence[Part], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hashes uint64 [N, 2], sizes in bytes int64 [N], and the number of documents up to the end of each part."""
+def _without_surrogates(text: str) -> str:
+    """The text with U+FFFD for each unpaired surrogate, which JSON can express and UTF-8 cannot."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _scan(parts: Sequence[Part], seed: int) -> _Scan:
     key = seed.to_bytes(8, "little")
-    hashes, sizes, part_ends = bytearray(), array.array("q"), []
+    hashes, sizes, part_ends, repaired = bytearray(), array.array("q"), [], 0
     for part in parts:
-        for text in part.read():
-            content = text.encode("utf-8", "surrogatepass")
-            hashes += hashlib.blake2b(content, digest_size=16, key=key).digest()
-            sizes.append(len(content))
+        for text, group in part.read():
+            try:
+                content = text.encode()
+            except UnicodeEncodeError:
+                content = _without_surrogates(text).encode()
+                repaired += 1
+            digest = hashlib.blake2b(content, digest_size=16, key=key).digest()
+            if group:
+                name = group.encode("utf-8", "surrogatepass")
+                digest = digest[:8] + hashlib.blake2b(name, digest_size=8, key=key, person=b"group").digest()
+            hashes += digest
+            sizes.append(len(content) if text.strip() else 0)
         part_ends.append(len(sizes))
-    return np.frombuffer(hashes, "<u8").reshape(-1, 2), np.array(sizes, np.int64), np.array(part_ends, np.int64)
+    text_hash_N, group_hash_N = np.frombuffer(hashes, "<u8").reshape(-1, 2).T.copy()
+    return _Scan(text_hash_N, group_hash_N, np.array(sizes, np.int64), np.array(part_ends, np.int64), repaired)
 
 
-def _split_by_hash(hash_N: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
-    """int8 [N]: the first fractions[0] of the distinct hashes get 1, the next fractions[1] get 2, the rest 0.
+def _given_splits(parts: Sequence[Part], scan: _Scan) -> np.ndarray:
+    """int8 [N]: the split that the source gives, "train" where it gives none, -1 without text or for a repeated one.
 
-    Ranks rather than thresholds: a small corpus has no empty split by bad luck. Equal texts share a hash, and so a
-    split.
+    Of equal texts one is kept: the first of the test split, or else of validation, or else of training.
     """
-    distinct, rank_N = np.unique(hash_N, return_inverse=True)
-    ends = np.cumsum([max(1, round(fraction * len(distinct))) for fraction in fractions])
-    part_N = np.searchsorted(ends, rank_N, side="right") + 1
-    return np.where(part_N > len(fractions), 0, part_N).astype(np.int8)
-
-
-def _given_splits(parts: Sequence[Part], part_ends: np.ndarray, hash_N: np.ndarray) -> np.ndarray:
-    """int8 [N]: the split that the source gives, -1 for none or for a text that a later split has too."""
     given = np.array([SPLITS.index(part.split) if part.split else 0 for part in parts], np.int8)
-    split_N = np.repeat(given, np.diff(part_ends, prepend=0))
-    for split in (2, 1):  # the text of a test document may be in no other split, of a validation document not in train
-        repeated = np.isin(hash_N, hash_N[split_N == split]) & (split_N < split)
-        split_N[repeated] = -1
-    return split_N
+    given_N = np.repeat(given, np.diff(scan.part_ends, prepend=0))
+    by_split = np.argsort(-given_N, kind="stable")
+    _, first = np.unique(scan.text_hash_N[by_split], return_index=True)
+    split_N = np.full_like(given_N, -1)
+    split_N[by_split[first]] = given_N[by_split[first]]
+    return np.where(scan.bytes_N > 0, split_N, -1).astype(np.int8)
+
+
+def _split_groups(group_hash_N: np.ndarray, bytes_N: np.ndarray, fractions: Sequence[float]) -> np.ndarray | None:
+    """int8 [N]: groups in the order of their hashes fill `fractions[0]` of the bytes as 1, and so on; the rest is 0.
+
+    A group larger than its split is taken only where all are. None where there are too few groups.
+    """
+    distinct, group_N = np.unique(group_hash_N, return_inverse=True)
+    bytes_G = np.bincount(group_N, bytes_N)
+    split_G = np.zeros(len(distinct), np.int8)
+    if len(distinct) <= len(fractions):
+        return None
+    for split, fraction in enumerate(fractions, 1):
+        quota, free = fraction * bytes_G.sum(), split_G == 0
+        fitting = np.flatnonzero(free & (bytes_G <= quota))
+        if fitting.size:
+            ends = np.cumsum(bytes_G[fitting])
+            chosen = fitting[ends - bytes_G[fitting] / 2 <= quota]  # the last one brings the sum nearest to the quota
+            chosen = chosen[: free.sum() - 1 - (len(fractions) - split)]
+        else:
+            chosen = np.flatnonzero(free)[[bytes_G[free].argmin()]]
+        split_G[chosen] = split
+    return split_G[group_N]
+
+
+def _split_in_place(bytes_N: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
+    """int8 [N]: the documents' first part is 0, then come `fractions[0]` of the bytes as 1, and so on."""
+    middle_N = np.cumsum(bytes_N) - bytes_N / 2
+    shares = np.cumsum([1 - sum(fractions), *fractions[:-1]])
+    ends = np.searchsorted(middle_N, shares * bytes_N.sum())
+    for index in range(len(ends)):  # at least one document for each
+        low, high = (ends[index - 1] if index else 0) + 1, len(bytes_N) - len(ends) + index
+        ends[index] = min(max(ends[index], low), high)
+    if ends[0] < 1:
+        return np.zeros(len(bytes_N), np.int8)
+    return np.searchsorted(ends, np.arange(len(bytes_N)), side="right").astype(np.int8)
+
+
+def _add_missing_splits(split_N: np.ndarray, parts: Sequence[Part], scan: _Scan, fractions: Sequence[float]) -> list:
+    """Takes the splits that a data set lacks from its training documents, in place; returns notes.
+
+    Where the groups are too few for that, the documents are split in their order and become groups of their own.
+    """
+    notes = []
+    sets = np.array([part.data_set for part in parts])
+    lengths = np.diff(scan.part_ends, prepend=0)
+    for data_set in dict.fromkeys(sets):
+        inside_N = np.repeat(sets == data_set, lengths)
+        missing = [split for split in (1, 2) if not (split_N[inside_N] == split).any()]
+        train = np.flatnonzero(inside_N & (split_N == 0))
+        if not missing or not train.size:
+            continue
+        wanted = [fractions[split] for split in missing]
+        chosen = _split_groups(scan.group_hash_N[train], scan.bytes_N[train], wanted)
+        if chosen is None:
+            chosen = _split_in_place(scan.bytes_N[train], wanted)
+            scan.group_hash_N[train] = scan.text_hash_N[train]  # within one text, its pieces are what there is
+            if chosen.any():
+                name = data_set or next(part.name for part, end in zip(parts, scan.part_ends, strict=True) if end)
+                order = ", then ".join(SPLITS[split] for split in (0, *missing))
+                notes.append(
+                    f"{name}: is one text, or two, so it is split where it stands, at whole paragraphs: {order}"
+                )
+        split_N[train] = np.array([0, *missing], np.int8)[chosen]
+    return notes
+
+
+def _number_groups(split_N: np.ndarray, group_hash_N: np.ndarray) -> tuple[np.ndarray, int]:
+    """int32 [N]: number of each document's group within its split; and how many groups are in several pieces."""
+    number_N, scattered = np.zeros(len(split_N), np.int32), 0
+    for split in range(len(SPLITS)):
+        index = np.flatnonzero(split_N == split)
+        hashes = group_hash_N[index]
+        begins = hashes[1:] != hashes[:-1]
+        number_N[index[1:]] = np.cumsum(begins)
+        if index.size:
+            _, pieces = np.unique(hashes[np.append(True, begins)], return_counts=True)
+            scattered += int((pieces > 1).sum())
+    return number_N, scattered
 
 
 def make_plan(parts: Sequence[Part], corpus: ml_collections.ConfigDict) -> Plan:
     """Reads all documents once and decides which are used, in which split and in which shard.
 
-    Where the source has splits of its own they are kept, and a missing one is taken from the training documents.
+    Where a data set has splits of its own they are kept, and a missing one is taken from its training documents, group
+    by group. Texts that repeat exactly are used once.
 
     Args:
       parts: the corpus.
@@ -137,46 +257,59 @@ def make_plan(parts: Sequence[Part], corpus: ml_collections.ConfigDict) -> Plan:
     Raises:
       UserError: there is no text, or the documents are too few for three splits.
     """
-    hash_Nx2, bytes_N, part_ends = _scan(parts, corpus.seed)
-    if not bytes_N.size:
+    scan = _scan(parts, corpus.seed)
+    bytes_N = scan.bytes_N
+    if not bytes_N.any():
         names = ", ".join(part.name for part in parts[:3]) + (", ..." if len(parts) > 3 else "")
         raise UserError(f"config.corpus: there is no text in {names}; expected at least three documents")
-    sample_hash_N, split_hash_N = hash_Nx2.T
-    split_N = _given_splits(parts, part_ends, sample_hash_N)
-    fractions = np.array([0, corpus.validation_fraction, corpus.test_fraction])
-    missing = [split for split in (1, 2) if not (split_N == split).any()]
-    if corpus.max_bytes:  # a split that the source gives is sampled to its share, so that it is not swallowed
-        shares = fractions.copy()
-        shares[missing] = 0
-        shares[0] = 1 - shares.sum()
-        used = [_sample(split_N == s, sample_hash_N, bytes_N, round(corpus.max_bytes * shares[s])) for s in range(3)]
+    split_N = _given_splits(parts, scan)
+    repeated_N = (split_N < 0) & (bytes_N > 0)
+    notes = [
+        f"{count:,} {what}"
+        for count, what in (
+            ((bytes_N == 0).sum(), "rows have no text: left out"),
+            (scan.repaired, "documents have unpaired surrogates, which are no characters: U+FFFD stands for them"),
+            (repeated_N.sum(), f"documents repeat another one exactly ({bytes_N[repeated_N].sum():,} bytes): left out"),
+        )
+        if count
+    ]
+    fractions = [0, corpus.validation_fraction, corpus.test_fraction]
+    notes += _add_missing_splits(split_N, parts, scan, fractions)
+    if corpus.max_bytes:
+        shares = [1 - sum(fractions), *fractions[1:]]
+        used = [
+            _sample(split_N == split, scan.text_hash_N, bytes_N, round(corpus.max_bytes * share))
+            for split, share in enumerate(shares)
+        ]
         split_N[~np.any(used, axis=0)] = -1
-    train = np.flatnonzero(split_N == 0)
-    if missing and train.size:
-        chosen = _split_by_hash(split_hash_N[train], fractions[missing])
-        split_N[train] = np.array([0, *missing], np.int8)[chosen]
     if empty := [name for index, name in enumerate(SPLITS) if not (split_N == index).any()]:
         raise UserError(
-            f"config.corpus: {len(np.unique(sample_hash_N[split_N >= 0]))} different documents give no {empty[0]} "
+            f"config.corpus: {len(np.unique(scan.text_hash_N[split_N >= 0]))} different documents give no {empty[0]} "
             "split; expected at least one document in each of train, validation and test: give more text, a smaller "
             "config.corpus.document_bytes or a larger config.corpus.max_bytes"
+        )
+    group_N, scattered = _number_groups(split_N, scan.group_hash_N)
+    if scattered:
+        notes.append(
+            f"the documents of {scattered:,} groups do not stand together: sort the corpus by group if "
+            "config.targets.exclude='document' should exclude whole groups"
         )
     used_bytes_N = np.where(split_N >= 0, bytes_N, 0)
     shard_N = ((np.cumsum(used_bytes_N) - used_bytes_N) // SHARD_BYTES).astype(np.int32)
     _, shard_N = np.unique(shard_N, return_inverse=True)  # a document larger than a shard leaves numbers out
-    return Plan(split_N, shard_N.astype(np.int32), bytes_N, sample_hash_N, part_ends)
+    return Plan(split_N, group_N, shard_N.astype(np.int32), bytes_N, scan.text_hash_N, scan.part_ends, tuple(notes))
 
 
 def read_selected(parts: Sequence[Part], plan: Plan, selected_N: np.ndarray) -> Iterator[tuple[int, str]]:
-    """Documents where `selected_N` is true, with their index, in order; parts that hold none are not opened."""
+    """Texts where `selected_N` is true, with their index, in order; parts that hold none are not opened."""
     start = 0
     for part, end in zip(parts, plan.part_ends, strict=True):
         wanted = np.flatnonzero(selected_N[start:end])
         if wanted.size:
             last = start + int(wanted[-1])
-            for index, text in enumerate(part.read(), start):
+            for index, (text, _) in enumerate(part.read(), start):
                 if selected_N[index]:
-                    yield index, text
+                    yield index, _without_surrogates(text)
                 if index == last:
                     break
         start = int(end)

@@ -1,180 +1,220 @@
-"""Documents from text, JSONL and Parquet files, plain or compressed, one file or a folder of them."""
+"""Documents from text, JSON and Parquet files, plain or compressed, one file or a folder of them."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import gzip
 import hashlib
 import io
+import itertools
 import json
-import zlib
-from collections.abc import Iterable, Iterator
+import os
+import re
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import ml_collections
-import zstandard
 from etils import epath
 
 from mlpmem_jax.core.errors import UserError, require
-from mlpmem_jax.corpus.documents import Part, Source
+from mlpmem_jax.corpus import compression
+from mlpmem_jax.corpus.articles import chunk_lines, wikitext_articles
+from mlpmem_jax.corpus.documents import Document, Part, Source
+from mlpmem_jax.corpus.rows import RowReader
 
 READERS = {
     ".txt": "text",
     ".md": "text",
     ".rst": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
     ".parquet": "parquet",
 }
-COMPRESSED = (".gz", ".zst")
-_READ_BYTES = 2**17
+_HASHED_BYTES = 2**28
+"""Corpora up to this size are known again by their content, larger ones by the sizes and times of their files."""
+
+_SPLIT_NAMES = {"train": "train", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
+_SPLIT_NAME = re.compile(rf"(?:^|/)({'|'.join(_SPLIT_NAMES)})", re.IGNORECASE)
 
 
 def open_source(corpus: ml_collections.ConfigDict) -> Source:
     """The corpus of a file or folder, in the order of the relative paths; hidden files are left out.
 
     Raises:
-      UserError: the path does not exist or holds no file of a known kind.
+      UserError: the path does not exist, cannot be read, or holds no file of a known kind.
     """
     root = epath.Path(corpus.path).expanduser()
-    known = ", ".join([*READERS, *(f"those with {suffix}" for suffix in COMPRESSED)])
-    if not root.exists():
-        raise UserError(f"config.corpus.path: {root} does not exist; expected a file or folder of {known}")
-    files = dict(_walk(root, "")) if root.is_dir() else {root.name: root} if _kind(root) else {}
+    known = ", ".join([*READERS, *(f"those with {suffix}" for suffix in compression.COMPRESSED)])
+    try:
+        if not root.exists():
+            raise UserError(f"config.corpus.path: {root} does not exist; expected a file or folder of {known}")
+        found = dict(_walk(root, "", {_real(root)})) if root.is_dir() else {root.name: root}
+        files = {name: found[name] for name in sorted(found) if _kind(found[name]) and found[name].exists()}
+        inputs = {"files": _origin(files)}
+    except OSError as error:
+        raise UserError(
+            f"config.corpus.path: {_shown(error.filename or root)} cannot be read: {error.strerror}; change its "
+            "permissions, or give another path"
+        ) from error
     if not files:
         raise UserError(f"config.corpus.path: {root} is or has no file that can be read; expected {known}")
-    listing = "".join(f"{name}\0{files[name].stat().length}\n" for name in sorted(files))
-    inputs = {"files (names and sizes)": hashlib.sha256(listing.encode()).hexdigest()}
+    notes = []
+    if omitted := [_shown(name) for name in sorted(found) if name not in files]:
+        notes.append(
+            f"{_shown(root)}: left out {len(omitted):,} files, whose names end in none of {known}, or which are links "
+            f"to nothing: {', '.join(omitted[:5])}{', ...' if len(omitted) > 5 else ''}"
+        )
+    rows = RowReader(corpus.text_key, corpus.group_key, corpus.group_part)
     parts = [
-        Part(str(files[name]), functools.partial(read_documents, files[name], corpus.text_key, corpus.document_bytes))
-        for name in sorted(files)
+        Part(
+            _shown(file),
+            functools.partial(read_documents, file, name, rows, corpus.articles, corpus.document_bytes),
+            _split_of(name) if corpus.split_by_name else "",
+        )
+        for name, file in files.items()
     ]
-    return Source(inputs, lambda: parts)
+    return Source(inputs, lambda: parts, tuple(notes))
 
 
-def _walk(folder: epath.Path, prefix: str) -> Iterator[tuple[str, epath.Path]]:
-    for entry in folder.iterdir():
-        if entry.name.startswith("."):
+def _walk(folder: epath.Path, prefix: str, visited: set[str]) -> Iterator[tuple[str, epath.Path]]:
+    """Files below a folder, with their names relative to it; what links lead to a second time is passed over."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or (real := _real(entry)) in visited:
             continue
+        visited.add(real)
         if entry.is_dir():
-            yield from _walk(entry, f"{prefix}{entry.name}/")
-        elif _kind(entry):
+            yield from _walk(entry, f"{prefix}{entry.name}/", visited)
+        else:
             yield prefix + entry.name, entry
 
 
+def _real(path: epath.Path) -> str:
+    name = os.fspath(path)
+    return name if "://" in name else os.path.realpath(name)
+
+
+def _shown(path) -> str:
+    """A path as text that can be printed, whatever the bytes of its name."""
+    return os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _kind(file: epath.Path) -> str | None:
-    name = file.with_suffix("") if file.suffix in COMPRESSED else file
-    return READERS.get(name.suffix)
+    suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
+    if suffixes and suffixes[-1] in compression.COMPRESSED:
+        suffixes.pop()
+    return READERS.get(suffixes[-1]) if suffixes else None
 
 
-def read_documents(file: epath.Path, text_key: str, document_bytes: int) -> Iterator[str]:
-    """The documents of one file, none of them blank.
+def _split_of(name: str) -> str:
+    """The split that the name of a file or of a folder above it begins with.
+
+    Raises:
+      UserError: there is none.
+    """
+    if match := _SPLIT_NAME.search(name):
+        return _SPLIT_NAMES[match[1].lower()]
+    raise UserError(
+        f"config.corpus.split_by_name: expected names of files, or of folders above them, that begin with "
+        f"{', '.join(_SPLIT_NAMES)}, found {_shown(name)!r}"
+    )
+
+
+def _origin(files: dict[str, epath.Path]) -> str:
+    """A checksum that changes with the files: of their contents, or, where those are large, of sizes and times."""
+    stats = {name: file.stat() for name, file in files.items()}
+    by_content = sum(stat.length for stat in stats.values()) <= _HASHED_BYTES
+    digest = hashlib.sha256()
+    for name, file in files.items():
+        state = hashlib.sha256(file.read_bytes()).hexdigest() if by_content else f"{stats[name].mtime}"
+        digest.update(f"{name}\0{stats[name].length}\0{state}\n".encode("utf-8", "surrogateescape"))
+    return f"{digest.hexdigest()} ({'content' if by_content else 'names, sizes and times'})"
+
+
+def read_documents(
+    file: epath.Path, name: str, rows: RowReader, articles: str, document_bytes: int
+) -> Iterator[Document]:
+    """The documents of one file.
 
     Args:
       file: its name says its kind and compression.
-      text_key: field of JSONL and Parquet rows that holds the text.
-      document_bytes: text files longer than this are cut, see `cut_documents`.
+      name: the group of a text file's documents, the same wherever the corpus lies.
+      rows: the fields of JSON and Parquet files.
+      articles: "wikitext" for text files whose articles are documents, "" for others.
+      document_bytes: text files longer than this become several documents, see `articles.chunk_lines`.
 
     Raises:
-      UserError: it is damaged, is not UTF-8, or its rows have no such field.
+      UserError: it is damaged, is not UTF-8, or its rows do not have the fields.
     """
     kind = _kind(file)
     with _named_errors(file), file.open("rb") as raw:
-        stream = _decompress(raw, file.suffix)
-        if kind == "text":
-            lines = io.TextIOWrapper(stream, encoding="utf-8-sig")
-            # A size limit, since a file without any line end must not come into memory whole.
-            yield from cut_documents(iter(lambda: lines.readline(4 * document_bytes), ""), document_bytes)
-        elif kind == "jsonl":
-            yield from _read_jsonl(file, io.TextIOWrapper(stream, encoding="utf-8-sig"), text_key)
+        stream = compression.decompress(raw, file.suffix.lower())
+        if kind == "parquet":
+            yield from _read_parquet(file, stream, rows)
+            return
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig")
+        if kind == "json":
+            for where, row in _json_rows(file, text):
+                yield rows.document(row, where)
+            return
+        # A size limit, since a file without any line end must not come into memory whole.
+        lines = iter(lambda: text.readline(4 * document_bytes), "")
+        if articles:
+            yield from map(Document, wikitext_articles(lines, _shown(file)))
         else:
-            yield from _read_parquet(file, stream, text_key)
+            yield from (Document(chunk, name) for chunk in chunk_lines(lines, document_bytes) if chunk.strip())
 
 
-def cut_documents(lines: Iterable[str], document_bytes: int) -> Iterator[str]:
-    """Joins lines to documents, each ending at the first blank line after `document_bytes`.
-
-    Where there is no blank line for three times as long, at the end of a line. A line of spaces is blank.
-    """
-    document, size = [], 0
-    for line in lines:
-        document.append(line)
-        size += len(line.encode())
-        is_blank = not line.strip()
-        if size >= 4 * document_bytes or (is_blank and size >= document_bytes):
-            yield from _unless_blank("".join(document))
-            document, size = [], 0
-    yield from _unless_blank("".join(document))
-
-
-def _unless_blank(text: str) -> list[str]:
-    return [text] if text.strip() else []
+def _json_rows(file: epath.Path, text: io.TextIOWrapper) -> Iterator[tuple[str, object]]:
+    """Each row with where it stands: lines, or the entries of the one array (or object) that a .json file may be."""
+    numbered = ((number, line) for number, line in enumerate(text, 1) if line.strip())
+    number, first = next(numbered, (0, ""))
+    if not first:
+        return
+    if any(suffix.lower() == ".json" for suffix in file.suffixes) and not _is_object(first):
+        content = _parse_json(first + text.read(), _shown(file))
+        entries = content if isinstance(content, list) else [content]
+        yield from ((f"{_shown(file)}: entry {index}", entry) for index, entry in enumerate(entries))
+        return
+    for line_number, line in itertools.chain([(number, first)], numbered):
+        where = f"{_shown(file)}: line {line_number}"
+        yield where, _parse_json(line, where)
 
 
-def _read_jsonl(file: epath.Path, lines: Iterable[str], text_key: str) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{file}: line {number} is not valid JSON ({error})") from error
-        text = row.get(text_key) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            found = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            raise UserError(
-                f"{file}: line {number} has no text at {text_key!r}, found {found}; set config.corpus.text_key"
-            )
-        yield from _unless_blank(text)
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
-def _read_parquet(file: epath.Path, stream: BinaryIO, text_key: str) -> Iterator[str]:
+def _parse_json(content: str, where: str) -> object:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{where} nests objects or lists too deeply for Python's reader of JSON") from error
+
+
+def _read_parquet(file: epath.Path, stream: BinaryIO, rows: RowReader) -> Iterator[Document]:
     parquet = require("pyarrow.parquet", extra="hub")
     # Parquet is read from its end, which a decompressing stream cannot do.
-    table = parquet.ParquetFile(io.BytesIO(stream.read()) if file.suffix in COMPRESSED else stream)
-    names = table.schema_arrow.names
-    if text_key not in names or str(table.schema_arrow.field(text_key).type) not in ("string", "large_string"):
-        fields = ", ".join(f"{field.name} ({field.type})" for field in table.schema_arrow)
-        raise UserError(f"{file}: has no text column {text_key!r}, found {fields}; set config.corpus.text_key")
-    for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-        for text in batch.column(0).to_pylist():
-            yield from _unless_blank(text or "")
-
-
-def _decompress(raw: BinaryIO, suffix: str) -> BinaryIO:
-    if suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(raw), _READ_BYTES)
-    return raw
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of a .zst file; unlike zstandard's own reader, it notices that the file was cut off."""
-
-    def __init__(self, raw: BinaryIO):
-        self._raw, self._decompressed, self._compressed = raw, b"", b""
-        self._frame = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._decompressed:
-            chunk = self._compressed or self._raw.read(_READ_BYTES)
-            if not chunk:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("compressed file ended before the end of its last frame")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._decompressed = self._frame.decompress(chunk)
-            self._compressed = self._frame.unused_data
-        count = min(len(buffer), len(self._decompressed))
-        buffer[:count] = self._decompressed[:count]
-        self._decompressed = self._decompressed[count:]
-        return count
+    is_compressed = file.suffix.lower() in compression.COMPRESSED
+    table = parquet.ParquetFile(io.BytesIO(stream.read()) if is_compressed else stream)
+    schema = table.schema_arrow
+    columns = rows.columns(schema.names)
+    for column in columns:
+        if schema.names.count(column) != 1:
+            found = ", ".join(f"{field.name} ({field.type})" for field in schema)
+            raise UserError(
+                f"{_shown(file)}: expected one column {column!r}, found {found}; set config.corpus.text_key, group_key"
+            )
+    number = 0
+    for batch in table.iter_batches(batch_size=1024, columns=columns):
+        for row in batch.to_pylist():
+            number += 1
+            yield rows.document(row, f"{_shown(file)}: row {number}")
 
 
 @contextlib.contextmanager
@@ -185,8 +225,10 @@ def _named_errors(file: epath.Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(
-            f"{file}: expected UTF-8 text, found the byte 0x{byte:02x} ({error.reason}); convert it, or "
+            f"{_shown(file)}: expected UTF-8 text, found the byte 0x{byte:02x} ({error.reason}); convert it, or "
             "take the file out of config.corpus.path"
         ) from error
-    except (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{file}: could not be read: {error}; it is damaged or not what its name says") from error
+    except compression.ERRORS as error:
+        raise UserError(
+            f"{_shown(file)}: could not be read: {error}; it is damaged or not what its name says"
+        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -10,8 +9,9 @@ from collections.abc import Iterator, Sequence
 import ml_collections
 
 from mlpmem_jax.core.errors import UserError, require
-from mlpmem_jax.corpus.documents import Part, Source
-from mlpmem_jax.corpus.files import cut_documents
+from mlpmem_jax.corpus.articles import chunk_lines, wikitext_articles
+from mlpmem_jax.corpus.documents import Document, Part, Source
+from mlpmem_jax.corpus.rows import RowReader
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -25,9 +25,9 @@ _SPLIT_NAMES = {
 def open_source(corpus: ml_collections.ConfigDict) -> Source:
     """The corpus of one data set or a mixture of several, by name, or of local folders that `datasets` can load.
 
-    Several names stand in `corpus.name` with commas between; `subset` and `text_key` then hold as many entries, or one
-    for all. A data set by itself keeps its own splits; a mixture, whose sets have unlike splits, is split anew, so that
-    every set is in every split.
+    Several names stand in `corpus.name` with commas between; `subset`, `text_key`, `group_key` and `articles` then hold
+    as many entries, or one for all. The splits of every data set are kept; those that it lacks are taken from its
+    training documents, so that every set is in every split.
 
     Raises:
       UserError: the extra is not installed, or the numbers of entries differ.
@@ -35,7 +35,7 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
     require("datasets", extra="hub")
     names = corpus.name.split(",")
     entries = {"name": names}
-    for key in ("subset", "text_key"):
+    for key in ("subset", "text_key", "group_key", "articles"):
         found = corpus[key].split(",")
         if len(found) not in (1, len(names)):
             raise UserError(
@@ -43,16 +43,14 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
                 f"one for all, found {len(found)}: {corpus[key]!r}"
             )
         entries[key] = found * len(names) if len(found) == 1 else found
-    chosen = list(zip(*entries.values(), strict=True))
-    return Source({}, functools.partial(_parts, chosen, corpus.document_bytes))
+    chosen = [
+        (name, subset, RowReader(text_key, group_key, corpus.group_part), articles)
+        for name, subset, text_key, group_key, articles in zip(*entries.values(), strict=True)
+    ]
+    return Source({}, lambda: [part for entry in chosen for part in _parts(*entry, corpus.document_bytes)])
 
 
-def _parts(chosen: Sequence[tuple[str, str, str]], document_bytes: int) -> Sequence[Part]:
-    parts = [part for entry in chosen for part in _parts_of_one(*entry, document_bytes)]
-    return parts if len(chosen) == 1 else [dataclasses.replace(part, split="") for part in parts]
-
-
-def _parts_of_one(name: str, subset: str, text_key: str, document_bytes: int) -> Sequence[Part]:
+def _parts(name: str, subset: str, rows: RowReader, articles: str, document_bytes: int) -> Sequence[Part]:
     datasets = require("datasets", extra="hub")
     try:
         splits = datasets.load_dataset(name, subset or None)
@@ -65,29 +63,42 @@ def _parts_of_one(name: str, subset: str, text_key: str, document_bytes: int) ->
     if "train" not in known.values():
         raise UserError(f"config.corpus.name: {name!r} has no split 'train', found {sorted(splits)}")
     for split in known:
-        feature = splits[split].features.get(text_key)
-        if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        columns = splits[split].column_names
+        if absent := [column for column in rows.columns(columns) if column not in columns]:
             raise UserError(
-                f"config.corpus.text_key: {name!r} has no text column {text_key!r} in its split {split!r}, "
-                f"found {sorted(splits[split].features)}"
+                f"config.corpus.text_key, group_key: {name!r} has no column {absent[0]!r} in its split {split!r}, "
+                f"found {sorted(columns)}"
             )
     return [
-        Part(f"{name} {split}", functools.partial(_documents, splits[split], text_key, document_bytes), ours)
+        Part(
+            f"{name} {split}",
+            functools.partial(_documents, splits[split], f"{name} {split}", rows, articles, document_bytes),
+            ours,
+            data_set=f"{name} {subset}".strip(),
+        )
         for split, ours in known.items()
     ]
 
 
-def _rows(dataset, text_key: str) -> Iterator[str]:
-    for batch in dataset.select_columns([text_key]).iter(batch_size=1000):
-        yield from (text or "" for text in batch[text_key])
+def _read_rows(dataset, name: str, rows: RowReader) -> Iterator[Document]:
+    columns = rows.columns(dataset.column_names)
+    number = 0
+    for batch in dataset.select_columns(columns).iter(batch_size=1000):
+        for values in zip(*(batch[column] for column in columns), strict=True):
+            number += 1
+            yield rows.document(dict(zip(columns, values, strict=True)), f"{name}: row {number}")
 
 
-def _documents(dataset, text_key: str, document_bytes: int) -> Iterator[str]:
+def _documents(dataset, name: str, rows: RowReader, articles: str, document_bytes: int) -> Iterator[Document]:
     """Rows are documents, unless they are the lines of a longer text, as WikiText's are."""
-    rows = _rows(dataset, text_key)
-    head = list(itertools.islice(rows, 100))
-    rows = itertools.chain(head, rows)
-    if all(row.endswith("\n") and row.count("\n") == 1 for row in head if row.strip()):
-        yield from cut_documents(rows, document_bytes)
+    documents = _read_rows(dataset, name, rows)
+    if articles:
+        yield from map(Document, wikitext_articles((text for text, _ in documents), name))
+        return
+    head = list(itertools.islice(documents, 100))
+    documents = itertools.chain(head, documents)
+    if all(text.endswith("\n") and text.count("\n") == 1 for text, _ in head if text.strip()):
+        chunks = chunk_lines((text for text, _ in documents), document_bytes)
+        yield from (Document(chunk, name) for chunk in chunks if chunk.strip())
     else:
-        yield from (row for row in rows if row.strip())
+        yield from documents

@@ -25,7 +25,7 @@ import packaging.utils
 
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.corpus.documents import Part, Source
+from mlpmem_jax.corpus.documents import Document, Part, Source
 
 PACKAGE = "mlpmem_jax"
 MINIMUM_CHARACTERS = 500
@@ -46,7 +46,7 @@ def open_source() -> Source:
     """The embedded corpus, as one part."""
     versions = {"Python": platform.python_version()}
     versions |= {name: distribution.version for name, distribution in dependencies(PACKAGE).items()}
-    return Source(versions, lambda: [Part("installed documentation", documents)])
+    return Source(versions, lambda: [Part("installed documentation", lambda: map(Document, documents()))])
 
 
 def dependencies(package: str) -> dict[str, importlib.metadata.Distribution]:

@@ -80,6 +80,8 @@ def _build(
     is_first = jax.process_index() == 0
     parts = source.parts()
     plan = documents.make_plan(parts, config.corpus)
+    for note in (*source.notes, *plan.notes):
+        say(note)
     create = functools.partial(ArtifactWriter.create, path, KIND, made_by, inputs, _arrays(plan, config, loaded))
     if is_first:
         writer = create()
@@ -109,6 +111,7 @@ def _arrays(
         shape = (plan.num_shards, plan.capacity(index))
         arrays[split] = ArraySpec(shape, dtype, 1, (1, _READ_CHUNK))
         arrays[f"{split}_lengths"] = ArraySpec(shape, "uint32", 1, (1, _READ_CHUNK))
+        arrays[f"{split}_groups"] = ArraySpec(shape, "uint32", 1, (1, _READ_CHUNK))
     return arrays
 
 
@@ -122,17 +125,17 @@ def _write_shards(writer: ArtifactWriter, parts, plan: documents.Plan, encoder, 
     selected = np.isin(plan.shard_N, shards) & (plan.split_N >= 0)
     total = plan.bytes_N[selected].sum()
     with progress(total / 1e6, "tokens", "MB") as bar:
-        shard, ids, splits = None, [], []
+        shard, ids, indices = None, [], []
         for batch in _batches(documents.read_selected(parts, plan, selected), plan):
             if shard is not None and plan.shard_N[batch[0][0]] != shard:
-                writer.write_shard(shard, _shard_arrays(ids, splits))
-                ids, splits = [], []
+                writer.write_shard(shard, _shard_arrays(ids, indices, plan))
+                ids, indices = [], []
             shard = int(plan.shard_N[batch[0][0]])
             ids += _encode(encoder, [text for _, text in batch])
-            splits += [plan.split_N[index] for index, _ in batch]
+            indices += [index for index, _ in batch]
             bar.advance(sum(plan.bytes_N[index] for index, _ in batch) / 1e6)
         if shard is not None:
-            writer.write_shard(shard, _shard_arrays(ids, splits))
+            writer.write_shard(shard, _shard_arrays(ids, indices, plan))
 
 
 def _batches(selected: Iterator[tuple[int, str]], plan: documents.Plan) -> Iterator[list[tuple[int, str]]]:
@@ -154,12 +157,16 @@ def _encode(encoder: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]
     return [np.concatenate([ids, end]) for ids in tokenizer.encode(encoder, texts)]
 
 
-def _shard_arrays(ids: list[np.ndarray], splits: list[int]) -> dict[str, np.ndarray]:
+def _shard_arrays(ids: list[np.ndarray], indices: list[int], plan: documents.Plan) -> dict[str, np.ndarray]:
+    """The arrays of one shard from the token ids of its documents and their indices in the plan."""
+    indices_N = np.array(indices)
+    splits_N = plan.split_N[indices_N]
     arrays = {}
     for index, split in enumerate(SPLITS):
-        chosen = [document for document, s in zip(ids, splits, strict=True) if s == index]
-        arrays[split] = np.concatenate([np.empty(0, np.int64), *chosen])[None]
-        arrays[f"{split}_lengths"] = np.array([[len(document) for document in chosen]], np.int64)
+        chosen = np.flatnonzero(splits_N == index)
+        arrays[split] = np.concatenate([np.empty(0, np.int64), *(ids[document] for document in chosen)])[None]
+        arrays[f"{split}_lengths"] = np.array([[len(ids[document]) for document in chosen]], np.int64)
+        arrays[f"{split}_groups"] = plan.group_N[indices_N[chosen]][None]
     return arrays
 
 
@@ -190,12 +197,21 @@ class TokenStream:
         """Number of tokens."""
         return int(self._shard_ends[-1])
 
+    def _read_all(self, name: str) -> np.ndarray:
+        return np.concatenate([self._artifact.read_ragged(name, shard) for shard in range(self._artifact.num_shards)])
+
     @functools.cached_property
     def document_ends(self) -> np.ndarray:
         """int64 [documents]: position in the stream where each document ends, its end of text included."""
-        name = f"{self._split}_lengths"
-        lengths = [self._artifact.read_ragged(name, shard) for shard in range(self._artifact.num_shards)]
-        return np.cumsum(np.concatenate(lengths), dtype=np.int64)
+        return np.cumsum(self._read_all(f"{self._split}_lengths"), dtype=np.int64)
+
+    @functools.cached_property
+    def _groups(self) -> np.ndarray:
+        """int32 [documents]: number of the group of each document."""
+        name = f"{self._split}_groups"
+        if name not in self._artifact.arrays:  # made before there were groups
+            return np.arange(len(self.document_ends), dtype=np.int32)
+        return self._read_all(name).astype(np.int32)
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.length:
@@ -217,9 +233,12 @@ class TokenStream:
         return tokens
 
     def document_ids(self, start: int, stop: int) -> np.ndarray:
-        """Which document of the split each of the tokens start to stop belongs to, int32 [stop - start]."""
+        """Which text of the split each of the tokens start to stop belongs to, int32 [stop - start], never decreasing.
+
+        The pieces of one file, article or group are one text here.
+        """
         self._check_range(start, stop)
-        return np.searchsorted(self.document_ends, np.arange(start, stop), side="right").astype(np.int32)
+        return self._groups[np.searchsorted(self.document_ends, np.arange(start, stop), side="right")]
 
 
 def num_sequences(stream: TokenStream, context_length: int) -> int:
