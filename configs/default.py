@@ -85,11 +85,12 @@ def get_config() -> ml_collections.ConfigDict:
     targets.keep = 0  # largest probabilities kept per position; 0 = all
     targets.minimum_probability = 1e-8  # smaller probabilities are dropped
     targets.key_shard_rows = 2_000_000  # keys in one index; bounds the memory of a process (docs/neighbors.md)
+    targets.recall = 0.95  # share of the true neighbors that the search has to return; below it the stage stops
     targets.search_dimensions = 0  # principal components that candidates are searched in; 0 = all dimensions
     targets.recall_target = 1.0  # exact backend on several devices: 1 = exact selection, less = faster on TPUs
     targets.leaves = 0  # partitions of one index; 0 = from the number of keys
-    targets.leaves_to_search = 0  # partitions searched; 0 = from leaves
-    targets.reorder = 0  # candidates scored exactly; 0 = from k
+    targets.leaves_to_search = 0  # partitions searched; 0 = as many as reach the recall
+    targets.reorder = 0  # candidates scored exactly; 0 = as many as reach the recall
     targets.training_sample = 100_000  # keys that the partitions are trained on
     targets.quality_positions = 2048  # training positions on which recall and total variation are measured
 

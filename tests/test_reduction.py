@@ -6,7 +6,7 @@ from retrieval_data import WIDTH, brute_force, config_for, forbidden, write_work
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import runtime
 from mlpmem_jax.core.artifacts import open_artifact
-from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.retrieval import key_shards, neighbors, reduction, targets
 from mlpmem_jax.retrieval.exact import ExactIndex
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search
@@ -26,9 +26,20 @@ def test_components_are_those_of_the_singular_value_decomposition(keys):
     _, values, rows = np.linalg.svd(centered, full_matrices=False)
     expected = centered @ rows[:6].T
     found = projection(keys)
-    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=2e-2)
+    # The same points but for a rotation: all inner products agree.
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=5e-2)
     assert projection.variance_kept == pytest.approx((values[:6] ** 2).sum() / (values**2).sum(), abs=1e-5)
     assert 0.99 < projection.variance_kept < 1
+
+
+def test_all_dimensions_are_rotated_and_distances_kept(keys):
+    projection = reduction.fit(keys, keys.shape[1])
+    found = projection(keys)
+    np.testing.assert_allclose(projection.basis_DxM.T @ projection.basis_DxM, np.eye(24), atol=1e-6)
+    np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-3)
+    truth = ((keys[:, None] - keys[None, :50]) ** 2).sum(axis=2)
+    np.testing.assert_allclose(((found[:, None] - found[None, :50]) ** 2).sum(axis=2), truth, rtol=1e-4, atol=1e-4)
+    assert projection.variance_kept == 1
 
 
 def test_a_saved_projection_is_the_same(keys, tmp_path):
@@ -73,7 +84,10 @@ def test_a_query_with_too_few_neighbors_says_so(keys):
 @pytest.mark.parametrize("backend", ["auto", "exact"])
 def test_targets_record_what_fewer_dimensions_cost(tmp_path, backend):
     write_workdir(tmp_path)
-    artifact = targets.run(config_for(tmp_path, backend=backend, search_dimensions=2))["train"]
+    with pytest.raises(UserError, match=r"recall: 0.95 is asked for, .*set config.targets.recall to 0\.\d+"):
+        targets.run(config_for(tmp_path, backend=backend, search_dimensions=2))
+    assert not list(tmp_path.glob("targets/*/shards/*"))
+    artifact = targets.run(config_for(tmp_path, backend=backend, search_dimensions=2, recall=0.3))["train"]
     assert 0.2 < artifact.summary["search_variance_kept"] < 1
     assert 0.3 < artifact.summary["recall_at_k"] < 1
     assert 0 < artifact.summary["total_variation"] < 0.7

@@ -114,6 +114,7 @@ SCHEMA: dict[str, Any] = {
         "keep": _COUNT,
         "minimum_probability": _NON_NEGATIVE,
         "key_shard_rows": (int, lambda value: 0 < value < 2**31, "a whole number from 1 to 2**31 - 1"),
+        "recall": _FRACTION,
         "search_dimensions": _COUNT,
         "recall_target": ((int, float), lambda value: 0 < value <= 1, "a number above 0, up to 1"),
         "leaves": _COUNT,

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import pathlib
 import resource
 import signal
 import sys
@@ -234,9 +235,44 @@ def stage_began() -> float:
     return _began[-1] if _began else time.time()
 
 
+def cpu_count() -> int:
+    """Processors that this process may run on: those of its job or container, not all that the host has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def memory_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory that this process may use: that of the machine, or less where a container or a job is limited."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *control_group_limits(pathlib.Path("/"))])
+
+
+def control_group_limits(root: pathlib.Path) -> list[int]:
+    """Memory limits in bytes of this process's control group and of those that contain it, versions 1 and 2.
+
+    Args:
+      root: where /proc and /sys are mounted.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            mount, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = mount / path.strip("/")
+        # A container may see the host's path with its own group mounted as the top.
+        for folder in (group, *group.parents):
+            if (folder / name).is_file():
+                limit = (folder / name).read_text().strip()
+                limits += [int(limit)] if limit.isdigit() else []  # "max" is no limit
+            if folder == mount:
+                break
+    return limits
 
 
 @contextlib.contextmanager

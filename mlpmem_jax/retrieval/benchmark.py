@@ -17,7 +17,7 @@ from etils import epath
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.retrieval import quality, tiles
+from mlpmem_jax.retrieval import quality, reduction, tiles
 from mlpmem_jax.retrieval.exact import ExactIndex
 from mlpmem_jax.retrieval.key_shards import KeyShard, Queries
 from mlpmem_jax.retrieval.scann_index import Options, ScannIndex
@@ -72,7 +72,8 @@ def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: in
     chosen, true_ids = truth
     derived = Options.derive(len(keys_NxD), k, **options)
     start = time.perf_counter()
-    index = ScannIndex.build(keys_NxD, derived)
+    projection = reduction.fit(keys_NxD[:: max(1, len(keys_NxD) // derived.training_sample)], keys_NxD.shape[1])
+    index = reduction.RotatedIndex(ScannIndex.build(projection(keys_NxD), derived), projection)
     built = time.perf_counter() - start
     shard = KeyShard(index, 0, next_tokens_N, np.zeros(len(next_tokens_N), np.int32))
     plan = tiles.Plan("scann", k, "self", 0, MINIMUM_PROBABILITY)

@@ -24,14 +24,14 @@ from mlpmem_jax.core.errors import ArtifactError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.retrieval import neighbors, reduction, scann_index
 from mlpmem_jax.retrieval.exact import ExactIndex
-from mlpmem_jax.retrieval.reduction import Projection, ReducedIndex
+from mlpmem_jax.retrieval.reduction import Projection, ReducedIndex, RotatedIndex
 from mlpmem_jax.retrieval.ring import MeshIndex
-from mlpmem_jax.retrieval.scann_index import ScannIndex
+from mlpmem_jax.retrieval.scann_index import Options, ScannIndex
 
 _READS_AT_ONCE = 16  # small range reads, which wait for storage more than they work
 _MEASURED_AT_ONCE = 1 << 18  # keys of one block of the exact search that approximate ones are compared with
 
-Index = MeshIndex | ReducedIndex | ScannIndex
+Index = MeshIndex | ReducedIndex | RotatedIndex
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,8 +197,10 @@ class KeyShards:
         self._datastore, self._scratch, self._search, self._mesh = datastore, scratch, search, mesh
         self._opened: tuple[int, KeyShard] | None = None
         self.width, self._dtype = datastore.arrays["keys"].shape[2], np.dtype(datastore.arrays["keys"].dtype)
-        self._searched_width = search.search_dimensions or self.width
-        self.projection = self._fit_projection() if search.search_dimensions else None
+        self.searched_width = search.search_dimensions or self.width
+        self._options: Options | None = None  # of the search, where they are not those of the build
+        is_projected = search.search_dimensions or search.backend == "scann"
+        self._projection = self._fit_projection() if is_projected else None
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -207,6 +209,47 @@ class KeyShards:
     def are_on_mesh(self) -> bool:
         """Whether several devices search in step, so that all processes have to open and search the shards together."""
         return self._mesh is not None and self._mesh.size > 1
+
+    @property
+    def candidates(self) -> int:
+        """How many neighbors the index of a shard is asked for."""
+        return self._search.candidates
+
+    @property
+    def are_exact(self) -> bool:
+        """Whether the index of a shard misses no neighbor."""
+        search = self._search
+        return search.backend == "exact" and not search.search_dimensions and search.recall_target == 1
+
+    @property
+    def variance_kept(self) -> float:
+        """The share of the keys' variance in the dimensions that are searched."""
+        return self._projection.variance_kept if self._projection else 1.0
+
+    def efforts(self) -> list[Options]:
+        """Ways to search ScaNN's indices, the cheapest first; one where the settings say how, none of another backend.
+
+        They are made for the first shard; all have about as many keys.
+        """
+        if self._search.backend != "scann":
+            return []
+        search, size = self._search, self.rows(0)
+        return self._build_options(size).efforts(
+            size, self.searched_width, search.candidates, leaves=not search.leaves_to_search, reorder=not search.reorder
+        )
+
+    def use(self, options: Options) -> None:
+        """Searches every shard as the options say from now on; those that the index was built with stay."""
+        self._options = options
+        if self._opened is not None:
+            shard, key_shard = self._opened
+            self._opened = (shard, dataclasses.replace(key_shard, index=key_shard.index.with_options(options)))
+
+    def _build_options(self, size: int) -> Options:
+        search = self._search
+        return Options.derive(
+            size, search.candidates, search.leaves, search.leaves_to_search, search.reorder, search.training_sample
+        )
 
     def _fit_projection(self) -> Projection:
         """Fitted by the first process alone, on sequences at even distances, and kept."""
@@ -217,7 +260,7 @@ class KeyShards:
             with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as threads:
                 sample = list(threads.map(lambda row: self._datastore.read("keys", row, row + 1)[0], chosen))
             with writing(file):
-                reduction.fit(np.concatenate(sample), self._search.search_dimensions).save(file)
+                reduction.fit(np.concatenate(sample), self.searched_width).save(file)
         meshes.barrier("targets projection fitted")
         return Projection.load(file)
 
@@ -231,8 +274,8 @@ class KeyShards:
 
     def _searched_keys(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """What is searched of the keys `start` to `stop`: float32 [N, D], or [N, M] of the projection."""
-        project = self.projection or (lambda keys_NxD: keys_NxD)
-        return self._read(shard, start, stop, self._searched_width, np.float32, project)
+        project = self._projection or (lambda keys_NxD: keys_NxD)
+        return self._read(shard, start, stop, self.searched_width, np.float32, project)
 
     def _read(self, shard: int, start: int, stop: int | None, width: int, dtype, convert) -> np.ndarray:
         """`convert(keys)`, read and converted a stored shard of the datastore at a time: [N, width] of `dtype`."""
@@ -267,7 +310,7 @@ class KeyShards:
             first, last = self.bounds[shard : shard + 2]
             index = self._index(shard)
             key_shard = KeyShard(
-                index=index if self.projection is None else ReducedIndex(index, self.projection, self.keys(shard)),
+                index=self._in_key_space(index, shard),
                 first_position=first * self._length,
                 next_tokens_N=self._datastore.read("next_tokens", first, last).ravel(),
                 documents_N=self._datastore.read("documents", first, last).ravel(),
@@ -276,11 +319,19 @@ class KeyShards:
             self._opened = (shard, key_shard)
         return self._opened[1]
 
+    def _in_key_space(self, index: MeshIndex | ScannIndex, shard: int) -> Index:
+        """The index for queries that are keys, whatever it searches itself."""
+        if self._projection is None:
+            return index
+        if self._search.search_dimensions:
+            return ReducedIndex(index, self._projection, self.keys(shard))
+        return RotatedIndex(index, self._projection)
+
     def _index(self, shard: int) -> MeshIndex | ScannIndex:
         if self._search.backend == "scann":
             return self._load_or_build(shard)
         # Nothing is built that would be worth keeping.
-        return self._on_mesh(shard, self._searched_width, self._searched_keys, self._search.recall_target)
+        return self._on_mesh(shard, self.searched_width, self._searched_keys, self._search.recall_target)
 
     def _on_mesh(self, shard: int, width: int, read, recall_target: float) -> MeshIndex:
         return MeshIndex(
@@ -288,10 +339,8 @@ class KeyShards:
         )
 
     def _load_or_build(self, shard: int) -> ScannIndex:
-        search, size = self._search, self.rows(shard)
-        options = scann_index.Options.derive(
-            size, search.candidates, search.leaves, search.leaves_to_search, search.reorder, search.training_sample
-        )
+        size = self.rows(shard)
+        options = self._build_options(size)
         folder = self._scratch / f"index_{shard:04d}"
         complete = folder.parent / f"{folder.name}.complete"
         with tempfile.TemporaryDirectory() as local:  # stays empty where the folder itself is local
@@ -303,14 +352,14 @@ class KeyShards:
                     folder.mkdir(parents=True)
                     read = functools.partial(self._searched_keys, shard)
                     target = local if _is_remote(folder) else str(folder)
-                    scann_index.write(target, size, self._searched_width, read, options)
+                    scann_index.write(target, size, self.searched_width, read, options)
                     for file in epath.Path(local).iterdir():
                         file.copy(folder / file.name)
                     complete.write_text("")
             elif _is_remote(folder):
                 for file in folder.iterdir():
                     file.copy(epath.Path(local) / file.name)
-            return ScannIndex.load(local if _is_remote(folder) else str(folder), size, options)
+            return ScannIndex.load(local if _is_remote(folder) else str(folder), size, self._options or options)
 
 
 @contextlib.contextmanager

@@ -11,10 +11,12 @@ def pack(distances_QxK: np.ndarray, values_QxK: np.ndarray) -> np.ndarray:
     """One uint64 per neighbor that orders by distance, then by value.
 
     Args:
-      distances_QxK: float32, not negative, infinite where missing.
+      distances_QxK: float32, infinite where missing. A negative one, a rounding of 0, counts as 0: the bits of
+        negative numbers would order behind infinity.
       values_QxK: int32, ids or next tokens; ignored where missing.
     """
-    packed_QxK = np.left_shift(np.ascontiguousarray(distances_QxK).view(np.uint32), 32, dtype=np.uint64)
+    distances_QxK = np.where(distances_QxK <= 0, np.float32(0), distances_QxK)
+    packed_QxK = np.left_shift(distances_QxK.view(np.uint32), 32, dtype=np.uint64)
     packed_QxK |= np.ascontiguousarray(values_QxK).view(np.uint32)
     return packed_QxK
 

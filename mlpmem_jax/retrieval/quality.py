@@ -17,36 +17,52 @@ def contains(ids_QxK: np.ndarray, wanted_QxK: np.ndarray) -> np.ndarray:
     return found_QxK & (wanted_QxK != neighbors.MISSING)
 
 
-def measure(key_shards: KeyShards, queries: Queries, exclude: str, k: int, temperature: float) -> dict[str, float]:
-    """Compares the indices of all key shards with exact search in all dimensions.
+class Sample:
+    """Queries of the training split with their true neighbors, to compare approximate searches with."""
 
-    Args:
-      key_shards: of the training split.
-      queries: sampled from the training split.
-      exclude, k, temperature: as the targets are made.
+    def __init__(self, key_shards: KeyShards, queries: Queries, exclude: str, k: int):
+        """Searches all key shards exactly, in all dimensions.
 
-    Returns:
-      `recall_at_k`, the share of the k nearest neighbors that the approximate search returns, and `total_variation`,
-      half the L1 distance between approximate and exact p_kNN, each the mean over the queries.
-    """
-    was_found, approximate, exact = None, None, None
-    for number in range(len(key_shards)):
-        shard = key_shards.open(number)
-        excluded_Qx2 = shard.excluded(queries, exclude)
-        distances_QxK, ids_QxK = shard.index.search(queries.keys_QxD, k, excluded_Qx2)
-        true_distances_QxK, true_ids_QxK = key_shards.exact_neighbors(number, queries.keys_QxD, k, excluded_Qx2)
-        found_QxK = contains(ids_QxK, true_ids_QxK).astype(np.int32)
-        was_found = neighbors.merge(was_found, neighbors.pack(true_distances_QxK, found_QxK))
-        tokens = shard.next_tokens_N
-        approximate = neighbors.merge(approximate, neighbors.pack(distances_QxK, tokens[ids_QxK]))
-        exact = neighbors.merge(exact, neighbors.pack(true_distances_QxK, tokens[true_ids_QxK]))
+        Args:
+          key_shards: of the training split.
+          queries: sampled from the training split.
+          exclude, k: as the targets are made.
+        """
+        self._key_shards, self._queries, self._exclude, self._k = key_shards, queries, exclude, k
+        self._true, packed_QxK = [], None
+        for number in range(len(key_shards)):
+            shard = key_shards.open(number)
+            excluded_Qx2 = shard.excluded(queries, exclude)
+            distances_QxK, ids_QxK = key_shards.exact_neighbors(number, queries.keys_QxD, k, excluded_Qx2)
+            self._true.append((distances_QxK, ids_QxK))
+            found_QxK = neighbors.pack(distances_QxK, shard.next_tokens_N[ids_QxK])
+            packed_QxK = neighbors.merge(packed_QxK, found_QxK)
+        self.packed_QxK = packed_QxK
 
-    distances_QxK, found_QxK = neighbors.unpack(was_found)
-    left, right = (
-        sparse_distributions(*neighbors.unpack(packed), queries.next_tokens_Q, temperature)
-        for packed in (approximate, exact)
-    )
-    return {
-        "recall_at_k": float(found_QxK[np.isfinite(distances_QxK)].mean()),
-        "total_variation": float(total_variation(left, right).mean()),
-    }
+    def search(self, shards: range | None = None) -> tuple[float, np.ndarray]:
+        """Searches key shards (all, unless given) with their indices, as these are set to search now.
+
+        Returns:
+          (recall: the share of the k nearest of these shards that the search returns, meaned over the queries;
+          the neighbors packed with their next tokens, uint64 [Q, k]).
+        """
+        was_found, packed_QxK = None, None
+        for number in range(len(self._key_shards)) if shards is None else shards:
+            shard = self._key_shards.open(number)
+            excluded_Qx2 = shard.excluded(self._queries, self._exclude)
+            distances_QxK, ids_QxK = shard.index.search(self._queries.keys_QxD, self._k, excluded_Qx2)
+            true_distances_QxK, true_ids_QxK = self._true[number]
+            found_QxK = contains(ids_QxK, true_ids_QxK).astype(np.int32)
+            was_found = neighbors.merge(was_found, neighbors.pack(true_distances_QxK, found_QxK))
+            tokens_QxK = shard.next_tokens_N[ids_QxK]
+            packed_QxK = neighbors.merge(packed_QxK, neighbors.pack(distances_QxK, tokens_QxK))
+        distances_QxK, found_QxK = neighbors.unpack(was_found)
+        return float(found_QxK[np.isfinite(distances_QxK)].mean()), packed_QxK
+
+    def total_variation(self, packed_QxK: np.ndarray, temperature: float) -> float:
+        """Half the L1 distance of p_kNN of these neighbors to that of the true ones, meaned over the queries."""
+        found, true = (
+            sparse_distributions(*neighbors.unpack(packed), self._queries.next_tokens_Q, temperature)
+            for packed in (packed_QxK, self.packed_QxK)
+        )
+        return float(total_variation(found, true).mean())

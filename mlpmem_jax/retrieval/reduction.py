@@ -1,7 +1,11 @@
-"""Fewer dimensions to search in: principal components fitted on a sample, distances in all dimensions at the end.
+"""What is searched instead of the keys themselves: centered and rotated, in all of their dimensions or in fewer.
 
-The k nearest in fewer dimensions are not the k nearest. So an index over reduced keys gives candidates, more than k,
-and their distances to the query are computed anew from whole keys: what is lost is the neighbors that were no
+Keys of real language models are far from isotropic. One number in hundreds may be a hundred times larger than the rest
+wherever attention is parked, and means are far from 0. Quantizers with one scale for all dimensions lose everything
+else to it. Centering and a random rotation spread what is large over all dimensions and keep every distance.
+
+In fewer dimensions, the principal components, distances are not kept: an index over them gives candidates, more than k,
+and their distances to the query are computed again from whole keys. What is lost is the neighbors that were no
 candidates.
 """
 
@@ -10,11 +14,11 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import io
-import os
 
 import numpy as np
 from etils import epath
 
+from mlpmem_jax.core import runtime
 from mlpmem_jax.retrieval import neighbors
 
 _CANDIDATES = 1.5  # for each neighbor wanted
@@ -23,12 +27,12 @@ _QUERIES_AT_ONCE = 64  # of one thread
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """An affine map onto the first principal components.
+    """An affine map that keeps distances, or onto a subspace.
 
     Attributes:
       mean_D: float32 [D], of the sample.
-      basis_DxM: float32 [D, M], orthonormal columns, by falling variance.
-      variance_kept: share of the sample's variance within them.
+      basis_DxM: float32 [D, M], orthonormal columns.
+      variance_kept: share of the sample's variance within them, 1 where M = D.
     """
 
     mean_D: np.ndarray
@@ -56,20 +60,30 @@ class Projection:
         return cls(columns_DxC[:, 0], np.ascontiguousarray(columns_DxC[:, 1:]), float(np.load(content)))
 
 
-def fit(sample_SxD: np.ndarray, dimensions: int) -> Projection:
-    """Principal components of a sample.
+def fit(sample_SxD: np.ndarray, dimensions: int, seed: int = 0) -> Projection:
+    """Centers on the mean of a sample, takes its principal components where they are fewer, and rotates at random.
 
     Args:
       sample_SxD: keys, float [S, D].
       dimensions: M, at most D.
+      seed: of the rotation.
     """
     sample_SxD = sample_SxD.astype(np.float32)
     mean_D = sample_SxD.mean(axis=0, dtype=np.float64).astype(np.float32)
-    centered_SxD = sample_SxD - mean_D
-    variances_D, vectors_DxD = np.linalg.eigh((centered_SxD.T @ centered_SxD).astype(np.float64))  # rising
-    basis_DxM = np.ascontiguousarray(vectors_DxD[:, ::-1][:, :dimensions], np.float32)
-    kept = variances_D[::-1][:dimensions].sum() / max(variances_D.sum(), np.finfo(np.float64).tiny)
-    return Projection(mean_D, basis_DxM, float(kept))
+    basis_DxM, kept = rotation(dimensions, seed), 1.0
+    if dimensions < len(mean_D):
+        centered_SxD = sample_SxD - mean_D
+        variances_D, vectors_DxD = np.linalg.eigh((centered_SxD.T @ centered_SxD).astype(np.float64))  # ascending
+        basis_DxM = vectors_DxD[:, ::-1][:, :dimensions] @ basis_DxM
+        kept = variances_D[::-1][:dimensions].sum() / max(variances_D.sum(), np.finfo(np.float64).tiny)
+    return Projection(mean_D, np.ascontiguousarray(basis_DxM, np.float32), float(kept))
+
+
+def rotation(dimensions: int, seed: int) -> np.ndarray:
+    """A random orthogonal matrix, float64 [M, M], uniform over all of them."""
+    gaussian_MxM = np.random.default_rng(seed).standard_normal((dimensions, dimensions))
+    orthogonal_MxM, triangular_MxM = np.linalg.qr(gaussian_MxM)
+    return orthogonal_MxM * np.sign(np.diag(triangular_MxM))
 
 
 def candidates(k: int) -> int:
@@ -100,6 +114,28 @@ def squared_distances(queries_QxD: np.ndarray, keys_NxD: np.ndarray, ids_QxC: np
     return distances_QxC
 
 
+class RotatedIndex:
+    """An index over a projection of the keys that keeps distances. Same interface as `ExactIndex`."""
+
+    def __init__(self, index, projection: Projection):
+        """index: over `projection(keys_NxD)`."""
+        self._index, self._projection = index, projection
+
+    @property
+    def size(self) -> int:
+        return self._index.size
+
+    def with_options(self, options) -> RotatedIndex:
+        """The same index, searched in another way; see `ScannIndex.with_options`."""
+        return RotatedIndex(self._index.with_options(options), self._projection)
+
+    def search(
+        self, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Arguments and result are those of `ExactIndex.search`."""
+        return self._index.search(self._projection(queries_QxD), k, excluded_Qx2)
+
+
 class ReducedIndex:
     """Candidates from an index over reduced keys, distances from whole keys. Same interface as `ExactIndex`."""
 
@@ -110,6 +146,10 @@ class ReducedIndex:
     @property
     def size(self) -> int:
         return len(self._keys_NxD)
+
+    def with_options(self, options) -> ReducedIndex:
+        """The same index, searched in another way; see `ScannIndex.with_options`."""
+        return ReducedIndex(self._index.with_options(options), self._projection, self._keys_NxD)
 
     def search(
         self, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray | None = None
@@ -123,6 +163,6 @@ class ReducedIndex:
             return neighbors.smallest(neighbors.pack(distances_QxC, ids_QxC[part]), k)
 
         starts = range(0, len(queries_QxD), _QUERIES_AT_ONCE)
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        with concurrent.futures.ThreadPoolExecutor(runtime.cpu_count()) as threads:
             parts = list(threads.map(nearest, starts))
         return neighbors.unpack(np.concatenate([np.empty((0, k), np.uint64), *parts]))

@@ -4,6 +4,10 @@ ScaNN trains clusters and hashes on a sample. Giving every key its cluster and i
 where there are many keys; it is done here, on the device that JAX finds, and written as the files that ScaNN loads. The
 keys pass through in blocks, so that a build needs no more memory than the index it leaves.
 
+Hashes have one scale for all keys and dimensions, which a few keys of a far larger norm would take for themselves. So
+keys are given centered on 0, and clusters and hashes are those of keys whose norms are capped; candidates are reordered
+by the distances of the keys as they are.
+
 Two builds from the same keys are the same, byte for byte. ScaNN does not promise that: it draws random seeds from the
 operating system, so the clusters are seeded by k-means++; and its threads disagree about a few keys from run to run, so
 one thread trains. Searches may use any number.
@@ -29,6 +33,10 @@ from mlpmem_jax.retrieval import neighbors
 _BRUTE_FORCE_BELOW = 4096  # too few keys to cluster and hash well
 # More than these of ScaNN's trainings made no difference to the recall.
 _TREE_ITERATIONS, _HASHING_ITERATIONS, _HASHING_SAMPLE = 6, 5, 25_000
+_CAP = 2.0  # largest norm that is clustered and hashed as it is, in medians of the sample's norms
+_EFFORTS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # leaves searched, in multiples of those that are derived
+_REORDERS = (1, 2, 4)  # candidates reordered, likewise
+_REREAD_COST = 2  # of a number read for reordering, at random places, beside one of a hash or a center in sequence
 _SMALLEST_LEAF = 4  # of the sample; ScaNN's 50 dissolves leaves when the sample has fewer than about 100 keys a leaf
 _KEYS_PER_BLOCK = 8192
 _ROWS_PER_CALL = 256
@@ -79,6 +87,32 @@ class Options:
             training_sample=min(max(training_sample, leaves), num_keys),
         )
 
+    def efforts(self, num_keys: int, width: int, k: int, *, leaves: bool, reorder: bool) -> list[Options]:
+        """Searches of the same index from this one on, with more leaves and more candidates, the cheapest first.
+
+        Args:
+          num_keys: N.
+          width: D.
+          k: neighbors wanted.
+          leaves, reorder: whether the number of leaves and of candidates may grow.
+        """
+        choices = {
+            dataclasses.replace(
+                self,
+                leaves_to_search=min(math.ceil(self.leaves_to_search * more_leaves), self.leaves),
+                reorder=round(self.reorder * more_candidates, 2),
+            )
+            for more_leaves in (_EFFORTS if leaves else (1,))
+            for more_candidates in (_REORDERS if reorder else (1,))
+        }
+        return sorted(choices, key=lambda options: (options.cost(num_keys, width, k), options.leaves_to_search))
+
+    def cost(self, num_keys: int, width: int, k: int) -> int:
+        """Bytes that one query reads: all centers, the hashes of the leaves searched, the keys that are reordered."""
+        hashes = num_keys * self.leaves_to_search // self.leaves * width
+        candidates = min(round(k * self.reorder), num_keys)
+        return 4 * self.leaves * width + hashes + 4 * _REREAD_COST * candidates * width
+
 
 def write(folder, size: int, width: int, read: Callable[[int, int], np.ndarray], options: Options) -> None:
     """Builds an index as files in an existing empty local folder, for `ScannIndex.load`.
@@ -86,7 +120,7 @@ def write(folder, size: int, width: int, read: Callable[[int, int], np.ndarray],
     Args:
       size: N.
       width: D.
-      read: function of (start, stop) that gives keys, float32 [stop - start, D].
+      read: function of (start, stop) that gives keys, float32 [stop - start, D], centered on 0.
     """
     folder = pathlib.Path(folder)
     if size < _BRUTE_FORCE_BELOW:
@@ -98,20 +132,28 @@ def write(folder, size: int, width: int, read: Callable[[int, int], np.ndarray],
             keys_NxD[start : start + _KEYS_PER_BLOCK] = read(start, min(start + _KEYS_PER_BLOCK, size))
         # Drawn, because keys at even distances could all stand at the same place of their sequences.
         sample_S = np.sort(np.random.default_rng(0).choice(size, options.training_sample, replace=False))
-        _train(keys_NxD[sample_S], options, folder)
+        sample_SxD = keys_NxD[sample_S]
+        cap = _CAP * float(np.median(np.linalg.norm(sample_SxD, axis=1)))
+        _train(capped(sample_SxD, cap), options, folder)
         centers_LxD, leaves_L, codebook_Dx16 = _trained(folder)
         leaf_N = _create(pathlib.Path(unfinished) / "datapoint_to_token.npy", (size,), np.int32)
         codes_NxD = _create(pathlib.Path(unfinished) / "hashed_dataset.npy", (size, width), np.uint8)
         for start in range(0, size, _KEYS_PER_BLOCK):
             part = slice(start, min(start + _KEYS_PER_BLOCK, size))
             keys_BxD = np.zeros((_KEYS_PER_BLOCK, width), np.float32)  # one shape, one compilation
-            keys_BxD[: part.stop - start] = keys_NxD[part]
+            keys_BxD[: part.stop - start] = capped(keys_NxD[part], cap)
             nearest_B, codes_BxD = _fill(keys_BxD, centers_LxD, codebook_Dx16)
             leaf_N[part] = leaves_L[np.asarray(nearest_B)[: part.stop - start]]
             codes_NxD[part] = np.asarray(codes_BxD)[: part.stop - start]
         for array in (keys_NxD, leaf_N, codes_NxD):
             array.flush()
             os.replace(array.filename, folder / pathlib.Path(array.filename).name)
+
+
+def capped(keys_NxD: np.ndarray, cap: float) -> np.ndarray:
+    """Keys of the same directions whose norms are at most `cap`, float32 [N, D]."""
+    norms_Nx1 = np.linalg.norm(keys_NxD, axis=1, keepdims=True)
+    return keys_NxD * np.minimum(1, cap / np.maximum(norms_Nx1, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
 def _create(file: pathlib.Path, shape: tuple[int, ...], dtype) -> np.memmap:
@@ -186,6 +228,10 @@ class ScannIndex:
         with tempfile.TemporaryDirectory() as folder:
             write(folder, *keys_NxD.shape, lambda start, stop: keys_NxD[start:stop], options)
             return cls.load(folder, len(keys_NxD), options)
+
+    def with_options(self, options: Options) -> ScannIndex:
+        """The same index, searched in another way."""
+        return ScannIndex(self._searcher, self.size, options)
 
     @classmethod
     def load(cls, folder, size: int, options: Options) -> ScannIndex:

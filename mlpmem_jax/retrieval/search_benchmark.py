@@ -198,14 +198,14 @@ def _quality_row(datastore: Artifact, queries, scratch: epath.Path, search: Sear
     own_Qx2 = np.stack([queries.positions_Q, queries.positions_Q + 1], axis=1)
     distances_QxK, _ = shards.exact_neighbors(0, queries.keys_QxD, search.k, own_Qx2)
     temperature = 0.15 * float(np.median(distances_QxK))
-    found = quality.measure(shards, queries, "self", search.k, temperature)
-    kept = shards.projection.variance_kept if shards.projection else 1.0
+    sample = quality.Sample(shards, queries, "self", search.k)
+    recall, packed_QxK = sample.search()
     return row(
         f"{search.backend}, {search.search_dimensions or width} of {width} dimensions, k {search.k}",
-        found["recall_at_k"],
+        recall,
         f"recall@{search.k}",
-        f"total variation {found['total_variation']:.4f}; variance kept {kept:.3f}; {sequences * length:,} keys, "
-        f"{len(queries)} queries",
+        f"total variation {sample.total_variation(packed_QxK, temperature):.4f}; "
+        f"variance kept {shards.variance_kept:.3f}; {sequences * length:,} keys, {len(queries)} queries",
     )
 
 

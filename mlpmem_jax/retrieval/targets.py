@@ -23,16 +23,11 @@ from mlpmem_jax.core import runtime
 from mlpmem_jax.core.artifacts import ArraySpec, Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.retrieval import neighbors, quality, scann_index, temperature
+from mlpmem_jax.retrieval import neighbors, quality, scann_index, temperature, tuning
 from mlpmem_jax.retrieval.datastore import SPLITS
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search, host_bytes, sample_queries
 from mlpmem_jax.retrieval.tiles import Plan, Split, find_neighbors, make_tiles
 
-_GOOD_RECALL = 0.95
-_RAISES_RECALL = {
-    "scann": "leaves_to_search, .reorder or .search_dimensions",
-    "exact": "recall_target or .search_dimensions",
-}
 _ENTRIES_PER_CHUNK = 8192  # unit of one range read of the ragged arrays
 
 
@@ -75,39 +70,45 @@ def array_specs(datastore: Artifact, entries: int, token_dtype: str) -> dict[str
 
 
 def _measure(config, plan: Plan, datastores: dict[str, Artifact], key_shards: KeyShards) -> dict:
-    """The temperature, and how good the approximate search is; figures for the manifest."""
-    count = config.targets.quality_positions
-    figures: dict = {"backend": plan.backend, "k": plan.k, "temperature": config.targets.temperature}
-    if key_shards.projection is not None:
-        figures["search_variance_kept"] = key_shards.projection.variance_kept
-    if not config.targets.temperature:
-        queries = sample_queries(datastores["validation"], count)
-        packed_QxK = None
-        for number in range(len(key_shards)):
-            found_QxK = find_neighbors(key_shards.open(number), queries, plan, "validation")
-            packed_QxK = neighbors.merge(packed_QxK, found_QxK)
-        choice = temperature.choose(
-            *neighbors.unpack(packed_QxK), queries.next_tokens_Q, queries.base_log_probabilities_Q
-        )
-        figures |= {
-            "temperature": choice.temperature,
-            "sample_interpolation_weight": choice.interpolation_weight,
-        }
-    if plan.backend == "exact" and key_shards.projection is None and config.targets.recall_target == 1:
-        return figures | {"recall_at_k": 1.0, "total_variation": 0.0}
-    queries = sample_queries(datastores["train"], count)
-    figures |= quality.measure(key_shards, queries, plan.exclude, plan.k, figures["temperature"])
-    advice = "" if figures["recall_at_k"] >= _GOOD_RECALL else f"; raise config.targets.{_RAISES_RECALL[plan.backend]}"
+    """How hard to search, the temperature, and how good the search is; for the manifest."""
+    settings = config.targets
+    measured: dict = {"backend": plan.backend, "k": plan.k}
+    if settings.search_dimensions:
+        measured["search_variance_kept"] = key_shards.variance_kept
+    sample, trials = None, []
+    if not key_shards.are_exact:
+        queries = sample_queries(datastores["train"], settings.quality_positions)
+        sample = quality.Sample(key_shards, queries, plan.exclude, plan.k)
+        trials = tuning.reach(key_shards, sample, settings.recall, plan.backend)
+    measured |= _temperature(settings, plan, datastores["validation"], key_shards)
+    curve = [trial.summary(measured["temperature"], sample) for trial in trials]
+    last = curve[-1] if curve else {"recall": 1.0, "total_variation": 0.0}
+    measured |= {"recall_at_k": last["recall"], "total_variation": last["total_variation"], "search_curve": curve}
+    if trials and trials[-1].options is not None:
+        measured["search_options"] = dataclasses.asdict(trials[-1].options)
     say(
-        f"targets: temperature {figures['temperature']:.4g}, recall@{plan.k} {figures['recall_at_k']:.3f}, "
-        f"total variation {figures['total_variation']:.4f}{advice}"
+        f"targets: temperature {measured['temperature']:.4g}, recall@{plan.k} {measured['recall_at_k']:.3f}, "
+        f"total variation {measured['total_variation']:.4f}"
     )
-    return figures
+    return measured
 
 
-def _measured_once(scratch: epath.Path, measure, together: bool) -> dict:
-    """What `measure()` returns, run by the first process alone or by all together, kept in the scratch folder."""
-    file = scratch / "measured.json"
+def _temperature(settings, plan: Plan, datastore: Artifact, key_shards: KeyShards) -> dict:
+    """The temperature that the config gives, or the best one for the validation split."""
+    if settings.temperature:
+        return {"temperature": settings.temperature}
+    queries, packed_QxK = sample_queries(datastore, settings.quality_positions), None
+    for number in range(len(key_shards)):
+        found_QxK = find_neighbors(key_shards.open(number), queries, plan, "validation")
+        packed_QxK = neighbors.merge(packed_QxK, found_QxK)
+    choice = temperature.choose(
+        *neighbors.unpack(packed_QxK), queries.next_tokens_Q, queries.base_log_probabilities_Q
+    )
+    return {"temperature": choice.temperature, "sample_interpolation_weight": choice.interpolation_weight}
+
+
+def _measured_once(file: epath.Path, measure, together: bool) -> dict:
+    """What `measure()` returns, run by the first process alone or by all together, kept in a file."""
     is_first = jax.process_index() == 0
     if (is_first or together) and not file.exists():
         measured = measure()
@@ -157,19 +158,12 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
     search = Search.of(settings)
     mesh = meshes.mesh_of(config)[0] if plan.backend == "exact" else None
     _check(plan, search, settings["key_shard_rows"], datastores["train"])
-    digest = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()[:12]
-    scratch = workdir / "targets" / "scratch" / digest  # what another config left there is not taken for this one's
     token_dtype = "uint16" if open_artifact(workdir / "tokens", "tokens").arrays["train"].dtype == "uint16" else "int32"
-    writers = {
-        split: ArtifactWriter.create(
-            workdir / "targets" / split,
-            "targets",
-            settings,
-            inputs,
-            array_specs(datastores[split], plan.entries, token_dtype),
-        )
-        for split in names
-    }
+    specs = {split: array_specs(datastores[split], plan.entries, token_dtype) for split in names}
+    # Indices serve whatever recall is asked for.
+    indexed = {key: value for key, value in settings.items() if key != "recall"}
+    digest = hashlib.sha256(json.dumps([indexed, inputs], sort_keys=True).encode()).hexdigest()[:12]
+    scratch = workdir / "targets" / "scratch" / digest  # what another config left there is not taken for this one's
     scratch.mkdir(parents=True, exist_ok=True)
     key_shards = KeyShards(datastores["train"], settings["key_shard_rows"], scratch, search, mesh)
     if plan.backend == "scann":
@@ -177,9 +171,18 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
             key_shards.open(number)
     meshes.barrier("targets indices built")
     measured = _measured_once(
-        scratch, lambda: _measure(config, plan, datastores, key_shards), together=key_shards.are_on_mesh
+        scratch / f"measured_{settings['recall']:g}.json",
+        lambda: _measure(config, plan, datastores, key_shards),
+        together=key_shards.are_on_mesh,
     )
+    if options := measured.get("search_options"):
+        key_shards.use(scann_index.Options(**options))
 
+    # Not before: a build that misses its recall leaves nothing that another one would have to be told apart from.
+    writers = {
+        split: ArtifactWriter.create(workdir / "targets" / split, "targets", settings, inputs, specs[split])
+        for split in names
+    }
     splits = [Split(split, datastores[split], writers[split], scratch, token_dtype) for split in names]
     make_tiles(splits, key_shards, plan, measured["temperature"])
     meshes.barrier("targets written")

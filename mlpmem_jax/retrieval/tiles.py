@@ -10,13 +10,13 @@ import concurrent.futures
 import dataclasses
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 from etils import epath
 
+from mlpmem_jax.core import runtime
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter
 from mlpmem_jax.core.progress import progress
 from mlpmem_jax.retrieval import neighbors, ring
@@ -181,7 +181,7 @@ def pieces(
         return _distributions(packed_QxK, queries[part], plan, temperature), lacking
 
     # NumPy and the searches let other threads run.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    with concurrent.futures.ThreadPoolExecutor(runtime.cpu_count()) as threads:
         yield from threads.map(work, range(0, len(queries), rows))
 
 

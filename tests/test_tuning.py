@@ -1,0 +1,95 @@
+"""The search on keys with the statistics of real language models, and the recall that it has to reach."""
+
+import numpy as np
+import pytest
+from etils import epath
+from retrieval_data import LENGTH, PER_SHARD
+
+from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter, open_artifact
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.retrieval import quality, scann_index, tuning
+from mlpmem_jax.retrieval.key_shards import KeyShards, Search, sample_queries
+from mlpmem_jax.retrieval.scann_index import Options, ScannIndex
+
+pytestmark = pytest.mark.skipif(not scann_index.is_available(), reason="ScaNN has no wheel for this machine")
+
+WIDTH, K = 48, 16
+
+
+@pytest.fixture(scope="module")
+def datastore(tmp_path_factory):
+    """Keys in clusters; where attention is parked one number is -31, the others vary by 0.2 around means up to 5."""
+    rng = np.random.default_rng(0)
+    centers = 0.2 * rng.standard_normal((300, WIDTH))
+    keys = centers[rng.integers(300, size=6400)] + 0.1 * rng.standard_normal((6400, WIDTH)) + rng.uniform(-5, 5, WIDTH)
+    keys[rng.random(6400) < 0.02, 7] -= 31
+    keys = keys.astype(np.float16).reshape(-1, LENGTH, WIDTH)
+    folder = tmp_path_factory.mktemp("datastore")
+    arrays = {
+        "keys": keys,
+        "next_tokens": rng.integers(50, size=keys.shape[:2]).astype(np.int32),
+        "documents": np.arange(6400, dtype=np.int32).reshape(keys.shape[:2]) // 40,
+    }
+    specs = {
+        name: ArraySpec(array.shape, str(array.dtype), PER_SHARD, (1, *array.shape[1:]))
+        for name, array in arrays.items()
+    }
+    writer = ArtifactWriter.create(folder, "datastore", {}, {}, specs)
+    for shard in writer.incomplete_shards():
+        part = slice(shard * PER_SHARD, (shard + 1) * PER_SHARD)
+        writer.write_shard(shard, {name: array[part] for name, array in arrays.items()})
+    writer.seal({})
+    return open_artifact(folder, "datastore")
+
+
+def shards_and_sample(datastore, tmp_path, **settings):
+    search = Search("scann", K, **settings)
+    key_shards = KeyShards(datastore, 10**6, epath.Path(tmp_path), search)
+    return key_shards, quality.Sample(key_shards, sample_queries(datastore, 300), "self", K)
+
+
+def test_keys_as_they_are_are_lost_to_one_large_number(datastore):
+    """What the preparation is for; ScaNN by itself, with every leaf searched."""
+    keys = datastore.read("keys", 0, 400).reshape(-1, WIDTH).astype(np.float32)
+    _, ids = ScannIndex.build(keys, Options(80, 80, 2.0, 6400)).search(keys[:300], K)
+    truth = np.argsort(((keys[:300, None] - keys[None]) ** 2).sum(axis=2), axis=1)[:, :K]
+    assert quality.contains(ids, truth).mean() < 0.8
+
+
+def test_the_prepared_search_reaches_the_recall_at_the_least_cost(datastore, tmp_path):
+    key_shards, sample = shards_and_sample(datastore, tmp_path)
+    trials = tuning.reach(key_shards, sample, 0.97, "scann")
+    assert trials[-1].recall >= 0.97
+    assert all(trial.recall < 0.97 for trial in trials[:-1])
+    costs = [trial.bytes_read for trial in trials]
+    assert costs == sorted(costs)
+    # The shards are left as the last trial searched them, and the distances are those of the keys themselves.
+    assert sample.search()[0] == trials[-1].recall
+    queries = sample_queries(datastore, 50)
+    distances, ids = key_shards.open(0).index.search(queries.keys_QxD, K)
+    truth = ((key_shards.keys(0)[ids].astype(np.float64) - queries.keys_QxD[:, None]) ** 2).sum(axis=2)
+    np.testing.assert_allclose(distances, truth, atol=2e-3, rtol=1e-4)
+
+
+def test_total_variation_falls_as_the_search_looks_harder(datastore, tmp_path):
+    key_shards, sample = shards_and_sample(datastore, tmp_path)
+    efforts = key_shards.efforts()
+    variations = []
+    for options in (efforts[0], efforts[-1]):
+        key_shards.use(options)
+        variations.append(sample.total_variation(sample.search()[1], temperature=0.5))
+    assert variations[1] < variations[0]
+    assert variations[1] < 0.02
+
+
+def test_a_recall_out_of_reach_stops_with_what_was_tried(datastore, tmp_path):
+    key_shards, sample = shards_and_sample(datastore, tmp_path, leaves_to_search=1, reorder=K)
+    with pytest.raises(UserError, match=r"recall: 0.99 is asked for, the most of 1 ways .* with 1 of \d+ leaves"):
+        tuning.reach(key_shards, sample, 0.99, "scann")
+
+
+def test_settings_of_the_user_are_not_searched_over(datastore, tmp_path):
+    key_shards, _ = shards_and_sample(datastore, tmp_path, leaves_to_search=5)
+    assert {options.leaves_to_search for options in key_shards.efforts()} == {5}
+    key_shards, _ = shards_and_sample(datastore, tmp_path, reorder=32)
+    assert {options.reorder for options in key_shards.efforts()} == {2.0}
