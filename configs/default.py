@@ -107,10 +107,9 @@ def get_config() -> ml_collections.ConfigDict:
     training.start = ""  # a finished memory (an imported one, say) to start from; "" = fresh parameters
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
-    evaluation.bootstrap_samples = 2000
-    evaluation.confidence = 0.95
-    evaluation.sharpness_positions = 4000  # test positions for the table of distribution shapes
-    evaluation.seed = 0
+    evaluation.confidence = 0.95  # probability content of the intervals
+    evaluation.sharpness_positions = 4000  # test positions whose whole distributions are looked at
+    evaluation.seed = 0  # which positions these are
 
     config.mesh = mesh = ml_collections.ConfigDict()
     mesh.slice = 1  # data parallel over the data-centre network

@@ -22,6 +22,5 @@ def get_config():
     config.training.batch_sequences = 8
     config.training.evaluate_every = 50
     config.training.checkpoint_every = 50
-    config.evaluation.bootstrap_samples = 200
     config.evaluation.sharpness_positions = 500
     return config

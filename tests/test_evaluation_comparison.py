@@ -7,7 +7,7 @@ import pytest
 
 from mlpmem_jax.evaluation import comparison
 
-SETTINGS = {"samples": 200, "confidence": 0.95, "seed": 0}
+SETTINGS = {"confidence": 0.95}
 
 
 def scores(seed, knn_shift=0.4, **others):
@@ -40,7 +40,7 @@ def test_systems_are_the_mixtures_at_the_weights_of_validation():
         of = found["perplexity"][split]
         expected = np.log(of["base"] / of["augmented"]) / np.log(of["base"] / of["knn_lm"])
         assert found["gain_kept"][split] == pytest.approx(expected)
-    assert (found["interval"]["unit"], found["interval"]["units"]) == ("document", 32)
+    assert (found["interval"]["cluster"], found["interval"]["clusters"]) == ("document", 32)
     assert set(found["perplexity"]["test"]) == {"base", "memory", "knn_lm", "augmented"}
     json.dumps(found, allow_nan=False)
 

@@ -12,6 +12,7 @@ from mlpmem_jax.core import manifests
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter, open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
+from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.evaluation import evaluate, provenance
 from mlpmem_jax.evaluation.inputs import open_inputs
 from mlpmem_jax.models import gpt2, memory, saved, scoring
@@ -146,7 +147,6 @@ def world(tmp_path_factory):
 def config_of(workdir):
     config = default.get_config()
     config.workdir = str(workdir)
-    config.evaluation.bootstrap_samples = 100
     config.evaluation.sharpness_positions = 10_000
     return config
 
@@ -192,8 +192,9 @@ def test_the_stage_agrees_with_numpy_on_the_logits(world, metrics):
     assert metrics["bytes"]["memory"] > 4 * metrics["counts"]["parameters"]["memory"] / 2
     assert metrics["counts"]["tokens"] == {split: n * LENGTH for split, n in SEQUENCES.items()}
     assert metrics["targets"]["recall_at_k"] == 0.99
-    assert metrics["interval"]["unit"] == "document"
-    assert metrics["interval"]["units"] == -(-SEQUENCES["test"] // 2)
+    assert metrics["interval"]["cluster"] == "document"
+    assert metrics["interval"]["clusters"] == -(-SEQUENCES["test"] // 2)
+    assert metrics["compute_dtype"] == "float32"
 
 
 def test_shapes_are_means_over_all_positions_when_all_are_asked_for(world, metrics):
@@ -210,6 +211,33 @@ def test_shapes_are_means_over_all_positions_when_all_are_asked_for(world, metri
         held_NxV = np.cumsum(-np.sort(-rows_NxV), axis=1)
         needed = 1 + (held_NxV < 0.9).sum(axis=1).mean()
         assert shapes[name]["tokens_for_mass"]["0.9"] == pytest.approx(needed, abs=0.03)
+
+
+def test_the_breakdown_agrees_with_counts_and_entropies_of_the_streams(world, metrics):
+    """Every test position is in a bin of its next token's count, of its context's count, and of the base's entropy."""
+    workdir, of = world[0], world[1]["test"]
+    tokens = open_artifact(workdir / "tokens", "tokens")
+    training, test = ([*TokenStream(tokens, split).read(0, SEQUENCES[split] * LENGTH)] for split in ("train", "test"))
+    training += [*TokenStream(tokens, "train").read(len(training), len(training) + 3)]
+    following = [*test[1:], TokenStream(tokens, "test").read(len(test), len(test) + 1)[0]]
+    weight = metrics["interpolation_weight"]["memory"]
+    mixed_SxT = weight * np.exp(of["memory"]) + (1 - weight) * np.exp(of["base"])
+    gains = (np.log(mixed_SxT) - of["base"]).ravel()
+    grams = [tuple(training[at : at + 4]) for at in range(len(training) - 3)]
+    values = {
+        "token_count": [training.count(token) for token in following],
+        "context_count": [None] * 3 + [grams.count(tuple(test[at - 3 : at + 1])) for at in range(3, len(test))],
+        "base_entropy": -(np.exp(of["rows"]["base"]) * of["rows"]["base"]).sum(-1).ravel(),
+    }
+    for name, of_positions in values.items():
+        rows = metrics["breakdown"][name]
+        assert sum(row["positions"] for row in rows) == len(test) - 3 * (name == "context_count")
+        for row in rows:
+            upper = np.inf if row["below"] is None else row["below"]
+            chosen = [at for at, value in enumerate(of_positions) if value is not None and row["from"] <= value < upper]
+            assert len(chosen) == row["positions"]
+            assert row["gain"]["augmented"] == pytest.approx(gains[chosen].mean(), abs=1e-4)
+    assert metrics["breakdown"]["counted_tokens"] == len(training)
 
 
 def linked(workdir, folder, *, without):

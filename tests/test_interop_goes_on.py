@@ -46,7 +46,6 @@ def imported(tmp_path_factory):
         training__learning_rate=0.0,
         training__adam_learning_rate=0.0,
         training__warmup_steps=1,
-        evaluation__bootstrap_samples=20,
         evaluation__sharpness_positions=40,
     )
     import_model.run(config, str(folder))

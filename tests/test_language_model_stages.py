@@ -104,7 +104,7 @@ def test_it_generates_with_its_memory_and_the_lambda_of_its_report(config, capsy
     assert "base LM + memory" in printed
     assert f"lambda {trained.summary['validation']['interpolation_weight']:.4f}: from {trained.path}" in printed
 
-    config.evaluation.update({"bootstrap_samples": 20, "sharpness_positions": 40})
+    config.evaluation.update({"sharpness_positions": 40})
     _run_stage("evaluate", config)  # base and memory are padded to different sizes
     report = pathlib.Path(config.workdir) / "report" / "metrics.json"
     metrics = json.loads(report.read_text())

@@ -30,7 +30,7 @@ def small(workdir):
     config.datastore.update({"sequences_per_shard": 100, "input_depth": 0.7})
     config.targets.update({"k": NEIGHBORS, "temperature": 3.0, "backend": "exact", "quality_positions": 64})
     config.memory.update({"width": 16, "blocks": 1})
-    config.evaluation.update({"bootstrap_samples": 50, "sharpness_positions": 100})
+    config.evaluation.update({"sharpness_positions": 100})
     return config
 
 

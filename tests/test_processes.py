@@ -98,7 +98,7 @@ def small(workdir, backend="auto"):
     config.datastore.update({"sequences_per_shard": 512, "batch_sequences": 64})
     config.targets.update({"backend": backend, "k": 5, "temperature": 3.0, "quality_positions": 64})
     config.memory.update({"width": 16, "blocks": 1})
-    config.evaluation.update({"bootstrap_samples": 50, "sharpness_positions": 50})
+    config.evaluation.update({"sharpness_positions": 50})
     return config
 
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from mlpmem_jax.evaluation import comparison, figures, report, wording
+from mlpmem_jax.evaluation import breakdown, comparison, figures, report, wording
 from mlpmem_jax.evaluation.page import page
 from mlpmem_jax.evaluation.sharpness import SharpnessMean
 
@@ -26,7 +26,20 @@ def metrics_of(gain, controls=False, records=True):
             base_SxT, base_SxT + gain + noise_SxT, base_SxT + 0.3, np.zeros((40, 8), int), memories, others
         )
 
-    metrics = comparison.compare(scores(0), scores(1), samples=200, confidence=0.95, seed=0)
+    metrics = comparison.compare(scores(0), scores(1), confidence=0.95)
+    mixed = comparison.mixtures(scores(1), metrics["interpolation_weight"])
+    base_N, clusters_N = mixed.pop("base").ravel(), np.arange(320) // 8
+    systems = {name: scores_SxT.ravel() for name, scores_SxT in mixed.items()}
+    values_N = 10.0 ** (np.arange(320) % 7 - 1) // 1
+    edges = {
+        "token_count": breakdown.TOKEN_COUNTS,
+        "context_count": breakdown.CONTEXT_COUNTS,
+        "base_entropy": breakdown.ENTROPIES,
+    }
+    gains = {
+        name: breakdown.gains_by(values_N, edge, base_N, systems, clusters_N, confidence=0.95)
+        for name, edge in edges.items()
+    }
     shape = SharpnessMean()
     shape.add(np.random.default_rng(2).dirichlet(np.ones(30), size=5))
     names = ("base", "knn", "memory", "augmented")
@@ -34,6 +47,11 @@ def metrics_of(gain, controls=False, records=True):
     validations = [{"step": step, "validation/perplexity": 50.0 - step / 10} for step in (20, 40)]
     return metrics | {
         "confidence": 0.95,
+        "compute_dtype": "float32",
+        "controls_left_out": {},
+        "breakdown": {**gains, "counted_tokens": 900},
+        "overlap": {"validation": {"13": 0.01, "25": 0.0}, "test": {"13": 0.0234}},
+        "search_curve": [{"leaves_to_search": 16, "candidates": 64, "recall": 0.9, "positions_per_second": 10.0}],
         "sharpness": dict.fromkeys(names, shape.summary()),
         "targets": {"backend": "exact", "k": 8, "recall_at_k": 1.0, "temperature": 2.5},
         "counts": {
@@ -53,22 +71,69 @@ def metrics_of(gain, controls=False, records=True):
 
 
 def test_a_gain_is_claimed_only_where_the_interval_excludes_one():
-    gains = wording.verdict(metrics_of(0.1))
-    assert gains[0].startswith("The memory lowers")
-    assert any("of the gain of searching" in sentence for sentence in gains)
+    metrics = metrics_of(0.1)
+    first, second, third = wording.verdict(metrics)
+    of, weight = metrics["perplexity"]["test"], metrics["interpolation_weight"]
+    assert first.startswith("A memory of 2.5 million parameters beside a base LM of 4,000 lowers its test perplexity ")
+    assert f"from {of['base']:.2f} to {of['augmented']:.2f} at λ {weight['memory']:.2f}" in first
+    assert f"{of['memory']:.2f}" in second
+    assert f"(kNN-LM) reaches {of['knn_lm']:.2f}: " in third
     no_gain = metrics_of(0.1)
     no_gain["interval"]["test"]["augmented_over_base"] = [0.95, 1.0]
-    assert wording.verdict(no_gain)[0].startswith("No gain can be claimed")
-    assert len(wording.verdict(no_gain)) == 1
+    said = wording.verdict(no_gain)
+    assert said[0].startswith("No gain can be claimed")
+    assert "kNN-LM" not in " ".join(said)
     worse = metrics_of(0.1)
     worse["interval"]["test"]["augmented_over_base"] = [1.01, 1.05]
     assert "worse" in wording.verdict(worse)[0]
 
 
+def test_a_memory_that_replaced_the_base_is_called_that():
+    metrics = metrics_of(0.1)
+    metrics["interpolation_weight"]["memory"] = 0.95
+    assert "has replaced the base rather than helped it: alone it reaches" in wording.verdict(metrics)[1]
+    metrics["interpolation_weight"]["memory"] = 0.9
+    assert "replaced" not in " ".join(wording.verdict(metrics))
+
+
+def test_few_documents_are_said_to_say_little():
+    metrics = metrics_of(0.1)
+    assert "too few" not in " ".join(wording.verdict(metrics))
+    metrics["interval"] |= {"cluster": "document", "clusters": 3}
+    assert "only 3 documents: too few" in wording.verdict(metrics)[-1]
+
+
 def test_controls_that_are_not_beaten_are_said_not_to_be():
-    said = " ".join(wording.verdict(metrics_of(0.1, controls=True)))
-    assert "does better than the base trained on" in said
-    assert "not shown to do better than the same memory trained without" in said
+    metrics = metrics_of(0.1, controls=True)
+    said = " ".join(wording.verdict(metrics))
+    reached = {name: f"({control['perplexity']['test']:.2f})" for name, control in metrics["controls"].items()}
+    assert f"does better than the base trained on with the memory's training compute {reached['continued']}" in said
+    assert f"not shown to do better than the same memory trained without kNN targets {reached['ce_only']}" in said
+
+
+def test_page_names_controls_that_were_left_out_and_shows_overlap_search_and_dtype():
+    metrics = metrics_of(0.1)
+    metrics["controls_left_out"] = {"continued": "/w/controls/continued: was made beside another memory"}
+    text = page(metrics)
+    assert "left out: /w/controls/continued: was made beside another memory" in text
+    assert "<td>2.34 %</td>" in text
+    assert "<td>16</td><td>64</td><td>0.9</td><td>n/a</td><td>10.0</td>" in text
+    assert "scored in float32" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "text"),
+    [
+        ((0, 1), "token_count", "0"),
+        ((0, 1), "base_entropy", "0-1"),
+        ((2, 5), "context_count", "2-4"),
+        ((100, 1000), "token_count", "100-999"),
+        ((1000, 10_000), "token_count", "1k-10k"),
+        ((100_000, None), "token_count", "≥ 100k"),
+    ],
+)
+def test_bins_are_named(row, name, text):
+    assert figures.bin_label(dict(zip(("from", "below"), row, strict=True)), name) == text
 
 
 class Parsed(html.parser.HTMLParser):
@@ -129,7 +194,12 @@ def test_the_same_metrics_give_the_same_page_and_picture():
 def test_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     metrics = metrics_of(0.1, controls=True)
     folder = report.write(tmp_path / "report", metrics)
-    assert sorted(file.name for file in folder.iterdir()) == ["index.html", "metrics.json", "overview.png"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "breakdown.png",
+        "index.html",
+        "metrics.json",
+        "overview.png",
+    ]
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert (folder / "overview.png").read_bytes().startswith(b"\x89PNG")
     before = (folder / "metrics.json").read_bytes()

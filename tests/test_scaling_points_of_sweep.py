@@ -27,7 +27,7 @@ SWEEP = """
         config.training.update({{"batch_sequences": 8, "warmup_steps": 2, "optimizer": "adamw"}})
         config.targets.update({{"k": 5, "temperature": 3.0, "backend": "exact", "quality_positions": 64}})
         config.memory.update({{"blocks": 1}})
-        config.evaluation.update({{"bootstrap_samples": 50, "sharpness_positions": 50}})
+        config.evaluation.update({{"sharpness_positions": 50}})
         points = []
         for width in (16, 32):
             size = {{"base.width": width, "memory.width": width}}

@@ -31,7 +31,6 @@ def get_sweep():
     config.corpus.max_bytes = 2_000_000
     config.training.evaluate_every = 100
     config.training.checkpoint_every = 200
-    config.evaluation.bootstrap_samples = 200
     config.evaluation.sharpness_positions = 500
     points = []
     for size, (width, blocks, heads, steps, memory_blocks, flops) in SIZES.items():

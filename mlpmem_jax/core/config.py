@@ -132,7 +132,6 @@ SCHEMA: dict[str, Any] = {
     },
     "training": {**_OPTIMIZATION, "mode": _one_of("offline", "online"), "alpha": _FRACTION, "start": _TEXT},
     "evaluation": {
-        "bootstrap_samples": _POSITIVE,
         "confidence": _OPEN_FRACTION,
         "sharpness_positions": _POSITIVE,
         "seed": _COUNT,

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from mlpmem_jax.evaluation import bootstrap
+from mlpmem_jax.evaluation import intervals
 from mlpmem_jax.models import interpolation
 
 CURVE_WEIGHTS = np.linspace(0.0, 1.0, 51)
@@ -37,22 +37,20 @@ class Scores:
     other_models: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def compare(validation: Scores, test: Scores, *, samples: int, confidence: float, seed: int) -> dict:
+def compare(validation: Scores, test: Scores, *, confidence: float) -> dict:
     """Tunes every interpolation weight on validation, applies it to test, and compares the systems.
 
     Args:
       validation: scores that choose the weights.
       test: scores that the weights are applied to.
-      samples: bootstrap draws.
       confidence: of the intervals, for example 0.95.
-      seed: of the draws.
 
     Returns:
       Nested dictionaries, ready for JSON:
       perplexity: split -> system -> perplexity, systems base, memory, knn_lm, augmented.
       interpolation_weight: memory, knn_lm and every other memory -> lambda.
-      interval: test -> '<system>_over_<reference>' -> [low, high] of the ratio of perplexities; the unit that the
-        bootstrap drew, and their number.
+      interval: test -> '<system>_over_<reference>' -> [low, high] of the ratio of perplexities; cluster, what positions
+        belong together in (document or sequence), and clusters, the number of them.
       gain_kept: split -> log(base / augmented) / log(base / knn_lm), the share of kNN-LM's gain that the memory
         keeps; None where kNN-LM gains nothing.
       controls: name -> perplexity by split, ratio_over_base, interval_over_base, interval_of_augmented_over_it,
@@ -65,37 +63,37 @@ def compare(validation: Scores, test: Scores, *, samples: int, confidence: float
     }
     for name, scores_SxT in validation.other_memories.items():
         weights[name] = interpolation.tune_weight(validation.base, scores_SxT)[0]
-    systems = {"validation": _systems(validation, weights), "test": _systems(test, weights)}
+    systems = {"validation": mixtures(validation, weights), "test": mixtures(test, weights)}
     perplexity = {
         split: {name: interpolation.perplexity(scores_SxT) for name, scores_SxT in scores.items()}
         for split, scores in systems.items()
     }
     controls = [*test.other_models, *test.other_memories]
-    unit, units_SxT = bootstrap.coarsest_units(test.documents)
-    common = {"units_N": units_SxT, "samples": samples, "confidence": confidence, "seed": seed}
+    cluster, clusters_SxT = intervals.clusters_of(test.documents)
+    common = {"clusters_N": clusters_SxT, "confidence": confidence}
     compared = {name: systems["test"][name] for name in ("augmented", "knn_lm", "memory", *controls)}
-    intervals = {
+    found = {
         f"{name}_over_base": interval
-        for name, interval in bootstrap.ratio_intervals(test.base, compared, **common).items()
+        for name, interval in intervals.ratio_intervals(test.base, compared, **common).items()
     }
     for reference in ("knn_lm", *controls):
         augmented = {"augmented": systems["test"]["augmented"]}
-        interval = bootstrap.ratio_intervals(systems["test"][reference], augmented, **common)["augmented"]
-        intervals[f"augmented_over_{reference}"] = interval
+        interval = intervals.ratio_intervals(systems["test"][reference], augmented, **common)["augmented"]
+        found[f"augmented_over_{reference}"] = interval
     return {
         "perplexity": {
             split: {name: value for name, value in scores.items() if name not in controls}
             for split, scores in perplexity.items()
         },
         "interpolation_weight": weights,
-        "interval": {"test": intervals, "unit": unit, "units": int(units_SxT.max()) + 1},
+        "interval": {"test": found, "cluster": cluster, "clusters": int(clusters_SxT.max()) + 1},
         "gain_kept": {split: _share_of_gain(scores, "augmented", of="knn_lm") for split, scores in perplexity.items()},
         "controls": {
             name: {
                 "perplexity": {split: scores[name] for split, scores in perplexity.items()},
                 "ratio_over_base": perplexity["test"][name] / perplexity["test"]["base"],
-                "interval_over_base": intervals[f"{name}_over_base"],
-                "interval_of_augmented_over_it": intervals[f"augmented_over_{name}"],
+                "interval_over_base": found[f"{name}_over_base"],
+                "interval_of_augmented_over_it": found[f"augmented_over_{name}"],
                 "share_of_memory_gain": _share_of_gain(perplexity["test"], name, of="augmented"),
             }
             for name in controls
@@ -108,16 +106,16 @@ def compare(validation: Scores, test: Scores, *, samples: int, confidence: float
     }
 
 
-def _systems(scores: Scores, weights: dict[str, float]) -> dict[str, np.ndarray]:
-    """Log-probabilities of every system that is compared, mixtures included."""
-    mixed = {"knn_lm": scores.knn, "augmented": scores.memory, **scores.other_memories}
-    mixtures = {
+def mixtures(scores: Scores, weights: dict[str, float]) -> dict[str, np.ndarray]:
+    """Log-probabilities of every system that is compared, [S, T] by name, mixed at the weights of `compare`."""
+    others = {"knn_lm": scores.knn, "augmented": scores.memory, **scores.other_memories}
+    mixed = {
         name: interpolation.mixture_log_probabilities(
             scores.base, other_SxT, weights["memory" if name == "augmented" else name]
         )
-        for name, other_SxT in mixed.items()
+        for name, other_SxT in others.items()
     }
-    return {"base": scores.base, "memory": scores.memory, **mixtures, **scores.other_models}
+    return {"base": scores.base, "memory": scores.memory, **mixed, **scores.other_models}
 
 
 def _share_of_gain(perplexity: dict[str, float], system: str, of: str) -> float | None:

@@ -11,22 +11,27 @@ import time
 
 import ml_collections
 import numpy as np
+import scipy.special
 from etils import epath
 
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import runtime
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.progress import progress, say
-from mlpmem_jax.evaluation import comparison, provenance, report, wording
+from mlpmem_jax.corpus.tokens import TokenStream
+from mlpmem_jax.evaluation import breakdown, comparison, intervals, provenance, report, wording
 from mlpmem_jax.evaluation.inputs import HELD_OUT, Inputs, open_inputs
 from mlpmem_jax.evaluation.sharpness import SharpnessMean, rows_of_ragged
 from mlpmem_jax.models import saved, scoring
 
 _PROBABILITIES_AT_ONCE = 2**22  # of one distribution in a chunk: 16 MiB of float32
+_READ_PER_POSITION = 8  # positions that the base reads for each one whose distribution is looked at
+_TOKENS_AT_ONCE = 2**22  # of the training text, while it is counted: 32 MiB of int64
+_COUNTED_TOKENS = 2**28  # of the training text at most: a second for every few million
 
 
 def run(config: ml_collections.ConfigDict) -> dict:
-    """Evaluates the memory of `config.workdir` and writes report/metrics.json, index.html and overview.png there.
+    """Evaluates the memory of `config.workdir` and writes report/metrics.json, index.html and pictures there.
 
     Returns:
       What metrics.json holds.
@@ -41,16 +46,12 @@ def run(config: ml_collections.ConfigDict) -> dict:
         say(f"left out of the report: {reason}")
     parameters, model, _ = saved.load_memory(opened.artifacts["memory"].path, opened.mesh, opened.rules)
     scores = {split: _scores(opened, split, parameters, model) for split in HELD_OUT}
-    settings = config.evaluation
-    metrics = comparison.compare(
-        scores["validation"],
-        scores["test"],
-        samples=settings.bootstrap_samples,
-        confidence=settings.confidence,
-        seed=settings.seed,
-    )
-    metrics["confidence"] = settings.confidence
-    metrics["sharpness"] = _sharpness(opened, parameters, model, metrics["interpolation_weight"]["memory"])
+    confidence = config.evaluation.confidence
+    metrics = comparison.compare(scores["validation"], scores["test"], confidence=confidence)
+    metrics["confidence"] = confidence
+    weights = metrics["interpolation_weight"]
+    metrics["sharpness"], sample = _distributions(opened, parameters, model, weights["memory"])
+    metrics["breakdown"] = _breakdown(opened, scores["test"], weights, sample)
     metrics |= _facts(opened)
     metrics["seconds"]["evaluate"] = time.perf_counter() - start
     metrics["peak_rss_bytes"]["evaluate"] = runtime.peak_rss_bytes()
@@ -119,40 +120,58 @@ def _language_model_scores(opened: Inputs, split: str, parameters: dict, model, 
     return np.concatenate(rows)
 
 
-def _sharpness(opened: Inputs, parameters: dict, model, weight: float) -> dict[str, dict]:
-    """Shapes of the four distributions at random test positions, the same ones for all."""
-    sequences, length = opened.sequences("test")
-    settings = opened.config.evaluation
-    positions = min(settings.sharpness_positions, sequences * length)
-    chosen_N = np.sort(
-        np.random.default_rng(settings.seed).choice(sequences * length, positions, replace=False, shuffle=False)
-    )
+def _distributions(
+    opened: Inputs, parameters: dict, model, weight: float
+) -> tuple[dict[str, dict], tuple[np.ndarray, np.ndarray]]:
+    """Shapes of the four distributions at random test positions, the same ones for all; these, and the base's entropy.
+
+    Returns:
+      The summary of each distribution's shape; and (positions [N], counted through the split, nats [N]).
+    """
+    length = opened.sequences("test")[1]
+    positions_N = _sample(opened)
     base, base_model, _ = saved.load_language_model(opened.artifacts["base"].path, opened.mesh, opened.rules)
     vocabulary = max(base_model.vocab_size, model.vocab_size)  # models are padded beyond the tokenizer's
     on_mesh = _computed_by(opened)
+    hidden_NxD = _hidden(opened, base, base_model, positions_N)
     means = {name: SharpnessMean() for name in ("base", "knn", "memory", "augmented")}
-    shards = opened.shards("test")
-    with progress(positions, "evaluate: shapes of distributions", "positions") as bar:
-        for shard, (first, count) in enumerate(shards):
-            rows_N = chosen_N[(chosen_N >= first * length) & (chosen_N < (first + count) * length)] - first * length
-            if not len(rows_N):
+    entropies = []
+    with progress(len(positions_N), "evaluate: whole distributions", "positions") as bar:
+        for shard, (first, count) in enumerate(opened.shards("test")):
+            begin, end = np.searchsorted(positions_N, [first * length, (first + count) * length])
+            if begin == end:
                 continue
-            tokens_SxT, _ = opened.tokens("test", first, count)
-            hidden_NxD = _hidden(base, base_model, tokens_SxT, rows_N, on_mesh)
-            inputs_NxD = opened.memory_inputs("test", first, count).reshape(count * length, -1)[rows_N]
+            rows_M = positions_N[begin:end] - first * length
+            inputs_MxD = opened.memory_inputs("test", first, count).reshape(count * length, -1)[rows_M]
             chunk = max(1, _PROBABILITIES_AT_ONCE // vocabulary)
-            for at in range(0, len(rows_N), chunk):
+            for at in range(0, len(rows_M), chunk):
                 part = slice(at, at + chunk)
-                base_NxV = _widened(scoring.language_model_distributions(base, hidden_NxD[part], **on_mesh), vocabulary)
-                memory_NxV = _widened(
-                    scoring.memory_distributions(parameters, model, inputs_NxD[part], **on_mesh), vocabulary
-                )
-                means["base"].add(base_NxV)
-                means["memory"].add(memory_NxV)
-                means["augmented"].add(weight * memory_NxV + (1 - weight) * base_NxV)
-                means["knn"].add(_knn_rows(opened.artifacts["targets/test"], shard, first, count, rows_N[part]))
-                bar.advance(len(base_NxV))
-    return {name: mean.summary() for name, mean in means.items()}
+                hidden_BxD = hidden_NxD[begin:end][part]
+                base_BxV = scoring.language_model_distributions(base, hidden_BxD, **on_mesh)
+                memory_BxV = scoring.memory_distributions(parameters, model, inputs_MxD[part], **on_mesh)
+                base_BxV, memory_BxV = (_widened(rows_BxV, vocabulary) for rows_BxV in (base_BxV, memory_BxV))
+                entropies.append(scipy.special.entr(base_BxV).sum(axis=1))
+                means["base"].add(base_BxV)
+                means["memory"].add(memory_BxV)
+                means["augmented"].add(weight * memory_BxV + (1 - weight) * base_BxV)
+                means["knn"].add(_knn_rows(opened.artifacts["targets/test"], shard, first, count, rows_M[part]))
+                bar.advance(len(base_BxV))
+    return {name: mean.summary() for name, mean in means.items()}, (positions_N, np.concatenate(entropies))
+
+
+def _sample(opened: Inputs) -> np.ndarray:
+    """Random test positions, rising, counted through the split.
+
+    They lie in no more sequences than the base need read for so many: it reads `_READ_PER_POSITION` for each of them.
+    """
+    sequences, length = opened.sequences("test")
+    settings = opened.config.evaluation
+    generator = np.random.default_rng(settings.seed)
+    positions = min(settings.sharpness_positions, sequences * length)
+    few = min(sequences, -(-_READ_PER_POSITION * positions // length))
+    chosen_C = generator.choice(sequences, few, replace=False)
+    drawn_N = generator.choice(few * length, positions, replace=False)
+    return np.sort(chosen_C[drawn_N // length] * length + drawn_N % length)
 
 
 def _widened(distributions_NxV: np.ndarray, vocabulary: int) -> np.ndarray:
@@ -160,15 +179,19 @@ def _widened(distributions_NxV: np.ndarray, vocabulary: int) -> np.ndarray:
     return np.pad(distributions_NxV, ((0, 0), (0, vocabulary - distributions_NxV.shape[1])))
 
 
-def _hidden(base: dict, base_model, tokens_SxT: np.ndarray, rows_N: np.ndarray, on_mesh: dict) -> np.ndarray:
-    """Final hidden states [N, D] at positions rows_N of the sequences, counted through all of them."""
-    length = tokens_SxT.shape[1]
-    batch = max(1, scoring.chunk_positions(base_model.vocab_size, on_mesh["mesh"], on_mesh["rules"]) // length)
+def _hidden(opened: Inputs, base: dict, base_model, positions_N: np.ndarray) -> np.ndarray:
+    """The base's final hidden states [N, D] at rising positions of the test split, counted through it."""
+    length = opened.sequences("test")[1]
+    chosen_C, places_N = np.unique(positions_N // length, return_inverse=True)
+    rows_N = places_N * length + positions_N % length
+    tokens_CxT = np.concatenate([opened.tokens("test", sequence, 1)[0] for sequence in chosen_C.tolist()])
+    batch = max(1, scoring.chunk_positions(base_model.vocab_size, opened.mesh, opened.rules) // length)
     parts = []
-    for at in range(0, len(tokens_SxT), batch):
-        hidden_BxTxD = scoring.language_model_hidden(base, base_model, tokens_SxT[at : at + batch], **on_mesh)
-        wanted_N = rows_N[(rows_N >= at * length) & (rows_N < (at + batch) * length)] - at * length
-        parts.append(hidden_BxTxD.reshape(-1, base_model.width)[wanted_N])
+    for at in range(0, len(chosen_C), batch):
+        tokens_BxT = tokens_CxT[np.minimum(np.arange(at, at + batch), len(chosen_C) - 1)]  # one shape compiles once
+        hidden_BxTxD = scoring.language_model_hidden(base, base_model, tokens_BxT, **_computed_by(opened))
+        begin, end = np.searchsorted(rows_N, [at * length, (at + batch) * length])
+        parts.append(hidden_BxTxD.reshape(-1, base_model.width)[rows_N[begin:end] - at * length])
     return np.concatenate(parts)
 
 
@@ -185,6 +208,47 @@ def _knn_rows(targets: Artifact, shard: int, first: int, count: int, rows_N: np.
     return rows_of_ragged(picked_M, offsets_N1)
 
 
+def _breakdown(
+    opened: Inputs, test: comparison.Scores, weights: dict[str, float], sample: tuple[np.ndarray, np.ndarray]
+) -> dict:
+    """Gains over the base by token frequency, by context frequency, and at the sample's positions by entropy.
+
+    Args:
+      test: scores of the test split.
+      weights: lambda of every mixture.
+      sample: positions [N] of the split, and the base's entropy there.
+    """
+    sequences = opened.sequences("test")[0]
+    systems = {name: scores.ravel() for name, scores in comparison.mixtures(test, weights).items()}
+    base_N = systems.pop("base")
+    clusters_N = intervals.clusters_of(test.documents)[1].ravel()
+    context_N, next_N = (part.ravel() for part in opened.tokens("test", 0, sequences))
+    contexts_Mx4 = np.lib.stride_tricks.sliding_window_view(context_N, breakdown.CONTEXT)
+    vocabulary = opened.artifacts["tokens"].summary["vocab_size"]
+    counter, token_counts_V = breakdown.ContextCounter(contexts_Mx4, vocabulary), np.zeros(vocabulary, np.int64)
+    training = TokenStream(opened.artifacts["tokens"], "train")
+    counted = min(training.length, _COUNTED_TOKENS)
+    with progress(counted, "evaluate: counts in the training text", "tokens") as bar:
+        for start in range(0, counted, _TOKENS_AT_ONCE):
+            tokens_M = training.read(start, min(start + _TOKENS_AT_ONCE, counted))
+            token_counts_V += np.bincount(tokens_M, minlength=vocabulary)
+            counter.add(tokens_M)
+            bar.advance(len(tokens_M))
+    skipped = breakdown.CONTEXT - 1  # the split's first positions have fewer tokens before them
+
+    def gains(values_N: np.ndarray, edges, at) -> list[dict]:
+        scores = {name: scores_N[at] for name, scores_N in systems.items()}
+        confidence = opened.config.evaluation.confidence
+        return breakdown.gains_by(values_N, edges, base_N[at], scores, clusters_N[at], confidence=confidence)
+
+    return {
+        "counted_tokens": counted,
+        "token_count": gains(token_counts_V[next_N], breakdown.TOKEN_COUNTS, slice(None)),
+        "context_count": gains(counter.counts(), breakdown.CONTEXT_COUNTS, slice(skipped, None)),
+        "base_entropy": gains(sample[1], breakdown.ENTROPIES, sample[0]),
+    }
+
+
 def _figures(trained: Artifact) -> dict:
     """The numbers that training left in a model's manifest."""
     return {name: value for name, value in trained.summary.items() if isinstance(value, int | float)}
@@ -193,12 +257,15 @@ def _figures(trained: Artifact) -> dict:
 def _facts(opened: Inputs) -> dict:
     """Everything of metrics.json that is read rather than computed."""
     artifacts, workdir = opened.artifacts, opened.config.workdir
+    found = artifacts["targets/train"].summary
     every = {**artifacts, **{f"controls/{name}": artifact for name, artifact in opened.controls.items()}}
     lengths = {split: opened.sequences(split) for split in ("train", *HELD_OUT)}
     return {
         "compute_dtype": opened.compute_dtype,
         "controls_left_out": opened.controls_left_out,
-        "targets": artifacts["targets/train"].summary,
+        "overlap": artifacts["tokens"].summary.get("overlap", {}),
+        "targets": {name: value for name, value in found.items() if name != "search_curve"},
+        "search_curve": found.get("search_curve", []),
         "counts": {
             "sequence_length": lengths["test"][1],
             "vocabulary": artifacts["tokens"].summary["vocab_size"],

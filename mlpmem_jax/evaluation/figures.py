@@ -85,6 +85,12 @@ def svg(figure: matplotlib.figure.Figure, name: str) -> str:
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
 
 
+def _png(figure: matplotlib.figure.Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def perplexities(metrics: dict) -> matplotlib.figure.Figure:
     """Test perplexity of every system, with the interval of its ratio to the base."""
     rows = len(_systems(metrics))
@@ -107,9 +113,7 @@ def overview(metrics: dict) -> bytes:
         draw_weights(right, metrics)
         left.set_title("test perplexity", loc="left", pad=12)
         figure.get_layout_engine().set(wspace=0.06)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-        return buffer.getvalue()
+        return _png(figure)
 
 
 def draw_perplexities(axes: matplotlib.axes.Axes, metrics: dict) -> None:
@@ -240,6 +244,71 @@ def shapes(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
                 axes.set_ylabel("tokens that hold it")
             _legend_above(axes)
     return figures
+
+
+BREAKDOWNS = {
+    "token_count": "occurrences of the next token",
+    "context_count": "occurrences of the 4 tokens before it",
+    "base_entropy": "entropy of the base, nats",
+}
+"""What positions are grouped by, in the words of axes and captions."""
+
+
+def breakdowns(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
+    """Gain over the base by each kind of position."""
+    figures = {}
+    for name in BREAKDOWNS:
+        with _figure(WIDTH, 3.4) as (figures[name], (axes,)):
+            draw_breakdown(axes, metrics, name)
+            _legend_above(axes)
+    return figures
+
+
+def breakdown_overview(metrics: dict) -> bytes:
+    """The same side by side, as a PNG."""
+    with _figure(3 * WIDTH, 3.6, columns=3) as (figure, row):
+        for axes, name in zip(row, BREAKDOWNS, strict=True):
+            draw_breakdown(axes, metrics, name)
+        _legend_above(row[0])
+        return _png(figure)
+
+
+def draw_breakdown(axes: matplotlib.axes.Axes, metrics: dict, name: str) -> None:
+    """Bars of memory and search side by side, bin by bin; below each bin its share of the tokens."""
+    rows = metrics["breakdown"][name]
+    gains = []
+    for place, system in ((-0.2, "augmented"), (0.2, "knn_lm")):
+        heights = [row["gain"][system] for row in rows]
+        bounds = [row["interval"][system] or (height, height) for row, height in zip(rows, heights, strict=True)]
+        spread = [[max(height - low, 0) for (low, _), height in zip(bounds, heights, strict=True)]]
+        spread += [[max(high - height, 0) for (_, high), height in zip(bounds, heights, strict=True)]]
+        at = [index + place for index in range(len(rows))]
+        axes.bar(at, heights, width=0.38, color=COLORS[system], label=LABELS[system])
+        axes.errorbar(at, heights, yerr=spread, fmt="none", color=INK, capsize=2, lw=1.0)
+        gains += heights
+    low, high = min(0.0, *gains), max(0.0, *gains)
+    margin = 0.3 * max(high - low, 1e-3)
+    # Intervals of a few documents may be much wider than what is seen.
+    axes.set_ylim(low - margin * (low < 0), high + margin)
+    axes.axhline(0, color=FAINT, lw=0.8)
+    labels = [f"{bin_label(row, name)}\n{100 * row['share_of_positions']:.0f} %" for row in rows]
+    axes.set_xticks(range(len(rows)), labels, fontsize=8.5)
+    axes.grid(visible=False, axis="x")
+    axes.set_xlabel(BREAKDOWNS[name] + " (and share of tokens)")
+    axes.set_ylabel("gain over the base, nats per token")
+
+
+def bin_label(row: dict, name: str) -> str:
+    """The values of a bin of a breakdown, short."""
+
+    def short(value: float) -> str:
+        return f"{value // 1000:g}k" if value >= 1000 else f"{value:g}"
+
+    first, below = row["from"], row["below"]
+    if below is None:
+        return f"≥ {short(first)}"
+    last = below - 1 if name != "base_entropy" and below <= 1000 else below  # counts are whole numbers
+    return short(first) if last == first else f"{short(first)}-{short(last)}"
 
 
 def _systems(metrics: dict) -> dict[str, tuple[float, list[float] | None]]:

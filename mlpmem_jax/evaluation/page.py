@@ -70,6 +70,7 @@ def page(metrics: dict) -> str:
         f"<p>{html.escape(' '.join(others))}</p>" if others else "",
         _tiles(metrics),
         _perplexity_section(metrics),
+        _breakdown_section(metrics),
         _training_section(metrics),
         _shapes_section(metrics),
         f'<div class="figures">{_targets_section(metrics)}{_stages_section(metrics)}</div>',
@@ -96,13 +97,14 @@ def _tiles(metrics: dict) -> str:
         ),
         (
             f"{of['augmented'] / of['base']:.3f}",
-            f"ratio, {level} interval {wording.interval(intervals['augmented_over_base'])}",
+            f"ratio of these two, {level} interval {wording.interval(intervals['augmented_over_base'])}",
         ),
         (wording.ABSENT if kept is None else wording.percent(kept), "of kNN-LM's gain kept, without any search"),
         (
             wording.number(of["knn_lm"]),
             f"with kNN search (λ\u00a0=\u00a0{metrics['interpolation_weight']['knn_lm']:.2f})",
         ),
+        (wording.number(of["memory"]), "the memory alone"),
     ]
     rendered = [
         f'<div class="tile{" main" if index == 1 else ""}"><b>{value}</b><small>{html.escape(text)}</small></div>'
@@ -132,24 +134,31 @@ def _perplexity_section(metrics: dict) -> str:
             )
         )
     level, drawn = wording.level(metrics), metrics["interval"]
-    heads = ("system", "validation", "test", "ratio to base", f"{level} interval", "λ")
+    of_base = wording.number(metrics["perplexity"]["test"]["base"])
+    heads = ("system", "validation", "test", f"ratio to base ({of_base})", f"{level} interval", "λ")
     return (
         '<h2>Perplexity</h2><div class="figures">'
         + _figure("Test perplexity by system", figures.perplexities(metrics), "perplexities")
         + _figure("Perplexity by interpolation weight", figures.weights(metrics), "weights")
         + f"</div>{_table(heads, lines, main='base + memory')}"
-        f"<p>Every λ is tuned on validation alone. Intervals are of the ratio of test perplexities to the base's, by "
-        f"a paired bootstrap over {drawn['units']:,} {drawn['unit']}s of the test split.</p>" + _controls_table(metrics)
+        f"<p>Every λ is tuned on the whole validation split; generation and export take the memory's from this report. "
+        f"All systems are scored in {metrics['compute_dtype']}. Intervals are of the ratio of test perplexities to the "
+        f"base's, Student's t with the {drawn['clusters']:,} {drawn['cluster']}s of the test split as clusters.</p>"
+        + _controls_table(metrics)
+        + _left_out(metrics)
+        + _overlap_table(metrics["overlap"])
     )
 
 
 def _controls_table(metrics: dict) -> str:
     if not metrics["controls"]:
         return ""
+    of_memory = metrics["perplexity"]["test"]["augmented"]
     lines = [
         (
             wording.label(name),
-            f"{metrics['perplexity']['test']['augmented'] / control['perplexity']['test']:.3f}",
+            wording.number(control["perplexity"]["test"]),
+            f"{of_memory / control['perplexity']['test']:.3f}",
             wording.interval(control["interval_of_augmented_over_it"]),
             "yes" if wording.is_beaten(control) else "not shown",
             wording.ABSENT
@@ -159,8 +168,70 @@ def _controls_table(metrics: dict) -> str:
         for name, control in metrics["controls"].items()
     ]
     level = wording.level(metrics)
-    heads = ("control", "base + memory over it", f"{level} interval", "memory better", "its share of the memory's gain")
+    heads = (
+        "control",
+        "test",
+        f"base + memory ({wording.number(of_memory)}) over it",
+        f"{level} interval",
+        "memory better",
+        "its share of the memory's gain",
+    )
     return _table(heads, lines)
+
+
+def _left_out(metrics: dict) -> str:
+    reasons = metrics["controls_left_out"].values()
+    return "".join(f"<p>No control of this memory, and left out: {html.escape(reason)}.</p>" for reason in reasons)
+
+
+def _overlap_table(overlap: dict[str, dict[str, float]]) -> str:
+    """Shares of held-out text that the training text has word for word, by split and by length of the n-gram."""
+    if not overlap:
+        return ""
+    lengths = sorted({length for shares in overlap.values() for length in shares}, key=int)
+    lines = [
+        (split, *(f"{100 * shares[length]:.2f} %" if length in shares else wording.ABSENT for length in lengths))
+        for split, shares in overlap.items()
+    ]
+    return "<p>Share of the words that lie in n-grams of words which the training text has as well:</p>" + _table(
+        ("split", *(f"{length}-grams" for length in lengths)), lines
+    )
+
+
+def _breakdown_section(metrics: dict) -> str:
+    """The gain over the base by kind of position: a picture and a table for each way of grouping them."""
+    heads = ("tokens", "base", "memory", f"{wording.level(metrics)} interval", "share", "kNN")
+    blocks = []
+    for name, figure in figures.breakdowns(metrics).items():
+        lines = [
+            (
+                figures.bin_label(row, name),
+                f"{100 * row['share_of_positions']:.1f} %",
+                f"{row['base']:.2f}",
+                f"{row['gain']['augmented']:.3f}",
+                _nats(row["interval"]["augmented"]),
+                wording.ABSENT
+                if row["share_of_gain"]["augmented"] is None
+                else wording.percent(row["share_of_gain"]["augmented"]),
+                f"{row['gain']['knn_lm']:.3f}",
+            )
+            for row in metrics["breakdown"][name]
+        ]
+        head = {"token_count": "count", "context_count": "count", "base_entropy": "nats"}[name]
+        caption = f"By {figures.BREAKDOWNS[name]}"
+        blocks.append(f"<div>{_figure(caption, figure, name)}{_table((head, *heads), lines)}</div>")
+    sampled = sum(row["positions"] for row in metrics["breakdown"]["base_entropy"])
+    return (
+        "<h2>Where the memory helps</h2><p>Gain over the base in nats per token of the test split, of base + memory "
+        "and of base + kNN at their λ. In the tables: the share of all tokens, the base's negative log-likelihood, "
+        "both gains, and the share of the memory's whole gain. Occurrences are counted in "
+        f"{metrics['breakdown']['counted_tokens']:,} tokens of the training text; entropy is known at a sample of "
+        f'{sampled:,} positions.</p><div class="figures">{"".join(blocks)}</div>'
+    )
+
+
+def _nats(bounds: list[float] | None) -> str:
+    return wording.ABSENT if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
 
 
 def _training_section(metrics: dict) -> str:
@@ -235,7 +306,24 @@ def _targets_section(metrics: dict) -> str:
     found = metrics["targets"]
     lines = [(words, wording.quantity(found[name])) for name, words in names.items() if name in found]
     heads = ("neighbor search", str(found.get("backend", "")))
-    return f"<div><h2>Targets</h2>{_table(heads, lines)}</div>"
+    return f"<div><h2>Targets</h2>{_table(heads, lines)}{_search_table(metrics['search_curve'])}</div>"
+
+
+def _search_table(curve: list[dict]) -> str:
+    """Settings of the search that were tried on a sample, and what each reached."""
+    names = {
+        "leaves_to_search": "leaves searched",
+        "candidates": "candidates",
+        "recall": "recall",
+        "total_variation": "total variation",
+        "positions_per_second": "positions/s",
+    }
+    if not curve:
+        return ""
+    lines = [
+        [wording.ABSENT if row.get(name) is None else wording.quantity(row[name]) for name in names] for row in curve
+    ]
+    return _table(names.values(), lines)
 
 
 def _stages_section(metrics: dict) -> str:

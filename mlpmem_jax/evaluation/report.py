@@ -12,7 +12,7 @@ from mlpmem_jax.evaluation.page import page
 
 
 def write(folder, metrics: dict) -> epath.Path:
-    """Writes metrics.json, index.html and overview.png, each whole or not at all; the first process alone does.
+    """Writes metrics.json, index.html and two pictures, each whole or not at all; the first process alone does.
 
     Args:
       folder: created where it does not exist.
@@ -27,6 +27,7 @@ def write(folder, metrics: dict) -> epath.Path:
         encoded = json.dumps(metrics, indent=1, sort_keys=True, allow_nan=False) + "\n"
         contents = {
             "overview.png": figures.overview(metrics),
+            "breakdown.png": figures.breakdown_overview(metrics),
             "index.html": page(metrics).encode(),
             "metrics.json": encoded.encode(),
         }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from mlpmem_jax.evaluation.figures import LABELS
+from mlpmem_jax.evaluation.intervals import FEW_CLUSTERS
 
 ABSENT = "n/a"
-
+_REPLACED = 0.9  # a lambda above which hardly anything of the base is left
 
 _CONTROLS = {
     "continued": "the base trained on with the memory's training compute",
@@ -15,25 +16,50 @@ _CONTROLS = {
 
 def verdict(metrics: dict) -> list[str]:
     """What the test split shows, sentence by sentence; a gain is claimed only where the interval excludes 1."""
-    of, intervals = metrics["perplexity"]["test"], metrics["interval"]["test"]
-    low, high = intervals["augmented_over_base"]
+    of, weight = metrics["perplexity"]["test"], metrics["interpolation_weight"]["memory"]
+    low, high = metrics["interval"]["test"]["augmented_over_base"]
+    size = {name: magnitude(count) for name, count in metrics["counts"]["parameters"].items()}
+    subject = f"memory of {size['memory']} parameters beside a base LM of {size['base']}"
     measured = (
-        f"from {number(of['base'])} to {number(of['augmented'])} (ratio {of['augmented'] / of['base']:.3f}, "
-        f"{level(metrics)} interval {interval([low, high])})"
+        f"from {number(of['base'])} to {number(of['augmented'])} at λ {weight:.2f} (ratio "
+        f"{of['augmented'] / of['base']:.3f}, {level(metrics)} interval {interval([low, high])})"
     )
     if low <= 1.0 <= high:
-        return [f"No gain can be claimed: test perplexity goes {measured}, and the interval includes 1."]
-    if low > 1.0:
-        return [f"The memory makes the base model worse: test perplexity rises {measured}."]
-    sentences = [f"The memory lowers the base model's test perplexity {measured}."]
-    if (kept := metrics["gain_kept"]["test"]) is not None and intervals["knn_lm_over_base"][1] < 1.0:
-        sentences.append(f"That is {percent(kept)} of the gain of searching the datastore (kNN-LM).")
-    beaten = [_CONTROLS.get(name, name) for name, control in metrics["controls"].items() if is_beaten(control)]
-    others = [_CONTROLS.get(name, name) for name, control in metrics["controls"].items() if not is_beaten(control)]
-    if beaten:
-        sentences.append(f"It does better than {' and than '.join(beaten)}.")
-    if others:
-        sentences.append(f"It is not shown to do better than {' or than '.join(others)}.")
+        sentences = [f"No gain can be claimed: with a {subject}, test perplexity goes {measured}; that includes 1."]
+    elif low > 1.0:
+        sentences = [f"The memory makes the base worse: with a {subject}, test perplexity rises {measured}."]
+    else:
+        sentences = [f"A {subject} lowers its test perplexity {measured}."]
+    alone = number(of["memory"])
+    if weight > _REPLACED:
+        sentences.append(
+            f"At so high a λ the memory has replaced the base rather than helped it: alone it reaches {alone}."
+        )
+    else:
+        sentences.append(f"The memory alone reaches {alone}.")
+    if high < 1.0:
+        sentences += _compared(metrics)
+    if (clusters := metrics["interval"]["clusters"]) < FEW_CLUSTERS:
+        kind = metrics["interval"]["cluster"]
+        sentences.append(f"The test split has only {clusters} {kind}s: too few for intervals to say much.")
+    return sentences
+
+
+def _compared(metrics: dict) -> list[str]:
+    """The gain beside that of kNN search and of the controls."""
+    of, sentences = metrics["perplexity"]["test"], []
+    if (kept := metrics["gain_kept"]["test"]) is not None and metrics["interval"]["test"]["knn_lm_over_base"][1] < 1.0:
+        sentences.append(
+            f"Searching the datastore (kNN-LM) reaches {number(of['knn_lm'])}: {percent(kept)} of that gain is kept."
+        )
+    for is_better, words in ((True, "It does better than"), (False, "It is not shown to do better than")):
+        named = [
+            f"{_CONTROLS.get(name, name)} ({number(control['perplexity']['test'])})"
+            for name, control in metrics["controls"].items()
+            if is_beaten(control) == is_better
+        ]
+        if named:
+            sentences.append(f"{words} {(' and than ' if is_better else ' or than ').join(named)}.")
     return sentences
 
 

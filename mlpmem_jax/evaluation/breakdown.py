@@ -1,0 +1,108 @@
+"""Where the memory helps: the gain over the base by what kind of position it is.
+
+Positions are grouped by how often the next token occurs in the training text, by how often the tokens before it do
+together, and by how uncertain the base is. Pure functions of arrays.
+
+Dimensions: N positions, B bins, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mlpmem_jax.evaluation.intervals import mean_interval
+
+CONTEXT = 4
+"""Tokens before the next one whose occurrences are counted."""
+
+TOKEN_COUNTS = (0, 1, 10, 100, 1_000, 10_000, 100_000)
+CONTEXT_COUNTS = (0, 1, 2, 5, 10, 100)
+ENTROPIES = (0, 1, 2, 3, 4, 5, 6, 7)
+"""Lower ends of the bins: occurrences, occurrences, nats; the last bins have no upper end."""
+
+
+class ContextCounter:
+    """Counts how often given 4-grams occur in a text that is read piece by piece."""
+
+    def __init__(self, contexts_Nx4: np.ndarray, vocab_size: int) -> None:
+        """The 4-grams to count, int; the same one may come several times."""
+        self._vocab_size = vocab_size
+        pairs_Nx2 = contexts_Nx4[:, ::2].astype(np.int64) * vocab_size + contexts_Nx4[:, 1::2]
+        # Four tokens do not fit in 64 bits where a vocabulary is large: pairs are numbered first.
+        self._pairs_P, places_Nx2 = np.unique(pairs_Nx2, return_inverse=True)
+        places_Nx2 = places_Nx2.reshape(pairs_Nx2.shape)
+        keys_N = places_Nx2[:, 0] * len(self._pairs_P) + places_Nx2[:, 1]
+        self._keys_K, self._inverse_N = np.unique(keys_N, return_inverse=True)
+        self._counts_K = np.zeros(len(self._keys_K), np.int64)
+        self._tail = np.empty(0, np.int64)
+
+    def add(self, tokens_M: np.ndarray) -> None:
+        """Counts in the next M tokens of the text, and across their start."""
+        tokens = np.concatenate([self._tail, tokens_M.astype(np.int64)])
+        self._tail = tokens[max(len(tokens) - CONTEXT + 1, 0) :]
+        if len(tokens) < CONTEXT or not len(self._keys_K):
+            return
+        places, found = _look_up(self._pairs_P, tokens[:-1] * self._vocab_size + tokens[1:])
+        both = found[:-2] & found[2:]
+        places, found = _look_up(self._keys_K, places[:-2][both] * len(self._pairs_P) + places[2:][both])
+        self._counts_K += np.bincount(places[found], minlength=len(self._keys_K))
+
+    def counts(self) -> np.ndarray:
+        """Occurrences so far of each of the 4-grams given, int64 [N]."""
+        return self._counts_K[self._inverse_N]
+
+
+def _look_up(sorted_K: np.ndarray, values_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(place in a sorted array, whether the value is there), both [M]."""
+    places_M = np.minimum(np.searchsorted(sorted_K, values_M), len(sorted_K) - 1)
+    return places_M, sorted_K[places_M] == values_M
+
+
+def gains_by(
+    values_N: np.ndarray,
+    edges: Sequence[float],
+    base_N: np.ndarray,
+    systems: Mapping[str, np.ndarray],
+    clusters_N: np.ndarray,
+    *,
+    confidence: float,
+) -> list[dict]:
+    """Gains over the base of positions whose values lie in each bin.
+
+    Args:
+      values_N: of each position, what it is grouped by.
+      edges: lower ends of the bins, rising, the first at most the smallest value.
+      base_N: log p_base(next token), nats.
+      systems: name -> log p(next token).
+      clusters_N: int, which positions belong together; see `intervals`.
+      confidence: of the intervals.
+
+    Returns:
+      For each bin that has positions: from and below (None: no upper end), positions, share_of_positions, base (mean
+      negative log-likelihood of the base, nats per token), and by system gain (mean log p_system - log p_base, nats
+      per token), interval ([low, high] of it; None on a single cluster) and share_of_gain (of the system's gain on all
+      positions; None where that is no gain).
+    """
+    bins_N = np.searchsorted(edges, values_N, side="right") - 1
+    gains = {name: np.asarray(scores_N, np.float64) - base_N for name, scores_N in systems.items()}
+    rows = []
+    for index in np.unique(bins_N):
+        chosen_N = bins_N == index
+        upper = edges[index + 1] if index + 1 < len(edges) else None
+        row = {"from": edges[index], "below": upper, "positions": int(chosen_N.sum())}
+        row["share_of_positions"] = float(chosen_N.mean())
+        row["base"] = float(-np.mean(base_N[chosen_N], dtype=np.float64))
+        _, clusters_M = np.unique(clusters_N[chosen_N], return_inverse=True)
+        row["gain"] = {name: float(gains_N[chosen_N].mean()) for name, gains_N in gains.items()}
+        row["interval"] = {
+            name: mean_interval(gains_N[chosen_N], clusters_M, confidence=confidence) if clusters_M.max() else None
+            for name, gains_N in gains.items()
+        }
+        row["share_of_gain"] = {
+            name: float(gains_N[chosen_N].sum() / gains_N.sum()) if gains_N.sum() > 0 else None
+            for name, gains_N in gains.items()
+        }
+        rows.append(row)
+    return rows

@@ -1,0 +1,108 @@
+"""Confidence intervals of perplexity ratios, over texts that are few and of different lengths.
+
+Two systems are scored on the same positions. Positions of one text are not independent: a memory that knows a document
+gains on all of it. So texts, not positions, are what is sampled: the logarithm of the ratio is a weighted mean over
+clusters of positions, its variance the cluster-robust estimator CR2, and its interval that of Student's t with Bell and
+McCaffrey's degrees of freedom ("Bias reduction in standard errors for linear regression with multi-stage samples",
+Survey Methodology 28, 2002; Pustejovsky and Tipton, J. Business & Economic Statistics 36, 2018). A bootstrap of few
+clusters is too sure: its 95 % interval over 5 documents covers 75 to 88 %, this one 90 to 98 %.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.stats
+
+FEW_CLUSTERS = 6
+"""Below so many clusters an interval says little: it is wide, and rests on their effects being about normal."""
+
+
+def clusters_of(documents_SxT: np.ndarray) -> tuple[str, np.ndarray]:
+    """What to take as clusters: documents or sequences, whichever are fewer, as long as there are two.
+
+    Documents are the clusters where they are longer than sequences; where they are shorter (lines of one article, say)
+    neighbors still belong together, and sequences are.
+
+    Args:
+      documents_SxT: document of every position of S sequences, or the file or article where documents are parts of one.
+
+    Returns:
+      ("document" or "sequence", int [S, T] cluster of every position, counted from 0).
+    """
+    _, documents_N = np.unique(documents_SxT, return_inverse=True)
+    if 2 <= documents_N.max() + 1 < len(documents_SxT):
+        return "document", documents_N.reshape(documents_SxT.shape)
+    return "sequence", np.broadcast_to(np.arange(len(documents_SxT))[:, None], documents_SxT.shape)
+
+
+def ratio_intervals(
+    reference_log_probabilities_N: np.ndarray,
+    systems: dict[str, np.ndarray],
+    clusters_N: np.ndarray,
+    *,
+    confidence: float,
+) -> dict[str, list[float]]:
+    """Intervals of perplexity(system) / perplexity(reference), whose logarithm is mean(log p_reference - log p_system).
+
+    Args:
+      reference_log_probabilities_N: log-probabilities of the next tokens, any shape.
+      systems: {name: log-probabilities of the same positions}.
+      clusters_N: cluster of every position, whole numbers from 0 without gaps, as `clusters_of` gives them.
+      confidence: probability content of the interval, for example 0.95.
+
+    Returns:
+      {name: [low, high]}, floats.
+
+    Raises:
+      ValueError: on fewer than two clusters, shapes that differ, or log-probabilities that are not finite.
+    """
+    reference_N = np.asarray(reference_log_probabilities_N, np.float64)
+    if clusters_N.max() < 1:
+        raise ValueError("an interval needs at least two clusters")
+    found = {}
+    for name, log_probabilities_N in systems.items():
+        system_N = np.asarray(log_probabilities_N, np.float64)
+        if system_N.shape != reference_N.shape:
+            raise ValueError(f"{name} scores {system_N.shape} positions, not {reference_N.shape}")
+        if not (np.isfinite(system_N).all() and np.isfinite(reference_N).all()):
+            raise ValueError("an interval needs finite log-probabilities; compare mixtures, not p_kNN alone")
+        low, high = mean_interval((reference_N - system_N).ravel(), clusters_N.ravel(), confidence=confidence)
+        found[name] = [float(np.exp(low)), float(np.exp(high))]
+    return found
+
+
+def mean_interval(values_N: np.ndarray, clusters_N: np.ndarray, *, confidence: float) -> list[float]:
+    """[low, high] of the mean of values, from two clusters or more, numbered from 0 without gaps."""
+    sums_C = np.bincount(clusters_N, weights=values_N)
+    mean, error, freedom = mean_of_clusters(sums_C, np.bincount(clusters_N).astype(np.float64))
+    reach = float(scipy.stats.t.ppf((1.0 + confidence) / 2.0, freedom)) * error
+    return [mean - reach, mean + reach]
+
+
+def mean_of_clusters(sums_C: np.ndarray, sizes_C: np.ndarray) -> tuple[float, float, float]:
+    """Mean over the positions of C clusters, its standard error, and the degrees of freedom of that.
+
+    The working model behind the correction: the means of clusters vary alike, whatever their sizes.
+
+    Args:
+      sums_C: float64, sum over the positions of each cluster.
+      sizes_C: float64, number of positions of each cluster.
+
+    Returns:
+      (mean, CR2 standard error, Bell and McCaffrey's degrees of freedom); with equal sizes the last two are the usual
+      standard error of the mean of C clusters, and C - 1.
+    """
+    shares_C = sizes_C / sizes_C.sum()
+    mean = sums_C.sum() / sizes_C.sum()
+    corrections_C = 1.0 / np.sqrt(1.0 - shares_C)
+    residuals_C = corrections_C * (sums_C - mean * sizes_C)
+    error = np.sqrt((residuals_C**2).sum()) / sizes_C.sum()
+    # The squared error is a quadratic form s' M s of the sums; if cluster c has variance v_c = n_c^2, its degrees of
+    # freedom are trace(M V)^2 / trace((M V)^2). M V has the spectrum of diag(d) - b c' - c b' + v c c'.
+    variances_C = shares_C**2
+    d, b, c = corrections_C**2 * variances_C, corrections_C * variances_C, corrections_C * shares_C
+    total, bb, bc, cc = variances_C.sum(), b @ b, b @ c, c @ c
+    diagonal_C = total * c**2 - 2.0 * b * c
+    trace = (d + diagonal_C).sum()
+    squares = (d**2 + 2.0 * d * diagonal_C).sum() + 2.0 * (bb * cc + bc**2) - 4.0 * total * bc * cc + (total * cc) ** 2
+    return float(mean), float(error), float(trace**2 / squares)
