@@ -2,10 +2,14 @@ import importlib.metadata
 
 import pytest
 
+from configs import default
 from mlpmem_jax.core.errors import UserError
-from mlpmem_jax.corpus import installed_docs
+from mlpmem_jax.corpus import documents, installed_docs, overlap
 
-PROSE = "A docstring that says at some length what the thing is for. " * 12
+
+def prose(name):
+    """A long text that begins with its name and shares few words with others."""
+    return f"{name}. " + " ".join(f"{name}{index} is for this" for index in range(60))
 
 
 def install(root, name, requires=(), files=(), extras=()):
@@ -61,43 +65,70 @@ def test_a_package_that_is_not_installed():
 
 def test_documents_are_long_distinct_docstrings_in_a_fixed_order(site):
     module = (
-        docstring("Module. " + PROSE)
+        docstring(prose("Module"))
         + "raise RuntimeError('this file must never be imported')\n"
-        + "class Thing:\n    '''Thing. " + PROSE + "'''\n"
-        + "    def method(self):\n        r'''Method.\n\n        " + PROSE + "\n          indented\n        '''\n"
-        + "try:\n    pass\nexcept ValueError:\n    def hidden():\n        '''Hidden. " + PROSE + "'''\n"
+        + "class Thing:\n    '''" + prose("Thing") + "'''\n"
+        + "    def method(self):\n        r'''Method.\n\n        " + prose("m") + "\n          indented\n        '''\n"
+        + "try:\n    pass\nexcept ValueError:\n    def hidden():\n        '''" + prose("Hidden") + "'''\n"
         + "def short():\n    '''Short.'''\n"
-        + "text = '''No docstring. " + PROSE + "'''\n"
-        + "add_newdoc('a', 'b', ('c', '''\n    Added. " + PROSE + "\n    '''))\n"
+        + "text = '''No " + prose("docstring") + "'''\n"
+        + "add_newdoc('a', 'b', ('c', '''\n    " + prose("Added") + "\n    '''))\n"
     )  # fmt: skip
     files = [
-        ("toy/z.py", docstring("Last. " + PROSE)),
+        ("toy/z.py", docstring(prose("Last"))),
         ("toy/a.py", module),
-        ("toy/copy.py", docstring("Module. " + PROSE)),
-        ("toy/broken.py", docstring("Broken. " + PROSE) + "def (:\n"),
-        ("toy/tests/test_a.py", docstring("Test. " + PROSE)),
-        ("toy/a_test.py", docstring("Test. " + PROSE)),
-        ("toy/_vendor/b.py", docstring("Vendored. " + PROSE)),
+        ("toy/copy.py", docstring(prose("Module"))),
+        ("toy/broken.py", docstring(prose("Broken")) + "def (:\n"),
+        ("toy/tests/test_a.py", docstring(prose("Test"))),
+        ("toy/a_test.py", docstring(prose("Test"))),
+        ("toy/_vendor/b.py", docstring(prose("Vendored"))),
     ]
-    install(site, "toy_package", ["toy"], [("own.py", docstring("Own. " + PROSE))])
+    install(site, "toy_package", ["toy"], [("own.py", docstring(prose("Own")))])
     install(site, "toy", files=files)
     first_words = ["Module.", "Thing.", "Method.", "Hidden.", "Added.", "Last."]
     found = installed_docs.documents()
-    assert [text.split()[0] for text in found] == first_words
-    assert found[2].splitlines()[-1] == "  indented"  # the indentation of the source is taken off
+    assert [text.split()[0] for text, _ in found] == first_words
+    assert [group for _, group in found] == ["toy/a.py"] * 5 + ["toy/z.py"]
+    assert found[2].text.splitlines()[-1] == "  indented"  # the indentation of the source is taken off
 
 
 def test_topics_are_documents(tmp_path):
-    (tmp_path / "topics.py").write_text(f"topics = {{'b': 'B. {PROSE}', 'a': 'A. {PROSE}', 'c': 'short'}}\n")
+    (tmp_path / "topics.py").write_text(f"topics = {{'b': '{prose('B')}', 'a': '{prose('A')}', 'c': 'short'}}\n")
     assert [text.split()[0] for text in installed_docs._prose(tmp_path / "topics.py")] == ["B.", "A."]
 
 
 def test_the_standard_library_is_listed_without_tests_and_site_packages():
-    files = [file.as_posix() for file in installed_docs._standard_library()]
+    listed = list(installed_docs._standard_library())
+    assert all(file.as_posix().endswith("/" + name) for name, file in listed)
+    files = [file.as_posix() for _, file in listed]
     assert any(file.endswith("/pydoc_data/topics.py") for file in files)
     assert any(file.endswith("/json/decoder.py") for file in files)
     assert not any("/test/" in file or "/tests/" in file or "/site-packages/" in file for file in files)
     assert len(files) == len(set(files)) > 300
+
+
+def test_a_paragraph_that_is_wrapped_anew_is_removed(site):
+    """A copy that no line gives away: its own lines stay, and shorter runs of common words may repeat."""
+    copied = prose("copied").split()
+    first = prose("first") + "\n\n" + "\n".join(" ".join(copied[i : i + 12]) for i in range(0, len(copied), 12))
+    again = prose("again") + "\n\n" + "\n".join(" ".join(copied[i : i + 9]) for i in range(0, len(copied), 9))
+    again += "\n\nBut no further: " + " ".join(copied[:12])
+    install(site, "toy_package", ["toy"])
+    install(site, "toy", files=[("toy/a.py", docstring(first)), ("toy/b.py", docstring(again))])
+    one, two = (text for text, _ in installed_docs.documents())
+    assert one == first
+    assert two.split() == [*prose("again").split(), "But", "no", "further:", *copied[:12]]
+
+
+def test_little_of_a_split_stands_in_the_others():
+    parts = installed_docs.open_source().parts()
+    plan = documents.make_plan(parts, default.get_config().corpus)
+    train, validation, test = (
+        [text for _, text in documents.read_selected(parts, plan, plan.split_N == split)] for split in range(3)
+    )
+    shares = overlap.measure(train, {"validation": validation, "test": test})
+    assert max(share["13"] for share in shares.values()) < 0.02
+    assert len(test) > 100
 
 
 def test_versions_are_the_inputs():
@@ -108,7 +139,7 @@ def test_versions_are_the_inputs():
 
 def test_no_long_line_stands_twice_in_the_corpus():
     texts = installed_docs.documents()
-    lines = [" ".join(line.split()) for text in texts for line in text.split("\n")]
+    lines = [" ".join(line.split()) for text, _ in texts for line in text.split("\n")]
     long_lines = [line for line in lines if len(line) >= installed_docs.MINIMUM_LINE]
     assert len(long_lines) > 50_000
     assert len(set(long_lines)) == len(long_lines)

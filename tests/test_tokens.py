@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import pathlib
 import random
+import re
 import threading
 import time
 import types
@@ -263,3 +264,31 @@ def test_text_edited_in_place_is_noticed(corpus):
     file.write_text(texts[3].replace("3", "4"))
     with pytest.raises(ArtifactError, match="files"):
         tokens.run(config)
+
+
+def test_the_overlap_of_splits_is_measured_and_a_large_one_told(corpus, tmp_path, monkeypatch):
+    config, _ = corpus
+    folder = tmp_path / "overlapping"
+    folder.mkdir()
+    shared = " ".join(f"shared{index}" for index in range(20))
+    for index in range(30):
+        words = " ".join(f"word{index}x{n}" for n in range(80))
+        (folder / f"{index}.txt").write_text(f"{words} {shared}")
+    config.corpus.path = str(folder)
+    said = []
+    monkeypatch.setattr(tokens, "say", said.append)
+    artifact = tokens.run(config)
+    assert artifact.summary["overlap"] == {split: {"13": 0.2, "25": 0.0} for split in ("validation", "test")}
+    assert "overlap: 20.00% of the words of the test split lie inside runs of 13 words" in " ".join(said)
+    assert sum(line.startswith("warning: more than 10% of the") for line in said) == 2
+
+
+@pytest.mark.parametrize("character", ["ACGT", " ", "中"])
+def test_words_of_any_length_do_not_hold_up_the_training_of_a_tokenizer(character):
+    text = "before " + character * 125_000 + " after"
+    pieces = list(tokens._shortened_words(text))
+    assert "".join(pieces) == text
+    longest = max(len(word) for piece in pieces for word in re.findall(r"\S+|\s+", piece))
+    assert longest <= 2 * tokens._WORD_CHARACTERS
+    assert list(tokens._shortened_words("a usual text")) == ["a usual text"]
+    assert tokenizer.train(pieces, 300).encode(text[:1000]).ids

@@ -168,7 +168,8 @@ def _given_splits(parts: Sequence[Part], scan: _Scan) -> np.ndarray:
 def _split_groups(group_hash_N: np.ndarray, bytes_N: np.ndarray, fractions: Sequence[float]) -> np.ndarray | None:
     """int8 [N]: groups in the order of their hashes fill `fractions[0]` of the bytes as 1, and so on; the rest is 0.
 
-    A group larger than its split is taken only where all are. None where there are too few groups.
+    Where there is enough of them, groups of up to an eighth of a split fill it, so that it does not consist of one
+    long text. A group larger than its split is taken only where all are. None where there are too few groups.
     """
     distinct, group_N = np.unique(group_hash_N, return_inverse=True)
     bytes_G = np.bincount(group_N, bytes_N)
@@ -177,7 +178,10 @@ def _split_groups(group_hash_N: np.ndarray, bytes_N: np.ndarray, fractions: Sequ
         return None
     for split, fraction in enumerate(fractions, 1):
         quota, free = fraction * bytes_G.sum(), split_G == 0
-        fitting = np.flatnonzero(free & (bytes_G <= quota))
+        for least in (8, 4, 2, 1):
+            fitting = np.flatnonzero(free & (bytes_G <= quota / least))
+            if bytes_G[fitting].sum() >= quota:
+                break
         if fitting.size:
             ends = np.cumsum(bytes_G[fitting])
             chosen = fitting[ends - bytes_G[fitting] / 2 <= quota]  # the last one brings the sum nearest to the quota

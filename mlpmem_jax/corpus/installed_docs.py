@@ -12,26 +12,31 @@ import functools
 import gc
 import importlib.metadata
 import inspect
+import itertools
 import pathlib
 import platform
 import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import packaging.requirements
 import packaging.utils
 
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.corpus.documents import Document, Part, Source
+from mlpmem_jax.corpus.overlap import END, WordNumbers, inside_runs, whole_runs, word_runs
 
 PACKAGE = "mlpmem_jax"
 MINIMUM_CHARACTERS = 500
 """Shorter docstrings are mostly labels, not prose; a language model sees little context in them."""
 MINIMUM_LINE = 40
 """Shorter lines may repeat: headings, "Parameters", names of arguments."""
+REPEATED_WORDS = 13
+"""A run of so many words that stands earlier in the corpus is a repetition, however its lines are wrapped."""
 
 # Parts of the standard library that some systems ship apart from Python, and its test suite.
 _OMITTED_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "test", "tkinter", "turtledemo"}
@@ -46,7 +51,7 @@ def open_source() -> Source:
     """The embedded corpus, as one part."""
     versions = {"Python": platform.python_version()}
     versions |= {name: distribution.version for name, distribution in dependencies(PACKAGE).items()}
-    return Source(versions, lambda: [Part("installed documentation", lambda: map(Document, documents()))])
+    return Source(versions, lambda: [Part("installed documentation", documents)])
 
 
 def dependencies(package: str) -> dict[str, importlib.metadata.Distribution]:
@@ -83,24 +88,29 @@ def dependencies(package: str) -> dict[str, importlib.metadata.Distribution]:
 
 
 @functools.cache
-def documents() -> tuple[str, ...]:
-    """The documents, each a topic or a docstring of some length, without the lines that stand in earlier ones.
+def documents() -> tuple[Document, ...]:
+    """The documents, each a topic or a docstring of some length, without what stands in earlier ones.
 
-    Packages repeat whole paragraphs from function to function. With repetitions in it a test split is in good part a
-    copy of the training split, and any search of that finds the answers verbatim.
+    Docstrings of one source file are a group. Packages repeat whole paragraphs from function to function; with
+    repetitions in it a test split is in good part a copy of the training split, and any search of that finds the
+    answers verbatim.
     """
     distributions = dependencies(PACKAGE)
-    unique: list[str] = []
+    unique: list[Document] = []
     seen: set[str] = set()
     collects = gc.isenabled()
     gc.disable()  # syntax trees have no cycles, and walking them for some costs a third of the time
     try:
-        for file in [*_standard_library(), *(file for name in distributions for file in _files(distributions[name]))]:
-            unique += (text for text in map(functools.partial(_new_lines, seen), _prose(file)) if _is_long(text))
+        files = itertools.chain(_standard_library(), *map(_files, distributions.values()))
+        for group, file in files:
+            texts = (_new_lines(seen, text) for text in _prose(file))
+            # Topics stand in one file, but are articles on different things.
+            unique += (Document(text, "" if file.name == "topics.py" else group) for text in texts if _is_long(text))
     finally:
         if collects:
             gc.enable()
-    size = sum(len(text.encode()) for text in unique)
+    unique = [document for document in _without_repeated_runs(unique) if _is_long(document.text)]
+    size = sum(len(text.encode()) for text, _ in unique)
     say(
         f"installed documentation: {len(unique):,} documents, {size / 1e6:.1f} MB, from Python "
         f"{platform.python_version()} and {len(distributions)} packages"
@@ -119,25 +129,51 @@ def _new_lines(seen: set[str], text: str) -> str:
     return "\n".join(kept)
 
 
+def _without_repeated_runs(texts: Sequence[Document]) -> Iterator[Document]:
+    """The documents without lines at least half of whose words lie in runs of words that stand earlier."""
+    numbers, words, counts = WordNumbers(), [], []
+    for text, _ in texts:
+        for line in text.split("\n"):
+            found = numbers.add(line)
+            words += found
+            counts.append(len(found))
+        words.append(END)
+        counts.append(1)
+    words_N = np.array(words)
+    _, first = np.unique(word_runs(words_N, REPEATED_WORDS), return_index=True)
+    repeated_R = whole_runs(words_N, REPEATED_WORDS)
+    repeated_R[first] = False
+    inside_N = inside_runs(repeated_R, REPEATED_WORDS, len(words_N))
+    line_N = np.repeat(np.arange(len(counts)), counts)
+    inside_L = np.bincount(line_N, inside_N, minlength=len(counts))
+    keep = iter((2 * inside_L < np.maximum(counts, 1)).tolist())
+    for text, group in texts:
+        lines = text.split("\n")
+        yield Document("\n".join(line for line in lines if next(keep)), group)
+        next(keep)  # the end of the document
+
+
 def _is_long(text: str) -> bool:
     return len(text) >= MINIMUM_CHARACTERS
 
 
-def _standard_library() -> Iterator[pathlib.Path]:
+def _standard_library() -> Iterator[tuple[str, pathlib.Path]]:
+    """Source files with their paths relative to the library."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     # pydoc_data is no module that sys.stdlib_module_names counts everywhere, but holds the topics.
     for name in sorted({*sys.stdlib_module_names, "pydoc_data"} - _OMITTED_MODULES):
         if (root / f"{name}.py").is_file():
-            yield root / f"{name}.py"
+            yield f"{name}.py", root / f"{name}.py"
         elif (root / name).is_dir():
             relative = sorted(file.relative_to(root).as_posix() for file in (root / name).rglob("*.py"))
-            yield from (root / file for file in relative if _is_wanted(file))
+            yield from ((file, root / file) for file in relative if _is_wanted(file))
 
 
-def _files(distribution: importlib.metadata.Distribution) -> Iterator[pathlib.Path]:
+def _files(distribution: importlib.metadata.Distribution) -> Iterator[tuple[str, pathlib.Path]]:
+    """Source files with their paths relative to where packages are installed."""
     for file in sorted(distribution.files or [], key=str):
         if file.suffix == ".py" and _is_wanted(file.as_posix()):
-            yield pathlib.Path(str(file.locate()))
+            yield file.as_posix(), pathlib.Path(str(file.locate()))
 
 
 def _is_wanted(relative: str) -> bool:
