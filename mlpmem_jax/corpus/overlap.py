@@ -124,7 +124,7 @@ def measure(train: Iterable[str], held_out: dict[str, Iterable[str]]) -> dict[st
 
 
 def _batches(documents: Iterable[list[int]], size: int | None) -> Iterator[np.ndarray]:
-    """Documents, each with an `END` behind it, joined to int64 arrays of at least `size` words; None = a single array."""
+    """Documents, each with an `END` behind it, joined to int64 arrays of at least `size` words; None = one array."""
     batch = []
     for words in documents:
         batch += words
