@@ -117,12 +117,11 @@ def features(
     length = tokens_BxT.shape[1]
     transformer.check(config, taps, length)
     x_BxTxD = transformer.look_up(parameters["wte"]["embedding"], tokens_BxT, activations)
-    mask_TxT = transformer.causal_mask(length)
     x_BxTxD, tapped = transformer.run_blocks(
         functools.partial(Block, config, compute_dtype),
         parameters["h"],
         x_BxTxD + parameters["wpe"]["embedding"][:length],
-        lambda query, key, value: transformer.attention(query, key, value, mask_TxT),
+        transformer.causal_attention,
         count=config.blocks,
         taps=taps,
         remat=remat,

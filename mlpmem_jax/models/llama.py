@@ -150,12 +150,13 @@ def features(
     length = tokens_BxT.shape[1]
     transformer.check(config, taps, length)
     rotate = rotation(config, jnp.arange(length)[None])
-    mask_TxT = transformer.causal_mask(length, config.sliding_window)
     x_BxTxD, tapped = transformer.run_blocks(
         functools.partial(Block, config, compute_dtype),
         parameters["h"],
         transformer.look_up(parameters["embed_tokens"]["embedding"], tokens_BxT, activations),
-        lambda query, key, value: transformer.attention(rotate(query), rotate(key), value, mask_TxT),
+        lambda query, key, value: transformer.causal_attention(
+            rotate(query), rotate(key), value, config.sliding_window
+        ),
         count=config.blocks,
         taps=taps,
         remat=remat,

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from mlpmem_jax.models import modules
 
+_MOST_CHUNKS = 16  # of queries in causal attention; more take longer to compile than they save
+
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Mixes positions: queries [B, H, T, K], keys and values [B, G, T, K] -> [B, H, T, K]."""
 
@@ -38,6 +40,30 @@ def attention(
     )
     weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS + mask_TxS, axis=-1).astype(value_BxGxSxK.dtype)
     return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, value_BxGxSxK).reshape(shape)
+
+
+def causal_attention(
+    query_BxHxTxK: jax.Array, key_BxGxTxK: jax.Array, value_BxGxTxK: jax.Array, window: int = 0
+) -> jax.Array:
+    """Attention of each position to itself and those before it, `window` in all (0 = all of them), [B, H, T, K].
+
+    In chunks of queries, each with the keys that one of them sees: half the products, and scores that fit a cache.
+    """
+    length, mixed = query_BxHxTxK.shape[2], []
+    mask_TxT = causal_mask(length, window)
+    chunk = 128 * -(-length // (128 * _MOST_CHUNKS))
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        queries, keys = slice(start, stop), slice(max(0, start - window) if window else 0, stop)
+        mixed.append(
+            attention(
+                query_BxHxTxK[:, :, queries],
+                key_BxGxTxK[:, :, keys],
+                value_BxGxTxK[:, :, keys],
+                mask_TxT[queries, keys],
+            )
+        )
+    return jnp.concatenate(mixed, axis=2)
 
 
 def attention_of_last(
