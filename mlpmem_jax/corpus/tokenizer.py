@@ -1,4 +1,4 @@
-"""Tokenizers of the `tokenizers` library: trained here, from a tokenizer.json, or by Hugging Face name."""
+"""Tokenizers of the `tokenizers` library: trained here, from a file, or by Hugging Face name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlpmem_jax.core.errors import UserError, require
+from mlpmem_jax.corpus import gguf_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 # Names of the same thing in other families of tokenizers.
@@ -44,7 +45,7 @@ def load(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
     """The tokenizer of a file or a Hugging Face name.
 
     Args:
-      config: the group `tokenizer`, with source "file" (a tokenizer.json or its folder) or "hub".
+      config: the group `tokenizer`, with source "file" (a tokenizer.json or its folder), "gguf" or "hub".
 
     Raises:
       UserError: it cannot be had, or it lacks an end-of-text token.
@@ -55,6 +56,8 @@ def load(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
         if not file.exists():
             raise UserError(f"config.tokenizer.path: {file} does not exist; expected a tokenizer.json or its folder")
         return from_bytes(file.read_bytes(), str(file))
+    if config.source == "gguf":
+        return from_bytes(gguf_tokenizer.load(config.path).to_str().encode(), config.path)
     require("huggingface_hub", extra="hub")
     try:
         tokenizer = tokenizers.Tokenizer.from_pretrained(config.path)

@@ -1,4 +1,4 @@
-"""Stage `base`: the frozen language model, trained here or taken from Hugging Face."""
+"""Stage `base`: the frozen language model, trained here, or taken from Hugging Face or a GGUF file."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.interop import gguf_model, huggingface
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.training import base as training
 
 
-def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: str) -> Artifact:
-    """A Hugging Face model as an artifact of the working directory, checked against the tokenizer."""
+def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: str, load) -> Artifact:
+    """A model that `load` reads as an artifact of the working directory, checked against the tokenizer."""
     path = epath.Path(config.workdir) / folder
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
     settings, inputs = {"path": source}, {"tokens": tokens.fingerprint}
     if finished := find_finished(path, "base", settings, inputs):
         say(f"{folder}: finished already")
         return finished
-    from mlpmem_jax.interop import huggingface
-
     mesh, rules = meshes.mesh_of(config)
-    parameters, model = huggingface.load_language_model(source, mesh, rules)
+    parameters, model = load(source, mesh, rules)
     check_fits(f"config.{key}={source}", model, tokens, config.base.context_length)
     writer = ArtifactWriter.create(path, "base", settings, inputs, {})
     saved.seal(writer, model, parameters, {})
@@ -35,13 +34,15 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     """Makes the base LM, and imports the model of the keys where it is another one.
 
     Raises:
-      UserError: the config, the tokens or the Hugging Face folder do not fit.
+      UserError: the config, the tokens, or the folder or file of the model do not fit.
     """
     if config.datastore.key_model:
-        _imported(config, config.datastore.key_model, "key_model", "datastore.key_model")
-    if config.base.source == "huggingface":
-        return _imported(config, config.base.path, "base", "base.path")
-    return training.run(config)
+        load = huggingface.load_language_model
+        _imported(config, config.datastore.key_model, "key_model", "datastore.key_model", load)
+    if config.base.source == "train":
+        return training.run(config)
+    loaders = {"huggingface": huggingface.load_language_model, "gguf": gguf_model.load_language_model}
+    return _imported(config, config.base.path, "base", "base.path", loaders[config.base.source])
 
 
 def check_fits(source, model: language_model.Config, tokens: Artifact, context_length: int) -> None:

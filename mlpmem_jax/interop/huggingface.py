@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def load_language_model(
     meshes.check_cuts(abstract, placed)
     count = sum(len(layout.names) for layout in jax.tree.leaves(stored))
     with progress(count, f"importing {source}", "tensors") as bar:
-        return jax.tree.map(functools.partial(_array, files, bar), stored, placed), config
+        return jax.tree.map(functools.partial(place, functools.partial(_read, files), bar), stored, placed), config
 
 
 def _folder(source: str) -> pathlib.Path:
@@ -150,12 +151,23 @@ def _read(files: Files, name: str, part: tuple[slice, ...]) -> np.ndarray:
         raise UserError(f"{file}: tensor {stored_name!r} could not be read: {error}") from error
 
 
-def _array(files: Files, bar, layout: Layout, placed: NamedSharding) -> jax.Array:
-    """One of our arrays; that of all blocks grows on the devices block by block."""
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+"""Gives part of a tensor, by its name without prefix, in float32."""
+
+
+def place(read: Read, bar, layout: Layout, placed: NamedSharding) -> jax.Array:
+    """One of our arrays on the mesh; that of all blocks grows on the devices block by block.
+
+    Args:
+      read: see `Read`.
+      bar: progress, by tensors.
+      layout: where the array lies among the tensors.
+      placed: of the array.
+    """
 
     def of_one(name: str, sharding: NamedSharding) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            return layout.from_tensor(index, functools.partial(_read, files, name))
+            return layout.from_tensor(index, functools.partial(read, name))
 
         array = jax.block_until_ready(jax.make_array_from_callback(layout.shape, sharding, part))
         bar.advance()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pathlib
 
 from mlpmem_jax.core.errors import UserError
-from mlpmem_jax.interop import huggingface_config
+from mlpmem_jax.core.gguf_file import GGUFFile
+from mlpmem_jax.interop import gguf_model, huggingface_config
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.language_model import Config
 from mlpmem_jax.models.llama import LlamaConfig
@@ -24,13 +25,15 @@ DIMENSIONS: dict[str, Config] = {
 
 
 def dimensions(source: str) -> Config:
-    """Dimensions of the model of that name, or of the one in a local folder.
+    """Dimensions of the model of that name, of the one in a local folder, or of a GGUF file.
 
     Raises:
       UserError: neither.
     """
     if source in DIMENSIONS:
         return DIMENSIONS[source]
+    if source.endswith(".gguf"):
+        return gguf_model.read_config(GGUFFile(source))
     folder = pathlib.Path(source)
     if folder.is_dir():
         return huggingface_config.read_config(folder)

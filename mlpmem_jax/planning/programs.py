@@ -68,9 +68,9 @@ def models_of(config: ml_collections.ConfigDict, tensor_shards: int) -> Models:
     """The dimensions that a config leads to.
 
     Raises:
-      UserError: a base from Hugging Face whose dimensions are not known.
+      UserError: an imported base whose dimensions are not known.
     """
-    if config.base.source == "huggingface":
+    if config.base.source != "train":
         base = published.dimensions(config.base.path)
     else:
         base = GPT2Config(

@@ -25,7 +25,7 @@ _GPT2 = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (12
 
 def base_model(config: ml_collections.ConfigDict) -> GPT2Config:
     """Dimensions of the base that a config describes, or names."""
-    if config.base.source == "huggingface":
+    if config.base.source != "train":
         return _published(config.base.path, "base.path")
     return GPT2Config(
         vocab_size=config.tokenizer.vocab_size,

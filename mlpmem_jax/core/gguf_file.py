@@ -1,0 +1,58 @@
+"""llama.cpp's GGUF files: metadata and tensors, in any quantization that the `gguf` package dequantizes."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+
+from mlpmem_jax.core.errors import UserError, require
+
+
+class GGUFFile:
+    """A GGUF file, open for reading."""
+
+    def __init__(self, path: str | pathlib.Path):
+        """Reads the header.
+
+        Raises:
+          UserError: there is no such file, or it is damaged, or it is no GGUF file.
+        """
+        self.path = pathlib.Path(path).expanduser()
+        if not self.path.is_file():
+            advice = "; `make smollm2-model` fetches it" if "SmolLM2" in self.path.name else ""
+            raise UserError(f"{path}: no such file; expected a GGUF file{advice}")
+        self._gguf = require("gguf", extra="gguf")
+        try:
+            reader = self._gguf.GGUFReader(self.path)
+            self.values = {name: field.contents() for name, field in reader.fields.items()}
+        except Exception as error:  # the package raises bare errors of NumPy and its own
+            raise UserError(f"{path}: expected a GGUF file, found a damaged or another one ({error})") from error
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def value(self, name: str, default=None):
+        """Metadata of this name; UserError where it is missing and has no default."""
+        found = self.values.get(name, default)
+        if found is None:
+            raise UserError(f"{self.path}: has no {name}; this is no complete model of llama.cpp's")
+        return found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as PyTorch has it: rows first."""
+        return tuple(int(size) for size in reversed(self.tensors[name].shape))
+
+    def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """Part of a tensor, float32; only its rows are dequantized.
+
+        Raises:
+          UserError: the quantization is not one that the package can dequantize.
+        """
+        tensor, (rows, *rest) = self.tensors[name], part
+        try:
+            values = self._gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
+        except (NotImplementedError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{self.path}: tensor {name!r} is quantized as {tensor.tensor_type.name}, which the gguf package does "
+                f"not dequantize ({error}); take a file of another quantization"
+            ) from error
+        return np.asarray(values, np.float32)[(slice(None), *rest)]

@@ -1,0 +1,141 @@
+"""Language models from llama.cpp's GGUF files.
+
+Each process dequantizes the rows of a tensor that its devices hold, one block's at a time: the host never holds a model
+in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.gguf_file import GGUFFile
+from mlpmem_jax.core.progress import progress
+from mlpmem_jax.interop import huggingface
+from mlpmem_jax.interop.checkpoint_layout import layouts
+from mlpmem_jax.models import language_model
+from mlpmem_jax.models.llama import LlamaConfig
+from mlpmem_jax.models.rotary import Rotary
+
+_ARCHITECTURE = "llama"
+_TENSORS = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_TENSORS_OF_BLOCK = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_PERMUTED = ("attn_q", "attn_k")
+
+
+def load_language_model(
+    path: str, mesh: Mesh, rules: meshes.Rules = meshes.RULES
+) -> tuple[dict, language_model.Config]:
+    """Parameters (float32, placed on the mesh, the tree of `language_model.init`) and dimensions of a language model.
+
+    Args:
+      path: a GGUF file of llama.cpp's architecture `llama`: Llama 1 to 3, Mistral, SmolLM2 and the like.
+
+    Raises:
+      UserError: no such file, another architecture or quantization, or a tensor that is missing, left over, not finite,
+        or of another shape than the metadata say; the text names it.
+      ConfigError: the mesh does not divide the model.
+    """
+    file = GGUFFile(path)
+    config = read_config(file)
+    abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
+    stored = layouts("llama", abstract, config.blocks)
+    _check_tensors(file, jax.tree.leaves(stored))
+    placed = meshes.shardings(mesh, language_model.logical_axes(config), rules)
+    meshes.check_cuts(abstract, placed)
+    count = sum(len(layout.names) for layout in jax.tree.leaves(stored))
+    read = functools.partial(_read, file, config.head_width)
+    with progress(count, f"importing {path}", "tensors") as bar:
+        return jax.tree.map(functools.partial(huggingface.place, read, bar), stored, placed), config
+
+
+def read_config(file: GGUFFile) -> LlamaConfig:
+    """Dimensions of the file's model.
+
+    Raises:
+      UserError: another architecture, or what this package does not implement.
+    """
+    architecture = file.value("general.architecture")
+    if architecture != _ARCHITECTURE:
+        raise UserError(f"{file.path}: general.architecture is {architecture!r}; only 'llama' can be imported")
+    if file.value("llama.expert_count", 0):
+        raise UserError(f"{file.path}: llama.expert_count is not 0; mixtures of experts cannot be imported")
+    scaling = file.value("llama.rope.scaling.type", "none")
+    if scaling not in ("none", "linear") or "rope_freqs.weight" in file.tensors:
+        kind = scaling if scaling != "none" else "rope_freqs.weight"
+        raise UserError(
+            f"{file.path}: rotary embeddings are scaled by {kind!r}, which is read from Hugging Face folders alone; "
+            "set config.base.source to 'huggingface'"
+        )
+    width, heads = int(file.value("llama.embedding_length")), int(file.value("llama.attention.head_count"))
+    head_width = int(file.value("llama.attention.key_length", width // heads))
+    if int(file.value("llama.rope.dimension_count", head_width)) != head_width:
+        raise UserError(f"{file.path}: llama.rope.dimension_count is not the width of a head, {head_width}")
+    rotary = {"type": "default"}
+    if scaling == "linear":
+        rotary = {"type": "linear", "factor": float(file.value("llama.rope.scaling.factor"))}
+    return LlamaConfig(
+        vocab_size=file.shape("token_embd.weight")[0] if "token_embd.weight" in file.tensors else 0,
+        context_length=int(file.value("llama.context_length")),
+        width=width,
+        blocks=int(file.value("llama.block_count")),
+        heads=heads,
+        key_value_heads=int(file.value("llama.attention.head_count_kv", heads)),
+        head_width=head_width,
+        feed_forward_width=int(file.value("llama.feed_forward_length")),
+        norm_epsilon=float(file.value("llama.attention.layer_norm_rms_epsilon")),
+        sliding_window=0,
+        tied="output.weight" not in file.tensors,
+        rotary=Rotary(theta=float(file.value("llama.rope.freq_base", 10_000.0)), **rotary),
+        family="llama",
+    )
+
+
+def _stored_name(name: str) -> str:
+    """llama.cpp's name of a tensor of a Hugging Face checkpoint."""
+    if name in _TENSORS:
+        return _TENSORS[name]
+    _, block, rest = name.split(".", 2)
+    return f"blk.{block}.{_TENSORS_OF_BLOCK[rest.removesuffix('.weight')]}.weight"
+
+
+def _check_tensors(file: GGUFFile, stored) -> None:
+    expected = {_stored_name(name): layout.tensor_shape for layout in stored for name in layout.names}
+    for name, shape in expected.items():
+        if name not in file.tensors:
+            raise UserError(f"{file.path}: tensor {name!r} of shape {shape} is missing; the file is not complete")
+        if file.shape(name) != shape:
+            raise UserError(f"{file.path}: tensor {name!r} is {file.shape(name)}; the metadata say {shape}")
+    if extra := sorted(file.tensors.keys() - expected.keys()):
+        raise UserError(f"{file.path}: tensor {extra[0]!r} belongs to no model of these metadata")
+
+
+def _read(file: GGUFFile, head_width: int, name: str, part: tuple[slice, ...]) -> np.ndarray:
+    """Part of a tensor as Hugging Face has it; of queries and keys, whole heads."""
+    stored = _stored_name(name)
+    values = file.read(stored, part)
+    if not np.isfinite(values).all():
+        raise UserError(f"{file.path}: tensor {stored!r} has numbers that are not finite; take another file")
+    if stored.split(".")[-2] in _PERMUTED:
+        # llama.cpp turns pairs of neighbors, Hugging Face the two halves of a head.
+        values = values.reshape(-1, head_width // 2, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+    return values
