@@ -6,15 +6,13 @@ import argparse
 import glob
 import importlib.util
 import os
-import sys
 
 import ml_collections
-from absl import flags, logging
-from ml_collections import config_flags
+from absl import logging
 
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import storage
-from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core import config_files, failures, storage
+from mlpmem_jax.core.errors import UserError
 
 STAGES = {
     "tokens": ("mlpmem_jax.corpus.tokens", "text -> token ids, split by whole document"),
@@ -52,6 +50,23 @@ Every key of a config can be given as --config.GROUP.KEY=VALUE; configs/default.
 """
 
 
+def _path(text: str) -> str:
+    """The type of options that name a file or folder."""
+    try:
+        return configs.expand_home(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _text(text: str) -> str:
+    """The type of options that hold text; the system's own bytes need not be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!a}: is not UTF-8; set LC_ALL=C.UTF-8, or encode it so") from error
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlpmem",
@@ -64,10 +79,14 @@ def _parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(
             name, help=help_text, description=help_text, epilog=_EXAMPLES, formatter_class=parser.formatter_class
         )
-        verb.add_argument("--config", required=True, metavar="FILE", help="a config, e.g. configs/quickstart.py")
+        verb.add_argument(
+            "--config", required=True, type=_path, metavar="FILE", help="a config, e.g. configs/quickstart.py"
+        )
         verb.add_argument("--quiet", action="store_true", help="no progress, errors alone")
         if name == "generate":
-            verb.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
+            verb.add_argument(
+                "--prompt", type=_text, action="append", required=True, help="text to continue; may be repeated"
+            )
             verb.add_argument("--tokens", type=int, default=64, help="tokens to add (default 64)")
             verb.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
             verb.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 = all")
@@ -75,14 +94,16 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--seed", type=int, default=0, help="of the sampling")
         if name == "export":
             verb.add_argument("--format", required=True, choices=FORMATS, help=FORMATS_HELP)
-            verb.add_argument("--output", required=True, metavar="PATH", help="folder or file to make")
+            verb.add_argument("--output", required=True, type=_path, metavar="PATH", help="folder or file to make")
             verb.add_argument("--verify", action="store_true", help="score the test split in PyTorch and compare")
         if name == "import":
-            verb.add_argument("--from", dest="source", required=True, metavar="PATH", help="folder or Arrow stream")
+            verb.add_argument(
+                "--from", dest="source", required=True, type=_path, metavar="PATH", help="folder or Arrow stream"
+            )
         if name in ("export", "import"):
             verb.add_argument("--split", default="train", choices=SPLITS, help="of an Arrow stream (default train)")
         if name == "benchmark":
-            verb.add_argument("--json", metavar="FILE", help="write the rows here as well")
+            verb.add_argument("--json", type=_path, metavar="FILE", help="write the rows here as well")
             verb.add_argument("--rows", default="", metavar="A,B", help="only these parts, e.g. train,generate")
         if name == "plan":
             verb.add_argument("--topology", required=True, metavar="NAME", help="one slice, e.g. v5e:16x16 or v5p-1024")
@@ -90,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--stage", default="train", choices=("train", "datastore", "neighbors", "all"))
             verb.add_argument("--meshes", action="store_true", help="compare meshes for the train step instead")
             verb.add_argument("--positions", type=int, default=0, metavar="N", help="of the training split")
-            verb.add_argument("--json", metavar="FILE", help="write what was found here as well")
+            verb.add_argument("--json", type=_path, metavar="FILE", help="write what was found here as well")
     _add_sweep(verbs)
     _add_fit(verbs)
     return parser
@@ -99,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_sweep(verbs) -> None:
     """`mlpmem sweep`, whose config is a sweep."""
     verb = verbs.add_parser("sweep", help=_SWEEP, description=_SWEEP, allow_abbrev=False)
-    verb.add_argument("--config", required=True, metavar="FILE", help="e.g. configs/sweeps/quickstart_sizes.py")
+    verb.add_argument(
+        "--config", required=True, type=_path, metavar="FILE", help="e.g. configs/sweeps/quickstart_sizes.py"
+    )
     verb.add_argument("--workers", type=int, default=1, help="points at once on this machine's cores (default 1)")
     verb.add_argument("--launch", choices=("jobset", "slurm"), help="write jobs for launch/ instead of running here")
     verb.add_argument("--quiet", action="store_true", help="no progress, errors alone")
@@ -109,9 +132,13 @@ def _add_fit(verbs) -> None:
     """`mlpmem fit`, which reads points rather than a config."""
     verb = verbs.add_parser("fit", help=_FIT, description=_FIT, allow_abbrev=False)
     source = verb.add_mutually_exclusive_group(required=True)
-    source.add_argument("--runs", metavar="DIR", help="workdir of a sweep, which holds points.csv")
-    source.add_argument("--points", metavar="CSV", help="columns arm,parameters,tokens,flops,perplexity,seed")
-    verb.add_argument("--output", required=True, metavar="DIR", help="fit.json, fit.svg and fit.png go here")
+    source.add_argument("--runs", type=_path, metavar="DIR", help="workdir of a sweep, which holds points.csv")
+    source.add_argument(
+        "--points", type=_path, metavar="CSV", help="columns arm,parameters,tokens,flops,perplexity,seed"
+    )
+    verb.add_argument(
+        "--output", required=True, type=_path, metavar="DIR", help="fit.json, fit.svg and fit.png go here"
+    )
     verb.add_argument(
         "--against",
         default="parameters",
@@ -124,7 +151,6 @@ def _add_fit(verbs) -> None:
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     from mlpmem_jax.scaling import launching, runner, sweep
 
-    _refuse_strangers(overrides)
     found = sweep.read(options.config, overrides)
     storage.prepare(found.workdir)
     if options.launch:
@@ -158,31 +184,7 @@ def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: the file cannot be read, a key does not exist, a value is not allowed.
     """
-    if not os.path.isfile(file):
-        raise ConfigError(f"--config={file}: no such file; configs/ holds ready ones")
-    values = flags.FlagValues()
-    words = ["mlpmem", f"--config={file}", *overrides]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
-    _refuse_strangers(overrides)
-    try:
-        values(words)
-        config = values["config"].value
-    except (AttributeError, KeyError, flags.Error, TypeError, ValueError) as error:
-        raise _explained(file, overrides, error) from error
-    configs.check(config)
-    return config
-
-
-def _refuse_strangers(overrides: list[str]) -> None:
-    strangers = [word for word in overrides if not word.startswith("--config.")]
-    if strangers:
-        raise ConfigError(f"{strangers[0]}: unknown option; see mlpmem --help")
-
-
-def _explained(file: str, overrides: list[str], error: Exception) -> ConfigError:
-    """What was wrong with an override, in our words where the key does not exist."""
-    unknown = configs.first_unknown(overrides)
-    return unknown or ConfigError(f"{file} {' '.join(overrides)}: {error}")
+    return config_files.override(file, config_files.load(file, "get_config"), overrides)
 
 
 def _run_stage(name: str, config: ml_collections.ConfigDict):
@@ -241,24 +243,26 @@ def _with_config(options: argparse.Namespace, config: ml_collections.ConfigDict)
         _dispatch(options, config)
 
 
+def _run(options: argparse.Namespace, overrides: list[str]) -> None:
+    if options.verb == "fit":
+        _fit(options, overrides)
+    elif options.verb == "sweep":
+        _sweep(options, overrides)
+    else:
+        config = read_config(options.config, overrides)
+        storage.prepare(config.workdir, config.corpus.path, config.tokenizer.path, config.training.start)
+        _with_config(options, config)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. When something the user gave cannot work, one clear error and the exit code of that error."""
+    """Entry point. Whatever ends the command before its end is said in one last line, with an exit code of its own."""
+    failures.print_anything()
     options, overrides = _parser().parse_known_args(arguments)
     if options.quiet:
         os.environ["MLPMEM_QUIET"] = "1"
     _leave_absent_tpus_alone(options.verb)
-    try:
-        if options.verb == "fit":
-            _fit(options, overrides)
-        elif options.verb == "sweep":
-            _sweep(options, overrides)
-        else:
-            config = read_config(options.config, overrides)
-            storage.prepare(config.workdir, config.corpus.path, config.tokenizer.path, config.training.start)
-            _with_config(options, config)
-    except UserError as error:
-        print(f"mlpmem {options.verb}: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    with failures.told(f"mlpmem {options.verb}"):
+        _run(options, overrides)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 
 from configs import default
 from mlpmem_jax import cli
 from mlpmem_jax.core import config as configs
+from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import ConfigError
 
 FILES = sorted(file.stem for file in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -25,7 +27,7 @@ def test_every_config_is_sound(name):
     [
         ("targets.k", 0, r"config.targets.k: expected a whole number, 1 or more, found 0"),
         ("targets.k", True, r"config.targets.k: expected a whole number"),
-        ("targets.temperature", -2.0, r"a number, 0 or more, found -2.0"),
+        ("targets.temperature", -2.0, r"a number from 1e-6 to 1e9, or 0 for the best one, found -2.0"),
         ("targets.backend", "faiss", r"one of 'auto', 'scann', 'exact', found 'faiss'"),
         ("corpus.source", "files", r"config.corpus.path: is needed"),
         ("corpus.validation_fraction", 0.97, r"leave nothing to train on"),
@@ -38,6 +40,13 @@ def test_every_config_is_sound(name):
         ("memory.output_from_base", True, r"config.memory.output_from_base: needs"),
         ("mesh.rules.vocab", "model", r"config.mesh.rules.vocab: expected mesh axes"),
         ("workdir", "", r"config.workdir: expected a path"),
+        ("training.seed", 2**32, r"config.training.seed: expected a whole number from 0 to 2\*\*32 - 1"),
+        ("memory.width", 2**70, r"config.memory.width: expected a whole number"),
+        ("training.learning_rate", float("inf"), r"config.training.learning_rate: expected a number, .* found inf"),
+        ("training.steps", 30, r"config.training.warmup_steps: 50 steps of warmup leave none of the 30"),
+        ("targets.temperature", 1e-40, r"config.targets.temperature: expected a number from 1e-6"),
+        ("targets.minimum_probability", 1.0, r"may drop every one of config.targets.k = 64 .* less than 0.0156"),
+        ("corpus.path", "text", r"config.corpus.path: 'text' has no effect with config.corpus.source='installed_docs'"),
     ],
 )
 def test_bad_values_are_named(key, value, message):
@@ -95,3 +104,102 @@ def test_a_bad_config_costs_no_start_of_the_accelerator_runtime(tmp_path):
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert not imported & {"jax", "tensorstore", "numpy", "scann"}
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["corpus.path=DIR"], r"corpus.path: 'DIR' has no effect with config.corpus.source='installed_docs'"),
+        (["corpus.name=a/b"], r"corpus.name: .* set config.corpus.source to 'hub'"),
+        (["corpus.text_key=body"], r"corpus.text_key: .* 'files' or 'hub'"),
+        (["tokenizer.path=a.json"], r"tokenizer.path: 'a.json' has no effect with config.tokenizer.source='train'"),
+        (["base.path=gpt2"], r"base.path: 'gpt2' has no effect with config.base.source='train'"),
+        (["base.source=huggingface", "base.path=gpt2", "base.width=128"], r"base.width: 128 has no effect"),
+        (["training.epochs=3.0"], r"training.epochs: 3.0 has no effect with config.training.steps=100"),
+        (
+            ["training.optimizer=adamw", "training.adam_learning_rate=0.1"],
+            r"adam_learning_rate: 0.1 has no effect with config.training.optimizer='adamw'; .* or set .* to 'muon'",
+        ),
+    ],
+)
+def test_what_is_set_and_has_no_effect_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        cli.read_config("configs/smoke.py", [f"--config.{word}" for word in overrides])
+
+
+def test_a_source_that_is_overridden_takes_what_the_file_said_of_the_former_with_it():
+    config = cli.read_config(
+        "configs/wikitext103_gpt2_small.py",
+        [
+            "--config.corpus.source=files",
+            "--config.corpus.path=DIR",
+            "--config.base.source=train",
+            "--config.memory.width=64",
+        ],
+    )
+    assert (config.corpus.name, config.corpus.subset, config.base.path) == ("", "", "")
+    assert cli.read_config("configs/smoke.py", ["--config.tokenizer.source=file", "--config.tokenizer.path=a.json"])
+
+
+def test_every_key_of_the_table_exists():
+    for key, (decider, values) in configs.USED_WITH.items():
+        for name in (key, decider):
+            assert configs.first_unknown([f"--config.{name}"]) is None
+        group = default.get_config()
+        for part in decider.split("."):
+            group = group[part]
+        assert type(group) is type(values[0])
+
+
+def test_home_is_home_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    overrides = {
+        "workdir": "~/x", "corpus.source": "files", "corpus.path": "~/text", "tokenizer.source": "file",
+        "tokenizer.path": "~/t.json", "base.source": "huggingface", "base.path": "~/m", "training.start": "~/s",
+        "datastore.key_model": "~/k",
+    }  # fmt: skip
+    config = cli.read_config("configs/default.py", [f"--config.{key}={value}" for key, value in overrides.items()])
+    found = {key: configs._value(config, key) for key, value in overrides.items() if value.startswith("~")}
+    assert found == {key: "/home/ada" + value[1:] for key, value in overrides.items() if value.startswith("~")}
+    assert set(found) == set(configs.PATHS)
+    words = ["export", "--config=~/c.py", "--format=reference", "--output=~/out"]
+    options = cli._parser().parse_args(words)
+    assert (options.config, options.output) == ("/home/ada/c.py", "/home/ada/out")
+    with pytest.raises(ConfigError, match="~nobody_of_this_name is the home of no user"):
+        configs.expand_home("~nobody_of_this_name/x")
+
+
+def test_a_value_may_stand_after_a_space():
+    words = ["--config.workdir", "/x", "--config.training.remat", "--config.targets.k", "8"]
+    config = cli.read_config("configs/smoke.py", words)
+    assert (config.workdir, config.training.remat, config.targets.k) == ("/x", True, 8)
+    with pytest.raises(ConfigError, match="/y: unknown option"):
+        cli.read_config("configs/smoke.py", ["--config.workdir=/x", "/y"])
+
+
+def test_a_config_may_be_anywhere(tmp_path, monkeypatch):
+    """A name with a colon, a bucket, the ready ones from another folder; what is no config says why."""
+    text = "from configs import smoke\n\n\ndef get_config():\n    return smoke.get_config()\n"
+    runs = tmp_path / "2026-11-26T10:15:00"
+    runs.mkdir()
+    (runs / "config.py").write_text(text)
+    assert cli.read_config(str(runs / "config.py"), []).targets.k == 16
+    with monkeypatch.context() as bucket:
+        bucket.setattr(storage, "prepare", lambda place: None)
+        bucket.setattr(epath, "Path", lambda place: pathlib.Path(place.replace("gs://bucket", str(runs))))
+        assert cli.read_config("gs://bucket/config.py", []).targets.k == 16
+    monkeypatch.chdir(tmp_path)
+    assert cli.read_config("configs/quickstart.py", []).targets.k == 64
+    for content, message in (
+        ("def get_config(:\n", r"broken.py: line 1: SyntaxError: "),
+        ("import nothing_of_this_name", r"broken.py: cannot be run \(ModuleNotFoundError"),
+        ("x = 1", r"broken.py: has no get_config\(\)"),
+        ("def get_sweep(): pass", r"it is the config of a sweep: mlpmem sweep"),
+        ("def get_config(): return 3", r"expected an ml_collections.ConfigDict, found int"),
+    ):
+        (tmp_path / "broken.py").write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            cli.read_config("broken.py", [])
+    for place, message in (("nowhere.py", "no such file"), (str(runs), "is a folder"), ("broken.py/x", "no such file")):
+        with pytest.raises(ConfigError, match=message):
+            cli.read_config(place, [])

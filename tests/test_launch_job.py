@@ -111,13 +111,13 @@ def test_jobs_that_cannot_work_on_tpu_slices_are_refused(changes, overrides, mes
 
 
 @settings(deadline=None, max_examples=30)
-@given(path=st.text(max_size=300), learning_rate=st.floats(0, 10), seed=st.integers(0, 2**63))
-def test_the_config_that_is_sent_is_the_config_that_was_checked(tmp_path_factory, path, learning_rate, seed):
+@given(name=st.text(max_size=300), learning_rate=st.floats(0, 10), seed=st.integers(0, 2**32 - 1))
+def test_the_config_that_is_sent_is_the_config_that_was_checked(tmp_path_factory, name, learning_rate, seed):
     config = cli.read_config(CONFIG, [])
-    config.corpus.path, config.training.learning_rate, config.training.seed = path, learning_rate, seed
+    config.corpus.text_key, config.training.learning_rate, config.training.seed = name, learning_rate, seed
     file = tmp_path_factory.mktemp("sent") / "config.py"
     file.write_text(
-        job.config_file(config, options(), [f"--config.corpus.path={path}"]), encoding="utf-8", newline="\n"
+        job.config_file(config, options(), [f"--config.corpus.text_key={name}"]), encoding="utf-8", newline="\n"
     )
     assert cli.read_config(str(file), []) == config
 

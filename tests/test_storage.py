@@ -23,6 +23,11 @@ def test_local_places_need_nothing(monkeypatch, place):
     assert not fsspec.config.conf
 
 
+def test_another_kind_of_place_is_refused():
+    with pytest.raises(UserError, match="ftp://host/x: expected a path, or a URL that begins with gs://, s3://"):
+        storage.prepare("ftp://host/x")
+
+
 def test_listings_of_a_bucket_are_never_kept(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", types.ModuleType("gcsfs"))
     monkeypatch.setattr(fsspec.config, "conf", {})
@@ -35,11 +40,19 @@ def test_listings_of_a_bucket_are_never_kept(monkeypatch):
     assert not Bucket().dircache.use_listings_cache
 
 
-@pytest.mark.parametrize("key", ["workdir", "corpus.path", "tokenizer.path", "training.start"])
-def test_the_command_says_so_before_anything_else(monkeypatch, capsys, key):
+@pytest.mark.parametrize(
+    ("key", "source"),
+    [
+        ("workdir", []),
+        ("corpus.path", ["--config.corpus.source=files"]),
+        ("tokenizer.path", ["--config.tokenizer.source=file"]),
+        ("training.start", []),
+    ],
+)
+def test_the_command_says_so_before_anything_else(monkeypatch, capsys, key, source):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["tokens", "--config=configs/smoke.py", f"--config.{key}=gs://bucket/place"])
+        cli.main(["tokens", "--config=configs/smoke.py", f"--config.{key}=gs://bucket/place", *source])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("mlpmem tokens: error: gs://bucket/place: this needs the Python package 'gcsfs'")

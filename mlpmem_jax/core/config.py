@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import os
 import pprint
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -31,8 +33,9 @@ def _is_pattern(text: str) -> bool:
 
 _TEXT: Check = (str, lambda value: True, "a text")
 _BOOLEAN: Check = (bool, lambda value: True, "True or False")
-_COUNT: Check = (int, lambda value: value >= 0, "a whole number, 0 or more")
-_POSITIVE: Check = (int, lambda value: value > 0, "a whole number, 1 or more")
+_COUNT: Check = (int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more")
+_POSITIVE: Check = (int, lambda value: 0 < value < 2**63, "a whole number, 1 or more")
+_SEED: Check = (int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
 _NON_NEGATIVE: Check = ((int, float), lambda value: value >= 0, "a number, 0 or more")
 _FRACTION: Check = ((int, float), lambda value: 0 <= value <= 1, "a number from 0 to 1")
 _OPEN_FRACTION: Check = ((int, float), lambda value: 0 < value < 1, "a number between 0 and 1")
@@ -41,6 +44,11 @@ _MESH_AXES: Check = (
     str,
     lambda value: all(axis in ("slice", "fsdp", "tensor") for axis in value.split("+") if value),
     "mesh axes among 'slice', 'fsdp', 'tensor' with '+' between them, or ''",
+)
+_TEMPERATURE: Check = (
+    (int, float),
+    lambda value: value == 0 or 1e-6 <= value <= 1e9,
+    "a number from 1e-6 to 1e9, or 0 for the best one",
 )
 
 _OPTIMIZATION: dict[str, Check] = {
@@ -60,7 +68,7 @@ _OPTIMIZATION: dict[str, Check] = {
     "compute_dtype": _one_of("float32", "bfloat16"),
     "remat": _BOOLEAN,
     "loss_chunk": _POSITIVE,
-    "seed": _COUNT,
+    "seed": _SEED,
     "evaluate_every": _POSITIVE,
     "evaluation_sequences": _COUNT,
     "checkpoint_every": _POSITIVE,
@@ -86,7 +94,7 @@ SCHEMA: dict[str, Any] = {
         "document_bytes": _POSITIVE,
         "validation_fraction": _OPEN_FRACTION,
         "test_fraction": _OPEN_FRACTION,
-        "seed": _COUNT,
+        "seed": _SEED,
     },
     "tokenizer": {"source": _one_of("train", "file", "hub", "gguf"), "path": _TEXT, "vocab_size": _POSITIVE},
     "base": {
@@ -109,7 +117,7 @@ SCHEMA: dict[str, Any] = {
     "targets": {
         "backend": _one_of("auto", "scann", "exact"),
         "k": _POSITIVE,
-        "temperature": _NON_NEGATIVE,
+        "temperature": _TEMPERATURE,
         "exclude": _one_of("self", "document"),
         "keep": _COUNT,
         "minimum_probability": _NON_NEGATIVE,
@@ -134,7 +142,7 @@ SCHEMA: dict[str, Any] = {
     "evaluation": {
         "confidence": _OPEN_FRACTION,
         "sharpness_positions": _POSITIVE,
-        "seed": _COUNT,
+        "seed": _SEED,
     },
     "mesh": {
         "slice": _MESH_SIZE,
@@ -143,6 +151,31 @@ SCHEMA: dict[str, Any] = {
         "rules": dict.fromkeys(("batch", "embed", "mlp", "heads", "vocab"), _MESH_AXES),
     },
 }
+
+
+PATHS = ("workdir", "corpus.path", "tokenizer.path", "base.path", "datastore.key_model", "training.start")
+"""Keys that hold a path, or a name that may be one."""
+
+_FILES, _HUB = ("files",), ("hub",)
+USED_WITH: dict[str, tuple[str, tuple]] = {
+    # Key: (the key that decides, its values under which the first has an effect).
+    "corpus.path": ("corpus.source", _FILES),
+    "corpus.name": ("corpus.source", _HUB),
+    "corpus.subset": ("corpus.source", _HUB),
+    "corpus.text_key": ("corpus.source", _FILES + _HUB),
+    "tokenizer.path": ("tokenizer.source", ("file", "hub")),
+    "tokenizer.vocab_size": ("tokenizer.source", ("train",)),
+    "base.path": ("base.source", ("huggingface",)),
+    "base.width": ("base.source", ("train",)),
+    "base.blocks": ("base.source", ("train",)),
+    "base.heads": ("base.source", ("train",)),
+    "base.training.epochs": ("base.training.steps", (0,)),
+    "base.training.adam_learning_rate": ("base.training.optimizer", ("muon",)),
+    "training.epochs": ("training.steps", (0,)),
+    "training.adam_learning_rate": ("training.optimizer", ("muon",)),
+}
+_NAMES = ("corpus.path", "corpus.name", "corpus.subset", "tokenizer.path", "base.path")
+"""Of these the ones that say where something comes from: "" unless they are used."""
 
 
 def unknown_key(key: str, allowed: list[str]) -> ConfigError:
@@ -182,8 +215,72 @@ def _check_tree(config: Mapping, schema: Mapping, prefix: str) -> None:
             continue
         types, predicate, words = rule
         is_boolean_for_number = isinstance(value, bool) and types is not bool
-        if is_boolean_for_number or not isinstance(value, types) or not predicate(value):
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        if is_boolean_for_number or not isinstance(value, types) or not is_finite or not predicate(value):
             raise ConfigError(f"{name}: expected {words}, found {value!r}")
+
+
+def _value(config: ml_collections.ConfigDict, key: str):
+    """The value of "group.key"; None where a config has no such key."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, ml_collections.ConfigDict) else None
+    return config
+
+
+def _set(config: ml_collections.ConfigDict, key: str, value: str) -> None:
+    group, _, name = key.rpartition(".")
+    (config[group] if group else config)[name] = value
+
+
+def _is_idle(config: ml_collections.ConfigDict, key: str) -> bool:
+    decider, values = USED_WITH[key]
+    return _value(config, decider) not in values
+
+
+def _idle(config: ml_collections.ConfigDict, key: str) -> ConfigError:
+    decider, values = USED_WITH[key]
+    return ConfigError(
+        f"config.{key}: {_value(config, key)!r} has no effect with config.{decider}={_value(config, decider)!r}; leave "
+        f"it out, or set config.{decider} to {' or '.join(map(repr, values))}"
+    )
+
+
+def settle(config: ml_collections.ConfigDict, before: ml_collections.ConfigDict, overridden: Sequence[str]) -> None:
+    """Settles a config whose keys `overridden` were set on the command line; changes `config` alone.
+
+    Paths under ~ become absolute. Where an override says that something comes from elsewhere (`corpus.source`, say),
+    what the file had said of the former source is emptied.
+
+    Args:
+      config: with the overrides.
+      before: as the file has it.
+      overridden: names of keys, e.g. "corpus.path".
+
+    Raises:
+      ConfigError: a key has a value that is not allowed, or was overridden and has no effect; names what decides.
+    """
+    _check_tree(config, SCHEMA, "")
+    for key in USED_WITH:
+        if not _is_idle(config, key):
+            continue
+        if key in overridden and _value(config, key) != _value(before, key):
+            raise _idle(config, key)
+        if key in _NAMES and USED_WITH[key][0] in overridden:
+            _set(config, key, "")
+    for key in PATHS:
+        _set(config, key, expand_home(_value(config, key)))
+
+
+def expand_home(path: str) -> str:
+    """The path, with ~ or ~NAME at its start replaced by that user's home.
+
+    Raises:
+      ConfigError: that user has no home here.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(f"{path}: {path.split('/')[0]} is the home of no user here; write the path out")
+    return expanded
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -193,6 +290,9 @@ def check(config: ml_collections.ConfigDict) -> None:
       ConfigError: naming the key, what is allowed and what was found.
     """
     _check_tree(config, SCHEMA, "")
+    for key in _NAMES:
+        if _value(config, key) and _is_idle(config, key):
+            raise _idle(config, key)
     corpus, tokenizer, base, training = config.corpus, config.tokenizer, config.base, config.training
     for name, source, needed in (
         ("corpus.path", corpus.source == "files", corpus.path),
@@ -217,11 +317,21 @@ def check(config: ml_collections.ConfigDict) -> None:
     for name, settings in (("base.training", base.training), ("training", training)):
         if settings.steps == 0 and settings.epochs == 0:
             raise ConfigError(f"config.{name}: steps and epochs are both 0; set one of them")
+        if 0 < settings.steps <= settings.warmup_steps:
+            raise ConfigError(
+                f"config.{name}.warmup_steps: {settings.warmup_steps} steps of warmup leave none of the "
+                f"{settings.steps} of config.{name}.steps to train at the full rate; lower warmup_steps or train longer"
+            )
         if settings.batch_sequences % settings.accumulation_steps:
             raise ConfigError(
                 f"config.{name}.accumulation_steps: {settings.accumulation_steps} does not divide "
                 f"config.{name}.batch_sequences, {settings.batch_sequences}"
             )
+    if config.targets.minimum_probability * config.targets.k >= 1:
+        raise ConfigError(
+            f"config.targets.minimum_probability: {config.targets.minimum_probability} may drop every one of "
+            f"config.targets.k = {config.targets.k} neighbors; expected less than {1 / config.targets.k:.3g}"
+        )
     keys_from_base = base.source == "train" and not config.datastore.key_model
     if keys_from_base and config.targets.search_dimensions >= base.width:
         raise ConfigError(

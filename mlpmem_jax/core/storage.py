@@ -16,12 +16,15 @@ def prepare(*places: str) -> None:
     """Makes ready to read and write what of `places`, paths or URLs, is in a bucket. Call it before anything is opened.
 
     Raises:
-      UserError: a package that this needs is not installed.
+      UserError: a package that this needs is not installed, or there is no such kind of place.
     """
     for place in places:
         scheme, separator, _ = place.partition("://")
-        if not separator or scheme not in _FILE_SYSTEMS:
+        if not separator or scheme == "file":
             continue
+        if scheme not in _FILE_SYSTEMS:
+            known = ", ".join(f"{name}://" for name in _FILE_SYSTEMS)
+            raise UserError(f"{place}: expected a path, or a URL that begins with {known}")
         name, package, extra = _FILE_SYSTEMS[scheme]
         try:
             require(package, extra)

@@ -7,17 +7,15 @@ A sweep file (see configs/sweeps) becomes checked points here, before any comput
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
 
 import ml_collections
-from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
 from mlpmem_jax.core import config as configs
+from mlpmem_jax.core import config_files
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.scaling import budgets
 
@@ -83,7 +81,7 @@ def read(file: str, overrides: Sequence[str] = ()) -> Sweep:
         are of different corpora; a budget is too small for one step.
     """
     found = _load(file)
-    base = _overridden(file, found["config"], overrides)
+    base = config_files.override(file, found["config"], overrides)
     if found["counted"] not in budgets.COUNTED:
         allowed = " or ".join(map(repr, budgets.COUNTED))
         raise ConfigError(f"{file}: counted: expected {allowed}, found {found['counted']!r}")
@@ -111,37 +109,11 @@ def read(file: str, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def _load(file: str) -> dict:
-    if not os.path.isfile(file):
-        raise ConfigError(f"--config={file}: no such file; configs/sweeps/ holds ready ones")
-    spec = importlib.util.spec_from_file_location("mlpmem_sweep", file)
-    if spec is None:
-        raise ConfigError(f"--config={file}: expected a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"{file}: cannot be run ({type(error).__name__}: {error})") from error
-    if not hasattr(module, "get_sweep"):
-        hint = "; it is the config of one run: mlpmem run --config" if hasattr(module, "get_config") else ""
-        raise ConfigError(f"{file}: has no get_sweep(){hint}")
-    found = module.get_sweep()
+    found = config_files.load(file, "get_sweep")
     if not isinstance(found, Mapping) or sorted(found) != sorted(_KEYS):
         keys = sorted(found) if isinstance(found, Mapping) else type(found).__name__
         raise ConfigError(f"{file}: get_sweep(): expected a dictionary with the keys {', '.join(_KEYS)}, found {keys}")
     return dict(found)
-
-
-def _overridden(file: str, config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:
-    values, words = flags.FlagValues(), ["mlpmem", *overrides]
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
-        values(words)
-        config = values["config"].value
-    except (AttributeError, KeyError, flags.Error, TypeError, ValueError) as error:
-        unknown = configs.first_unknown(overrides)
-        raise unknown or ConfigError(f"{file} {' '.join(overrides)}: {error}") from error
-    configs.check(config)
-    return config
 
 
 def _check_fields(where: str, fields: Mapping) -> None:
@@ -164,12 +136,13 @@ def _resolved(base: ml_collections.ConfigDict, fields: Mapping, positions: int) 
     config = ml_collections.ConfigDict(base.to_dict())
     config.update_from_flattened_dict({"training.seed": fields["seed"], **fields["overrides"]})
     config.workdir = str(epath.Path(base.workdir) / "points" / fields["name"])
-    config.training.steps = 1  # known below
+    warmup = config.training.warmup_steps
+    config.training.update({"steps": 1, "warmup_steps": 0})  # known below
     configs.check(config)
     pays_for_targets = positions and fields["arm"] == "augmented"
     first = budgets.planned_construction(config, positions) if pays_for_targets else 0.0
     config.training.steps = budgets.steps(fields["arm"], config, fields["flops"], first)
-    config.training.warmup_steps = min(config.training.warmup_steps, config.training.steps // 10)
+    config.training.warmup_steps = min(warmup, config.training.steps // 10)
     return Point(fields["name"], fields["arm"], fields["variant"], fields["seed"], float(fields["flops"]), config)
 
 

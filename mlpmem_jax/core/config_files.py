@@ -1,0 +1,133 @@
+"""Config files: found, run, overridden from the command line, and checked.
+
+A config file is Python that defines `get_config()`, a sweep file `get_sweep()`. It is looked for where its path says,
+in a bucket for instance, and then among the ready ones that are installed with the package.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from mlpmem_jax.core import config as configs
+from mlpmem_jax.core import storage
+from mlpmem_jax.core.errors import ConfigError
+
+_READY = pathlib.Path(__file__).resolve().parents[2]
+"""What holds the folder `configs` of ready configs: the checkout, or the site-packages of an installed wheel."""
+
+
+_IS_OTHER = {
+    "get_config": "; it is the config of a sweep: mlpmem sweep --config",
+    "get_sweep": "; it is the config of one run: mlpmem run --config",
+}
+
+
+def load(file: str, function: str):
+    """What a config file's `function()` returns.
+
+    Args:
+      file: path or URL; a relative path that does not exist here is looked for beside the installed package.
+      function: "get_config" or "get_sweep".
+
+    Raises:
+      ConfigError: there is no such file, it cannot be run, or it does not define `function`.
+    """
+    text, source = _read(file)
+    module = {"__name__": "mlpmem_config", "__file__": source}
+    try:
+        exec(compile(text, source, "exec"), module)
+        make: Callable | None = module.get(function)
+        if make is None:
+            other = "get_sweep" if function == "get_config" else "get_config"
+            raise ConfigError(f"{file}: has no {function}(){_IS_OTHER[function] if other in module else ''}")
+        return make()
+    except ConfigError:
+        raise
+    except SyntaxError as error:
+        raise ConfigError(f"{file}: line {error.lineno}: {type(error).__name__}: {error.msg}") from error
+    except Exception as error:
+        raise ConfigError(f"{file}: cannot be run ({type(error).__name__}: {error})") from error
+
+
+def _read(file: str) -> tuple[bytes, str]:
+    """The content of a config file, and where it was found."""
+    ready = "configs/ and configs/sweeps/ of the package hold ready ones, e.g. --config=configs/quickstart.py"
+    if "://" in file:
+        from etils import epath  # brings NumPy, which a local config need not wait for
+
+        storage.prepare(file)
+        place = epath.Path(file)
+    else:
+        place = pathlib.Path(file)
+        if not place.exists() and not place.is_absolute() and (_READY / file).is_file():
+            place = _READY / file
+    try:
+        return place.read_bytes(), str(place)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"--config={file}: no such file; {ready}") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"--config={file}: is a folder, expected a Python file; {ready}") from error
+    except OSError as error:
+        raise ConfigError(f"--config={file}: cannot be read ({error.strerror or error})") from error
+
+
+def override(file: str, config: ml_collections.ConfigDict, words: Sequence[str]) -> ml_collections.ConfigDict:
+    """A config with overrides from the command line, paths under ~ resolved, checked.
+
+    Args:
+      file: that it comes from, for messages.
+      config: what `load` returned; not changed.
+      words: `--config.GROUP.KEY=VALUE`, or the value as a word of its own.
+
+    Raises:
+      ConfigError: a word is no override, a key does not exist, a value is not allowed, or has no effect.
+    """
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(f"{file}: get_config(): expected an ml_collections.ConfigDict, found {type(config).__name__}")
+    words = _joined(words)
+    result = config.copy_and_resolve_references()
+    values = flags.FlagValues()
+    arguments = ["mlpmem", *words]
+    try:
+        config_flags.DEFINE_config_dict("config", result, flag_values=values, sys_argv=arguments)
+        values(arguments)
+        result = values["config"].value
+    except (AttributeError, KeyError, flags.Error, TypeError, ValueError) as error:
+        unknown = configs.first_unknown(words)
+        raise unknown or ConfigError(f"{file} {' '.join(words)}: {_last_line(error)}") from error
+    except (SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+        raise ConfigError(f"{file} {' '.join(words)}: not a value ({type(error).__name__})") from error
+    configs.settle(result, config, [_key(word) for word in words])
+    configs.check(result)
+    return result
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def _key(word: str) -> str:
+    return word.removeprefix("--config.").split("=", 1)[0]
+
+
+def _joined(words: Iterable[str]) -> list[str]:
+    """The overrides, each as one word: a value may stand after a space.
+
+    Raises:
+      ConfigError: a word is no override.
+    """
+    result: list[str] = []
+    for word in words:
+        if word.startswith("--config."):
+            result.append(word)
+        elif result and "=" not in result[-1] and not word.startswith("--"):
+            result[-1] += f"={word}"
+        else:
+            raise ConfigError(f"{word}: unknown option; see mlpmem --help")
+    return result

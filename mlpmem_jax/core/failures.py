@@ -1,0 +1,125 @@
+"""How a command ends before its end: one last line that says why, and an exit code of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.metadata
+import os
+import platform
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+
+from mlpmem_jax.core.errors import UserError
+
+BUG = 1
+"""Exit code of what is an error of the program."""
+INTERRUPTED = 128 + signal.SIGINT
+
+_KEPT = "What was complete before is kept: run the same command again"
+_ADVICE = {
+    # What the file system says: what to do about it.
+    errno.ENOSPC: f"make room. {_KEPT}",
+    errno.EDQUOT: f"make room. {_KEPT}",
+    errno.EROFS: "choose a place that may be written",
+    errno.EACCES: "fix the access, or choose another place",
+    errno.EPERM: "fix the access, or choose another place",
+    errno.ENOTDIR: "a file is in the way; move it, or choose another place",
+    errno.EEXIST: "it is in the way; move it, or choose another place",
+    errno.EISDIR: "a file is expected there; move the folder, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "a link leads back to itself; remove it",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOENT: "it is missing; if it was there, something else removed it",
+    errno.EIO: f"the disk or the network failed. {_KEPT}",
+    errno.ESTALE: f"the disk or the network failed. {_KEPT}",
+}
+_SMALLER = "raise accumulation_steps, or lower loss_chunk, datastore.batch_sequences or targets.key_shard_rows"
+_UNMISTAKABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EIO, errno.ENAMETOOLONG)
+"""Those whose text names no other trouble, by which the errors of C++ libraries are told."""
+
+
+def print_anything() -> None:
+    """Lets standard output and error take any text: what a terminal's encoding lacks is printed as its escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def told(program: str) -> Iterator[None]:
+    """While inside, whatever ends the work raises SystemExit, after one line on standard error.
+
+    Args:
+      program: what the line begins with, e.g. "mlpmem run".
+
+    Raises:
+      SystemExit: with the code of the `UserError`; 2 of the file system's refusals and of too little memory, 130 after
+        Ctrl-C, and 1, below a traceback, of everything else.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end(program, f"stopped by Ctrl-C. {_KEPT}", INTERRUPTED)
+    except BrokenPipeError:  # who read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
+    except UserError as error:
+        _end(program, str(error), error.exit_code)
+    except Exception as error:
+        text = outside_cause(error)
+        if text is None:
+            traceback.print_exception(error)
+            _end(program, bug(), BUG)
+        _end(program, text, UserError.exit_code)
+
+
+def _end(program: str, text: str, code: int) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"{program}: error: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+def bug() -> str:
+    """The last line under a traceback."""
+    versions = [f"{name} {_version(name)}" for name in ("mlpmem_jax", "jax")]
+    return (
+        "this is a bug of mlpmem_jax: please open an issue in its repository, with the lines above, the command and "
+        f"{', '.join([*versions, f'Python {platform.python_version()}', platform.platform()])}"
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def outside_cause(error: BaseException) -> str | None:
+    """What the file system or the machine refused, where that is the first cause of an error; else None."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    for each in reversed(chain):
+        if isinstance(each, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(each):
+            return f"the memory of this machine is not enough ({_first_line(each)}); {_SMALLER}"
+        if isinstance(each, OSError) and each.errno in _ADVICE and each.filename is not None:
+            return f"{_printable(each.filename)}: {os.strerror(each.errno)}; {_ADVICE[each.errno]}"
+        for number in _UNMISTAKABLE:
+            if os.strerror(number) in str(each):
+                return f"{_first_line(each)}; {_ADVICE[number]}"
+    return None
+
+
+def _printable(name) -> str:
+    return os.fsdecode(name) if isinstance(name, bytes) else str(name)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0].split(" [", 1)[0][:400] if lines else type(error).__name__

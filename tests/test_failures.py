@@ -1,0 +1,87 @@
+"""However a command ends, its last line says why, and its exit code tells what kind of end it was."""
+
+import errno
+import io
+import sys
+
+import pytest
+
+from mlpmem_jax import cli
+from mlpmem_jax.core import failures
+from mlpmem_jax.core.errors import ArtifactError, Stopped
+
+
+def raised(error, cause=None):
+    try:
+        if cause is not None:
+            try:
+                raise cause
+            except type(cause):
+                raise error  # noqa: B904  libraries do not say `from` either
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ArtifactError("tokens: unfinished"), 2, "mlpmem run: error: tokens: unfinished"),
+        (Stopped("asked"), 75, "mlpmem run: error: asked"),
+        (KeyboardInterrupt(), 130, "mlpmem run: error: stopped by Ctrl-C. What was complete before is kept"),
+        (OSError(errno.ENOSPC, "full", "/runs/a"), 2, "error: /runs/a: No space left on device; make room"),
+        (PermissionError(errno.EACCES, "no", "/runs"), 2, "error: /runs: Permission denied; fix the access"),
+        (OSError(errno.EROFS, "no", b"/r\xe9"), 2, r"error: /r\udce9: Read-only file system; choose a place"),
+        (NotADirectoryError(errno.ENOTDIR, "no", "/a/b"), 2, "error: /a/b: Not a directory; a file is in the way"),
+        (
+            raised(
+                ImportError("sys.meta_path is None"), raised(ValueError("ABORTED"), OSError(errno.ENOSPC, "", "/c"))
+            ),
+            2,
+            "error: /c: No space left on device",
+        ),
+        (
+            ValueError("FAILED: writing /d/0: No space left on device [source locations='...']"),
+            2,
+            "/d/0: No space left",
+        ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+            2,
+            "memory of this machine is not enough",
+        ),
+        (
+            ZeroDivisionError("division by zero"),
+            1,
+            "mlpmem run: error: this is a bug of mlpmem_jax: please open an issue",
+        ),
+    ],
+)
+def test_the_last_line_and_the_exit_code(error, code, line, capsys, monkeypatch):
+    failures.print_anything()
+    with pytest.raises(SystemExit) as stopped, failures.told("mlpmem run"):
+        raise error
+    assert stopped.value.code == code
+    lines = capsys.readouterr().err.splitlines()
+    assert line in lines[-1]
+    assert (len(lines) == 1) == (code != failures.BUG)
+    if code == failures.BUG:
+        assert lines[0].startswith("Traceback")
+        assert "Python 3." in lines[-1]
+        assert "jax 0." in lines[-1]
+
+
+def test_a_terminal_that_knows_ascii_alone_is_no_reason_to_stop(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    failures.print_anything()
+    print("λ — ünïcode")
+    stream.flush()
+    assert stream.buffer.getvalue() == rb"\u03bb \u2014 \xfcn\xefcode" + b"\n"
+
+
+def test_a_prompt_that_is_not_utf_8_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", "--config=configs/smoke.py", "--prompt=caf\udce9"])
+    assert stopped.value.code == 2
+    assert r"--prompt: 'caf\udce9': is not UTF-8" in capsys.readouterr().err
