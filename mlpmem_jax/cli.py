@@ -15,7 +15,7 @@ from mlpmem_jax.core import config_files, failures, storage
 from mlpmem_jax.core.errors import UserError
 
 STAGES = {
-    "tokens": ("mlpmem_jax.corpus.tokens", "text -> token ids, split by whole document"),
+    "tokens": ("mlpmem_jax.corpus.tokens", "text -> token ids, split by whole files, articles or groups"),
     "base": ("mlpmem_jax.interop.base", "train the base language model, or import it from Hugging Face"),
     "datastore": ("mlpmem_jax.retrieval.datastore", "base LM forward pass -> keys and memory inputs"),
     "targets": ("mlpmem_jax.retrieval.targets", "nearest neighbors -> next-token distributions"),

@@ -287,12 +287,16 @@ def test_json_files_hold_lines_or_one_array(tmp_path):
 def test_what_is_left_out_is_named_and_counted(tmp_path):
     for name in ("a.txt", "B.TXT", "c.Md", "picture.png", "README", "d.txt.zip", ".hidden.txt"):
         (tmp_path / name).write_text(name)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {}}, indent=2))
+    (tmp_path / "infos.json").write_text(json.dumps({"splits": []}))
+    (tmp_path / "e.json").write_text(json.dumps({"text": "e.json"}))
     (tmp_path / "nowhere.txt").symlink_to("absent.txt")
     source = files.open_source(corpus_of(tmp_path))
-    assert [text for part in source.parts() for text, _ in part.read()] == ["B.TXT", "a.txt", "c.Md"]
+    assert [text for part in source.parts() for text, _ in part.read()] == ["B.TXT", "a.txt", "c.Md", "e.json"]
     assert len(source.notes) == 1
-    assert "left out 4 files" in source.notes[0]
-    assert source.notes[0].endswith(": README, d.txt.zip, nowhere.txt, picture.png")
+    assert source.notes[0].endswith(": 6 (README, d.txt.zip, infos.json, nowhere.txt, picture.png, ...)")
+    with pytest.raises(UserError, match="no field 'text'"):  # asked for by name, it is not left out
+        read_all(tmp_path / "infos.json")
 
 
 def test_links_are_followed_and_every_file_is_read_once(tmp_path):
@@ -321,7 +325,7 @@ def test_names_with_any_bytes_and_glob_characters(tmp_path):
     source = files.open_source(corpus_of(folder))
     assert [part.name for part in source.parts()] == [str(folder / "[a]?.txt"), f"{folder}/caf\\xe9.txt"]
     assert [text for part in source.parts() for text, _ in part.read()] == ["one", "two"]
-    assert source.notes[0].endswith(r"caf\xe9.bin")
+    assert source.notes[0].endswith(r"1 (caf\xe9.bin)")
     for part in source.parts():
         part.name.encode()
 

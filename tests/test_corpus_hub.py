@@ -53,6 +53,31 @@ def test_what_cannot_be_loaded_is_named(tmp_path, datasets):
         parts_of(write(tmp_path / "other", test=["one"]))
 
 
+def test_a_revision_is_asked_for_and_recorded(tmp_path, datasets, monkeypatch):
+    folder, asked = write(tmp_path / "set", train=["one"]), []
+    load = datasets.load_dataset_builder
+
+    def from_hub(name, subset, revision=None):
+        asked.append((name, revision))
+        return load(str(folder), subset)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", from_hub)
+    corpus = default.get_config().corpus
+    corpus.update({"source": "hub", "name": "owner/one@v2,owner/two"})
+    parts = hub.open_source(corpus).parts()
+    assert asked == [("owner/one", "v2"), ("owner/two", None)]
+    assert {part.revision for part in parts} == {load(str(folder)).hash}
+
+
+def test_changes_of_a_local_folder_change_the_inputs(tmp_path, datasets):
+    corpus = default.get_config().corpus
+    corpus.update({"source": "hub", "name": str(write(tmp_path / "set", train=["one"]))})
+    before = hub.open_source(corpus).inputs
+    assert hub.open_source(corpus).inputs == before
+    (tmp_path / "set" / "train.jsonl").write_text(json.dumps({"text": "two"}) + "\n")
+    assert hub.open_source(corpus).inputs != before
+
+
 def test_without_the_extra(monkeypatch):
     def missing(module):
         raise ImportError(f"No module named {module!r}")

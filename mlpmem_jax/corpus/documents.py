@@ -46,12 +46,14 @@ class Part:
       read: gives its documents, the same ones in the same order at every call.
       split: the split its documents belong to, "" to have it chosen by hash.
       data_set: parts of one data set are split together, so that each set of a mixture is in every split.
+      revision: the version of the data set, e.g. a commit, "" where none is known.
     """
 
     name: str
     read: Callable[[], Iterable[Document]]
     split: str = ""
     data_set: str = ""
+    revision: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,10 +227,10 @@ def _add_missing_splits(split_N: np.ndarray, parts: Sequence[Part], scan: _Scan,
             chosen = _split_in_place(scan.bytes_N[train], wanted)
             scan.group_hash_N[train] = scan.text_hash_N[train]  # within one text, its pieces are what there is
             if chosen.any():
-                name = data_set or next(part.name for part, end in zip(parts, scan.part_ends, strict=True) if end)
                 order = ", then ".join(SPLITS[split] for split in (0, *missing))
                 notes.append(
-                    f"{name}: is one text, or two, so it is split where it stands, at whole paragraphs: {order}"
+                    f"{data_set or parts[0].name}: too few texts for splits of whole ones, so all is split in its "
+                    f"order, at paragraphs: first {order}"
                 )
         split_N[train] = np.array([0, *missing], np.int8)[chosen]
     return notes
@@ -269,11 +271,11 @@ def make_plan(parts: Sequence[Part], corpus: ml_collections.ConfigDict) -> Plan:
     split_N = _given_splits(parts, scan)
     repeated_N = (split_N < 0) & (bytes_N > 0)
     notes = [
-        f"{count:,} {what}"
-        for count, what in (
-            ((bytes_N == 0).sum(), "rows have no text: left out"),
-            (scan.repaired, "documents have unpaired surrogates, which are no characters: U+FFFD stands for them"),
-            (repeated_N.sum(), f"documents repeat another one exactly ({bytes_N[repeated_N].sum():,} bytes): left out"),
+        f"{what}: {count:,}"
+        for what, count in (
+            ("left out, rows without text", (bytes_N == 0).sum()),
+            ("left out, documents that repeat another one exactly", repeated_N.sum()),
+            ("U+FFFD put for unpaired surrogates, which are no characters, in documents", scan.repaired),
         )
         if count
     ]

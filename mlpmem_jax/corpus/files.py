@@ -45,27 +45,32 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
       UserError: the path does not exist, cannot be read, or holds no file of a known kind.
     """
     root = epath.Path(corpus.path).expanduser()
+    rows = RowReader(corpus.text_key, corpus.group_key, corpus.group_part)
     known = ", ".join([*READERS, *(f"those with {suffix}" for suffix in compression.COMPRESSED)])
     try:
         if not root.exists():
             raise UserError(f"config.corpus.path: {root} does not exist; expected a file or folder of {known}")
         found = dict(_walk(root, "", {_real(root)})) if root.is_dir() else {root.name: root}
         files = {name: found[name] for name in sorted(found) if _kind(found[name]) and found[name].exists()}
-        inputs = {"files": _origin(files)}
+        if root.is_dir():
+            files = {name: file for name, file in files.items() if _suffix(file) != ".json" or _has_rows(file, rows)}
+        inputs = {"files": _checksum(files)}
     except OSError as error:
         raise UserError(
             f"config.corpus.path: {_shown(error.filename or root)} cannot be read: {error.strerror}; change its "
             "permissions, or give another path"
         ) from error
     if not files:
-        raise UserError(f"config.corpus.path: {root} is or has no file that can be read; expected {known}")
+        raise UserError(
+            f"config.corpus.path: {_shown(root)} is or has no file that can be read; expected {known} "
+            f"(.json with the field {corpus.text_key!r})"
+        )
     notes = []
     if omitted := [_shown(name) for name in sorted(found) if name not in files]:
         notes.append(
-            f"{_shown(root)}: left out {len(omitted):,} files, whose names end in none of {known}, or which are links "
-            f"to nothing: {', '.join(omitted[:5])}{', ...' if len(omitted) > 5 else ''}"
+            "left out, files with other endings, .json files without the text field and links to nothing: "
+            f"{len(omitted):,} ({', '.join(omitted[:5])}{', ...' if len(omitted) > 5 else ''})"
         )
-    rows = RowReader(corpus.text_key, corpus.group_key, corpus.group_part)
     parts = [
         Part(
             _shown(file),
@@ -99,11 +104,30 @@ def _shown(path) -> str:
     return os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _kind(file: epath.Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
+def _suffix(file: epath.Path) -> str:
+    """How the name ends, in lower case, without a compression's ending."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in compression.COMPRESSED:
         suffixes.pop()
-    return READERS.get(suffixes[-1]) if suffixes else None
+    return suffixes[-1] if suffixes else ""
+
+
+def _kind(file: epath.Path) -> str | None:
+    return READERS.get(_suffix(file))
+
+
+def _has_rows(file: epath.Path, rows: RowReader) -> bool:
+    """Whether a .json file holds rows with text, rather than settings, say; True for one that cannot be read."""
+    try:
+        with file.open("rb") as raw:
+            stream = compression.decompress(raw, file.suffix.lower())
+            where, row = next(_json_rows(file, io.TextIOWrapper(stream, encoding="utf-8-sig")), (_shown(file), None))
+            rows.document(row, where)
+    except UserError:
+        return False
+    except compression.ERRORS:
+        return True  # the reader of the corpus says what is wrong with it
+    return True
 
 
 def _split_of(name: str) -> str:
@@ -120,7 +144,12 @@ def _split_of(name: str) -> str:
     )
 
 
-def _origin(files: dict[str, epath.Path]) -> str:
+def origin(folder: epath.Path) -> str:
+    """A checksum that changes with the files below a folder, read for text or not."""
+    return _checksum({name: file for name, file in sorted(_walk(folder, "", {_real(folder)})) if file.exists()})
+
+
+def _checksum(files: dict[str, epath.Path]) -> str:
     """A checksum that changes with the files: of their contents, or, where those are large, of sizes and times."""
     stats = {name: file.stat() for name, file in files.items()}
     by_content = sum(stat.length for stat in stats.values()) <= _HASHED_BYTES
@@ -171,7 +200,7 @@ def _json_rows(file: epath.Path, text: io.TextIOWrapper) -> Iterator[tuple[str, 
     number, first = next(numbered, (0, ""))
     if not first:
         return
-    if any(suffix.lower() == ".json" for suffix in file.suffixes) and not _is_object(first):
+    if _suffix(file) == ".json" and not _is_object(first):
         content = _parse_json(first + text.read(), _shown(file))
         entries = content if isinstance(content, list) else [content]
         yield from ((f"{_shown(file)}: entry {index}", entry) for index, entry in enumerate(entries))

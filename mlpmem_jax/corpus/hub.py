@@ -7,8 +7,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import ml_collections
+from etils import epath
 
 from mlpmem_jax.core.errors import UserError, require
+from mlpmem_jax.corpus import files
 from mlpmem_jax.corpus.articles import chunk_lines, wikitext_articles
 from mlpmem_jax.corpus.documents import Document, Part, Source
 from mlpmem_jax.corpus.rows import RowReader
@@ -24,6 +26,8 @@ _SPLIT_NAMES = {
 
 def open_source(corpus: ml_collections.ConfigDict) -> Source:
     """The corpus of one data set or a mixture of several, by name, or of local folders that `datasets` can load.
+
+    `NAME@REVISION` is the data set at a commit, branch or tag; the commit becomes part of the artifact's manifest.
 
     Several names stand in `corpus.name` with commas between; `subset`, `text_key`, `group_key` and `articles` then hold
     as many entries, or one for all. The splits of every data set are kept; those that it lacks are taken from its
@@ -47,13 +51,21 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
         (name, subset, RowReader(text_key, group_key, corpus.group_part), articles)
         for name, subset, text_key, group_key, articles in zip(*entries.values(), strict=True)
     ]
-    return Source({}, lambda: [part for entry in chosen for part in _parts(*entry, corpus.document_bytes)])
+    folders = {name: epath.Path(name).expanduser() for name in names}
+    inputs = {f"files of {name}": files.origin(folder) for name, folder in folders.items() if folder.is_dir()}
+    return Source(inputs, lambda: [part for entry in chosen for part in _parts(*entry, corpus.document_bytes)])
 
 
 def _parts(name: str, subset: str, rows: RowReader, articles: str, document_bytes: int) -> Sequence[Part]:
     datasets = require("datasets", extra="hub")
     try:
-        splits = datasets.load_dataset(name, subset or None)
+        if epath.Path(name).expanduser().is_dir():
+            path, revision = str(epath.Path(name).expanduser()), ""
+        else:
+            path, _, revision = name.partition("@")
+        builder = datasets.load_dataset_builder(path, subset or None, revision=revision or None)
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -75,6 +87,7 @@ def _parts(name: str, subset: str, rows: RowReader, articles: str, document_byte
             functools.partial(_documents, splits[split], f"{name} {split}", rows, articles, document_bytes),
             ours,
             data_set=f"{name} {subset}".strip(),
+            revision=builder.hash,
         )
         for split, ours in known.items()
     ]

@@ -102,7 +102,11 @@ def _build(
     _write_shards(writer, parts, plan, encoder, incomplete[jax.process_index() :: jax.process_count()])
     mesh.barrier("token shards written")
     if is_first:
-        writer.seal(_summary(plan, encoder) | {"overlap": _overlap(parts, plan)}, files=(TOKENIZER_FILE,))
+        summary = _summary(plan, encoder) | {
+            "overlap": _overlap(parts, plan),
+            "revisions": {part.data_set: part.revision for part in parts if part.revision},
+        }
+        writer.seal(summary, files=(TOKENIZER_FILE,))
     mesh.barrier("tokens sealed")
     return open_artifact(path, KIND)
 
@@ -164,17 +168,16 @@ def _overlap(parts, plan: documents.Plan) -> dict[str, dict[str, float]]:
         for index, split in enumerate(SPLITS)
     }
     shares = overlap.measure(texts.pop("train"), texts)
-    for split, share in shares.items():
+    say(
+        "overlap, words inside runs of 13 (25) words that the training split has too: "
+        + ", ".join(f"{split} {share['13']:.2%} ({share['25']:.2%})" for split, share in shares.items())
+    )
+    if max(share["13"] for share in shares.values()) > _MUCH_OVERLAP:
         say(
-            f"overlap: {share['13']:.2%} of the words of the {split} split lie inside runs of 13 words that the "
-            f"training split has too, {share['25']:.2%} inside runs of 25"
+            f"warning: more than {_MUCH_OVERLAP:.0%} of a held-out split repeats training text, and figures on it show "
+            "in part how well text is copied: group what belongs together (config.corpus.group_key), or remove what is "
+            "repeated"
         )
-        if share["13"] > _MUCH_OVERLAP:
-            say(
-                f"warning: more than {_MUCH_OVERLAP:.0%} of the {split} split repeats training text, and figures on it "
-                "show in part how well text is copied: group what belongs together (config.corpus.group_key), or "
-                "remove what is repeated"
-            )
     return shares
 
 
