@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import default
@@ -31,6 +31,7 @@ def texts_of(parts, plan, split):
 WORDS = [f"document {index} " * (1 + index % 5) for index in range(200)]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.lists(st.sampled_from(WORDS), min_size=3), st.integers(min_value=0, max_value=5))
 def test_equal_texts_are_used_once(texts, seed):
     if len(set(texts)) < 3:
@@ -58,6 +59,7 @@ def grouped(draw):
     return rows, draw(st.sampled_from([(0.05, 0.05), (0.2, 0.2), (0.45, 0.45), (0.6, 0.3)]))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(grouped(), st.integers(min_value=0, max_value=5))
 def test_groups_lie_on_one_side(rows_and_fractions, seed):
     rows, (validation, test) = rows_and_fractions

@@ -2,7 +2,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlpmem_jax.corpus import overlap
@@ -30,6 +30,7 @@ def oracle(train, held_out, length):
 texts = st.lists(st.lists(st.sampled_from(WORDS[:3]), max_size=40).map(" ".join), max_size=8)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(texts, texts, texts)
 def test_shares_are_those_of_the_definition(train, validation, test):
     found = overlap.measure(iter(train), {"validation": iter(validation), "test": iter(test)})
@@ -55,6 +56,7 @@ def test_copies_are_found_however_they_are_wrapped_and_batches_make_no_differenc
     assert overlap.measure(train[:40], {"test": test})["test"] == {"13": 0.0, "25": 0.0}
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 6))
 def test_hashes_are_equal_where_runs_are(numbers, length):
     words = np.array(numbers, np.int64)
