@@ -179,6 +179,12 @@ def test_positions_that_the_vocabulary_axes_do_not_divide_give_the_same():
     assert_matches(found, oracle(problem, 0.4, 37))
 
 
+def test_a_vocabulary_that_the_mesh_does_not_divide_gives_the_same():
+    problem = make_problem(16, 8, 37, 37, 3)
+    found = loss_and_gradients(problem, make_mesh(1, 2, 4), alpha=0.4, vocab_size=37, chunk=4)
+    assert_matches(found, oracle(problem, 0.4, 37))
+
+
 def compiled_gradients(positions, width, vocab_size, entries, chunk, mesh=None):
     """The compiled program of loss and gradients, from shapes alone."""
 
@@ -234,13 +240,12 @@ def test_kernel_gradient_is_reduce_scattered_and_the_vocabulary_never_gathered()
         ({"chunk": 0}, "chunk"),
         ({"vocab_size": 50}, "columns"),
         ({"mesh": (8, 1, 1)}, "positions of 12"),
-        ({"mesh": (2, 1, 4), "vocab_size": 38, "padded": 38}, "vocabulary of 38"),
         ({"mesh": (2, 2, 2), "rules": {**RULES, "embed": "tensor"}}, "embed"),
     ],
 )
 def test_what_cannot_work_is_refused(options, message):
     options = {"alpha": 0.4, "vocab_size": 40, "chunk": 4} | options
-    problem = make_problem(12, 8, 37, options.pop("padded", 40), 2)
+    problem = make_problem(12, 8, 37, 40, 2)
     if "mesh" in options:
         options["mesh"] = make_mesh(*options["mesh"])
     with pytest.raises(ConfigError, match=message):

@@ -44,6 +44,7 @@ from mlpmem_jax.training import goodput, state
 documents.SHARD_BYTES = 8192
 config = small(workdir, backend)
 config.mesh.fsdp, config.mesh.tensor = (int(size) for size in mesh.split("x"))
+if event == "output_from_base": config.memory.output_from_base, config.tokenizer.vocab_size = True, 301
 def agree():  # each process has told its step, from which JAX finds the one at which all stop
     from jax._src import distributed
     while len(distributed.global_state.client.key_value_dir_get("PREEMPTION_CURRENT_COUNTER/")) < 2: time.sleep(0.1)
@@ -73,6 +74,9 @@ with runtime.job(workdir):
             from mlpmem_jax.inference import compare
             greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
             compare.run(config, SimpleNamespace(prompt=["Return"], tokens=5, **greedy))
+        elif stage == "controls":
+            from mlpmem_jax.training import controls
+            controls.run(config)
         else:
             cli._run_stage(stage, config)
 """
@@ -316,3 +320,17 @@ def test_a_stopwatch_gives_every_second_to_one_phase(monkeypatch):
     assert (first["clock"], first["seconds/start-up"], first["seconds/steps"]) == (105.0, 3.0, 2.0)
     assert (second["clock"], second["seconds/start-up"], second["seconds/steps"]) == (110.0, 0.0, 4.0)
     assert watch.spent("steps", "input wait") == 7.0
+
+
+@pytest.mark.parametrize("mesh", ["2x1", "1x2"])
+def test_what_training_starts_from_may_span_processes(tmp_path, mesh):
+    """The memory's output projection from the base, and the controls, which train the base itself on.
+
+    With a `tensor` axis the vocabulary of 301 is one that the mesh does not divide.
+    """
+    stages = "tokens,base,datastore,targets,train,controls,evaluate"
+    codes, outputs = launch(tmp_path, stages, Job(2, 1, mesh), "output_from_base", "exact")
+    assert codes == [0, 0], outputs
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert metrics["counts"]["vocabulary"] == 301
+    assert metrics["controls"].keys() == {"continued", "ce_only"}

@@ -51,6 +51,7 @@ def train(
     folder: str,
     model: language_model.Config,
     initialise,
+    start=tuple,
     group: str = "base.training",
 ) -> tuple[dict, dict[str, float]]:
     """Trains a language model on the tokens of `config.workdir`.
@@ -61,7 +62,7 @@ def train(
       name: what the user is told is being trained.
       folder: for checkpoints and metrics.
       model: dimensions.
-      initialise: makes the first parameters.
+      initialise, start: as of `loop.Task`.
       group: the config's name for `settings`.
 
     Returns:
@@ -86,6 +87,7 @@ def train(
         folder=folder,
         settings=settings,
         initialise=initialise,
+        start=start,
         logical_axes=language_model.logical_axes(model),
         loss=functools.partial(_loss, model, settings, rules),
         frozen={},

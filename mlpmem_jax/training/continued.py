@@ -59,13 +59,23 @@ def train_on(
     """
     workdir = epath.Path(config.workdir)
     mesh, rules = meshes.mesh_of(config)
-    parameters, model, artifact = saved.load_language_model(workdir / "base", mesh, rules)
+    artifact = open_artifact(workdir / "base", "base")
+    model = saved.language_model_config(artifact)
     kept, inputs = {"training": configs.plain(settings)}, {"base": artifact.fingerprint, **inputs}
     if finished := find_finished(workdir / name, "base", kept, inputs):
         say(f"{name}: finished already")
         return finished
     writer = ArtifactWriter.create(workdir / name, "base", kept, inputs, {})
-    best, figures = base.train(config, settings, name, writer.path, model, lambda: parameters, group)
+    best, figures = base.train(
+        config,
+        settings,
+        name,
+        writer.path,
+        model,
+        initialise=lambda parameters: parameters,
+        start=lambda: saved.load_language_model(artifact.path, mesh, rules)[:1],
+        group=group,
+    )
     length = config.base.context_length
     per_step = 3 * flops.language_model_forward(model, length) * settings.batch_sequences * length
     figures["training_flops"] = float(per_step) * figures["steps"]

@@ -42,7 +42,7 @@ class Task:
       name: what the user is told is being trained.
       folder: of the artifact; checkpoints and metrics go there.
       settings: a config group made by `configs.default.optimization`.
-      initialise: makes the parameters (traced, so that they are created sharded).
+      initialise: makes the parameters of what `start` gives (traced, so that they are created sharded).
       logical_axes: tree of logical axis names, one tuple per parameter.
       loss: (mesh, parameters, frozen, batch) -> (loss, {name: statistic}), float32 scalars, means over the batch. The
         mesh is what parameters and batch lie on; None where both are one device's own.
@@ -51,12 +51,14 @@ class Task:
       validate: parameters -> {"perplexity": ..., other figures}; the lowest perplexity is kept.
       positions_per_sequence: to count positions.
       flops_per_position: of one train step, forward and backward, from the model's dimensions.
+      start: reads arrays that the parameters are made of, where they are not all drawn at random. They may span
+        processes, so they are arguments of the compiled program; nothing holds them once the state is made.
     """
 
     name: str
     folder: str
     settings: ml_collections.ConfigDict
-    initialise: Callable[[], Any]
+    initialise: Callable[..., Any]
     logical_axes: Any
     loss: Callable
     frozen: Any
@@ -64,6 +66,7 @@ class Task:
     validate: Callable[[Any], dict[str, float]]
     positions_per_sequence: int
     flops_per_position: float
+    start: Callable[[], tuple] = tuple
 
 
 def total_steps(settings: ml_collections.ConfigDict, sequences: int) -> int:
@@ -150,25 +153,27 @@ class StepProgram(NamedTuple):
     """What runs on the devices of a mesh, jitted and not compiled yet.
 
     Attributes:
-      make_state: () -> the first state, laid out on the mesh.
+      make_state: what `Task.start` gave -> the first state, laid out on the mesh.
       step: (state, frozen, batch) -> (state, statistics); the old state is given up.
       abstract_state: shapes, dtypes and shardings of the state.
     """
 
-    make_state: Callable[[], Any]
+    make_state: Callable[..., Any]
     step: Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
     abstract_state: Any
 
 
-def step_program(task: Task, mesh: Mesh, rules: meshes.Rules, steps: int) -> StepProgram:
-    """The program of one optimizer step of a run of `steps`; `task.source` and `task.validate` are not used.
+def step_program(task: Task, mesh: Mesh, rules: meshes.Rules, steps: int, start: tuple = ()) -> StepProgram:
+    """The program of one optimizer step of a run of `steps`; `task.source`, `.validate` and `.start` are not used.
+
+    `start` is what `task.start` gave, or its shapes.
 
     Raises:
       ConfigError: the mesh does not divide the parameters.
     """
     optimizer = make_optimizer(task.settings, steps, task.logical_axes)
     make_state = initial_state(task.initialise, optimizer)
-    abstract = jax.eval_shape(make_state)
+    abstract = jax.eval_shape(make_state, *start)
     parameter_shardings = meshes.shardings(mesh, task.logical_axes, rules)
     meshes.check_cuts(abstract["parameters"], parameter_shardings)
     shardings = state_shardings(mesh, abstract, parameter_shardings)
@@ -200,7 +205,8 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
     watch = goodput.Stopwatch(runtime.stage_began())
     steps = total_steps(settings, len(task.source))
     learning_rate = schedule(settings, steps)
-    program = step_program(task, mesh, rules, steps)
+    made_of = task.start()
+    program = step_program(task, mesh, rules, steps, made_of)
     checkpoints = Checkpoints(task.folder)
     start = checkpoints.latest_step() or 0
     if start:
@@ -209,7 +215,8 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
         state, next_sequence = checkpoints.restore(start, program.abstract_state)
         watch.lap("restore")
     else:
-        state, next_sequence = program.make_state(), 0
+        state, next_sequence = program.make_state(*made_of), 0
+    del made_of
 
     part = meshes.batch_part(mesh, rules)
     batches = data.batches(task.source, settings.batch_sequences, settings.seed, part.index, part.count)

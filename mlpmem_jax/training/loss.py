@@ -67,7 +67,7 @@ def sparse_cross_entropy(
     Args:
       hidden_NxD: float32 or bfloat16, sharded over the "batch" mesh axes.
       kernel_DxV: output projection, sharded ("embed", "vocab"). V >= vocab_size; what is beyond is padding, never
-        predicted and without gradient.
+        predicted and without gradient. A V that the mesh does not divide is padded here.
       token_ids_NxS: int32, ids below vocab_size. S may be 0. Entries of probability 0 are padding.
       probabilities_NxS: float, not negative.
       next_tokens_N: int32.
@@ -82,10 +82,13 @@ def sparse_cross_entropy(
       The loss (float32 scalar), and {"kl", "cross_entropy"}: means over positions, in nats.
 
     Raises:
-      ConfigError: alpha or chunk out of range, sizes that the mesh does not divide, or rules under which the kernel
-        cannot be gathered.
+      ConfigError: alpha or chunk out of range, positions or a width that the mesh does not divide, or rules under
+        which the kernel cannot be gathered.
     """
-    plan = _plan(alpha, vocab_size, chunk, mesh, rules, hidden_NxD.shape[0], kernel_DxV.shape)
+    cut = _ONE_DEVICE if mesh is None else meshes.cut(mesh, rules) or _ONE_DEVICE
+    if padding := -kernel_DxV.shape[1] % cut.parts(cut.vocab):
+        kernel_DxV = jnp.pad(kernel_DxV, ((0, 0), (0, padding)))
+    plan = _plan(alpha, vocab_size, chunk, cut, hidden_NxD.shape[0], kernel_DxV.shape)
     if weights_N is None:
         weights_N = jnp.full(hidden_NxD.shape[0], 1 / hidden_NxD.shape[0], jnp.float32)
     else:
@@ -94,20 +97,14 @@ def sparse_cross_entropy(
     return _loss(plan, hidden_NxD, kernel_DxV, _Targets(token_ids_NxS, probabilities_NxS, next_tokens_N, weights_N))
 
 
-def _plan(alpha, vocab_size, chunk, mesh, rules, positions, kernel_shape) -> _Plan:
+def _plan(alpha, vocab_size, chunk, cut: meshes.Cut, positions, kernel_shape) -> _Plan:
     if not 0 <= alpha <= 1:
         raise ConfigError(f"training.alpha: expected a number from 0 to 1, found {alpha}")
     if chunk < 1:
         raise ConfigError(f"training.loss_chunk: expected at least 1 position, found {chunk}")
     if vocab_size > kernel_shape[1]:
         raise ConfigError(f"the output projection has {kernel_shape[1]} columns for {vocab_size} tokens")
-    cut = _ONE_DEVICE if mesh is None else meshes.cut(mesh, rules) or _ONE_DEVICE
-    for name, axes, size in zip(
-        ("positions", "width", "padded vocabulary"),
-        (cut.batch, cut.embed, cut.vocab),
-        (positions, *kernel_shape),
-        strict=True,
-    ):
+    for name, axes, size in (("positions", cut.batch, positions), ("width", cut.embed, kernel_shape[0])):
         if size % (parts := cut.parts(axes)):
             raise ConfigError(f"config.mesh: {name} of {size} cannot be cut in {parts} equal parts over axes {axes}")
     hidden_axes = cut.position_axes(positions, cut.vocab)

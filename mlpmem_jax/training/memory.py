@@ -60,9 +60,9 @@ def dimensions(
     )
 
 
-def _started(start: str, model: MemoryConfig, mesh, rules) -> tuple[dict, MemoryConfig]:
-    """Parameters and dimensions of the memory that training starts from, which must be as large as the config's."""
-    parameters, found, artifact = saved.load_memory(start, mesh, rules)
+def _started(artifact: Artifact, model: MemoryConfig) -> MemoryConfig:
+    """Dimensions of the memory that training starts from, which must be as large as the config's."""
+    found = MemoryConfig(**artifact.summary["model"])
     for field in dataclasses.fields(MemoryConfig):
         expected, there = getattr(model, field.name), getattr(found, field.name)
         if expected != there and field.name not in ("norm_epsilon", "activation"):
@@ -70,7 +70,7 @@ def _started(start: str, model: MemoryConfig, mesh, rules) -> tuple[dict, Memory
                 f"config.training.start: {artifact.path} has {field.name} {there}, the config asks for {expected}; "
                 "set config.memory to what is there"
             )
-    return parameters, found
+    return found
 
 
 def _loss(model: MemoryConfig, base_config, input_tap, training, rules, mesh, parameters, frozen, batch):
@@ -136,10 +136,11 @@ def make_task(
     *,
     name: str,
     folder: str,
-    initialise: Callable[[], dict],
+    initialise: Callable[..., dict],
     frozen,
     source,
     validate,
+    start: Callable[[], tuple] = tuple,
 ) -> loop.Task:
     """What `loop.fit` trains: the memory of a config, beside a base LM of given dimensions.
 
@@ -147,7 +148,7 @@ def make_task(
       config: the whole config.
       model, base_config: dimensions of the memory and of the base LM.
       frozen: parameters of the base LM where `config.training.mode` is "online", else {}.
-      name, folder, initialise, source, validate: as of `loop.Task`.
+      name, folder, initialise, source, validate, start: as of `loop.Task`.
     """
     length, training = config.base.context_length, config.training
     input_tap = tapped_block(base_config.blocks, config.datastore.input_depth)
@@ -165,6 +166,7 @@ def make_task(
         validate=validate,
         positions_per_sequence=length,
         flops_per_position=3 * flops.memory_forward(model) + base_flops,
+        start=start,
     )
 
 
@@ -201,8 +203,9 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     settings = {"memory": configs.plain(config.memory), "training": configs.plain(config.training)}
     inputs = {"base": base.fingerprint, "datastore": datastore.fingerprint, "targets": targets.fingerprint}
     start = settings["training"].pop("start")  # what lies there counts, not where it lies
-    if start:
-        inputs["start"] = open_artifact(start, "memory").fingerprint
+    started = open_artifact(start, "memory") if start else None
+    if started:
+        inputs["start"] = started.fingerprint
     if finished := find_finished(path, "memory", settings, inputs):
         say(f"{folder}: finished already")
         return finished
@@ -218,19 +221,21 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
         norm_epsilon=base_config.norm_epsilon,
     )
     online = config.training.mode == "online"
-    needs_base = online or config.memory.output_from_base
-    frozen = saved.load_language_model(base.path, mesh, rules)[0] if needs_base else {}
     if config.memory.output_from_base and model.width != base_config.width:
         raise ConfigError(
             f"config.memory.output_from_base: needs config.memory.width ({model.width}) equal to the base's width "
             f"({base_config.width})"
         )
-    # The base's vocabulary may be padded beyond the tokenizer's.
-    kernel_DxV = language_model.output_kernel(frozen)[:, : model.vocab_size] if config.memory.output_from_base else None
-    initialise = functools.partial(memory.init, model, jax.random.key(config.training.seed), kernel_DxV)
-    if start:
-        parameters, model = _started(start, model, mesh, rules)
-        initialise = lambda: parameters  # noqa: E731
+    key, start = jax.random.key(config.training.seed), tuple
+    initialise = functools.partial(memory.init, model, key)
+    if started:
+        model = _started(started, model)
+        initialise = lambda parameters: parameters  # noqa: E731
+        start = lambda: saved.load_memory(started.path, mesh, rules)[:1]  # noqa: E731
+    elif config.memory.output_from_base:
+        # The base's vocabulary may be padded beyond the tokenizer's.
+        initialise = lambda kernel_DxV: memory.init(model, key, kernel_DxV[:, : model.vocab_size])  # noqa: E731
+        start = lambda: (language_model.output_kernel(saved.load_language_model(base.path, mesh, rules)[0]),)  # noqa: E731
 
     source = data.TargetSource(datastore, targets, TokenStream(tokens, "train") if online else None)
     writer = ArtifactWriter.create(path, "memory", settings, inputs, {})
@@ -243,9 +248,10 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
         name=folder,
         folder=writer.path,
         initialise=initialise,
-        frozen=frozen if online else {},
+        frozen=saved.load_language_model(base.path, mesh, rules)[0] if online else {},
         source=source,
         validate=_validation(config, model, mesh, rules),
+        start=start,
     )
     parameters, figures = loop.fit(task, mesh, rules)
     figures["input_block"] = block  # where the memory is to be read from, whatever a later config says

@@ -40,10 +40,10 @@ def state_shardings(mesh: Mesh, abstract_state, parameter_shardings):
 
 
 def initial_state(initialise, optimizer: optax.GradientTransformation):
-    """A function of no arguments that makes the state; jit it with `state_shardings` as out_shardings."""
+    """A function of what `initialise` takes that makes the state; jit it with `state_shardings` as out_shardings."""
 
-    def make():
-        parameters = initialise()
+    def make(*start):
+        parameters = initialise(*start)
         return {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.zeros((), jnp.int32)}
 
     return make
