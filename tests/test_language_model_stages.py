@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ from mlpmem_jax.interop.base import check_fits
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.llama import LlamaConfig
 from mlpmem_jax.models.rotary import Rotary
+from mlpmem_jax.training import continued, controls
 
 MISTRAL = LlamaConfig(
     vocab_size=320,  # more than the tokenizer has, as where a vocabulary was padded
@@ -161,3 +163,32 @@ def test_a_model_that_cannot_read_the_tokens_is_refused(config, changes, context
     check_fits("X", MISTRAL, tokens, MISTRAL.context_length)
     with pytest.raises(ConfigError, match=message):
         check_fits("config.base.path=X", dataclasses.replace(MISTRAL, **changes), tokens, context_length)
+
+
+def test_a_base_that_was_imported_is_trained_on_at_the_best_of_small_rates(config):
+    """Its control takes the settings of the memory's training and not those of a base that is trained here."""
+    own = ml_collections.ConfigDict(config)
+    own.training.update({"steps": 40, "learning_rate": 0.02, "evaluate_every": 40, "optimizer": "muon"})
+    control = controls.continued(own)
+    rates = {float(path.name) for path in pathlib.Path(config.workdir, "controls/continued_rates").iterdir()}
+    assert rates == {1e-5, 3e-5, 1e-4}
+    assert control.config["training"]["optimizer"] == "adamw"
+    assert control.config["training"]["learning_rate"] in rates
+    assert control.config["training"]["batch_sequences"] == config.training.batch_sequences
+    memory = open_artifact(f"{config.workdir}/memory", "memory")
+    assert control.summary["training_flops"] == pytest.approx(memory.summary["training_flops"], rel=0.5)
+    tried = {
+        float(path.name): open_artifact(path, "base").summary["perplexity"]["validation"]
+        for path in pathlib.Path(config.workdir, "controls/continued_rates").iterdir()
+    }
+    assert tried[control.config["training"]["learning_rate"]] == min(tried.values())
+
+
+def test_a_base_that_training_only_harms_is_its_own_control(config, base):
+    own = ml_collections.ConfigDict(config)
+    own.training.update({"steps": 2, "warmup_steps": 0, "optimizer": "adamw", "learning_rate": 10.0})
+    kept = continued.train_on(own, continued.settings_of(own), "harmed", {}, "training")
+    assert kept.summary["step"] == 0
+    mesh = meshes.make_mesh(1, 1, 1, jax.devices()[:1])
+    parameters, _, _ = saved.load_language_model(kept.path, mesh, meshes.RULES)
+    np.testing.assert_array_equal(parameters["lm_head"]["kernel"], base["lm_head"]["kernel"])

@@ -47,6 +47,8 @@ def train_on(
 ) -> Artifact:
     """Trains the finished base on, from its best parameters, with a fresh optimizer and schedule.
 
+    What is kept is the best on validation, the base itself included.
+
     Args:
       config: the whole config.
       settings: of the training on, a group of `configs.default.optimization`.
@@ -80,10 +82,20 @@ def train_on(
     per_step = 3 * flops.language_model_forward(model, length) * settings.batch_sequences * length
     figures["training_flops"] = float(per_step) * figures["steps"]
     tokens = open_artifact(workdir / "tokens", "tokens")
-    figures["perplexity"] = {
-        split: _perplexity(best, model, TokenStream(tokens, split), length, mesh, rules)
-        for split in ("validation", "test")
-    }
+
+    def perplexities(parameters) -> dict[str, float]:
+        return {
+            split: _perplexity(parameters, model, TokenStream(tokens, split), length, mesh, rules)
+            for split in ("validation", "test")
+        }
+
+    figures["perplexity"] = perplexities(best)
+    # Training on may only do harm to a model of a better text; then the base itself is what the same compute gives.
+    before, _, _ = saved.load_language_model(artifact.path, mesh, rules)
+    start = perplexities(before)
+    if start["validation"] <= figures["perplexity"]["validation"]:
+        say(f"{name}: no step was better on validation than the base itself, which is kept")
+        best, figures["step"], figures["perplexity"] = before, 0, start
     saved.seal(writer, model, best, figures)
     return open_artifact(workdir / name, "base")
 

@@ -256,6 +256,6 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     parameters, figures = loop.fit(task, mesh, rules)
     figures["input_block"] = block  # where the memory is to be read from, whatever a later config says
     figures["positions"] = int(figures["steps"] * config.training.batch_sequences * config.base.context_length)
-    figures["training_flops"] = float(np.float64(figures["positions"]) * 3 * flops.memory_forward(model))
+    figures["training_flops"] = float(np.float64(figures["positions"]) * task.flops_per_position)
     saved.seal(writer, model, parameters, figures)
     return open_artifact(path, "memory")
