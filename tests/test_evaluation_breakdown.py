@@ -55,11 +55,11 @@ def test_gains_are_means_over_the_positions_of_a_bin():
 
 def test_an_interval_is_students_over_documents_of_one_size():
     generator = np.random.default_rng(2)
-    gains_CxT = generator.normal(0.2, 1.0, size=(6, 10))
+    gains_UxT = generator.normal(0.2, 1.0, size=(6, 10))
     base_N = np.full(60, -3.0)
     (row,) = breakdown.gains_by(
-        np.zeros(60), (0, 1), base_N, {"s": base_N + gains_CxT.ravel()}, np.arange(60) // 10 + 7, confidence=0.95
+        np.zeros(60), (0, 1), base_N, {"s": base_N + gains_UxT.ravel()}, np.arange(60) // 10 + 7, confidence=0.95
     )
-    of_documents_C = gains_CxT.mean(axis=1)
-    expected = scipy.stats.t.interval(0.95, 5, of_documents_C.mean(), scipy.stats.sem(of_documents_C))
+    of_documents_U = gains_UxT.mean(axis=1)
+    expected = scipy.stats.t.interval(0.95, 5, of_documents_U.mean(), scipy.stats.sem(of_documents_U))
     assert row["interval"]["s"] == pytest.approx(expected)

@@ -14,28 +14,28 @@ def rows(shape):
 
 def test_with_clusters_of_one_size_the_interval_is_students():
     generator = np.random.default_rng(0)
-    base_CxT = -generator.gamma(4.0, size=(7, 5))
-    system_CxT = base_CxT + generator.normal(0.1, 1.0, size=(7, 5))
-    found = intervals.ratio_intervals(base_CxT, {"s": system_CxT}, rows((7, 5)), confidence=0.9)["s"]
-    of_clusters_C = (base_CxT - system_CxT).mean(axis=1)
-    expected = scipy.stats.t.interval(0.9, 6, of_clusters_C.mean(), scipy.stats.sem(of_clusters_C))
+    base_UxT = -generator.gamma(4.0, size=(7, 5))
+    system_UxT = base_UxT + generator.normal(0.1, 1.0, size=(7, 5))
+    found = intervals.ratio_intervals(base_UxT, {"s": system_UxT}, rows((7, 5)), confidence=0.9)["s"]
+    of_clusters_U = (base_UxT - system_UxT).mean(axis=1)
+    expected = scipy.stats.t.interval(0.9, 6, of_clusters_U.mean(), scipy.stats.sem(of_clusters_U))
     assert found == pytest.approx(np.exp(expected).tolist(), rel=1e-12)
 
 
 def test_error_and_freedom_are_those_of_dense_matrices():
     """CR2 and the Satterthwaite degrees of freedom, from their definitions with matrices of all clusters."""
     generator = np.random.default_rng(1)
-    sizes_C = generator.integers(1, 60, size=9).astype(float)
-    sums_C = generator.normal(size=9) * sizes_C
+    sizes_U = generator.integers(1, 60, size=9).astype(float)
+    sums_U = generator.normal(size=9) * sizes_U
     ones = np.ones(9)
-    residual_CxC = np.eye(9) - np.outer(sizes_C, ones) / sizes_C.sum()  # sums to residuals
-    corrections_C = 1 / np.sqrt(1 - sizes_C / sizes_C.sum())
-    to_residuals_CxC = corrections_C[:, None] * residual_CxC / sizes_C.sum()
-    error = np.linalg.norm(to_residuals_CxC @ sums_C)
-    values = np.linalg.eigvalsh(to_residuals_CxC @ np.diag(sizes_C**2) @ to_residuals_CxC.T)
+    residual_UxU = np.eye(9) - np.outer(sizes_U, ones) / sizes_U.sum()  # sums to residuals
+    corrections_U = 1 / np.sqrt(1 - sizes_U / sizes_U.sum())
+    to_residuals_UxU = corrections_U[:, None] * residual_UxU / sizes_U.sum()
+    error = np.linalg.norm(to_residuals_UxU @ sums_U)
+    values = np.linalg.eigvalsh(to_residuals_UxU @ np.diag(sizes_U**2) @ to_residuals_UxU.T)
     freedom = values.sum() ** 2 / (values**2).sum()
-    expected = sums_C.sum() / sizes_C.sum(), error, freedom
-    assert intervals.mean_of_clusters(sums_C, sizes_C) == pytest.approx(expected, rel=1e-10)
+    expected = sums_U.sum() / sizes_U.sum(), error, freedom
+    assert intervals.mean_of_clusters(sums_U, sizes_U) == pytest.approx(expected, rel=1e-10)
     assert freedom < 8
 
 
@@ -45,10 +45,10 @@ def test_95_percent_intervals_cover(clusters, spread):
     """Gains of documents vary, their positions share them, and their lengths differ threefold and more."""
     generator, trials, true_gain, covered = np.random.default_rng(clusters), 3000, 0.05, 0
     for _ in range(trials):
-        sizes_C = np.maximum(10, np.round(200 * np.exp(spread * generator.normal(size=clusters))))
-        gains_C = true_gain + 0.2 * generator.normal(size=clusters)
-        sums_C = sizes_C * gains_C + np.sqrt(sizes_C) * generator.normal(size=clusters)
-        mean, error, freedom = intervals.mean_of_clusters(sums_C, sizes_C)
+        sizes_U = np.maximum(10, np.round(200 * np.exp(spread * generator.normal(size=clusters))))
+        gains_U = true_gain + 0.2 * generator.normal(size=clusters)
+        sums_U = sizes_U * gains_U + np.sqrt(sizes_U) * generator.normal(size=clusters)
+        mean, error, freedom = intervals.mean_of_clusters(sums_U, sizes_U)
         covered += abs(mean - true_gain) <= scipy.stats.t.ppf(0.975, freedom) * error
     assert 0.92 <= covered / trials <= 0.98
 
@@ -56,29 +56,29 @@ def test_95_percent_intervals_cover(clusters, spread):
 def test_single_positions_as_clusters_would_claim_far_too_much_certainty():
     generator, trials, covered = np.random.default_rng(3), 200, 0
     for _ in range(trials):
-        base_CxT = -generator.gamma(4.0, size=(20, 20))
-        system_CxT = base_CxT + 0.05 + 0.3 * (generator.normal(size=(20, 1)) + generator.normal(size=(20, 20)))
-        low, high = intervals.ratio_intervals(base_CxT, {"s": system_CxT}, np.arange(400), confidence=0.95)["s"]
+        base_UxT = -generator.gamma(4.0, size=(20, 20))
+        system_UxT = base_UxT + 0.05 + 0.3 * (generator.normal(size=(20, 1)) + generator.normal(size=(20, 20)))
+        low, high = intervals.ratio_intervals(base_UxT, {"s": system_UxT}, np.arange(400), confidence=0.95)["s"]
         covered += low <= np.exp(-0.05) <= high
     assert covered / trials < 0.6
 
 
 def test_interval_holds_the_ratio_and_widens_with_confidence():
     generator = np.random.default_rng(1)
-    base_CxT = -generator.gamma(4.0, size=(200, 16))
-    better_CxT = base_CxT + 0.1 + 0.05 * generator.normal(size=base_CxT.shape)
-    ratio = np.exp(np.mean(base_CxT) - np.mean(better_CxT))
+    base_UxT = -generator.gamma(4.0, size=(200, 16))
+    better_UxT = base_UxT + 0.1 + 0.05 * generator.normal(size=base_UxT.shape)
+    ratio = np.exp(np.mean(base_UxT) - np.mean(better_UxT))
     narrow, wide = (
-        intervals.ratio_intervals(base_CxT, {"s": better_CxT}, rows((200, 16)), confidence=confidence)["s"]
+        intervals.ratio_intervals(base_UxT, {"s": better_UxT}, rows((200, 16)), confidence=confidence)["s"]
         for confidence in (0.5, 0.99)
     )
     assert wide[0] < narrow[0] < ratio < narrow[1] < wide[1] < 1.0
 
 
 def test_a_constant_factor_has_an_interval_of_one_point():
-    base_CxT = -np.random.default_rng(2).gamma(4.0, size=(50, 8))
-    systems = {"half": base_CxT - np.log(2.0), "same": base_CxT}
-    found = intervals.ratio_intervals(base_CxT, systems, rows((50, 8)), confidence=0.95)
+    base_UxT = -np.random.default_rng(2).gamma(4.0, size=(50, 8))
+    systems = {"half": base_UxT - np.log(2.0), "same": base_UxT}
+    found = intervals.ratio_intervals(base_UxT, systems, rows((50, 8)), confidence=0.95)
     assert found["half"] == pytest.approx([2.0, 2.0], rel=1e-12)
     assert found["same"] == [1.0, 1.0]
 

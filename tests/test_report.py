@@ -51,7 +51,7 @@ def metrics_of(gain, controls=False, records=True):
         "controls_left_out": {},
         "breakdown": {**gains, "counted_tokens": 900},
         "overlap": {"validation": {"13": 0.01, "25": 0.0}, "test": {"13": 0.0234}},
-        "search_curve": [{"leaves_to_search": 16, "candidates": 64, "recall": 0.9, "positions_per_second": 10.0}],
+        "search_curve": [{"leaves_to_search": 16, "reorder": 2.504, "recall": 0.9, "positions_per_second": 10.0}],
         "sharpness": dict.fromkeys(names, shape.summary()),
         "targets": {"backend": "exact", "k": 8, "recall_at_k": 1.0, "temperature": 2.5},
         "counts": {
@@ -96,6 +96,13 @@ def test_a_memory_that_replaced_the_base_is_called_that():
     assert "replaced" not in " ".join(wording.verdict(metrics))
 
 
+def test_test_text_that_repeats_training_text_is_named():
+    metrics = metrics_of(0.1)
+    assert "runs of" not in " ".join(wording.verdict(metrics))
+    metrics["overlap"]["test"]["13"] = 0.14
+    assert "14 % of the test split's words lie in runs of 13 words" in wording.verdict(metrics)[-1]
+
+
 def test_few_documents_are_said_to_say_little():
     metrics = metrics_of(0.1)
     assert "too few" not in " ".join(wording.verdict(metrics))
@@ -117,7 +124,7 @@ def test_page_names_controls_that_were_left_out_and_shows_overlap_search_and_dty
     text = page(metrics)
     assert "left out: /w/controls/continued: was made beside another memory" in text
     assert "<td>2.34 %</td>" in text
-    assert "<td>16</td><td>64</td><td>0.9</td><td>n/a</td><td>10.0</td>" in text
+    assert "<td>16</td><td>2.5</td><td>0.9</td><td>10.0</td>" in text
     assert "scored in float32" in text
 
 

@@ -169,9 +169,9 @@ def _sample(opened: Inputs) -> np.ndarray:
     generator = np.random.default_rng(settings.seed)
     positions = min(settings.sharpness_positions, sequences * length)
     few = min(sequences, -(-_READ_PER_POSITION * positions // length))
-    chosen_C = generator.choice(sequences, few, replace=False)
+    chosen_S = generator.choice(sequences, few, replace=False)
     drawn_N = generator.choice(few * length, positions, replace=False)
-    return np.sort(chosen_C[drawn_N // length] * length + drawn_N % length)
+    return np.sort(chosen_S[drawn_N // length] * length + drawn_N % length)
 
 
 def _widened(distributions_NxV: np.ndarray, vocabulary: int) -> np.ndarray:
@@ -182,13 +182,13 @@ def _widened(distributions_NxV: np.ndarray, vocabulary: int) -> np.ndarray:
 def _hidden(opened: Inputs, base: dict, base_model, positions_N: np.ndarray) -> np.ndarray:
     """The base's final hidden states [N, D] at rising positions of the test split, counted through it."""
     length = opened.sequences("test")[1]
-    chosen_C, places_N = np.unique(positions_N // length, return_inverse=True)
+    chosen_S, places_N = np.unique(positions_N // length, return_inverse=True)
     rows_N = places_N * length + positions_N % length
-    tokens_CxT = np.concatenate([opened.tokens("test", sequence, 1)[0] for sequence in chosen_C.tolist()])
+    tokens_SxT = np.concatenate([opened.tokens("test", sequence, 1)[0] for sequence in chosen_S.tolist()])
     batch = max(1, scoring.chunk_positions(base_model.vocab_size, opened.mesh, opened.rules) // length)
     parts = []
-    for at in range(0, len(chosen_C), batch):
-        tokens_BxT = tokens_CxT[np.minimum(np.arange(at, at + batch), len(chosen_C) - 1)]  # one shape compiles once
+    for at in range(0, len(chosen_S), batch):
+        tokens_BxT = tokens_SxT[np.minimum(np.arange(at, at + batch), len(chosen_S) - 1)]  # one shape compiles once
         hidden_BxTxD = scoring.language_model_hidden(base, base_model, tokens_BxT, **_computed_by(opened))
         begin, end = np.searchsorted(rows_N, [at * length, (at + batch) * length])
         parts.append(hidden_BxTxD.reshape(-1, base_model.width)[rows_N[begin:end] - at * length])

@@ -24,7 +24,7 @@ def clusters_of(documents_SxT: np.ndarray) -> tuple[str, np.ndarray]:
     neighbors still belong together, and sequences are.
 
     Args:
-      documents_SxT: document of every position of S sequences, or the file or article where documents are parts of one.
+      documents_SxT: document of every position of S sequences; the pieces of one file or article are one document.
 
     Returns:
       ("document" or "sequence", int [S, T] cluster of every position, counted from 0).
@@ -73,36 +73,36 @@ def ratio_intervals(
 
 def mean_interval(values_N: np.ndarray, clusters_N: np.ndarray, *, confidence: float) -> list[float]:
     """[low, high] of the mean of values, from two clusters or more, numbered from 0 without gaps."""
-    sums_C = np.bincount(clusters_N, weights=values_N)
-    mean, error, freedom = mean_of_clusters(sums_C, np.bincount(clusters_N).astype(np.float64))
+    sums_U = np.bincount(clusters_N, weights=values_N)
+    mean, error, freedom = mean_of_clusters(sums_U, np.bincount(clusters_N).astype(np.float64))
     reach = float(scipy.stats.t.ppf((1.0 + confidence) / 2.0, freedom)) * error
     return [mean - reach, mean + reach]
 
 
-def mean_of_clusters(sums_C: np.ndarray, sizes_C: np.ndarray) -> tuple[float, float, float]:
-    """Mean over the positions of C clusters, its standard error, and the degrees of freedom of that.
+def mean_of_clusters(sums_U: np.ndarray, sizes_U: np.ndarray) -> tuple[float, float, float]:
+    """Mean over the positions of U clusters, its standard error, and the degrees of freedom of that.
 
     The working model behind the correction: the means of clusters vary alike, whatever their sizes.
 
     Args:
-      sums_C: float64, sum over the positions of each cluster.
-      sizes_C: float64, number of positions of each cluster.
+      sums_U: float64, sum over the positions of each cluster.
+      sizes_U: float64, number of positions of each cluster.
 
     Returns:
       (mean, CR2 standard error, Bell and McCaffrey's degrees of freedom); with equal sizes the last two are the usual
-      standard error of the mean of C clusters, and C - 1.
+      standard error of the mean of U clusters, and U - 1.
     """
-    shares_C = sizes_C / sizes_C.sum()
-    mean = sums_C.sum() / sizes_C.sum()
-    corrections_C = 1.0 / np.sqrt(1.0 - shares_C)
-    residuals_C = corrections_C * (sums_C - mean * sizes_C)
-    error = np.sqrt((residuals_C**2).sum()) / sizes_C.sum()
+    shares_U = sizes_U / sizes_U.sum()
+    mean = sums_U.sum() / sizes_U.sum()
+    corrections_U = 1.0 / np.sqrt(1.0 - shares_U)
+    residuals_U = corrections_U * (sums_U - mean * sizes_U)
+    error = np.sqrt((residuals_U**2).sum()) / sizes_U.sum()
     # The squared error is a quadratic form s' M s of the sums; if cluster c has variance v_c = n_c^2, its degrees of
     # freedom are trace(M V)^2 / trace((M V)^2). M V has the spectrum of diag(d) - b c' - c b' + v c c'.
-    variances_C = shares_C**2
-    d, b, c = corrections_C**2 * variances_C, corrections_C * variances_C, corrections_C * shares_C
-    total, bb, bc, cc = variances_C.sum(), b @ b, b @ c, c @ c
-    diagonal_C = total * c**2 - 2.0 * b * c
-    trace = (d + diagonal_C).sum()
-    squares = (d**2 + 2.0 * d * diagonal_C).sum() + 2.0 * (bb * cc + bc**2) - 4.0 * total * bc * cc + (total * cc) ** 2
+    variances_U = shares_U**2
+    d, b, c = corrections_U**2 * variances_U, corrections_U * variances_U, corrections_U * shares_U
+    total, bb, bc, cc = variances_U.sum(), b @ b, b @ c, c @ c
+    diagonal_U = total * c**2 - 2.0 * b * c
+    trace = (d + diagonal_U).sum()
+    squares = (d**2 + 2.0 * d * diagonal_U).sum() + 2.0 * (bb * cc + bc**2) - 4.0 * total * bc * cc + (total * cc) ** 2
     return float(mean), float(error), float(trace**2 / squares)

@@ -193,8 +193,8 @@ def _overlap_table(overlap: dict[str, dict[str, float]]) -> str:
         (split, *(f"{100 * shares[length]:.2f} %" if length in shares else wording.ABSENT for length in lengths))
         for split, shares in overlap.items()
     ]
-    return "<p>Share of the words that lie in n-grams of words which the training text has as well:</p>" + _table(
-        ("split", *(f"{length}-grams" for length in lengths)), lines
+    return "<p>Share of the words that lie in runs of words which the training text has as well:</p>" + _table(
+        ("split", *(f"runs of {length}" for length in lengths)), lines
     )
 
 
@@ -313,17 +313,20 @@ def _search_table(curve: list[dict]) -> str:
     """Settings of the search that were tried on a sample, and what each reached."""
     names = {
         "leaves_to_search": "leaves searched",
+        "reorder": "candidates a neighbor",
         "candidates": "candidates",
+        "bytes_read": "bytes read",
         "recall": "recall",
         "total_variation": "total variation",
         "positions_per_second": "positions/s",
     }
-    if not curve:
+    columns = {name: words for name, words in names.items() if any(name in row for row in curve)}
+    if not columns:
         return ""
     lines = [
-        [wording.ABSENT if row.get(name) is None else wording.quantity(row[name]) for name in names] for row in curve
+        [wording.ABSENT if row.get(name) is None else wording.quantity(row[name]) for name in columns] for row in curve
     ]
-    return _table(names.values(), lines)
+    return "<p>Searches that were tried on a sample:</p>" + _table(columns.values(), lines)
 
 
 def _stages_section(metrics: dict) -> str:

@@ -14,6 +14,9 @@ _CONTROLS = {
 }
 
 
+_MUCH_OVERLAP = 0.1  # share of words in runs of 13 that training text has too; unrelated texts have less
+
+
 def verdict(metrics: dict) -> list[str]:
     """What the test split shows, sentence by sentence; a gain is claimed only where the interval excludes 1."""
     of, weight = metrics["perplexity"]["test"], metrics["interpolation_weight"]["memory"]
@@ -42,6 +45,11 @@ def verdict(metrics: dict) -> list[str]:
     if (clusters := metrics["interval"]["clusters"]) < FEW_CLUSTERS:
         kind = metrics["interval"]["cluster"]
         sentences.append(f"The test split has only {clusters} {kind}s: too few for intervals to say much.")
+    if (repeated := metrics["overlap"].get("test", {}).get("13", 0.0)) > _MUCH_OVERLAP:
+        sentences.append(
+            f"{percent(repeated)} of the test split's words lie in runs of 13 words that the training text has too: "
+            "part of the gain is copying."
+        )
     return sentences
 
 

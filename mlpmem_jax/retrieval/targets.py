@@ -101,9 +101,7 @@ def _temperature(settings, plan: Plan, datastore: Artifact, key_shards: KeyShard
     for number in range(len(key_shards)):
         found_QxK = find_neighbors(key_shards.open(number), queries, plan, "validation")
         packed_QxK = neighbors.merge(packed_QxK, found_QxK)
-    choice = temperature.choose(
-        *neighbors.unpack(packed_QxK), queries.next_tokens_Q, queries.base_log_probabilities_Q
-    )
+    choice = temperature.choose(*neighbors.unpack(packed_QxK), queries.next_tokens_Q, queries.base_log_probabilities_Q)
     return {"temperature": choice.temperature, "sample_interpolation_weight": choice.interpolation_weight}
 
 
