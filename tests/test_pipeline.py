@@ -127,8 +127,10 @@ def test_online_training_sees_what_offline_training_sees(workdir):
 
 
 def test_report_has_every_promised_figure(workdir):
-    controls.run(small(workdir))
-    _run_stage("evaluate", small(workdir))
+    config = small(workdir)
+    controls.run(config)
+    assert config == small(workdir)  # the report's config is that of the memory, not of a control
+    _run_stage("evaluate", config)
     metrics = json.loads((workdir / "report" / "metrics.json").read_text())
     for split in ("validation", "test"):
         assert set(metrics["perplexity"][split]) >= {"base", "memory", "knn_lm", "augmented"}

@@ -70,7 +70,7 @@ def _best_rate(config: ml_collections.ConfigDict, settings: ml_collections.Confi
 
 def ce_only(config: ml_collections.ConfigDict) -> Artifact:
     """Trains the config's memory again, from the same start, without the distributions."""
-    config = ml_collections.ConfigDict(config)
+    config = config.copy_and_resolve_references()
     config.training.alpha = 0.0
     return memory.train(config, CE_ONLY)
 
