@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import shlex
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Callable
 import ml_collections
 
 from mlpmem_jax import cli
-from mlpmem_jax.core import accelerators
+from mlpmem_jax.core import accelerators, config_files, failures, preflight
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core.errors import ConfigError, UserError
 
@@ -55,15 +54,10 @@ def run(
     arguments: list[str] | None,
 ) -> None:
     """Parses the arguments and exits with what launch(options, overrides) returns, or with 2 and one clear error."""
+    failures.print_anything()
     options, overrides = result.parse_known_args(arguments)
-    strangers = [word for word in overrides if not word.startswith("--config.")]
-    if strangers:
-        result.error(f"unknown option {strangers[0]}")
-    try:
-        sys.exit(launch(options, overrides))
-    except UserError as error:
-        print(f"{result.prog}: error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+    with failures.told(result.prog):
+        sys.exit(launch(options, config_files.joined(overrides)))
 
 
 def read_config(
@@ -75,50 +69,16 @@ def read_config(
       ConfigError: a key is wrong, or the mesh or a batch does not divide over the devices.
     """
     config = cli.read_config(options.config, overrides)
-    sizes = _mesh_sizes(config, devices)
+    sizes = preflight.mesh_sizes(config, devices)
     if sizes["slice"] % slices:
         raise ConfigError(
             f"config.mesh.slice: expected a multiple of --slices={slices}, so that the other axes stay inside a slice, "
             f"found {sizes['slice']}; add --config.mesh.slice={slices}"
         )
-    groups = {"datastore": config.datastore, "training": config.training}
-    if config.base.source == "train":
-        groups["base.training"] = config.base.training
-    _check_batches(groups, _batch_shards(config, sizes), processes)
+    preflight.check_devices(config, devices, processes)
+    if "://" not in config.workdir:  # what is in a bucket the job itself looks at: this machine need not reach it
+        preflight.check_artifacts(config)
     return config
-
-
-def _batch_shards(config: ml_collections.ConfigDict, sizes: dict[str, int]) -> int:
-    axes = configs.mesh_rules(config)["batch"] or ()
-    return math.prod(sizes[axis] for axis in ([axes] if isinstance(axes, str) else axes))
-
-
-def _check_batches(groups: dict[str, ml_collections.ConfigDict], shards: int, processes: int) -> None:
-    wrong = []
-    for name, group in groups.items():
-        unit = math.lcm(shards * group.get("accumulation_steps", 1), processes)
-        if group.batch_sequences % unit:
-            wrong.append(
-                f"config.{name}.batch_sequences: expected a multiple of {unit}, found {group.batch_sequences}; "
-            )
-    if wrong:
-        raise ConfigError(
-            f"{''.join(wrong)}an accumulation step is shared out evenly over {shards} batch shards of "
-            f"the mesh, a whole step over {processes} processes"
-        )
-
-
-def _mesh_sizes(config: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
-    """The size of each mesh axis on so many devices, by the rule of `core.mesh.make_mesh`."""
-    sizes = {axis: config.mesh[axis] for axis in ("slice", "fsdp", "tensor")}
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
-    known = math.prod(size for size in sizes.values() if size != -1)
-    if len(open_axes) > 1 or devices % known or (not open_axes and known != devices):
-        raise ConfigError(
-            f"config.mesh: slice x fsdp x tensor = {' x '.join(map(str, sizes.values()))} does not fit {devices} "
-            "devices; the product must be that number, and one of the sizes may be -1 for all the rest"
-        )
-    return sizes | dict.fromkeys(open_axes, devices // known)
 
 
 def read_tpu_job(

@@ -11,7 +11,7 @@ import ml_collections
 from absl import logging
 
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import config_files, failures, storage
+from mlpmem_jax.core import config_files, failures, preflight, storage
 from mlpmem_jax.core.errors import UserError
 
 STAGES = {
@@ -32,6 +32,8 @@ _OTHER = {
     "import": "read a memory from PyTorch, or targets and datastores from Arrow streams",
     "plan": "memory, time and cost on TPU slices, compiled for them without having them (extra: plan)",
 }
+_READING = ("generate", "benchmark", "export")
+"""Verbs that leave the working directory as it is."""
 _SWEEP = "many models over size, compute and arm -> points.csv; run again, it goes on where it stopped"
 _FIT = "points of a sweep -> scaling laws with intervals, and their picture"
 FORMATS = ("transformers", "reference", "reference-targets", "reference-datastore")
@@ -197,12 +199,16 @@ def _run_stage(name: str, config: ml_collections.ConfigDict):
 
 
 def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    import jax
+
     from mlpmem_jax.core import runtime
 
     logging.set_verbosity(logging.ERROR)  # libraries' notes on their own doings are no news to the user
     runtime.keep_freed_memory()
     if options.verb == "run":
+        preflight.check_devices(config, jax.device_count(), jax.process_count())
         for name in STAGES:
+            preflight.check_artifacts(config)
             _run_stage(name, config)
     elif options.verb in STAGES:
         _run_stage(options.verb, config)
@@ -239,7 +245,7 @@ def _with_config(options: argparse.Namespace, config: ml_collections.ConfigDict)
         return
     from mlpmem_jax.core import runtime
 
-    with runtime.job(config.workdir):
+    with runtime.job(config.workdir, writes=options.verb not in _READING):
         _dispatch(options, config)
 
 

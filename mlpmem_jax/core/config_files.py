@@ -89,7 +89,7 @@ def override(file: str, config: ml_collections.ConfigDict, words: Sequence[str])
     """
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f"{file}: get_config(): expected an ml_collections.ConfigDict, found {type(config).__name__}")
-    words = _joined(words)
+    words = joined(words)
     result = config.copy_and_resolve_references()
     values = flags.FlagValues()
     arguments = ["mlpmem", *words]
@@ -116,7 +116,7 @@ def _key(word: str) -> str:
     return word.removeprefix("--config.").split("=", 1)[0]
 
 
-def _joined(words: Iterable[str]) -> list[str]:
+def joined(words: Iterable[str]) -> list[str]:
     """The overrides, each as one word: a value may stand after a space.
 
     Raises:

@@ -108,6 +108,8 @@ def outside_cause(error: BaseException) -> str | None:
     for each in reversed(chain):
         if isinstance(each, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(each):
             return f"the memory of this machine is not enough ({_first_line(each)}); {_SMALLER}"
+        if "Unable to initialize backend" in str(each):
+            return f"JAX finds no such accelerator: {_first_line(each)}; unset JAX_PLATFORMS, or install what it names"
         if isinstance(each, OSError) and each.errno in _ADVICE and each.filename is not None:
             return f"{_printable(each.filename)}: {os.strerror(each.errno)}; {_ADVICE[each.errno]}"
         for number in _UNMISTAKABLE:

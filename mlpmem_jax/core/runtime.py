@@ -19,6 +19,7 @@ from typing import NoReturn
 import jax
 from etils import epath
 
+from mlpmem_jax.core import failures, lock
 from mlpmem_jax.core.errors import Stopped, UserError
 
 _KEPT = "What was complete is kept: run the same command again, with as many processes as you like"
@@ -51,23 +52,42 @@ def join_job() -> None:
     known = {}
     if address is not None and "JAX_NUM_PROCESSES" in os.environ:
         known = {
-            "num_processes": int(os.environ["JAX_NUM_PROCESSES"]),
-            "process_id": int(os.environ["JAX_PROCESS_ID"]),
+            "num_processes": _whole_number("JAX_NUM_PROCESSES"),
+            "process_id": _whole_number("JAX_PROCESS_ID"),
         }
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         _keep_standard_output_for_python()
-    seconds = int(os.environ.get("MLPMEM_JOIN_SECONDS", "600"))
+    seconds = _whole_number("MLPMEM_JOIN_SECONDS", 600)
     with _explained_abort(
         f"the processes of the job did not all find each other within {seconds} s (MLPMEM_JOIN_SECONDS), at "
         f"{address or 'the address that the cluster gives'}: is process 0 running, and can the others reach it there?"
     ):
-        jax.distributed.initialize(
-            coordinator_address=address,
-            **known,
-            initialization_timeout=seconds,
-            heartbeat_timeout_seconds=int(os.environ.get("MLPMEM_LOST_SECONDS", "60")),
-        )
+        try:
+            jax.distributed.initialize(
+                coordinator_address=address,
+                **known,
+                initialization_timeout=seconds,
+                heartbeat_timeout_seconds=_whole_number("MLPMEM_LOST_SECONDS", 60),
+            )
+        except ValueError as error:  # no cluster that JAX knows
+            raise UserError(
+                f"this process cannot join a job of several: {error}; unset MLPMEM_DISTRIBUTED and "
+                "JAX_COORDINATOR_ADDRESS to work alone, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+                "JAX_PROCESS_ID"
+            ) from error
+
+
+def _whole_number(name: str, default: int | None = None) -> int:
+    """The number in an environment variable.
+
+    Raises:
+      UserError: it is none.
+    """
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name}: expected a whole number, found {text!r}")
+    return int(text)
 
 
 @contextlib.contextmanager
@@ -94,8 +114,8 @@ def _explained_abort(text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def job(workdir: str) -> Iterator[None]:
-    """The work of this process in a job of one or more, for a run in `workdir`.
+def job(workdir: str, writes: bool = True) -> Iterator[None]:
+    """The work of this process in a job of one or more, for a run in `workdir`; where it `writes`, no other job may.
 
     In a job of several, a process that fails says why and ends at once: it does not wait for the others, who may wait
     for it. One that loses another ends with the exit code of `Stopped`; it notices at once where connections are closed
@@ -105,27 +125,38 @@ def job(workdir: str) -> Iterator[None]:
     _keep_compiled(workdir)
     join_job()
     if not jax.distributed.is_initialized():
-        yield
+        with _alone(workdir, writes):
+            yield
         return
     finished = threading.Event()
     watcher = threading.Thread(target=_end_when_asked, args=(finished,), daemon=True)
     watcher.start()
     with _explained_abort(_LOST):
         try:
-            yield
+            with _alone(workdir, writes):
+                yield
         except UserError as error:
             _end(str(error), error.exit_code)
         except Exception as error:
             if any(sign in str(error) for sign in _SIGNS_OF_LOSS):
                 _end(f"{_LOST} ({str(error).splitlines()[0][:200]})", Stopped.exit_code)
+            if (text := failures.outside_cause(error)) is not None:
+                _end(text, UserError.exit_code)
             traceback.print_exc()
-            _end("an error of the program, above", 1)
+            _end(failures.bug(), failures.BUG)
         finished.set()
         watcher.join()
 
 
+def _alone(workdir: str, writes: bool) -> contextlib.AbstractContextManager:
+    """No other job works in the directory: its first process speaks for all of them."""
+    is_first = not jax.distributed.is_initialized() or jax.process_index() == 0
+    return lock.held(workdir) if writes and is_first else contextlib.nullcontext()
+
+
 def _end(text: str, code: int, lingers: bool = False) -> NoReturn:
     _ending.acquire()
+    lock.release_all()
     print(f"mlpmem: error: {text}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -289,7 +320,9 @@ def measured_stage(workdir: str, stage: str) -> Iterator[None]:
     finally:
         if jax.process_index() == 0:
             record = {"stage": stage, "seconds": time.perf_counter() - start, "peak_rss_bytes": peak_rss_bytes()}
-            file = epath.Path(workdir) / STAGES_FILE
-            file.parent.mkdir(parents=True, exist_ok=True)
-            before = file.read_text() if file.exists() else ""
-            file.write_text(before + json.dumps(record) + "\n")
+            # What the stage itself has to tell is more than that this record found no room.
+            with contextlib.suppress(OSError):
+                file = epath.Path(workdir) / STAGES_FILE
+                file.parent.mkdir(parents=True, exist_ok=True)
+                before = file.read_text() if file.exists() else ""
+                file.write_text(before + json.dumps(record) + "\n")

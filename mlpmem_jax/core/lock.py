@@ -1,0 +1,174 @@
+"""One process at a time works in a working directory: the file lock.json says which.
+
+The file is written and removed by conditional writes of TensorStore, so that it works on local disks, on network file
+systems without locks of their own, and in buckets. Its holder writes it anew every few seconds. Whoever finds it there
+tells a holder that lives from one that died by the process's start, on the same machine, and elsewhere by whether the
+file still changes: clocks are not compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import tensorstore as ts
+
+from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.manifests import absolute
+from mlpmem_jax.core.progress import say
+
+FILE = "lock.json"
+_BEAT_SECONDS = 10.0  # between two writes of the holder; a bucket takes one a second at most
+_SILENT_SECONDS = 60.0  # a holder on another machine that has not written for so long is dead
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """A process that works in the directory.
+
+    Attributes:
+      host: name of its machine.
+      pid: its number there.
+      since: local time at which it began, with the offset to UTC.
+      space: what its number is unique in: the start of the machine, and the container.
+      started: what tells it from a later process of the same number.
+    """
+
+    host: str
+    pid: int
+    since: str
+    space: str
+    started: str
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        return cls(socket.gethostname(), os.getpid(), since, _space(), _started(os.getpid()))
+
+    @property
+    def is_dead(self) -> bool | None:
+        """Whether it has ended; None where this process cannot tell."""
+        if not self.space or self.space != _space():
+            return None
+        return _started(self.pid) != self.started
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+def _space() -> str:
+    """ "" where the system does not tell (it is Linux that does)."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """Clock ticks from the start of the machine to that of a process; "" where there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]  # a zombie works no more
+
+
+class _Lock:
+    """The file of one working directory."""
+
+    def __init__(self, workdir: str):
+        self._path = absolute(workdir)
+        spec = f"{self._path}/" if "://" in self._path else {"driver": "file", "path": f"{self._path}/"}
+        self._store = ts.KvStore.open(spec).result()
+        self._holder = Holder.this_process()
+        self._generation = b""
+
+    def read(self) -> tuple[Holder | None, bytes]:
+        """Who holds it, and the generation of the file."""
+        found = self._store.read(FILE).result()
+        try:
+            holder = Holder(**json.loads(found.value)["holder"]) if found.state == "value" else None
+        except (ValueError, KeyError, TypeError):
+            holder = None  # half a file, or another program's
+        return holder, found.stamp.generation
+
+    def write(self, generation: bytes, remove: bool = False) -> bool:
+        """Writes this process into the file of this generation, or removes it; False where it no longer is that."""
+        content = None if remove else json.dumps({"holder": dataclasses.asdict(self._holder), "at": time.time()})
+        self._generation = self._store.write(FILE, content, if_equal=generation).result().generation
+        return bool(self._generation)
+
+    def take(self) -> None:
+        """Waits where it must, and writes this process into the file.
+
+        Raises:
+          UserError: another process works in the directory.
+        """
+        holder, generation = self.read()
+        if holder is not None and holder.is_dead is None:
+            say(f"{self._path}: looking for up to {_SILENT_SECONDS:.0f} s whether {holder}, still works there")
+            end = time.monotonic() + _SILENT_SECONDS
+            while time.monotonic() < end and self.read()[1] == generation:
+                time.sleep(_BEAT_SECONDS / 5)
+        if (holder is not None and holder.is_dead is False) or not self.write(generation):
+            raise UserError(
+                f"{self._path}: {self.read()[0] or 'another process'}, works there; wait for it, stop it, or choose "
+                "another config.workdir"
+            )
+
+    def keep(self, finished: threading.Event) -> None:
+        """Writes the file anew until finished; ends this process where another has taken the directory from it."""
+        while not finished.wait(_BEAT_SECONDS):
+            with contextlib.suppress(ValueError, OSError):  # a full disk is the work's to tell
+                if not self.write(self._generation):
+                    print(f"mlpmem: error: {self._path}: taken over by {self.read()[0]}", file=sys.stderr, flush=True)
+                    os._exit(UserError.exit_code)
+
+    def release(self) -> None:
+        with contextlib.suppress(ValueError, OSError):
+            self.write(self._generation, remove=True)
+
+
+_held: list[_Lock] = []
+
+
+@contextlib.contextmanager
+def held(workdir: str) -> Iterator[None]:
+    """While inside, no other process works in the directory. Where nothing can be written, nothing is locked.
+
+    Raises:
+      UserError: another process works there; says which.
+    """
+    try:
+        lock = _Lock(workdir)
+        lock.take()
+    except (ValueError, OSError):  # read-only: finished artifacts can be used by many at once
+        yield
+        return
+    finished = threading.Event()
+    keeper = threading.Thread(target=lock.keep, args=(finished,), daemon=True)
+    keeper.start()
+    _held.append(lock)
+    try:
+        yield
+    finally:
+        finished.set()
+        keeper.join()
+        _held.remove(lock)
+        lock.release()
+
+
+def release_all() -> None:
+    """For who ends this process at once, past every `finally`."""
+    for lock in _held:
+        lock.release()

@@ -1,0 +1,89 @@
+"""What config, devices and finished artifacts contradict is told before any compute, by `run` and by launchers."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import smoke
+from launch import job
+from mlpmem_jax import cli
+from mlpmem_jax.core import preflight
+from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
+from mlpmem_jax.core.errors import ConfigError
+
+TOKENS = 6401  # 100 sequences of 64 positions, and the last target
+
+
+def write_tokens(workdir, documents=5):
+    spec = ArraySpec((1, 8192), "uint16", 1, (1, 4096))
+    writer = ArtifactWriter.create(workdir / "tokens", "tokens", {}, {}, {"train": spec})
+    writer.write_shard(0, {"train": np.arange(TOKENS)[None] % 1000})
+    writer.seal({"documents": {"train": documents}, "vocab_size": 1000})
+
+
+def write_base(workdir, width):
+    ArtifactWriter.create(workdir / "base", "base", {}, {}, {}).seal({"model": {"width": width}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "documents", "message"),
+    [
+        ({"targets.k": 6400}, 5, r"config.targets.k: 6400 neighbors, .* 6,400 positions in 100 sequences"),
+        ({"targets.exclude": "document"}, 1, r"config.targets.exclude: .* single document"),
+        ({"training.batch_sequences": 104}, 5, r"config.training.batch_sequences: 104 sequences in a step"),
+        ({"training.steps": 0}, 5, r"config.training.warmup_steps: 50 .* none of the 12 steps of .*epochs=1.0"),
+        (
+            {"base.training.steps": 0, "base.training.epochs": 0.01},
+            5,
+            r"config.base.training.warmup_steps: .* the 0 steps",
+        ),
+        (
+            {"base.source": "huggingface", "base.path": "x", "memory.output_from_base": True},
+            5,
+            r"config.memory.output_from_base: needs config.memory.width \(64\) .* width \(48\)",
+        ),
+        (
+            {"base.source": "huggingface", "base.path": "x", "targets.search_dimensions": 48},
+            5,
+            r"config.targets.search_dimensions: expected fewer than the 48 dimensions",
+        ),
+    ],
+)
+def test_artifacts_that_the_config_contradicts(tmp_path, changes, documents, message):
+    write_tokens(tmp_path, documents)
+    write_base(tmp_path, 48)
+    config = smoke.get_config()
+    config.workdir = str(tmp_path)
+    preflight.check_artifacts(config)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=message):
+        preflight.check_artifacts(config)
+
+
+def test_an_empty_workdir_contradicts_nothing(tmp_path):
+    config = smoke.get_config()
+    config.workdir = str(tmp_path / "none")
+    preflight.check_artifacts(config)
+
+
+def test_run_and_launchers_ask_before_the_first_stage(tmp_path, monkeypatch, capsys):
+    write_tokens(tmp_path)
+    words = ["--config=configs/smoke.py", f"--config.workdir={tmp_path}", "--config.targets.k=7000"]
+    for stage in cli.STAGES:
+        monkeypatch.setattr(f"{cli.STAGES[stage][0]}.run", lambda config: pytest.fail("a stage ran"))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["run", *words])
+    assert "config.targets.k: 7000 neighbors" in capsys.readouterr().err
+    parser = job.parser("local", "", "")
+    with pytest.raises(ConfigError, match=r"config.targets.k: 7000"):
+        job.read_config(parser.parse_args(words[:1]), words[1:], 1, 1)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["run", *words[:2], "--config.training.batch_sequences=12"])  # on eight devices
+    assert "config.training.batch_sequences: expected a multiple of 8, found 12" in capsys.readouterr().err
+
+
+def test_launchers_need_no_accelerator_runtime():
+    code = "import sys, launch.local, launch.jobset; sys.exit(bool({'jax', 'tensorstore', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
