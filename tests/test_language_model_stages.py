@@ -6,7 +6,6 @@ import json
 import pathlib
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 
@@ -22,7 +21,7 @@ from mlpmem_jax.interop.base import check_fits
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.llama import LlamaConfig
 from mlpmem_jax.models.rotary import Rotary
-from mlpmem_jax.training import continued, controls
+from mlpmem_jax.training import continued, controls, memory
 
 MISTRAL = LlamaConfig(
     vocab_size=320,  # more than the tokenizer has, as where a vocabulary was padded
@@ -167,7 +166,7 @@ def test_a_model_that_cannot_read_the_tokens_is_refused(config, changes, context
 
 def test_a_base_that_was_imported_is_trained_on_at_the_best_of_small_rates(config):
     """Its control takes the settings of the memory's training and not those of a base that is trained here."""
-    own = ml_collections.ConfigDict(config)
+    own = config.copy_and_resolve_references()
     own.training.update({"steps": 40, "learning_rate": 0.02, "evaluate_every": 40, "optimizer": "muon"})
     control = controls.continued(own)
     rates = {float(path.name) for path in pathlib.Path(config.workdir, "controls/continued_rates").iterdir()}
@@ -175,8 +174,8 @@ def test_a_base_that_was_imported_is_trained_on_at_the_best_of_small_rates(confi
     assert control.config["training"]["optimizer"] == "adamw"
     assert control.config["training"]["learning_rate"] in rates
     assert control.config["training"]["batch_sequences"] == config.training.batch_sequences
-    memory = open_artifact(f"{config.workdir}/memory", "memory")
-    assert control.summary["training_flops"] == pytest.approx(memory.summary["training_flops"], rel=0.5)
+    trained = open_artifact(f"{config.workdir}/memory", "memory")
+    assert control.summary["training_flops"] == pytest.approx(trained.summary["training_flops"], rel=0.5)
     tried = {
         float(path.name): open_artifact(path, "base").summary["perplexity"]["validation"]
         for path in pathlib.Path(config.workdir, "controls/continued_rates").iterdir()
@@ -185,10 +184,21 @@ def test_a_base_that_was_imported_is_trained_on_at_the_best_of_small_rates(confi
 
 
 def test_a_base_that_training_only_harms_is_its_own_control(config, base):
-    own = ml_collections.ConfigDict(config)
+    own = config.copy_and_resolve_references()
     own.training.update({"steps": 2, "warmup_steps": 0, "optimizer": "adamw", "learning_rate": 10.0})
     kept = continued.train_on(own, continued.settings_of(own), "harmed", {}, "training")
     assert kept.summary["step"] == 0
     mesh = meshes.make_mesh(1, 1, 1, jax.devices()[:1])
     parameters, _, _ = saved.load_language_model(kept.path, mesh, meshes.RULES)
     np.testing.assert_array_equal(parameters["lm_head"]["kernel"], base["lm_head"]["kernel"])
+
+
+def test_what_saves_memory_or_time_may_change_when_a_training_resumes(config):
+    own = config.copy_and_resolve_references()
+    own.training.update({"remat": True, "loss_chunk": 64, "accumulation_steps": 2})
+    own.training.update({"checkpoint_every": 7, "evaluate_every": 9})
+    trained = open_artifact(f"{config.workdir}/memory", "memory")
+    assert memory.run(own).fingerprint == trained.fingerprint
+    own.training.alpha = 0.7
+    with pytest.raises(ArtifactError, match=r"training.alpha: 0.4 there, 0.7 now"):
+        memory.run(own)

@@ -18,12 +18,14 @@ AXES = {
     "embedding": ("vocab", "embed"),
     "h": {"kernel": ("layers", "embed", "mlp"), "bias": ("layers", "mlp"), "out": ("layers", "mlp", "embed")},
     "attention": ("layers", "embed", None, "heads", None),
+    "queries": {"bias": ("layers", None, "heads", None)},
     "scale": (None,),
 }
 SHAPES = {
     "embedding": (7, 4),
     "h": {"kernel": (3, 4, 6), "bias": (3, 6), "out": (3, 6, 4)},
     "attention": (2, 4, 3, 2, 2),
+    "queries": {"bias": (2, 3, 2, 2)},
     "scale": (4,),
 }
 
@@ -120,6 +122,7 @@ def test_adamw_equals_numpy_and_spares_norms_and_biases_the_decay():
     parameters, gradients = random_tree(0), [random_tree(seed) for seed in (1, 2, 3)]
     rates = [0.1 * 0 / 2, 0.1 * 1 / 2, 0.1]
     decay = {"embedding": 0.2, "h": {"kernel": 0.2, "bias": 0.0, "out": 0.2}, "attention": 0.2, "scale": 0.0}
+    decay["queries"] = {"bias": 0.0}
     expected = jax.tree.map(
         lambda decay, parameter, *steps: numpy_adam(steps, parameter, rates, 0.9, 0.95, decay),
         decay,

@@ -25,7 +25,7 @@ from mlpmem_jax.models import flops
 from mlpmem_jax.retrieval.datastore import SPLITS
 from mlpmem_jax.scaling import budgets
 from mlpmem_jax.scaling.sweep import Sweep
-from mlpmem_jax.training import continued
+from mlpmem_jax.training import continued, loop
 
 SHARED = ("tokens", "base", "datastore", "targets")
 _VERBS = {"augmented": "run", "continued": "continued"}
@@ -76,7 +76,7 @@ class Unit:
             return json.loads(report.read_text())["config"] == configs.plain(self.config)
         if self.verb == "continued":
             found = manifests.read_manifest(str(workdir / continued.FOLDER))
-            kept = configs.plain(continued.settings_of(self.config))
+            kept = loop.origin(continued.settings_of(self.config))
             return found is not None and found["sealed"] and found["config"] == {"training": kept}
         made = (manifests.read_manifest(str(workdir / folder)) for folder in _products(self.verb, self.config))
         return all(found is not None and found["sealed"] for found in made)

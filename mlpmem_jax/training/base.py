@@ -107,7 +107,8 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     """
     path = epath.Path(config.workdir) / "base"
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
-    settings, inputs = configs.plain(config.base), {"tokens": tokens.fingerprint}
+    settings = {**configs.plain(config.base), "training": loop.origin(config.base.training)}
+    inputs = {"tokens": tokens.fingerprint}
     if finished := find_finished(path, "base", settings, inputs):
         say("base: finished already")
         return finished

@@ -9,7 +9,6 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.progress import say
@@ -17,7 +16,7 @@ from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.models import flops, saved
 from mlpmem_jax.models.interpolation import perplexity
 from mlpmem_jax.models.scoring import language_model_log_probabilities
-from mlpmem_jax.training import base
+from mlpmem_jax.training import base, loop
 
 FOLDER = "continued"
 _SEQUENCES_AT_ONCE = 1024
@@ -63,7 +62,7 @@ def train_on(
     mesh, rules = meshes.mesh_of(config)
     artifact = open_artifact(workdir / "base", "base")
     model = saved.language_model_config(artifact)
-    kept, inputs = {"training": configs.plain(settings)}, {"base": artifact.fingerprint, **inputs}
+    kept, inputs = {"training": loop.origin(settings)}, {"base": artifact.fingerprint, **inputs}
     if finished := find_finished(workdir / name, "base", kept, inputs):
         say(f"{name}: finished already")
         return finished

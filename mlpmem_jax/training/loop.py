@@ -16,6 +16,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import runtime
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
@@ -32,6 +33,15 @@ from mlpmem_jax.training.optimizer import (
 from mlpmem_jax.training.state import METRIC, Checkpoints, initial_state, state_shardings
 
 _LOG_EVERY = 20  # steps between records of the training loss
+_SAVES_MEMORY_OR_TIME = ("accumulation_steps", "remat", "loss_chunk", "checkpoint_every", "evaluate_every")
+
+
+def origin(settings: ml_collections.ConfigDict) -> dict:
+    """The settings of a training that its parameters follow from, as manifests keep them.
+
+    The others save memory or time: a run that did not fit resumes with others.
+    """
+    return {key: value for key, value in configs.plain(settings).items() if key not in _SAVES_MEMORY_OR_TIME}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -200,7 +200,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
         )
 
     path = workdir / folder
-    settings = {"memory": configs.plain(config.memory), "training": configs.plain(config.training)}
+    settings = {"memory": configs.plain(config.memory), "training": loop.origin(config.training)}
     inputs = {"base": base.fingerprint, "datastore": datastore.fingerprint, "targets": targets.fingerprint}
     start = settings["training"].pop("start")  # what lies there counts, not where it lies
     started = open_artifact(start, "memory") if start else None

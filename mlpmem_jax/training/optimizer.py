@@ -64,7 +64,7 @@ def make_optimizer(settings: ml_collections.ConfigDict, total_steps: int, logica
             b1=settings.beta1,
             b2=settings.beta2,
             weight_decay=settings.weight_decay,
-            mask=_map_axes(lambda axes: len([axis for axis in axes if axis != "layers"]) > 1, logical_axes),
+            mask=_decayed(logical_axes),
         )
     elif settings.optimizer == "muon":
         optimizer = muon(
@@ -78,6 +78,15 @@ def make_optimizer(settings: ml_collections.ConfigDict, total_steps: int, logica
     else:
         raise ConfigError(f"optimizer: expected 'adamw' or 'muon', found {settings.optimizer!r}")
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer) if settings.clip_norm else optimizer
+
+
+def _decayed(logical_axes):
+    """Which parameters decay: by name, since biases of heads have as many axes as matrices."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, axes: path[-1].key not in ("bias", "scale"),
+        logical_axes,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
 
 
 def _map_axes(function: Callable, logical_axes):
