@@ -322,7 +322,7 @@ def test_a_stopwatch_gives_every_second_to_one_phase(monkeypatch):
     assert watch.spent("steps", "input wait") == 7.0
 
 
-@pytest.mark.parametrize("mesh", ["2x1", "1x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("2x1", marks=pytest.mark.slow), "1x2"])
 def test_what_training_starts_from_may_span_processes(tmp_path, mesh):
     """The memory's output projection from the base, and the controls, which train the base itself on.
 

@@ -111,6 +111,7 @@ def test_runs_that_cannot_tell_the_coefficients_apart():
     assert "above 1" in chinchilla.absent(below_one)
 
 
+@pytest.mark.slow
 def test_intervals_of_chinchilla_cover_the_truth():
     sweeps, covered = 25, dict.fromkeys(LAW, 0)
     for sweep in range(sweeps):

@@ -31,8 +31,8 @@ SWEEP = """
         points = []
         for width in (16, 32):
             size = {{"base.width": width, "memory.width": width}}
-            still = {{"training.learning_rate": 0.0}} if width == 16 else {{}}
-            points.append(point(f"w{{width}}-continued", "continued", 1e8, overrides=size | still))
+            rate = {{"training.learning_rate": 0.0 if width == 16 else 0.003}}
+            points.append(point(f"w{{width}}-continued", "continued", 1e8, overrides=size | rate))
             points.append(point(f"w{{width}}-augmented", "augmented", 1e8, overrides=size))
         return {{"config": config, "counted": "training", "positions": 0, "points": points}}
 """
