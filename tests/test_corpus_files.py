@@ -5,6 +5,8 @@ import lzma
 import os
 import random
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 from etils import epath
@@ -43,10 +45,8 @@ def read_all(path, **changes) -> list[str]:
 
 
 def parquet_bytes(rows) -> bytes:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     sink = pyarrow.BufferOutputStream()
-    parquet.write_table(rows if isinstance(rows, pyarrow.Table) else pyarrow.table(rows), sink)
+    pyarrow.parquet.write_table(rows if isinstance(rows, pyarrow.Table) else pyarrow.table(rows), sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -138,8 +138,6 @@ def test_the_inputs_change_with_the_files(tmp_path):
     ],
 )
 def test_damaged_input_names_the_file(tmp_path, name, content, words):
-    if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         read_all(tmp_path)
@@ -225,7 +223,6 @@ NESTED = [
 )
 def test_nested_and_joined_fields(tmp_path, kind, text_key, texts):
     if kind == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
         content = parquet_bytes(pyarrow.Table.from_pylist(NESTED))
     else:
         content = "".join(json.dumps(row) + "\n" for row in NESTED).encode()
@@ -375,7 +372,6 @@ def test_json_that_is_nested_too_deeply_is_named(tmp_path):
 
 
 def test_kinds_of_parquet_text(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
     array = pyarrow.array([*TEXTS, None])
     for index, column in enumerate((array.dictionary_encode(), array.cast("large_string"), array.cast("string_view"))):
         (tmp_path / f"{index}.parquet").write_bytes(parquet_bytes({"text": column}))

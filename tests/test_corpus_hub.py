@@ -10,7 +10,8 @@ from mlpmem_jax.corpus import hub
 
 @pytest.fixture
 def datasets(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets  # slow to import
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     datasets.disable_progress_bars()
     return datasets

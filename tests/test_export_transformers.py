@@ -6,6 +6,8 @@ import pathlib
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from interop_data import INPUT_BLOCK, MODELS, VOCABULARY, WEIGHT, WIDTH, write_workdir
 
 from mlpmem_jax.core.errors import UserError
@@ -13,9 +15,6 @@ from mlpmem_jax.inference.decoding import Models, Parameters, prepare
 from mlpmem_jax.inference.generate import generate
 from mlpmem_jax.interop import export_model
 from mlpmem_jax.models import memory
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 TOKENS = np.random.default_rng(3).integers(1, VOCABULARY, (2, 24))
 PROMPTS = [[5, 9, 30], [44, 2, 17, 8, 51, 23, 3, 60], [12]]

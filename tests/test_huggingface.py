@@ -12,6 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
+import transformers
 
 from launch import local
 from mlpmem_jax.core.errors import ConfigError, UserError
@@ -60,8 +62,6 @@ def load(source):
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
 def test_logits_equal_those_of_transformers(tmp_path, max_shard_size):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=61, n_positions=24, n_embd=16, n_layer=3, n_head=2)

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
+import transformers
 from etils import epath
 from interop_data import GPT2, MODELS, VOCABULARY, WEIGHT, WIDTH, config_for, write_base, write_tokens, write_workdir
 
@@ -15,8 +17,6 @@ from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.interop import export_model, import_model
 from mlpmem_jax.models import memory, saved
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 nn = torch.nn
 
 # The classes of the reference, from the table of their tensors: nothing here knows of the package.

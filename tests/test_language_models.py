@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
+import transformers
 
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import UserError
@@ -20,9 +22,6 @@ from mlpmem_jax.inference import decoding
 from mlpmem_jax.inference.decoding import Models, Parameters, prepare
 from mlpmem_jax.interop import huggingface
 from mlpmem_jax.models import language_model
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 LLAMA = {
     "vocab_size": 128,

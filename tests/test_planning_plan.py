@@ -22,7 +22,6 @@ from mlpmem_jax.planning.roofline import Roofline
 from mlpmem_jax.training import benchmark, data
 
 ROOT = pathlib.Path(__file__).parents[1]
-NO_LIBTPU = "the compiler for TPUs is not here: pip install 'mlpmem_jax[plan]'"
 
 
 def small_config():
@@ -187,7 +186,6 @@ def test_stages_do_not_wait_for_a_tpu_that_is_not_there(monkeypatch, installed, 
 
 
 def test_only_the_axis_slice_runs_between_tpu_slices():
-    pytest.importorskip("libtpu", reason=NO_LIBTPU)
     devices = compilation.devices(resolve("v5e:4x4"), 2)
     mesh = meshes.make_mesh(4, -1, 4, devices)  # cuts each TPU slice in two
     for part in mesh.devices:
@@ -197,7 +195,6 @@ def test_only_the_axis_slice_runs_between_tpu_slices():
 
 
 def test_a_real_compilation_for_tpus(tmp_path):
-    pytest.importorskip("libtpu", reason=NO_LIBTPU)
     command = [sys.executable, "-m", "mlpmem_jax.cli", "plan", "--quiet", "--config=configs/quickstart.py"]
     command += ["--topology=v5e:2x4", f"--json={tmp_path / 'plan.json'}", "--config.training.batch_sequences=32"]
     # Muon's own matrix products are none of the model's, and whole parameters need no gathering.

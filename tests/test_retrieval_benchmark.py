@@ -22,7 +22,6 @@ def test_rows_of_own_and_of_stored_keys(tmp_path, monkeypatch):
 
 
 def test_the_references_way_finds_neighbors(monkeypatch):
-    pytest.importorskip("faiss")
     monkeypatch.setattr(benchmark, "POSITIONS", 100)
     monkeypatch.setattr(benchmark, "RECALL_POSITIONS", 50)
     keys = benchmark.clustered_keys(3000, 64)

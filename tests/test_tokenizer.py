@@ -118,6 +118,5 @@ def test_what_is_not_a_tokenizer_is_refused(tmp_path, content):
 def test_absent_tokenizers_are_named(tmp_path):
     with pytest.raises(UserError, match="absent does not exist"):
         tokenizer.load(config_of("file", tmp_path / "absent"))
-    pytest.importorskip("huggingface_hub")
     with pytest.raises(UserError, match=r"config\.tokenizer\.path: 'no-such/name' could not be loaded"):
         tokenizer.load(config_of("hub", "no-such/name"))

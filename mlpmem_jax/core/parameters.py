@@ -7,8 +7,8 @@ import hashlib
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from etils import epath
 
+from mlpmem_jax.core import storage
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.errors import ArtifactError
 
@@ -40,7 +40,7 @@ def fingerprint(parameters) -> str:
 
 def write(path, parameters) -> None:
     """Writes float32 parameters into the artifact's folder; each process writes its own shards."""
-    folder = epath.Path(path) / _FOLDER
+    folder = storage.literal(path) / _FOLDER
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, parameters, force=True)
 
@@ -59,7 +59,7 @@ def read(artifact: Artifact, abstract, shardings):
     wanted = jax.tree.map(
         lambda array, placed: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed), abstract, shardings
     )
-    folder = epath.Path(artifact.path) / _FOLDER
+    folder = storage.literal(artifact.path) / _FOLDER
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             parameters = checkpointer.restore(folder, wanted)

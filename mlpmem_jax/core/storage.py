@@ -1,6 +1,12 @@
-"""Object storage. TensorStore reads and writes buckets by itself; all small files go through etils.epath, by fsspec."""
+"""Places: object storage, and folders whose names have brackets.
+
+TensorStore reads and writes buckets by itself; all small files go through etils.epath, by fsspec.
+"""
 
 from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
 
 from mlpmem_jax.core.errors import UserError, require
 
@@ -34,3 +40,23 @@ def prepare(*places: str) -> None:
 
         # A folder that was listed once would not change: TensorStore and other processes write into it as well.
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+
+
+def literal(path):
+    """The path as libraries take it that look for files by pattern in it: none of its own characters is one.
+
+    etils joins path and pattern before it looks, so that Orbax finds nothing in a folder named `x[y]`, writes
+    checkpoints without their index there, and says so in its log alone.
+    """
+    from etils import epath
+
+    path = epath.Path(path)
+    if "://" in str(path):  # fsspec's object stores; the names of buckets and their folders rarely have brackets
+        return path
+
+    class Literal(type(path)):
+        def glob(self, pattern: str) -> Iterator[Literal]:
+            for name in glob.glob(pattern, root_dir=self):
+                yield self / name
+
+    return Literal(path)

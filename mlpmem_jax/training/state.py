@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
+
+from mlpmem_jax.core import storage
 
 METRIC = "perplexity"
 """Validation metric that decides which checkpoint is best; lower is better."""
@@ -65,7 +66,7 @@ class Checkpoints:
             ]
         )
         self._manager = ocp.CheckpointManager(
-            epath.Path(folder) / "checkpoints",
+            storage.literal(folder) / "checkpoints",
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 best_fn=lambda metrics: metrics[METRIC],
