@@ -19,7 +19,7 @@ from retrieval_data import (
 )
 
 from mlpmem_jax.core.artifacts import ArtifactWriter
-from mlpmem_jax.core.errors import ArtifactError, ConfigError
+from mlpmem_jax.core.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.retrieval import scann_index, targets, temperature
 from mlpmem_jax.retrieval.tiles import Split
 
@@ -126,7 +126,7 @@ def test_key_shards_smaller_than_k(workdir, backend):
 
 
 def test_a_backend_that_is_not_there_is_refused_or_replaced(monkeypatch):
-    monkeypatch.setattr(scann_index, "is_available", lambda: False)
+    monkeypatch.setattr(scann_index, "unavailable", lambda: "is not installed")
     assert targets.resolve_backend("auto") == "exact"
     with pytest.raises(ConfigError, match="'scann' is not installed"):
         targets.resolve_backend("scann")
@@ -294,3 +294,26 @@ def test_two_processes_search_one_mesh_of_devices(tmp_path):
             assert set(row) <= set(truth)
             for token, probability in truth.items():
                 assert row.get(token, 0) == pytest.approx(probability, rel=2e-3, abs=1e-4)
+
+
+def test_scann_that_cannot_be_imported_is_told(monkeypatch):
+    def broken():
+        raise ImportError("libscann.so: undefined symbol")
+
+    monkeypatch.setattr(scann_index, "_scann", broken)
+    scann_index.unavailable.cache_clear()
+    try:
+        assert targets.resolve_backend("auto") == "exact"
+        with pytest.raises(ConfigError, match=r"cannot be imported .*undefined symbol|is not installed"):
+            targets.resolve_backend("scann")
+    finally:
+        scann_index.unavailable.cache_clear()
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-40}, {"minimum_probability": 1.0}])
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+def test_distributions_that_are_empty_or_not_finite_are_not_sealed(workdir, settings):
+    folder, _ = workdir
+    with pytest.raises(UserError, match="targets/train: the distributions of shard 0 are empty or not finite; set"):
+        targets.run(config_for(folder, backend="exact", **settings))
+    assert not (folder / "targets" / "train" / "shards" / "000000.json").exists()

@@ -16,6 +16,7 @@ one thread trains. Searches may use any number.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -43,9 +44,21 @@ _ROWS_PER_CALL = 256
 _RETRIED_NEIGHBORS = 1 << 22  # of one call: 32 MiB of ids and distances
 
 
+@functools.cache
+def unavailable() -> str:
+    """Why ScaNN cannot be used, "" where it can; its wheels are for Linux on x86-64 alone."""
+    if importlib.util.find_spec("scann") is None:
+        return "is not installed (its wheels are for Linux on x86-64)"
+    try:
+        _scann()
+    except Exception as error:  # a native library that does not fit raises what it likes
+        return f"is installed but cannot be imported ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    return ""
+
+
 def is_available() -> bool:
-    """Whether ScaNN is installed; its wheels are for Linux on x86-64 alone."""
-    return importlib.util.find_spec("scann") is not None
+    """Whether ScaNN is installed and can be imported."""
+    return not unavailable()
 
 
 @dataclasses.dataclass(frozen=True)

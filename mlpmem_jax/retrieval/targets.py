@@ -35,16 +35,15 @@ def resolve_backend(name: str) -> str:
     """The backend, "scann" or "exact", that the config's "auto", "scann" or "exact" stands for.
 
     Raises:
-      ConfigError: ScaNN is asked for and not installed.
+      ConfigError: ScaNN is asked for and cannot be used.
     """
     if name == "exact" or scann_index.is_available():
         return "exact" if name == "exact" else "scann"
     if name == "scann":
         raise ConfigError(
-            "config.targets.backend: 'scann' is not installed (its wheels are for Linux on x86-64); set it to 'auto' "
-            "or 'exact', or install scann"
+            f"config.targets.backend: 'scann' {scann_index.unavailable()}; set it to 'auto' or 'exact', or install it"
         )
-    say("targets: ScaNN is not installed (its wheels are for Linux on x86-64): taking the exact backend")
+    say(f"targets: ScaNN {scann_index.unavailable()}: taking the exact backend")
     return "exact"
 
 

@@ -18,6 +18,7 @@ from etils import epath
 
 from mlpmem_jax.core import runtime
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter
+from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import progress
 from mlpmem_jax.retrieval import neighbors, ring
 from mlpmem_jax.retrieval.distribution import SparseDistributions, sparse_distributions
@@ -124,7 +125,18 @@ class Split:
         self._tile(shard, key_shard).unlink(missing_ok=True)
 
     def write(self, shard: int, parts: Sequence[SparseDistributions], lacking: int) -> None:
+        """Writes the shard whole.
+
+        Raises:
+          UserError: its distributions are empty or not finite.
+        """
         arrays, figures = _shard_arrays(parts, self.length, self._token_dtype)
+        finite = all(np.isfinite(arrays[name]).all() for name in ("probabilities", "label_probabilities"))
+        if not finite or not figures["entries"]:
+            raise UserError(
+                f"targets/{self.name}: the distributions of shard {shard} are empty or not finite; set "
+                "config.targets.temperature to 0 (the best one is chosen), or lower config.targets.minimum_probability"
+            )
         self._writer.write_shard(shard, arrays, {**figures, "positions_lacking_k": lacking})
 
     def seal(self, measured: dict) -> None:
