@@ -16,6 +16,8 @@ import pytest
 
 from mlpmem_jax.cli import STAGES
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 KILLS = int(os.environ.get("MLPMEM_KILLS", "1"))
 OVERRIDES = [

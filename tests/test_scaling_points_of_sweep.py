@@ -12,6 +12,8 @@ from mlpmem_jax.core import artifacts, manifests
 from mlpmem_jax.core.errors import ArtifactError, UserError
 from mlpmem_jax.scaling import collection, points, sweep, units
 
+pytestmark = pytest.mark.slow
+
 # At width 16 the base is "trained on" at a rate of zero, which must give the base itself.
 SWEEP = """
     from configs import smoke

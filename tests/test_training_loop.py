@@ -111,7 +111,7 @@ def test_meshes_agree_over_twenty_steps(tmp_path, monkeypatch, optimizer):
 WHOLE = {**meshes.RULES, "embed": None, "mlp": None, "vocab": None}  # every device holds all parameters
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("muon", marks=pytest.mark.slow), "adamw"])
 def test_devices_that_hold_all_parameters_agree_with_one(tmp_path, monkeypatch, optimizer):
     monkeypatch.setattr(loop, "_LOG_EVERY", 1)
     losses = []
