@@ -164,6 +164,7 @@ def test_a_model_that_cannot_read_the_tokens_is_refused(config, changes, context
         check_fits("config.base.path=X", dataclasses.replace(MISTRAL, **changes), tokens, context_length)
 
 
+@pytest.mark.slow
 def test_a_base_that_was_imported_is_trained_on_at_the_best_of_small_rates(config):
     """Its control takes the settings of the memory's training and not those of a base that is trained here."""
     own = config.copy_and_resolve_references()

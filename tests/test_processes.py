@@ -221,7 +221,10 @@ def test_a_killed_stage_is_finished_by_another_number_of_processes(reference, tm
 
 @pytest.mark.parametrize(
     ("event", "killed", "again"),
-    [("killed_in_save", Job(2, 1, "1x2"), Job(4, 1, "2x2"))]  # in that of two, both read the same rows
+    [
+        # In the job of two, both read the same rows.
+        pytest.param("killed_in_save", Job(2, 1, "1x2"), Job(4, 1, "2x2"), marks=pytest.mark.slow),
+    ]
     + [
         ("killed_in_step", Job(2, 2, "2x2"), Job(4, 1, "4x1")),
         ("killed_in_step", Job(4, 1, "2x2"), Job(2, 2, "4x1")),

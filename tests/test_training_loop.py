@@ -92,7 +92,7 @@ def recorded_losses(folder):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("muon", marks=pytest.mark.slow), "adamw"])
 def test_meshes_agree_over_twenty_steps(tmp_path, monkeypatch, optimizer):
     monkeypatch.setattr(loop, "_LOG_EVERY", 1)
     shapes = {"one": (1, 1, 1), "2x4": (1, 2, 4), "8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
