@@ -39,7 +39,7 @@ from mlpmem_jax import cli
 from mlpmem_jax.core import artifacts, runtime
 from mlpmem_jax.corpus import documents
 from mlpmem_jax.models import saved
-from mlpmem_jax.retrieval import tiles
+from mlpmem_jax.retrieval import targets_artifact
 from mlpmem_jax.training import goodput, state
 documents.SHARD_BYTES = 8192
 config = small(workdir, backend)
@@ -60,7 +60,7 @@ def after(owner, name, calls, signum, argument=None, then=None):
     setattr(owner, name, wrapper)
 if me == 1:
     if event == "killed_in_shard": after(artifacts.ArtifactWriter, "write_shard", 1, signal.SIGKILL)
-    if event == "killed_in_targets": after(tiles.Split, "write", 1, signal.SIGKILL)
+    if event == "killed_in_targets": after(targets_artifact.TargetsWriter, "write_shard", 1, signal.SIGKILL)
     if event == "killed_in_save": after(state.Checkpoints, "save", 2, signal.SIGKILL)  # the save goes on in a thread
     if event == "killed_in_step": after(goodput.Stopwatch, "lap", 10, signal.SIGKILL, "input wait")
     if event == "asked_to_stop_in_step":

@@ -23,6 +23,7 @@ from mlpmem_jax.evaluation import breakdown, comparison, intervals, provenance, 
 from mlpmem_jax.evaluation.inputs import HELD_OUT, Inputs, open_inputs
 from mlpmem_jax.evaluation.sharpness import SharpnessMean, rows_of_ragged
 from mlpmem_jax.models import saved, scoring
+from mlpmem_jax.retrieval.targets_artifact import TargetsReader
 
 _PROBABILITIES_AT_ONCE = 2**22  # of one distribution in a chunk: 16 MiB of float32
 _READ_PER_POSITION = 8  # positions that the base reads for each one whose distribution is looked at
@@ -67,9 +68,8 @@ def _computed_by(opened: Inputs) -> dict:
 
 
 def _scores(opened: Inputs, split: str, parameters: dict, model) -> comparison.Scores:
-    datastore, targets = opened.artifacts[f"datastore/{split}"], opened.artifacts[f"targets/{split}"]
-    count = opened.sequences(split)[0]
-    labels_SxT = targets.read("label_probabilities", 0, count)
+    datastore, count = opened.artifacts[f"datastore/{split}"], opened.sequences(split)[0]
+    labels_SxT = opened.targets(split).label_probabilities(0, count)
     with np.errstate(divide="ignore"):
         knn_SxT = np.log(labels_SxT.astype(np.float64))
     other_memories, other_models = {}, {}
@@ -137,7 +137,7 @@ def _distributions(
     means = {name: SharpnessMean() for name in ("base", "knn", "memory", "augmented")}
     entropies = []
     with progress(len(positions_N), "evaluate: whole distributions", "positions") as bar:
-        for shard, (first, count) in enumerate(opened.shards("test")):
+        for first, count in opened.shards("test"):
             begin, end = np.searchsorted(positions_N, [first * length, (first + count) * length])
             if begin == end:
                 continue
@@ -154,7 +154,7 @@ def _distributions(
                 means["base"].add(base_BxV)
                 means["memory"].add(memory_BxV)
                 means["augmented"].add(weight * memory_BxV + (1 - weight) * base_BxV)
-                means["knn"].add(_knn_rows(opened.artifacts["targets/test"], shard, first, count, rows_M[part]))
+                means["knn"].add(_knn_rows(opened.targets("test"), first, count, rows_M[part]))
                 bar.advance(len(base_BxV))
     return {name: mean.summary() for name, mean in means.items()}, (positions_N, np.concatenate(entropies))
 
@@ -195,12 +195,10 @@ def _hidden(opened: Inputs, base: dict, base_model, positions_N: np.ndarray) -> 
     return np.concatenate(parts)
 
 
-def _knn_rows(targets: Artifact, shard: int, first: int, count: int, rows_N: np.ndarray) -> np.ndarray:
+def _knn_rows(targets: TargetsReader, first: int, count: int, rows_N: np.ndarray) -> np.ndarray:
     """p_kNN at positions rows_N of a shard, one zero-padded row each; which token is which does not matter here."""
-    offsets_SxT1 = targets.read("offsets", first, first + count)
-    length = offsets_SxT1.shape[1] - 1
-    entries_M = targets.read_ragged("probabilities", shard)
-    starts_N, stops_N = (offsets_SxT1[rows_N // length, rows_N % length + end] for end in (0, 1))
+    offsets_P1, _, entries_M = targets.read(first, first + count)
+    starts_N, stops_N = offsets_P1[rows_N], offsets_P1[rows_N + 1]
     offsets_N1 = np.concatenate([[0], np.cumsum(stops_N - starts_N)])
     picked_M = np.concatenate(
         [entries_M[start:stop] for start, stop in zip(starts_N.tolist(), stops_N.tolist(), strict=True)]

@@ -16,6 +16,7 @@ from mlpmem_jax.core.manifests import read_manifest
 from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
 from mlpmem_jax.models import saved
 from mlpmem_jax.retrieval.datastore import SPLITS
+from mlpmem_jax.retrieval.targets_artifact import TargetsReader
 
 HELD_OUT = ("validation", "test")
 CONTROLS = {"continued": "base", "ce_only": "memory"}
@@ -52,10 +53,13 @@ class Inputs:
         """(number of sequences, positions in each)."""
         return self.artifacts[f"datastore/{split}"].arrays["next_tokens"].shape
 
+    def targets(self, split: str) -> TargetsReader:
+        """The targets of a split."""
+        return TargetsReader(self.artifacts[f"targets/{split}"])
+
     def shards(self, split: str) -> list[tuple[int, int]]:
         """(first sequence, number of sequences) of every shard."""
-        count, per_shard = self.sequences(split)[0], self.artifacts[f"targets/{split}"].arrays["offsets"].rows_per_shard
-        return [(first, min(per_shard, count - first)) for first in range(0, count, per_shard)]
+        return self.targets(split).shards()
 
     def memory_inputs(self, split: str, first: int, count: int) -> np.ndarray:
         """Memory inputs [count, T, D]."""

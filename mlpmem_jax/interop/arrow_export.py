@@ -15,9 +15,10 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core.artifacts import ArraySpec, Artifact, open_artifact
+from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import progress, say
+from mlpmem_jax.retrieval.targets_artifact import TargetsReader
 
 _BATCH_POSITIONS = 4096  # rows of one record batch, about
 
@@ -29,25 +30,21 @@ def export_targets(config: ml_collections.ConfigDict, split: str, output: str) -
       UserError: the targets or their datastore are missing, or the output exists.
     """
     pa = require("pyarrow", extra="hub")
-    targets, datastore = (_open(config, kind, split) for kind in ("targets", "datastore"))
+    targets, datastore = TargetsReader.open(config.workdir, split), _open_datastore(config, split)
     list_of = {"token_id": pa.list_(pa.int32()), "prob": pa.list_(pa.float16())}
     schema = pa.schema([("id_cnt", pa.int32()), *list_of.items(), ("label", pa.int32())])
 
     def batch(first: int, stop: int):
-        offsets_SxT1 = targets.read("offsets", first, stop)
-        shard = first // targets.arrays["offsets"].rows_per_shard
-        begin, end = int(offsets_SxT1[0, 0]), int(offsets_SxT1[-1, -1])
-        starts_N1 = pa.array(np.append(offsets_SxT1[:, :-1], end).astype(np.int32) - begin, pa.int32())
-        ids_M = targets.read_ragged("token_ids", shard, begin, end).astype(np.int32)
-        probabilities_M = targets.read_ragged("probabilities", shard, begin, end)
+        offsets_N1, token_ids_M, probabilities_M = targets.read(first, stop)
+        starts_N1 = pa.array(offsets_N1.astype(np.int32), pa.int32())
         return [
-            pa.array(np.diff(offsets_SxT1).astype(np.int32).ravel()),
-            pa.ListArray.from_arrays(starts_N1, pa.array(ids_M)),
+            pa.array(np.diff(offsets_N1).astype(np.int32)),
+            pa.ListArray.from_arrays(starts_N1, pa.array(token_ids_M)),
             pa.ListArray.from_arrays(starts_N1, pa.array(probabilities_M)),
             pa.array(datastore.read("next_tokens", first, stop).ravel()),
         ]
 
-    _write(output, schema, targets.arrays["offsets"], datastore, batch)
+    _write(output, schema, targets.sequences_per_shard, datastore, batch)
 
 
 def export_datastore(config: ml_collections.ConfigDict, split: str, output: str) -> None:
@@ -57,7 +54,7 @@ def export_datastore(config: ml_collections.ConfigDict, split: str, output: str)
       UserError: the datastore is missing, or the output exists.
     """
     pa = require("pyarrow", extra="hub")
-    datastore = _open(config, "datastore", split)
+    datastore = _open_datastore(config, split)
     width = datastore.arrays["keys"].shape[-1]
     schema = pa.schema([("keys", pa.list_(pa.float16(), width)), ("vals", pa.int32())])
 
@@ -68,14 +65,14 @@ def export_datastore(config: ml_collections.ConfigDict, split: str, output: str)
             pa.array(datastore.read("next_tokens", first, stop).ravel()),
         ]
 
-    _write(output, schema, datastore.arrays["keys"], datastore, batch)
+    _write(output, schema, datastore.arrays["keys"].rows_per_shard, datastore, batch)
 
 
-def _open(config: ml_collections.ConfigDict, kind: str, split: str) -> Artifact:
-    return open_artifact(epath.Path(config.workdir) / kind / split, kind)
+def _open_datastore(config: ml_collections.ConfigDict, split: str) -> Artifact:
+    return open_artifact(epath.Path(config.workdir) / "datastore" / split, "datastore")
 
 
-def _write(output: str, schema, spec: ArraySpec, datastore: Artifact, batch) -> None:
+def _write(output: str, schema, per_shard: int, datastore: Artifact, batch) -> None:
     """Writes the record batches `batch(first, stop)` of all sequences; none of them spans two shards."""
     pa = require("pyarrow", extra="hub")
     file = pathlib.Path(output)
@@ -92,8 +89,8 @@ def _write(output: str, schema, spec: ArraySpec, datastore: Artifact, batch) -> 
         pa.OSFile(str(partial), "wb") as sink,
         pa.ipc.new_stream(sink, schema) as writer,
     ):
-        for shard in range(0, sequences, spec.rows_per_shard):
-            end = min(shard + spec.rows_per_shard, sequences)
+        for shard in range(0, sequences, per_shard):
+            end = min(shard + per_shard, sequences)
             for first in range(shard, end, step):
                 stop = min(first + step, end)
                 writer.write_batch(pa.record_batch(batch(first, stop), schema=schema))

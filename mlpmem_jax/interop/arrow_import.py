@@ -20,8 +20,7 @@ from mlpmem_jax.interop.arrow_stream import Stream
 from mlpmem_jax.models import saved, scoring
 from mlpmem_jax.retrieval.datastore import summary, tapped_block
 from mlpmem_jax.retrieval.distribution import SparseDistributions
-from mlpmem_jax.retrieval.targets import array_specs
-from mlpmem_jax.retrieval.tiles import Split
+from mlpmem_jax.retrieval.targets_artifact import KIND, TargetsWriter, array_specs, folder_of
 
 _MASS_TOLERANCE = 0.01  # of the sum of a row's probabilities: each is rounded to float16
 
@@ -51,41 +50,38 @@ def _check_tokens(stream: Stream, first: int, found_N: np.ndarray, expected_N: n
         )
 
 
-def _shards(writer: ArtifactWriter, sequences: int, per_shard: int, length: int) -> list[int]:
+def _shards(sequences: int, per_shard: int, length: int) -> list[int]:
     """Rows of every shard."""
-    return [length * min(per_shard, sequences - shard * per_shard) for shard in range(writer.num_shards)]
+    return [length * min(per_shard, sequences - first) for first in range(0, sequences, per_shard)]
 
 
 def _import_targets(config: ml_collections.ConfigDict, split: str, stream: Stream) -> Artifact:
     datastore = open_artifact(epath.Path(config.workdir) / "datastore" / split, "datastore")
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
-    path = epath.Path(config.workdir) / "targets" / split
+    folder = folder_of(config.workdir, split)
     inputs = {f"datastore/{split}": datastore.fingerprint}
-    if finished := find_finished(path, "targets", stream.origin, inputs):
+    if finished := find_finished(folder, KIND, stream.origin, inputs):
         say(f"targets/{split}: imported already")
         return finished
     spec = datastore.arrays["next_tokens"]
     sequences, length = spec.shape
-    token_dtype = "uint16" if tokens.arrays["train"].dtype == "uint16" else "int32"
-    writer = ArtifactWriter.create(
-        path, "targets", stream.origin, inputs, array_specs(datastore, config.targets.k, token_dtype)
-    )
-    making = Split(split, datastore, writer, path, token_dtype)
+    specs = array_specs(datastore, tokens.arrays["train"].dtype, config.targets.k)
+    writer = TargetsWriter(folder, stream.origin, inputs, specs)
     incomplete = set(writer.incomplete_shards())
     with progress(sequences * length, f"import: targets/{split}", "positions") as bar:
-        sizes = _shards(writer, sequences, spec.rows_per_shard, length)
+        sizes = _shards(sequences, spec.rows_per_shard, length)
         for shard, (first, columns) in enumerate(stream.blocks(sizes)):
             start = shard * spec.rows_per_shard
             next_N = datastore.read("next_tokens", start, min(start + spec.rows_per_shard, sequences)).ravel()
-            found = _distributions(stream, first, columns, next_N, config.targets.k, tokens.summary["vocab_size"])
+            rows = _distributions(stream, first, columns, next_N, config.targets.k, tokens.summary["vocab_size"])
             if shard in incomplete and jax.process_index() == 0:
-                making.write(shard, [found], 0)
+                writer.write_shard(shard, [rows])
             bar.advance(sizes[shard])
         stream.finish(length)
     if jax.process_index() == 0:
-        making.seal({"backend": "imported", "k": config.targets.k})
+        writer.seal({"backend": "imported", "k": config.targets.k})
     meshes.barrier(f"targets {split} imported")
-    return open_artifact(path, "targets")
+    return open_artifact(folder, KIND)
 
 
 def _distributions(
@@ -146,7 +142,7 @@ def _import_datastore(config: ml_collections.ConfigDict, split: str, stream: Str
     )
     incomplete = set(writer.incomplete_shards())
     with progress(sequences * length, f"import: datastore/{split}", "positions") as bar:
-        sizes = _shards(writer, sequences, per_shard, length)
+        sizes = _shards(sequences, per_shard, length)
         for shard, (first, columns) in enumerate(stream.blocks(sizes)):
             count = sizes[shard] // length
             tokens_SxT, next_SxT, documents_SxT = read_sequences(text, shard * per_shard, count, length)

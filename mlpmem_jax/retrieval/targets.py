@@ -20,15 +20,14 @@ from etils import epath
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import runtime
-from mlpmem_jax.core.artifacts import ArraySpec, Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.artifacts import Artifact, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.retrieval import neighbors, quality, scann_index, temperature, tuning
 from mlpmem_jax.retrieval.datastore import SPLITS
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search, host_bytes, sample_queries
+from mlpmem_jax.retrieval.targets_artifact import KIND, TargetsWriter, array_specs, folder_of
 from mlpmem_jax.retrieval.tiles import Plan, Split, find_neighbors, make_tiles
-
-_ENTRIES_PER_CHUNK = 8192  # unit of one range read of the ragged arrays
 
 
 def resolve_backend(name: str) -> str:
@@ -45,27 +44,6 @@ def resolve_backend(name: str) -> str:
         )
     say(f"targets: ScaNN {scann_index.unavailable()}: taking the exact backend")
     return "exact"
-
-
-def array_specs(datastore: Artifact, entries: int, token_dtype: str) -> dict[str, ArraySpec]:
-    spec = datastore.arrays["next_tokens"]
-    (sequences, length), per_shard = spec.shape, spec.rows_per_shard
-    capacity = -(-per_shard * length * entries // _ENTRIES_PER_CHUNK) * _ENTRIES_PER_CHUNK
-    if capacity > np.iinfo(np.int32).max:
-        raise ConfigError(
-            f"config.datastore.sequences_per_shard: {per_shard} sequences of {length} positions with up to {entries} "
-            "entries each are too many for one shard; lower it, or config.targets.keep"
-        )
-
-    def ragged(dtype: str) -> ArraySpec:
-        return ArraySpec((spec.num_shards, capacity), dtype, 1, (1, _ENTRIES_PER_CHUNK))
-
-    return {
-        "offsets": ArraySpec((sequences, length + 1), "int32", per_shard, (1, length + 1)),
-        "token_ids": ragged(token_dtype),
-        "probabilities": ragged("float16"),
-        "label_probabilities": ArraySpec((sequences, length), "float32", per_shard, (1, length)),
-    }
 
 
 def _measure(config, plan: Plan, datastores: dict[str, Artifact], key_shards: KeyShards) -> dict:
@@ -128,14 +106,14 @@ def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
     settings = _settings(config)
     inputs = {f"datastore/{split}": datastores[split].fingerprint for split in SPLITS}
     folder = workdir / "targets"
-    finished = {split: find_finished(folder / split, "targets", settings, inputs) for split in SPLITS}
+    finished = {split: find_finished(folder_of(workdir, split), KIND, settings, inputs) for split in SPLITS}
     if not all(finished.values()):
         _build(config, settings, inputs, datastores, [split for split in SPLITS if not finished[split]])
     else:
         say("targets: finished already")
     if jax.process_index() == 0 and (folder / "scratch").exists():
         (folder / "scratch").rmtree()
-    return {split: open_artifact(folder / split, "targets") for split in SPLITS}
+    return {split: open_artifact(folder_of(workdir, split), KIND) for split in SPLITS}
 
 
 def _settings(config: ml_collections.ConfigDict) -> dict:
@@ -155,8 +133,8 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
     search = Search.of(settings)
     mesh = meshes.mesh_of(config)[0] if plan.backend == "exact" else None
     _check(plan, search, settings["key_shard_rows"], datastores["train"])
-    token_dtype = "uint16" if open_artifact(workdir / "tokens", "tokens").arrays["train"].dtype == "uint16" else "int32"
-    specs = {split: array_specs(datastores[split], plan.entries, token_dtype) for split in names}
+    token_dtype = open_artifact(workdir / "tokens", "tokens").arrays["train"].dtype
+    specs = {split: array_specs(datastores[split], token_dtype, plan.entries) for split in names}
     # Indices serve whatever recall is asked for.
     indexed = {key: value for key, value in settings.items() if key != "recall"}
     digest = hashlib.sha256(json.dumps([indexed, inputs], sort_keys=True).encode()).hexdigest()[:12]
@@ -176,16 +154,13 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
         key_shards.use(scann_index.Options(**options))
 
     # Not before: a build that misses its recall leaves nothing that another one would have to be told apart from.
-    writers = {
-        split: ArtifactWriter.create(workdir / "targets" / split, "targets", settings, inputs, specs[split])
-        for split in names
-    }
-    splits = [Split(split, datastores[split], writers[split], scratch, token_dtype) for split in names]
+    writers = {split: TargetsWriter(folder_of(workdir, split), settings, inputs, specs[split]) for split in names}
+    splits = [Split(split, datastores[split], writers[split], scratch) for split in names]
     make_tiles(splits, key_shards, plan, measured["temperature"])
     meshes.barrier("targets written")
     if jax.process_index() == 0:
-        for split in splits:
-            split.seal({**measured, "key_shards": len(key_shards)})
+        for writer in writers.values():
+            writer.seal({**measured, "key_shards": len(key_shards)})
     meshes.barrier("targets sealed")
 
 

@@ -9,23 +9,21 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from etils import epath
 
 from mlpmem_jax.core import runtime
-from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter
-from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.progress import progress
 from mlpmem_jax.retrieval import neighbors, ring
 from mlpmem_jax.retrieval.distribution import SparseDistributions, sparse_distributions
 from mlpmem_jax.retrieval.key_shards import KeyShard, KeyShards, Queries, read_queries, writing
+from mlpmem_jax.retrieval.targets_artifact import SMALLEST_PROBABILITY, TargetsWriter
 
 _NEIGHBORS_AT_ONCE = 1 << 18  # of one thread: what it sorts stays in its core's cache
-_SMALLEST_FLOAT16 = 2.0**-25  # this and less is stored as zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,35 +50,16 @@ def find_neighbors(shard: KeyShard, queries: Queries, plan: Plan, split: str) ->
 
 
 def _distributions(packed_QxK: np.ndarray, queries: Queries, plan: Plan, temperature: float) -> SparseDistributions:
-    minimum = max(plan.minimum_probability, _SMALLEST_FLOAT16)
+    minimum = max(plan.minimum_probability, SMALLEST_PROBABILITY)
     distances_QxK, tokens_QxK = neighbors.unpack(packed_QxK)
     return sparse_distributions(distances_QxK, tokens_QxK, queries.next_tokens_Q, temperature, minimum, plan.keep)
-
-
-def _shard_arrays(parts: Sequence[SparseDistributions], length: int, token_dtype: str) -> tuple[dict, dict]:
-    """The arrays of one shard of the artifact, and figures about it."""
-    counts_N = np.concatenate([np.diff(part.offsets_Q1) for part in parts])
-    ends_SxT = np.cumsum(counts_N).reshape(-1, length)
-    starts_S = ends_SxT[:, 0] - counts_N[::length]
-    arrays = {
-        "offsets": np.concatenate([starts_S[:, None], ends_SxT], axis=1).astype(np.int32),
-        "token_ids": np.concatenate([part.token_ids_M for part in parts])[None].astype(token_dtype),
-        "probabilities": np.concatenate([part.probabilities_M for part in parts])[None].astype(np.float16),
-        "label_probabilities": np.concatenate([part.label_probabilities_Q for part in parts]).reshape(-1, length),
-    }
-    figures = {
-        "entries": int(counts_N.sum()),
-        "max_entries": int(counts_N.max()),
-        "cut_mass": float(sum(part.cut_mass_Q.sum(dtype=np.float64) for part in parts)),
-    }
-    return arrays, figures
 
 
 class Split:
     """The targets of one split while they are being made."""
 
-    def __init__(self, name: str, datastore: Artifact, writer: ArtifactWriter, scratch: epath.Path, token_dtype: str):
-        self.name, self._datastore, self._writer, self._token_dtype = name, datastore, writer, token_dtype
+    def __init__(self, name: str, datastore: Artifact, writer: TargetsWriter, scratch: epath.Path):
+        self.name, self._datastore, self.writer = name, datastore, writer
         self._scratch = scratch / "neighbors" / name
         spec = datastore.arrays["next_tokens"]
         (self._sequences, self.length), self._per_shard = spec.shape, spec.rows_per_shard
@@ -123,39 +102,6 @@ class Split:
 
     def drop_tile(self, shard: int, key_shard: int) -> None:
         self._tile(shard, key_shard).unlink(missing_ok=True)
-
-    def write(self, shard: int, parts: Sequence[SparseDistributions], lacking: int) -> None:
-        """Writes the shard whole.
-
-        Raises:
-          UserError: its distributions are empty or not finite.
-        """
-        arrays, figures = _shard_arrays(parts, self.length, self._token_dtype)
-        finite = all(np.isfinite(arrays[name]).all() for name in ("probabilities", "label_probabilities"))
-        if not finite or not figures["entries"]:
-            raise UserError(
-                f"targets/{self.name}: the distributions of shard {shard} are empty or not finite; set "
-                "config.targets.temperature to 0 (the best one is chosen), or lower config.targets.minimum_probability"
-            )
-        self._writer.write_shard(shard, arrays, {**figures, "positions_lacking_k": lacking})
-
-    def seal(self, measured: dict) -> None:
-        folder = epath.Path(self._writer.path) / "shards"
-        records = [json.loads((folder / f"{n:06d}.json").read_bytes()) for n in range(self._writer.num_shards)]
-        figures = [record["extra"] for record in records]
-        positions = self._sequences * self.length
-        stored = sum(array["bytes"] for record in records for array in record["arrays"].values())
-        self._writer.seal(
-            {
-                **measured,
-                "positions": positions,
-                "mean_entries": sum(shard["entries"] for shard in figures) / positions,
-                "max_entries": max(shard["max_entries"] for shard in figures),
-                "cut_mass": sum(shard["cut_mass"] for shard in figures) / positions,
-                "positions_lacking_k": sum(shard["positions_lacking_k"] for shard in figures),
-                "bytes_per_position": stored / positions,
-            }
-        )
 
 
 def pieces(
@@ -225,7 +171,7 @@ def _make_tile(split: Split, shard: int, key_shards: KeyShards, number: int, pla
     )
     if is_last:
         distributions, lacking = zip(*done, strict=True)
-        split.write(shard, distributions, sum(lacking))
+        split.writer.write_shard(shard, distributions, sum(lacking))
         split.drop_tile(shard, number - 1)
     else:
         split.write_tile(shard, number, np.concatenate(list(done)))

@@ -17,6 +17,8 @@ from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
 from mlpmem_jax.models import flops, memory
 from mlpmem_jax.models.memory import MemoryConfig
+from mlpmem_jax.retrieval.distribution import SparseDistributions
+from mlpmem_jax.retrieval.targets_artifact import TargetsWriter, array_specs, folder_of
 from mlpmem_jax.training import data, loop
 from mlpmem_jax.training.loss import sparse_cross_entropy
 from mlpmem_jax.training.metrics import matmul_rate
@@ -126,28 +128,21 @@ def _write_sample(folder: epath.Path, sequences: int, length: int):
             "next_tokens": ArraySpec((sequences, length), "int32", 128, (1, length)),
         },
     )
-    capacity = 128 * length * ENTRIES
-    found = ArtifactWriter.create(
-        folder / "targets",
-        "targets",
-        {},
-        {},
-        {
-            "offsets": ArraySpec((sequences, length + 1), "int32", 128, (1, length + 1)),
-            "token_ids": ArraySpec((sequences // 128, capacity), "uint16", 1, (1, 8192)),
-            "probabilities": ArraySpec((sequences // 128, capacity), "float16", 1, (1, 8192)),
-        },
-    )
     for shard in range(sequences // 128):
         keys = random.normal(size=(128, length, INPUT_WIDTH)).astype(np.float16)
         following = random.integers(0, VOCABULARY, (128, length))
         store.write_shard(shard, {"keys": keys, "next_tokens": following})
-        counts = random.integers(1, ENTRIES * 2 // 3, 128 * length)
-        ends = np.concatenate([[0], np.cumsum(counts)])
-        offsets = ends[np.arange(128)[:, None] * length + np.arange(length + 1)]
-        ids = random.integers(0, VOCABULARY, (1, ends[-1]))
-        found.write_shard(shard, {"offsets": offsets, "token_ids": ids, "probabilities": random.random((1, ends[-1]))})
-    return store.seal({}), found.seal({"max_entries": ENTRIES})
+    datastore = store.seal({})
+    writer = TargetsWriter(folder_of(folder, "train"), {}, {}, array_specs(datastore, "uint16", ENTRIES))
+    for shard in range(sequences // 128):
+        counts_N = random.integers(1, ENTRIES * 2 // 3, 128 * length)
+        counts_N[0] = ENTRIES
+        ends_N1 = np.concatenate([[0], np.cumsum(counts_N)])
+        ids_M = random.integers(0, VOCABULARY, ends_N1[-1], np.int32)
+        probabilities_M = random.random(ends_N1[-1], np.float32)
+        zeros_N = np.zeros(len(counts_N), np.float32)
+        writer.write_shard(shard, [SparseDistributions(ends_N1, ids_M, probabilities_M, zeros_N, zeros_N)])
+    return datastore, writer.seal({})
 
 
 def _pipeline_row(step_row: dict) -> dict:

@@ -8,6 +8,7 @@ import numpy as np
 
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
+from mlpmem_jax.retrieval.targets_artifact import TargetsReader
 
 _READ_THREADS = 4
 _READ_BUFFER = 32  # sequences read ahead
@@ -37,26 +38,23 @@ class TargetSource:
     """
 
     def __init__(self, datastore: Artifact, targets: Artifact, stream: TokenStream | None = None):
-        self._datastore, self._targets, self._stream = datastore, targets, stream
+        self._datastore, self._targets, self._stream = datastore, TargetsReader(targets), stream
         self._inputs = "memory_inputs" if "memory_inputs" in datastore.arrays else "keys"
-        self._per_shard = targets.arrays["offsets"].rows_per_shard
         self._length = datastore.arrays["next_tokens"].shape[1]
-        self.entries = padded_entries(targets.summary["max_entries"])
+        self.entries = padded_entries(self._targets.max_entries)
 
     def __len__(self) -> int:
         return self._datastore.arrays["next_tokens"].shape[0]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         index = int(index)
-        shard = index // self._per_shard
-        offsets = self._targets.read("offsets", index, index + 1)[0]
-        start, stop = int(offsets[0]), int(offsets[-1])
-        filled_TxS = np.arange(self.entries) < np.diff(offsets)[:, None]
-        token_ids = np.zeros((self._length, self.entries), np.int32)
-        probabilities = np.zeros((self._length, self.entries), np.float32)
-        token_ids[filled_TxS] = self._targets.read_ragged("token_ids", shard, start, stop)
-        probabilities[filled_TxS] = self._targets.read_ragged("probabilities", shard, start, stop)
-        item = {"token_ids": token_ids, "probabilities": probabilities}
+        offsets_T1, token_ids_M, probabilities_M = self._targets.read(index, index + 1)
+        filled_TxS = np.arange(self.entries) < np.diff(offsets_T1)[:, None]
+        token_ids_TxS = np.zeros((self._length, self.entries), np.int32)
+        probabilities_TxS = np.zeros((self._length, self.entries), np.float32)
+        token_ids_TxS[filled_TxS] = token_ids_M
+        probabilities_TxS[filled_TxS] = probabilities_M
+        item = {"token_ids": token_ids_TxS, "probabilities": probabilities_TxS}
         if self._stream is None:
             item["memory_inputs"] = self._datastore.read(self._inputs, index, index + 1)[0]
             item["next_tokens"] = self._datastore.read("next_tokens", index, index + 1)[0]
