@@ -62,7 +62,7 @@ def _stop(processes: list[subprocess.Popen], grace_seconds: float) -> None:
 def run_processes(command: list[str], environments: list[dict[str, str]], grace_seconds: float = _GRACE_SECONDS) -> int:
     """Runs the command once for each environment, with the process's number before each line of its output.
 
-    When one fails, the others are stopped. SIGTERM is passed on to all.
+    When one fails, the others are stopped. SIGTERM is passed on to all, the first Ctrl-C as SIGTERM.
 
     Returns:
       0 when all succeeded, else the exit code of the first that failed (128 + signal for one that was killed).
@@ -87,10 +87,11 @@ def run_processes(command: list[str], environments: list[dict[str, str]], grace_
         ended.put(index)
 
     def pass_on(signum, frame) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C waits for nothing
         for process in processes:
-            process.send_signal(signum)
+            process.send_signal(signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGTERM, signal.SIGINT)}
     copiers = [
         threading.Thread(target=_copy_lines, args=(index, process, lock), daemon=True)
         for index, process in enumerate(processes)
@@ -112,7 +113,8 @@ def run_processes(command: list[str], environments: list[dict[str, str]], grace_
         code = 128 + signal.SIGINT
     finally:
         _stop(processes, grace_seconds)
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
         for thread in copiers:
             thread.join(timeout=1)
     return code

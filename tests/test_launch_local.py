@@ -75,7 +75,8 @@ def test_when_one_dies_the_others_are_stopped(capfd, tmp_path, death, code, said
     assert "outlived" not in output.out
 
 
-def test_sigterm_is_passed_on_so_that_a_checkpoint_can_be_written(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_requests_to_stop_are_passed_on_so_that_a_checkpoint_can_be_written(tmp_path, signum):
     written = "signal.signal(signal.SIGTERM, lambda *_: (open(f'checkpoint{me}', 'w').close(), sys.exit(9)))"
     child = python(f"{written}; open(f'started{{me}}', 'w').close(); time.sleep(600)")
     script = (
@@ -86,7 +87,7 @@ def test_sigterm_is_passed_on_so_that_a_checkpoint_can_be_written(tmp_path):
     while not all((tmp_path / f"started{index}").exists() for index in (0, 1)):
         assert launcher.poll() is None
         time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(signum)
     assert launcher.wait() == 9
     assert all((tmp_path / f"checkpoint{index}").exists() for index in (0, 1))
 

@@ -1,5 +1,6 @@
 """The train loop: the same losses on every mesh, exact resumption, clean stops."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -13,9 +14,10 @@ import pytest
 
 from configs import default
 from mlpmem_jax.core import mesh as meshes
-from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.models import memory
-from mlpmem_jax.training import loop
+from mlpmem_jax.models.interpolation import perplexity
+from mlpmem_jax.training import loop, state
 from mlpmem_jax.training.loss import sparse_cross_entropy
 
 LENGTH, WIDTH, VOCABULARY, ENTRIES = 8, 16, 50, 4
@@ -162,21 +164,25 @@ def test_accumulation_changes_nothing(tmp_path):
 
 
 class Terminating(Source):
-    """Sends SIGTERM to the process while the seventh batch is read."""
+    """Sends a signal to the process while the seventh batch is read."""
 
     reads = 0
+
+    def __init__(self, signum):
+        super().__init__()
+        self.signum = signum
 
     def __getitem__(self, index):
         self.reads += 1
         if self.reads == 16 * 7:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.signum)
         return super().__getitem__(index)
 
 
-def interrupted(folder, first_mesh, second_mesh):
-    """A run that is stopped on one mesh and goes on on another."""
-    with pytest.raises(UserError, match=r"asked to stop; a checkpoint at step \d+ is written"):
-        loop.fit(task(folder, first_mesh, source=Terminating()), first_mesh, meshes.RULES)
+def interrupted(folder, first_mesh, second_mesh, signum=signal.SIGTERM):
+    """A run that is stopped on one mesh and resumed on another."""
+    with pytest.raises(Stopped, match=r"asked to stop; a checkpoint at step \d+ is written"):
+        loop.fit(task(folder, first_mesh, source=Terminating(signum)), first_mesh, meshes.RULES)
     return loop.fit(task(folder, second_mesh), second_mesh, meshes.RULES)
 
 
@@ -195,9 +201,19 @@ def test_a_stopped_run_goes_on_on_another_mesh(tmp_path):
     first = meshes.make_mesh(1, 4, 1, devices=jax.devices()[:4])
     second = meshes.make_mesh(1, 2, 4)
     whole, _ = loop.fit(task(tmp_path / "whole", first), first, meshes.RULES)
-    parts, _ = interrupted(tmp_path / "parts", first, second)
+    parts, _ = interrupted(tmp_path / "parts", first, second, signal.SIGINT)
     assert jax.tree.leaves(parts)[0].sharding.mesh.shape == second.shape
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), whole, parts)
+
+
+def test_the_first_ctrl_c_asks_and_the_second_ends_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with loop._stop_requests() as must_stop:
+        assert not must_stop(1)
+        signal.raise_signal(signal.SIGINT)
+        assert must_stop(2)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_best_validation_is_kept(tmp_path):
@@ -231,6 +247,40 @@ def test_a_loss_that_is_no_number_stops_with_the_step_named(tmp_path):
     assert len(source) == 64  # four batches of 16 an epoch: sequence 0 is in one of the first four steps
     with pytest.raises(UserError, match=r"the loss is nan at step [1-4];"):
         loop.fit(task(tmp_path, mesh, source=Poisoned()), mesh, meshes.RULES)
+
+
+@jax.custom_vjp
+def finite_with_a_gradient_of_nan(x):
+    return x
+
+
+finite_with_a_gradient_of_nan.defvjp(lambda x: (x, None), lambda _, gradient: (gradient * jnp.nan,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "gradient"}, r"the norm of the gradient is nan at step 1; the last good checkpoint is at step 0"),
+        ({"learning_rate": 1e39, "schedule": "constant"}, r"the parameters are not finite at step 1; .* at step 0"),
+        ({"validate": lambda _: {"perplexity": perplexity(np.array([-1.0, np.nan]))}}, r"1 of 2 are NaN\) at step 1;"),
+    ],
+)
+def test_what_is_not_finite_is_never_saved(tmp_path, changes, message):
+    """Each of these with a finite loss: a checkpoint of it would be the latest, to be resumed from or kept as best."""
+    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    changes = dict(changes)
+    poison = changes.pop("loss", None)
+    training = task(tmp_path, mesh, steps=1, warmup_steps=0, optimizer="adamw", **changes)
+    if poison:
+
+        def poisoned(*arguments):
+            loss, statistics = loss_of(*arguments)
+            return finite_with_a_gradient_of_nan(loss), statistics
+
+        training = dataclasses.replace(training, loss=poisoned)
+    with pytest.raises(UserError, match=message):
+        loop.fit(training, mesh, meshes.RULES)
+    assert state.Checkpoints(tmp_path).latest_step() is None
 
 
 def test_batches_that_do_not_divide_and_splits_that_are_too_small_are_refused():

@@ -15,6 +15,10 @@ WEIGHT_TOLERANCE = 1e-6
 LOSS_TOLERANCE = 1e-12  # nats per token: below the rounding of a mean of float64 logarithms
 
 
+class NotANumber(ValueError):
+    """Log-probabilities to score are NaN."""
+
+
 def perplexity(log_probabilities_N: np.ndarray) -> float:
     """exp of the mean negative log-likelihood; inf when a token had probability zero.
 
@@ -22,7 +26,8 @@ def perplexity(log_probabilities_N: np.ndarray) -> float:
       log_probabilities_N: natural log-probabilities of the next tokens, any shape, -inf allowed.
 
     Raises:
-      ValueError: on no positions, NaN, or a log-probability above zero.
+      NotANumber: on NaN.
+      ValueError: on no positions, or a log-probability above zero.
     """
     return float(np.exp(-np.mean(_checked(log_probabilities_N, "log-probabilities"))))
 
@@ -100,7 +105,7 @@ def _checked(log_probabilities_N: np.ndarray, name: str) -> np.ndarray:
     if values_N.size == 0:
         raise ValueError(f"{name}: no positions to score")
     if np.isnan(values_N).any():
-        raise ValueError(f"{name}: {int(np.isnan(values_N).sum())} of {values_N.size} are NaN")
+        raise NotANumber(f"{name}: {int(np.isnan(values_N).sum())} of {values_N.size} are NaN")
     # Float32 softmax and float16 storage may round a certain token to slightly above probability one.
     if values_N.max() > 1e-3:
         raise ValueError(f"{name}: found {values_N.max():.3g}, a log-probability is at most 0")

@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.experimental import multihost_utils
@@ -21,6 +23,7 @@ from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import runtime
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.core.progress import progress, say
+from mlpmem_jax.models.interpolation import NotANumber
 from mlpmem_jax.training import data, goodput
 from mlpmem_jax.training.metrics import MetricsWriter, matmul_rate
 from mlpmem_jax.training.optimizer import (
@@ -115,22 +118,31 @@ def check_batch(settings: ml_collections.ConfigDict, mesh: Mesh, rules: meshes.R
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step that tells whether the job was asked to stop (SIGTERM or a preemption notice)."""
+    """Yields a function of the step that tells whether the job was asked to stop.
+
+    Requests are SIGTERM, a preemption notice, and the first Ctrl-C. A second Ctrl-C ends the process at once.
+    """
     asked = False
 
     def note(signum, frame):
         nonlocal asked
         asked = True
 
-    if jax.process_count() > 1:  # JAX's own notice handler catches SIGTERM, and all processes agree on the step
-        with runtime.stopping_by_itself():
-            yield multihost_utils.reached_preemption_sync_point
-        return
-    before = signal.signal(signal.SIGTERM, note)
+    def interrupt(signum, frame):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        say("stops after this step, with a checkpoint; Ctrl-C again stops at once, without one")
+        os.kill(os.getpid(), signal.SIGTERM)  # from here on as any other request
+
+    is_alone = jax.process_count() == 1
+    handlers = {signal.SIGINT: interrupt} | ({signal.SIGTERM: note} if is_alone else {})
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
-        yield lambda step: asked
+        # Of several processes JAX's own handler catches SIGTERM, and all of them agree on the step.
+        with contextlib.nullcontext() if is_alone else runtime.stopping_by_itself():
+            yield (lambda step: asked) if is_alone else multihost_utils.reached_preemption_sync_point
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def train_step(
@@ -208,7 +220,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
       The parameters with the lowest validation perplexity, and what was measured of them ("step" included).
 
     Raises:
-      UserError: the loss is not a number; the step is named.
+      UserError: the loss, its gradient, the parameters or the validation are no longer finite; the step is named.
       Stopped: the job was asked to stop; a checkpoint is there.
     """
     settings = task.settings
@@ -233,24 +245,27 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
     batches.set_state({"next_index": next_sequence // part.count})
     positions_per_step = settings.batch_sequences * task.positions_per_sequence
     peak = matmul_rate(settings.compute_dtype) * jax.device_count()
-    writer = MetricsWriter(task.folder, start)
-    losses: list[tuple[int, jax.Array]] = []
+    unchecked: list[tuple[int, dict[str, jax.Array]]] = []
     watch.lap("start-up")
     logged, training, waiting = start, 0.0, 0.0  # step of the last record, and seconds up to it
 
-    with _stop_requests() as must_stop, progress(steps, task.name, "steps", initial=start) as bar:
+    with (
+        _stop_requests() as must_stop,
+        contextlib.closing(MetricsWriter(task.folder, start)) as writer,
+        progress(steps, task.name, "steps", initial=start) as bar,
+    ):
         for step in range(start + 1, steps + 1):
             batch = meshes.global_batch(mesh, next(batches), rules)
             watch.lap("input wait")
             state, measured = program.step(state, task.frozen, batch)
-            losses.append((step, measured["loss"]))
+            unchecked.append((step, measured))
             watch.lap("steps" if step > start + 1 else "compile")
 
             stopping = must_stop(step)
             validates = step % settings.evaluate_every == 0 or step == steps
             saves = validates or stopping or step % settings.checkpoint_every == 0
             if saves or step % _LOG_EVERY == 0:
-                _check_finite(task.name, losses, checkpoints)
+                _check_finite(task.name, unchecked, checkpoints)
                 values = {name: float(value) for name, value in measured.items()}
                 watch.lap("steps")
                 seconds = watch.spent("compile", "steps", "input wait") - training
@@ -266,23 +281,25 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
                 bar.advance(step - logged, note=f"loss {values['loss']:.3f}")
                 logged, training, waiting = step, training + seconds, watch.spent("input wait")
 
+            if saves and not _all_finite(state):
+                raise _diverged(task.name, "the parameters are not finite", step, checkpoints)
             if validates:
-                validation = task.validate(state["parameters"])
+                validation = _validated(task, state["parameters"], step, checkpoints)
                 writer.write(step, {f"validation/{name}": value for name, value in validation.items()})
                 watch.lap("validation")
             if saves:
                 checkpoints.save(step, state, step * settings.batch_sequences, validation if validates else None)
                 watch.lap("checkpoint")
                 writer.write(step, watch.record())
-            if stopping and step < steps:
+                writer.flush()
+            if stopping:
                 checkpoints.wait()
                 watch.lap("checkpoint")
                 writer.write(step, watch.record())
                 raise Stopped(f"{task.name}: asked to stop; a checkpoint at step {step} is written, run again")
         checkpoints.wait()
-    watch.lap("checkpoint")
-    writer.write(steps, watch.record())
-    writer.close()
+        watch.lap("checkpoint")
+        writer.write(steps, watch.record())
     if jax.process_index() == 0:
         say(f"{task.name}: {goodput.table(goodput.summary(writer.records()))}")
     best = checkpoints.best_step()
@@ -294,13 +311,44 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
     return state["parameters"], figures
 
 
-def _check_finite(name: str, losses: list[tuple[int, jax.Array]], checkpoints: Checkpoints) -> None:
-    """Raises UserError, naming the first step whose loss is not a number; empties the list."""
-    for step, loss in losses:
-        if not math.isfinite(loss):
-            checkpoints.wait()
-            raise UserError(
-                f"{name}: the loss is {float(loss)} at step {step}; the last good checkpoint is at step "
-                f"{checkpoints.latest_step()}. Lower learning_rate or clip_norm and run again in another workdir"
-            )
-    losses.clear()
+@jax.jit
+def _all_finite(tree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+def _check_finite(name: str, unchecked: list[tuple[int, dict[str, jax.Array]]], checkpoints: Checkpoints) -> None:
+    """Empties the list of (step, what was measured there).
+
+    Raises:
+      UserError: the loss of a step or its gradient is not finite; the first such step is named.
+    """
+    for step, measured in unchecked:
+        for statistic, words in (("loss", "loss"), ("gradient_norm", "norm of the gradient")):
+            value = float(measured[statistic])
+            if not math.isfinite(value):
+                raise _diverged(name, f"the {words} is {value}", step, checkpoints)
+    unchecked.clear()
+
+
+def _validated(task: Task, parameters, step: int, checkpoints: Checkpoints) -> dict[str, float]:
+    """What the task measures on the validation split.
+
+    Raises:
+      UserError: the metric that decides which parameters are best is not finite.
+    """
+    try:
+        validation = task.validate(parameters)
+    except NotANumber as error:
+        raise _diverged(task.name, f"the validation failed ({error})", step, checkpoints) from error
+    if not math.isfinite(validation[METRIC]):
+        raise _diverged(task.name, f"the validation {METRIC} is {validation[METRIC]}", step, checkpoints)
+    return validation
+
+
+def _diverged(name: str, what: str, step: int, checkpoints: Checkpoints) -> UserError:
+    """The error of a training that has left the finite numbers; what it saved before is good."""
+    checkpoints.wait()
+    return UserError(
+        f"{name}: {what} at step {step}; the last good checkpoint is at step {checkpoints.latest_step() or 0}. Lower "
+        "learning_rate or clip_norm and run again in another workdir"
+    )

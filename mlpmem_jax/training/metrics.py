@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import functools
+import itertools
 import json
+import os
 import time
 from collections.abc import Mapping
 
@@ -15,39 +19,84 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends records to FOLDER/metrics.jsonl and, for local folders, to TensorBoard event files."""
+    """Appends records to FOLDER/metrics.jsonl and, for local folders, to TensorBoard event files.
+
+    A thread of its own writes, so that a training step never waits for a disk. An object of a bucket cannot be appended
+    to, and takes one write a second: there all records are written at once by `flush`.
+    """
 
     def __init__(self, folder, first_step: int):
         """Opens the files; records from `first_step` on, written by a run that was stopped later, are dropped."""
         self._enabled, self._lines = jax.process_index() == 0, []
         if not self._enabled:
             return
-        self._file = epath.Path(folder) / FILE
-        lines = self._file.read_text().splitlines() if self._file.exists() else []
-        self._lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
+        self._file, self._is_local = epath.Path(folder) / FILE, "://" not in str(folder)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "metrics")
+        self._pending: collections.deque[concurrent.futures.Future] = collections.deque()
+        content = self._file.read_bytes() if self._file.exists() else b""
+        self._lines = _up_to(content, first_step)
         self._board = None
-        if "://" not in str(folder):
+        if self._is_local:
+            if len(kept := b"".join(self._lines)) < len(content):
+                os.truncate(self._file, len(kept))
             import tensorboardX
 
             self._board = tensorboardX.SummaryWriter(str(epath.Path(folder) / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Records `values` (name to number) at `step`."""
+        """Records `values` (name to number) at `step`.
+
+        Raises:
+          OSError: an earlier record could not be written.
+        """
         if not self._enabled:
             return
-        self._lines.append(json.dumps({"step": step, **{name: float(value) for name, value in values.items()}}))
-        self._file.write_text("\n".join(self._lines) + "\n")
+        self._raise_errors(waits=False)
+        record = {"step": step, **{name: float(value) for name, value in values.items()}}
+        self._lines.append(json.dumps(record).encode() + b"\n")
+        if self._is_local:
+            self._pending.append(self._thread.submit(_append, self._file, self._lines[-1]))
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, float(value), step)
+
+    def flush(self) -> None:
+        """Has the records of a bucket written, while the training goes on; call it with every checkpoint."""
+        if self._enabled and not self._is_local:
+            self._pending.append(self._thread.submit(self._file.write_bytes, b"".join(self._lines)))
 
     def records(self) -> list[dict]:
         """All records of the run so far; of every process but the first, none."""
         return [json.loads(line) for line in self._lines]
 
     def close(self) -> None:
-        if self._enabled and self._board is not None:
+        """Waits until everything is written.
+
+        Raises:
+          OSError: something could not be.
+        """
+        if not self._enabled:
+            return
+        self.flush()
+        self._raise_errors(waits=True)
+        self._thread.shutdown()
+        if self._board is not None:
             self._board.close()
+
+    def _raise_errors(self, waits: bool) -> None:
+        while self._pending and (waits or self._pending[0].done()):
+            self._pending.popleft().result()
+
+
+def _up_to(content: bytes, step: int) -> list[bytes]:
+    """The lines of a file of records up to the first that is of a later step, or was not written to its end."""
+    lines = content.splitlines(keepends=True)
+    return list(itertools.takewhile(lambda line: line.endswith(b"}\n") and json.loads(line)["step"] <= step, lines))
+
+
+def _append(file: epath.Path, line: bytes) -> None:
+    with open(file, "ab") as opened:  # O_APPEND
+        opened.write(line)
 
 
 @functools.cache
