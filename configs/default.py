@@ -61,7 +61,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.base = base = ml_collections.ConfigDict()
     base.source = "train"  # "train", "huggingface" or "gguf"
-    base.path = ""  # Hugging Face folder or name of a GPT-2, Llama or Mistral; a GGUF file of a Llama or Mistral
+    # Hugging Face folder, or NAME or NAME@REVISION, of a GPT-2, Llama or Mistral; a GGUF file of a Llama or Mistral
+    base.path = ""
     base.context_length = 256  # positions of one sequence (block), in every stage
     base.width = 64  # of the trained base
     base.blocks = 2

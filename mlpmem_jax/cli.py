@@ -256,7 +256,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
         _sweep(options, overrides)
     else:
         config = read_config(options.config, overrides)
-        storage.prepare(config.workdir, config.corpus.path, config.tokenizer.path, config.training.start)
+        places = [config.corpus.path, config.tokenizer.path, config.base.path, config.datastore.key_model]
+        storage.prepare(config.workdir, *places, config.training.start)
         _with_config(options, config)
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import default
+from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.corpus import articles, files
 from mlpmem_jax.corpus.documents import Document
@@ -335,7 +336,7 @@ def test_a_change_of_equal_size_changes_the_inputs(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one")
     os.utime(tmp_path / "a.txt", (1, 1))  # the time alone is no change
     assert files.open_source(corpus_of(tmp_path)).inputs == before
-    monkeypatch.setattr(files, "_HASHED_BYTES", 2)
+    monkeypatch.setattr(storage, "_HASHED_BYTES", 2)
     before = files.open_source(corpus_of(tmp_path)).inputs
     (tmp_path / "a.txt").write_text("two")
     assert files.open_source(corpus_of(tmp_path)).inputs != before

@@ -107,6 +107,7 @@ def test_sharded_parameters_are_the_same(tmp_path):
         (lambda weights: weights.update({"ln_f.bias": np.zeros(17, np.float32)}), "ln_f.bias"),
         (lambda weights: weights.update({"wte.weight": np.zeros((60, 16), np.float32)}), "wte.weight"),
         (lambda weights: weights.update({"lm_head.weight": np.ones((61, 16), np.float32)}), "lm_head.weight"),
+        (lambda weights: weights["h.2.mlp.c_fc.bias"].__setitem__(5, np.nan), "'h.2.mlp.c_fc.bias' has numbers that"),
     ],
 )
 def test_a_wrong_tensor_is_named(tmp_path, change, named):
@@ -126,6 +127,8 @@ def test_a_wrong_tensor_is_named(tmp_path, change, named):
         ({"n_head": 3}, "n_head"),
         ({"n_embd": None}, "n_embd"),
         ({"vocab_size": 62}, "wte.weight"),
+        ({"n_inner": "64"}, "n_inner is '64'; expected a whole number above 0, or null"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5'; expected a number above 0, or null"),
     ],
 )
 def test_an_unsuitable_config_is_refused(tmp_path, changes, named):
@@ -189,7 +192,8 @@ def test_half_precision_old_buffers_and_bare_names_of_a_llama(tmp_path):
     plain, config = load(write_llama(tmp_path / "plain", llama_tensors()))
     assert (config.head_width, config.key_value_heads, config.sliding_window, config.tied) == (4, 2, 0, False)
     weights = {name.removeprefix("model."): tensor for name, tensor in llama_tensors().items()}
-    weights["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    for buffer in ("layers.0.self_attn.rotary_emb.inv_freq", "layers.1.self_attn.rotary_emb.cos_cached"):
+        weights[buffer] = weights["rotary_emb.sin_cached"] = np.ones(2, np.float32)
     bare, _ = load(write_llama(tmp_path / "bare", weights))
     jax.tree.map(np.testing.assert_array_equal, plain, bare)
     halved = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in llama_tensors().items()}
@@ -226,6 +230,14 @@ def test_a_wrong_tensor_of_a_llama_is_named(tmp_path, change, named):
         ({"attention_bias": True}, "attention_bias is True"),
         ({"num_key_value_heads": 3}, "num_key_value_heads, 3, does not divide"),
         ({"head_dim": 5}, "head_dim is 5"),
+        ({"head_dim": "4"}, "head_dim is '4'; expected a whole number above 0, or null"),
+        ({"num_key_value_heads": 2.0}, r"num_key_value_heads is 2\.0; expected a whole number above 0, or null"),
+        ({"model_type": "mistral", "sliding_window": "5"}, "sliding_window is '5'; expected a whole number"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is True; expected a number above 0, or null"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; expected a number above 0, or null"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected a group, or null"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2'; expected a number above 0, or null"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; expected true or false, or null"),
         ({"intermediate_size": None}, "intermediate_size is missing"),
         ({"tie_word_embeddings": True}, "'lm_head.weight' differs from 'embed_tokens.weight'"),
         ({"num_hidden_layers": 3}, r"layers\.2\..* is missing"),

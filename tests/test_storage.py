@@ -46,6 +46,8 @@ def test_listings_of_a_bucket_are_never_kept(monkeypatch):
         ("workdir", []),
         ("corpus.path", ["--config.corpus.source=files"]),
         ("tokenizer.path", ["--config.tokenizer.source=file"]),
+        ("base.path", ["--config.base.source=huggingface"]),
+        ("datastore.key_model", []),
         ("training.start", []),
     ],
 )

@@ -1,12 +1,17 @@
-"""Places: object storage, and folders whose names have brackets.
+"""Places: object storage, folders whose names have brackets, and what tells that files have changed.
 
 TensorStore reads and writes buckets by itself; all small files go through etils.epath, by fsspec.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
-from collections.abc import Iterator
+import hashlib
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 
 from mlpmem_jax.core.errors import UserError, require
 
@@ -16,6 +21,11 @@ _FILE_SYSTEMS = {
     "gs": ("gcs", "gcsfs", "gcs"),
     "s3": ("s3", "s3fs", "s3"),
 }
+
+_HASHED_BYTES = 2**28
+"""Files of up to this size together are recognized by their content, larger ones by size, time, and both ends."""
+_END_BYTES = 2**16
+_COPIED_BYTES = 2**24
 
 
 def prepare(*places: str) -> None:
@@ -60,3 +70,54 @@ def literal(path):
                 yield self / name
 
     return Literal(path)
+
+
+def checksum(files: Mapping) -> str:
+    """A checksum that changes with the files, and says what of them it was made from.
+
+    Args:
+      files: epath.Path by the name that stands for the file wherever it lies.
+    """
+    stats = {name: file.stat() for name, file in files.items()}
+    by_content = sum(stat.length for stat in stats.values()) <= _HASHED_BYTES
+    digest = hashlib.sha256()
+    for name, file in files.items():
+        if by_content:
+            state = hashlib.sha256(file.read_bytes()).hexdigest()
+        else:
+            state = f"{stats[name].mtime} {_ends(file, stats[name].length)}"
+        digest.update(f"{name}\0{stats[name].length}\0{state}\n".encode("utf-8", "surrogateescape"))
+    return f"{digest.hexdigest()} ({'content' if by_content else 'names, sizes, times, first and last bytes'})"
+
+
+def _ends(file, length: int) -> str:
+    with file.open("rb") as opened:
+        digest = hashlib.sha256(opened.read(_END_BYTES))
+        opened.seek(max(0, length - _END_BYTES))
+        digest.update(opened.read(_END_BYTES))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def local_copies(files: Mapping) -> Iterator[pathlib.Path]:
+    """A folder on this machine's disk with copies of files of a bucket, for libraries that map what they read.
+
+    It lies where TMPDIR says and lasts as long as the context.
+
+    Args:
+      files: epath.Path by the name of its copy.
+
+    Raises:
+      UserError: the disk has no room for them.
+    """
+    needed, room = sum(file.stat().length for file in files.values()), shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > room:
+        raise UserError(
+            f"{next(iter(files.values())).parent}: {needed / 1e9:.1f} GB are copied to {tempfile.gettempdir()}, which "
+            f"has room for {room / 1e9:.1f} GB; set the environment variable TMPDIR to a folder with more"
+        )
+    with tempfile.TemporaryDirectory(prefix="mlpmem_") as folder:
+        for name, file in files.items():
+            with file.open("rb") as source, open(pathlib.Path(folder) / name, "wb") as copy:
+                shutil.copyfileobj(source, copy, _COPIED_BYTES)
+        yield pathlib.Path(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -16,6 +15,7 @@ from typing import BinaryIO
 import ml_collections
 from etils import epath
 
+from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.corpus import compression
 from mlpmem_jax.corpus.articles import chunk_lines, wikitext_articles
@@ -31,9 +31,6 @@ READERS = {
     ".json": "json",
     ".parquet": "parquet",
 }
-_HASHED_BYTES = 2**28
-"""Corpora up to this size are known again by their content, larger ones by the sizes and times of their files."""
-
 _SPLIT_NAMES = {"train": "train", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
 _SPLIT_NAME = re.compile(rf"(?:^|/)({'|'.join(_SPLIT_NAMES)})", re.IGNORECASE)
 
@@ -54,7 +51,7 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
         files = {name: found[name] for name in sorted(found) if _kind(found[name]) and found[name].exists()}
         if root.is_dir():
             files = {name: file for name, file in files.items() if _suffix(file) != ".json" or _has_rows(file, rows)}
-        inputs = {"files": _checksum(files)}
+        inputs = {"files": storage.checksum(files)}
     except OSError as error:
         raise UserError(
             f"config.corpus.path: {_shown(error.filename or root)} cannot be read: {error.strerror}; change its "
@@ -146,18 +143,7 @@ def _split_of(name: str) -> str:
 
 def origin(folder: epath.Path) -> str:
     """A checksum that changes with the files below a folder, read for text or not."""
-    return _checksum({name: file for name, file in sorted(_walk(folder, "", {_real(folder)})) if file.exists()})
-
-
-def _checksum(files: dict[str, epath.Path]) -> str:
-    """A checksum that changes with the files: of their contents, or, where those are large, of sizes and times."""
-    stats = {name: file.stat() for name, file in files.items()}
-    by_content = sum(stat.length for stat in stats.values()) <= _HASHED_BYTES
-    digest = hashlib.sha256()
-    for name, file in files.items():
-        state = hashlib.sha256(file.read_bytes()).hexdigest() if by_content else f"{stats[name].mtime}"
-        digest.update(f"{name}\0{stats[name].length}\0{state}\n".encode("utf-8", "surrogateescape"))
-    return f"{digest.hexdigest()} ({'content' if by_content else 'names, sizes and times'})"
+    return storage.checksum({name: file for name, file in sorted(_walk(folder, "", {_real(folder)})) if file.exists()})
 
 
 def read_documents(

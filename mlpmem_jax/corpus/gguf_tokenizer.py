@@ -52,11 +52,13 @@ def load(path: str) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
     types = file.value("tokenizer.ggml.token_type", [1] * len(tokens))
     for kind_of_token, add in ((_SPECIAL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
-        add([
-            tokenizers.AddedToken(token, normalized=False, special=kind_of_token == _SPECIAL)
-            for token, found in zip(tokens, types, strict=True)
-            if found == kind_of_token
-        ])
+        add(
+            [
+                tokenizers.AddedToken(token, normalized=False, special=kind_of_token == _SPECIAL)
+                for token, found in zip(tokens, types, strict=True)
+                if found == kind_of_token
+            ]
+        )
     alone, words = _WORDS[split]
     steps = [pre_tokenizers.Digits(individual_digits=True)] if alone else []
     steps += [

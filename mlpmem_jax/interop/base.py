@@ -9,7 +9,7 @@ from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.interop import gguf_model, huggingface
+from mlpmem_jax.interop import gguf_model, huggingface, sources
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.training import base as training
 
@@ -18,15 +18,16 @@ def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: 
     """A model that `load` reads as an artifact of the working directory, checked against the tokenizer."""
     path = epath.Path(config.workdir) / folder
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
-    settings, inputs = {"path": source}, {"tokens": tokens.fingerprint}
+    settings, inputs = {"path": source}, {"tokens": tokens.fingerprint, **sources.identity(source)}
     if finished := find_finished(path, "base", settings, inputs):
         say(f"{folder}: finished already")
         return finished
     mesh, rules = meshes.mesh_of(config)
-    parameters, model = load(source, mesh, rules)
+    with sources.local(source) as (place, commit):
+        parameters, model = load(place, mesh, rules)
     check_fits(f"config.{key}={source}", model, tokens, config.base.context_length)
     writer = ArtifactWriter.create(path, "base", settings, inputs, {})
-    saved.seal(writer, model, parameters, {})
+    saved.seal(writer, model, parameters, {"commit": commit} if commit else {})
     return open_artifact(path, "base")
 
 

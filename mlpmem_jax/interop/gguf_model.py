@@ -16,7 +16,7 @@ from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.gguf_file import GGUFFile
 from mlpmem_jax.core.progress import progress
-from mlpmem_jax.interop import huggingface
+from mlpmem_jax.interop import huggingface, tensor_files
 from mlpmem_jax.interop.checkpoint_layout import layouts
 from mlpmem_jax.models import language_model
 from mlpmem_jax.models.llama import LlamaConfig
@@ -132,9 +132,7 @@ def _check_tensors(file: GGUFFile, stored) -> None:
 def _read(file: GGUFFile, head_width: int, name: str, part: tuple[slice, ...]) -> np.ndarray:
     """Part of a tensor as Hugging Face has it; of queries and keys, whole heads."""
     stored = _stored_name(name)
-    values = file.read(stored, part)
-    if not np.isfinite(values).all():
-        raise UserError(f"{file.path}: tensor {stored!r} has numbers that are not finite; take another file")
+    values = tensor_files.finite(file.read(stored, part), file.path, stored)
     if stored.split(".")[-2] in _PERMUTED:
         # llama.cpp turns pairs of neighbors, Hugging Face the two halves of a head.
         values = values.reshape(-1, head_width // 2, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)

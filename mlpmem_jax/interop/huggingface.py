@@ -1,7 +1,7 @@
-"""Language models from Hugging Face folders or hub names, and written back as such folders.
+"""Language models from Hugging Face folders, and written back as such folders.
 
-Weights are safetensors, in one file or sharded with an index. Each process reads the parts that its devices hold and
-no others, one block's part of one tensor at a time: the host never holds a model.
+Each process reads the parts that its devices hold and no others, one block's part of one tensor at a time: the host
+never holds a model.
 """
 
 from __future__ import annotations
@@ -14,46 +14,46 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlpmem_jax.core import mesh as meshes
-from mlpmem_jax.core.errors import UserError, require
+from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import progress
 from mlpmem_jax.interop import huggingface_config, tensor_files
 from mlpmem_jax.interop.checkpoint_layout import PREFIXES, Layout, full_name, layouts
 from mlpmem_jax.interop.tensor_files import MAXIMUM_SHARD_BYTES, Tensor
 from mlpmem_jax.models import language_model
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _OUTPUT = "lm_head.weight"
 _COMPARED_ROWS = 1024
-# What old files carry beside the weights: causal masks of GPT-2, frequencies of Llama.
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+# What old files carry beside the weights: causal masks of GPT-2, frequencies and tables of rotary embeddings.
+_BUFFERS = (
+    ".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"
+)  # fmt: skip
 
-Files = dict[str, tuple[pathlib.Path, str]]
-"""Tensor name without prefix -> (file, name in the file)."""
+Files = dict[str, Tensor]
+"""Tensors by their names without prefix."""
 
 
 def load_language_model(
-    source: str, mesh: Mesh, rules: meshes.Rules = meshes.RULES, *, part: str = ""
+    source: str | pathlib.Path, mesh: Mesh, rules: meshes.Rules = meshes.RULES, *, part: str = ""
 ) -> tuple[dict, language_model.Config]:
     """Parameters (float32, placed on the mesh, the tree of `language_model.init`) and dimensions of a language model.
 
     Args:
-      source: a folder with config.json and safetensors weights of a GPT-2, Llama or Mistral, or the name of such a
-        model on the Hugging Face hub.
+      source: a folder with config.json and weights of a GPT-2, Llama or Mistral.
       part: where the language model is a part of a larger one, the name of that part: its tensors begin with it, and
         its config is `<part>_config` of the folder's.
 
     Raises:
-      UserError: no such folder or model, another architecture, or a tensor that is missing, left over, of another
-        shape than the config says, or unreadable; the text names it.
+      UserError: no such folder, another architecture, or a tensor that is missing, left over, of another shape than the
+        config says, not finite, or unreadable; the text names it.
       ConfigError: the mesh does not divide the model.
     """
-    folder = _folder(source)
+    folder = pathlib.Path(source)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected one with config.json and {tensor_files.SAFETENSORS}")
     config = huggingface_config.read_config(folder, part)
     family = language_model.family(config)
     files = _files_of_tensors(folder, f"{part}." if part else "", PREFIXES[family])
@@ -67,36 +67,12 @@ def load_language_model(
         return jax.tree.map(functools.partial(place, functools.partial(_read, files), bar), stored, placed), config
 
 
-def _folder(source: str) -> pathlib.Path:
-    """The folder itself, or that of a downloaded hub model."""
-    folder = pathlib.Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
-        raise UserError(f"{source}: no such folder; expected one with config.json and model.safetensors")
-    hub = require("huggingface_hub", extra="hub")
-    try:
-        return pathlib.Path(hub.snapshot_download(source, allow_patterns=["config.json", "model*.safetensors*"]))
-    except Exception as error:  # the hub's client raises errors of several libraries
-        raise UserError(f"{source}: neither a folder nor a model that the Hugging Face hub gave: {error}") from error
-
-
 def _files_of_tensors(folder: pathlib.Path, part: str, prefix: str) -> Files:
-    shards, index = [_SINGLE], folder / _INDEX
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: expected a 'weight_map', could not read it: {error}") from error
-    found = {}
-    for shard in shards:
-        try:
-            with safetensors.safe_open(folder / shard, framework="numpy") as file:
-                names = [name for name in file.keys() if name.startswith(part)]  # noqa: SIM118
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(f"{folder / shard}: expected safetensors, could not read them: {error}") from error
-        found |= {name.removeprefix(part).removeprefix(prefix): (folder / shard, name) for name in names}
-    return {name: at for name, at in found.items() if not name.endswith(_BUFFERS)}
+    return {
+        name.removeprefix(part).removeprefix(prefix): tensor
+        for name, tensor in tensor_files.read(folder).items()
+        if name.startswith(part) and not name.endswith(_BUFFERS)
+    }
 
 
 def _check_tensors(folder: pathlib.Path, files: Files, stored: list[Layout], has_output: bool) -> None:
@@ -105,50 +81,38 @@ def _check_tensors(folder: pathlib.Path, files: Files, stored: list[Layout], has
     for name, shape in expected.items():
         if name not in files:
             raise UserError(f"{folder}: tensor {name!r} of shape {shape} is missing; config.json and weights disagree")
-        file, stored_name = files[name]
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            view = opened.get_slice(stored_name)
-            found, dtype = tuple(view.get_shape()), view.get_dtype()
-        if found != shape:
-            raise UserError(f"{file}: tensor {stored_name!r} is {found}; config.json says {shape}")
-        if dtype not in _DTYPES:
-            raise UserError(f"{file}: tensor {stored_name!r} is stored as {dtype}; expected {' or '.join(_DTYPES)}")
+        found = files[name]
+        if found.shape != shape:
+            raise UserError(f"{found.file}: tensor {found.name!r} is {found.shape}; config.json says {shape}")
+        if found.dtype not in _DTYPES:
+            raise UserError(
+                f"{found.file}: tensor {found.name!r} is stored as {found.dtype}; expected {' or '.join(_DTYPES)}"
+            )
     extra = sorted(files.keys() - expected.keys() - {_OUTPUT})
     if extra:
-        raise UserError(f"{files[extra[0]][0]}: tensor {extra[0]!r} belongs to no model of this config.json")
+        raise UserError(f"{files[extra[0]].file}: tensor {extra[0]!r} belongs to no model of this config.json")
     if _OUTPUT in files and not has_output:
         _check_tied(files, next(name for name in expected if name in ("wte.weight", "embed_tokens.weight")))
 
 
 def _check_tied(files: Files, embedding: str) -> None:
-    shape = _shape(files, embedding)
+    shape = files[embedding].shape
     parts = [
         (slice(first, min(first + _COMPARED_ROWS, shape[0])), slice(0, shape[1]))
         for first in range(0, shape[0], _COMPARED_ROWS)
     ]
-    if _shape(files, _OUTPUT) != shape or not all(
+    if files[_OUTPUT].shape != shape or not all(
         np.array_equal(_read(files, _OUTPUT, part), _read(files, embedding, part)) for part in parts
     ):
         raise UserError(
-            f"{files[_OUTPUT][0]}: tensor {_OUTPUT!r} differs from {embedding!r}, but config.json says that the "
+            f"{files[_OUTPUT].file}: tensor {_OUTPUT!r} differs from {embedding!r}, but config.json says that the "
             "output projection is the token embedding (tie_word_embeddings)"
         )
 
 
-def _shape(files: Files, name: str) -> tuple[int, ...]:
-    file, stored_name = files[name]
-    with safetensors.safe_open(file, framework="numpy") as opened:
-        return tuple(opened.get_slice(stored_name).get_shape())
-
-
 def _read(files: Files, name: str, part: tuple[slice, ...]) -> np.ndarray:
-    """Part of a tensor, float32. The file is mapped for this long: what was read leaves the memory with it."""
-    file, stored_name = files[name]
-    try:
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            return opened.get_slice(stored_name)[part].astype(np.float32)
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{file}: tensor {stored_name!r} could not be read: {error}") from error
+    """Part of a tensor, float32."""
+    return files[name].read(part)
 
 
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]

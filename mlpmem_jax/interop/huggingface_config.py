@@ -9,6 +9,8 @@ import json
 import math
 import pathlib
 
+from etils import epath
+
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.models import language_model, rotary
 from mlpmem_jax.models.gpt2 import GPT2Config
@@ -36,6 +38,7 @@ _LLAMA_DIMENSIONS = (
     "num_attention_heads",
     "intermediate_size",
 )
+_NUMBER = (int, float)
 _ROTARY_NUMBERS = {  # their names there -> ours
     "factor": "factor",
     "original_max_position_embeddings": "original_length",
@@ -57,7 +60,7 @@ _ROTARY_KEYS = {
 }  # fmt: skip
 
 
-def read_config(folder: pathlib.Path, part: str = "") -> language_model.Config:
+def read_config(folder: pathlib.Path | epath.Path, part: str = "") -> language_model.Config:
     """Dimensions of the language model that the folder's config.json describes, under `<part>_config` if it is a part.
 
     Raises:
@@ -90,6 +93,18 @@ def _dimensions(file: pathlib.Path, values: dict, keys: tuple[str, ...], family:
     return [values[key] for key in keys]
 
 
+def _optional(file: pathlib.Path, values: dict, key: str, default, kinds: tuple[type, ...] = (int,)):
+    """The positive number, or text or switch, under a key that may be left out; null counts as `default`."""
+    value = values.get(key)
+    if value is None:
+        return default
+    is_number = type(value) is not bool and isinstance(value, int | float)
+    if type(value) not in kinds or (is_number and not 0 < value < math.inf):
+        expected = {int: "a whole number above 0", float: "a number above 0", bool: "true or false", dict: "a group"}
+        raise UserError(f"{file}: {key} is {value!r}; expected {expected[kinds[-1]]}, or null")
+    return value
+
+
 def _check_divides(file: pathlib.Path, values: dict, part: str, whole: str) -> None:
     if values[whole] % values[part]:
         raise UserError(f"{file}: {part}, {values[part]}, does not divide {whole}, {values[whole]}")
@@ -98,9 +113,10 @@ def _check_divides(file: pathlib.Path, values: dict, part: str, whole: str) -> N
 def _gpt2(file: pathlib.Path, values: dict) -> GPT2Config:
     vocab_size, context_length, width, blocks, heads = _dimensions(file, values, _GPT2_DIMENSIONS, "gpt2")
     _check_divides(file, values, "n_head", "n_embd")
-    if (values.get("n_inner") or 4 * width) != 4 * width:
+    if _optional(file, values, "n_inner", 4 * width) != 4 * width:
         raise UserError(f"{file}: n_inner is {values['n_inner']}; only 4 x n_embd can be imported")
-    return GPT2Config(vocab_size, context_length, width, blocks, heads, values.get("layer_norm_epsilon", 1e-5))
+    epsilon = _optional(file, values, "layer_norm_epsilon", 1e-5, _NUMBER)
+    return GPT2Config(vocab_size, context_length, width, blocks, heads, epsilon)
 
 
 def _llama(file: pathlib.Path, family: str, values: dict) -> LlamaConfig:
@@ -108,12 +124,14 @@ def _llama(file: pathlib.Path, family: str, values: dict) -> LlamaConfig:
     vocab_size, positions, width, blocks, heads, feed_forward_width = dimensions
     if values.get("head_dim") is None:
         _check_divides(file, values, "num_attention_heads", "hidden_size")
-    head_width = values.get("head_dim") or width // heads
+    head_width = _optional(file, values, "head_dim", width // heads)
     if head_width % 2:
         raise UserError(f"{file}: head_dim is {head_width}; rotary embeddings need an even one")
-    key_value_heads = values.get("num_key_value_heads", heads if family == "llama" else 8) or heads
+    left_out = heads if family == "llama" or "num_key_value_heads" in values else 8
+    key_value_heads = _optional(file, values, "num_key_value_heads", left_out)
     values = {**values, "num_key_value_heads": key_value_heads}
     _check_divides(file, values, "num_key_value_heads", "num_attention_heads")
+    window = 0 if "sliding_window" in values else 4096
     turned = _rotary(file, values, positions)
     # The frequencies of this type depend on the length, to go on beyond the positions of the config.
     stretch = turned.factor if turned.type == "dynamic" else 1
@@ -126,9 +144,9 @@ def _llama(file: pathlib.Path, family: str, values: dict) -> LlamaConfig:
         key_value_heads=key_value_heads,
         head_width=head_width,
         feed_forward_width=feed_forward_width,
-        norm_epsilon=values.get("rms_norm_eps", 1e-6),
-        sliding_window=(values.get("sliding_window", 4096) or 0) if family == "mistral" else 0,
-        tied=values.get("tie_word_embeddings", False),
+        norm_epsilon=_optional(file, values, "rms_norm_eps", 1e-6, _NUMBER),
+        sliding_window=_optional(file, values, "sliding_window", window) if family == "mistral" else 0,
+        tied=_optional(file, values, "tie_word_embeddings", False, (bool,)),
         rotary=turned,
         family=family,
     )
@@ -137,12 +155,15 @@ def _llama(file: pathlib.Path, family: str, values: dict) -> LlamaConfig:
 def _rotary(file: pathlib.Path, values: dict, positions: int) -> Rotary:
     """From `rope_parameters`, or `rope_scaling` and `rope_theta` of transformers before 5."""
     group = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    given = {"rope_theta": values.get("rope_theta") or 10_000.0, **(values.get(group) or {})}
+    theta = _optional(file, values, "rope_theta", 10_000.0, _NUMBER)
+    given = {"rope_theta": theta, **_optional(file, values, group, {}, (dict,))}
     kind = given.get("rope_type") or given.get("type") or "default"
     _check_allowed(file, f"{group}.rope_type", kind, rotary.TYPES)
     partial = given.get("partial_rotary_factor") or values.get("partial_rotary_factor")
     _check_allowed(file, "partial_rotary_factor", partial, (None, 1.0))
     original = given.setdefault("original_max_position_embeddings", positions)
+    for key in _ROTARY_NUMBERS:
+        _optional(file, given, key, None, (bool,) if key == "truncate" else _NUMBER)
     if kind == "yarn" and isinstance(original, int):
         defaults = {"factor": positions / original, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
         given = {**defaults, **{key: value for key, value in given.items() if value is not None}}

@@ -5,7 +5,7 @@ Source: config.json of the model on huggingface.co.
 
 from __future__ import annotations
 
-import pathlib
+from etils import epath
 
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.gguf_file import GGUFFile
@@ -25,19 +25,19 @@ DIMENSIONS: dict[str, Config] = {
 
 
 def dimensions(source: str) -> Config:
-    """Dimensions of the model of that name, of the one in a local folder, or of a GGUF file.
+    """Dimensions of the model of that name, of the one in a folder, or of a GGUF file.
 
     Raises:
       UserError: neither.
     """
-    if source in DIMENSIONS:
-        return DIMENSIONS[source]
+    if (name := source.partition("@")[0]) in DIMENSIONS:
+        return DIMENSIONS[name]
     if source.endswith(".gguf"):
         return gguf_model.read_config(GGUFFile(source))
-    folder = pathlib.Path(source)
+    folder = epath.Path(source)
     if folder.is_dir():
         return huggingface_config.read_config(folder)
     raise UserError(
         f"{source}: dimensions are known without downloading of {', '.join(DIMENSIONS)}; for another "
-        "model give a local folder with its config.json"
+        "model give a folder with its config.json"
     )

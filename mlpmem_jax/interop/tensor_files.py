@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +26,19 @@ MAXIMUM_SHARD_BYTES = 5 * 10**9  # of one file, as transformers has it
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A float32 tensor under its PyTorch name; `read` gets its values, `file` is where from."""
+    """A tensor under its PyTorch name.
+
+    Attributes:
+      read: gets its values in float32; of a tensor in a file also a part of them, given a tuple of slices.
+      file: where it is stored.
+      dtype: as stored, by safetensors' names.
+    """
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[..., np.ndarray]
     file: str = ""
+    dtype: str = "F32"
 
 
 def write(folder: pathlib.Path, tensors: Sequence[Tensor], maximum_shard_bytes: int = MAXIMUM_SHARD_BYTES) -> None:
@@ -77,18 +85,20 @@ def _bytes(tensor: Tensor) -> int:
 def read(folder: pathlib.Path) -> dict[str, Tensor]:
     """The tensors of a folder by name, without their values.
 
-    Pickled files are read by torch's loader of weights alone, which runs no code of theirs.
+    Of several kinds of files that a folder has, transformers' choice is read: safetensors before pickled ones, and a
+    single file before an index. Pickled files are read by torch's loader of weights alone, which runs no code of
+    theirs.
 
     Raises:
       UserError: there are no weights, or a file is truncated, foreign or missing.
     """
     for name, open_file in ((SAFETENSORS, _safetensors), (PICKLED, _pickled)):
         index = folder / f"{name}.index.json"
-        if index.is_file():
-            with _explained(index, "the index of sharded weights"):
-                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        elif (folder / name).is_file():
+        if (folder / name).is_file():
             files = [name]
+        elif index.is_file():
+            with _explained(index, "the index of sharded weights, with a 'weight_map'"):
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
             continue
         return {tensor.name: tensor for file in files for tensor in open_file(folder / file)}
@@ -96,23 +106,42 @@ def read(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _safetensors(file: pathlib.Path) -> Iterator[Tensor]:
-    def values(name: str) -> np.ndarray:
+    def values(name: str, part=...) -> np.ndarray:
+        # The file is mapped for this long: what was read leaves the memory with it.
         with _explained(file, f"tensor {name!r}"), safetensors.safe_open(file, framework="numpy") as opened:
-            return opened.get_tensor(name).astype(np.float32)
+            return finite(opened.get_slice(name)[part].astype(np.float32), file, name)
 
     with _explained(file, "weights in safetensors"), safetensors.safe_open(file, framework="numpy") as opened:
-        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    for name, shape in shapes.items():
-        yield Tensor(name, shape, lambda name=name: values(name), str(file))
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        found = {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+    for name, (shape, dtype) in found.items():
+        yield Tensor(name, shape, functools.partial(values, name), str(file), dtype)
 
 
 def _pickled(file: pathlib.Path) -> Iterator[Tensor]:
     torch = require("torch", extra="torch")
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+    def values(name: str, tensor, part=...) -> np.ndarray:
+        return finite(tensor[part].float().numpy(), file, name)
+
     with _explained(file, "a state dict of tensors alone, as torch.save writes it"):
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     for name, tensor in tensors.items():
-        yield Tensor(name, tuple(tensor.shape), lambda tensor=tensor: tensor.float().numpy(), str(file))
+        dtype = names.get(tensor.dtype, str(tensor.dtype))
+        yield Tensor(name, tuple(tensor.shape), functools.partial(values, name, tensor), str(file), dtype)
+
+
+def finite(values: np.ndarray, file: pathlib.Path, name: str) -> np.ndarray:
+    """The values of a tensor.
+
+    Raises:
+      UserError: not all of them are finite; names the tensor.
+    """
+    if not np.isfinite(values).all():
+        raise UserError(f"{file}: tensor {name!r} has numbers that are not finite; take another file")
+    return values
 
 
 @contextlib.contextmanager
