@@ -9,9 +9,10 @@ import pytest
 
 from configs import default
 from mlpmem_jax.core import manifests
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter, open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.evaluation import evaluate, provenance
 from mlpmem_jax.evaluation.inputs import open_inputs
@@ -104,8 +105,8 @@ def fresh_models(key):
 def one_device():
     """Sharded scoring has tests of its own; here one device compiles faster."""
     with pytest.MonkeyPatch.context() as patch:
-        mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        patch.setattr(meshes, "mesh_of", lambda config: (mesh, meshes.RULES))
+        sharding = Sharding(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+        patch.setattr(Sharding, "of", lambda config: sharding)
         yield
 
 

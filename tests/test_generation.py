@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.inference import decoding, sampling
 from mlpmem_jax.inference.decoding import Models, Parameters, Reading, prepare
 from mlpmem_jax.inference.generate import can_change_the_likeliest, draw, generate
@@ -109,7 +110,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path):
         for parameter in model.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
-    parameters, config = huggingface.load_language_model(str(tmp_path), make_mesh(1, 1, 1, jax.devices()[:1]))
+    parameters, config = huggingface.load_language_model(str(tmp_path), Sharding(make_mesh(1, 1, 1, jax.devices()[:1])))
     expected = model.generate(
         torch.tensor([PROMPTS[1]]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
     )[0, len(PROMPTS[1]) :]

@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.gguf_file import GGUFFile
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus import gguf_tokenizer, tokenizer
 from mlpmem_jax.interop import gguf_model, published
 from mlpmem_jax.models import language_model
@@ -98,7 +99,7 @@ def write(path, quantization="F32", tied=True, pre="smollm", changed=None, left_
 
 
 def one_device():
-    return meshes.make_mesh(devices=jax.devices()[:1])
+    return Sharding(make_mesh(devices=jax.devices()[:1]))
 
 
 def our_logits(parameters, config, tokens_BxT):
@@ -130,7 +131,7 @@ def test_logits_are_those_of_transformers(tmp_path, quantization, tied):
 def test_a_sharded_model_is_the_same(tmp_path):
     path = write(tmp_path / "model.gguf", "Q8_0")
     whole, _ = gguf_model.load_language_model(str(path), one_device())
-    sharded, _ = gguf_model.load_language_model(str(path), meshes.make_mesh(1, 2, 2, devices=jax.devices()[:4]))
+    sharded, _ = gguf_model.load_language_model(str(path), Sharding(make_mesh(1, 2, 2, devices=jax.devices()[:4])))
     for left, right in zip(jax.tree.leaves(whole), jax.tree.leaves(sharded), strict=True):
         np.testing.assert_array_equal(left, right)
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(sharded))

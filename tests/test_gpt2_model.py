@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import gpt2
 
 CONFIG = gpt2.GPT2Config(vocab_size=50, context_length=12, width=16, blocks=3, heads=4)
@@ -123,13 +124,13 @@ def test_initialization_is_that_of_gpt2():
 def test_every_array_has_logical_axes_and_a_mesh_changes_no_hidden_state(sizes):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
-    mesh = meshes.make_mesh(*sizes, devices=jax.devices()[:8])
-    placed = meshes.shardings(mesh, gpt2.logical_axes(CONFIG))
+    mesh = make_mesh(*sizes, devices=jax.devices()[:8])
+    placed = Sharding(mesh).tree(gpt2.logical_axes(CONFIG))
     parameters, tokens_BxT = random_parameters(), tokens(sequences=8)
     divided = jax.device_put(parameters, placed)
     features = jax.jit(functools.partial(gpt2.features, config=CONFIG, taps=(2,)), static_argnames="activations")
     expected, expected_taps = features(parameters, tokens_BxT=tokens_BxT)
-    batch = meshes.sharding(mesh, ("batch", None, None))
+    batch = Sharding(mesh).named("batch", None, None)
     final, taps = features(divided, tokens_BxT=tokens_BxT, activations=batch)
     np.testing.assert_allclose(final, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(taps[2], expected_taps[2], rtol=1e-4, atol=1e-4)

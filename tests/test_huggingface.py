@@ -18,6 +18,7 @@ import transformers
 from launch import local
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import huggingface
 from mlpmem_jax.models import gpt2
 
@@ -57,7 +58,7 @@ def write(folder, weights, **changes):
 
 
 def load(source):
-    return huggingface.load_language_model(source, make_mesh(1, 1, 1, jax.devices()[:1]))
+    return huggingface.load_language_model(source, Sharding(make_mesh(1, 1, 1, jax.devices()[:1])))
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
@@ -93,7 +94,7 @@ def test_sharded_parameters_are_the_same(tmp_path):
         pytest.skip("needs four devices")
     source = write(tmp_path / "model", tensors())
     whole, _ = load(source)
-    divided, _ = huggingface.load_language_model(source, make_mesh(1, 2, 2, jax.devices()[:4]))
+    divided, _ = huggingface.load_language_model(source, Sharding(make_mesh(1, 2, 2, jax.devices()[:4])))
     kernel = divided["h"]["mlp"]["c_fc"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     jax.tree.map(np.testing.assert_array_equal, whole, divided)
@@ -271,14 +272,17 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused(tmp_path):
     if jax.device_count() < 4:
         pytest.skip("needs four devices")
     source = write_llama(tmp_path / "model", llama_tensors())
-    with pytest.raises(ConfigError, match=r"config\.mesh: tensor cuts in 4 parts, but h/self_attn/k_proj/kernel has 2"):
-        huggingface.load_language_model(source, make_mesh(1, 1, 4, jax.devices()[:4]))
+    with pytest.raises(
+        ConfigError, match=r"tensor makes 4 shards, which do not divide an axis of 2 of h/self_attn/k_proj"
+    ):
+        huggingface.load_language_model(source, Sharding(make_mesh(1, 1, 4, jax.devices()[:4])))
 
 
 # One of two processes: reads a folder, prints how many numbers of it, and writes the model as another folder.
 _LOAD_AND_SAVE = """
 import json, os, sys
 from mlpmem_jax.core import mesh, runtime
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import huggingface, tensor_files
 source, output = sys.argv[1:]
 read, numbers = huggingface._read, 0
@@ -289,7 +293,7 @@ def counted(*arguments):
     return part
 huggingface._read = counted
 with runtime.job(os.path.dirname(output)):
-    parameters, config = huggingface.load_language_model(source, mesh.make_mesh())
+    parameters, config = huggingface.load_language_model(source, Sharding(mesh.make_mesh()))
     huggingface.save_language_model(output, parameters, config, maximum_shard_bytes=8000)
 print(numbers)
 """
@@ -333,10 +337,11 @@ def test_two_processes_read_half_of_a_sharded_checkpoint_each_and_write_it_whole
 _LOAD_AND_TELL_MEMORY = """
 import sys, jax, jax.numpy as jnp
 from mlpmem_jax.core import mesh, runtime
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import huggingface
 jax.block_until_ready(jax.jit(lambda x: x + 1)(jnp.ones(3)))
 before = runtime.peak_rss_bytes()
-parameters, _ = huggingface.load_language_model(sys.argv[1], mesh.make_mesh())
+parameters, _ = huggingface.load_language_model(sys.argv[1], Sharding(mesh.make_mesh()))
 size = sum(array.nbytes for array in jax.tree.leaves(parameters))
 print(before, runtime.peak_rss_bytes(), size, float(parameters["h"]["mlp"]["up_proj"]["kernel"][5].mean()))
 """

@@ -20,8 +20,8 @@ from interop_data import (
     write_workdir,
 )
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.evaluation import evaluate
 from mlpmem_jax.interop import arrow_import, base, export_model, import_model
 from mlpmem_jax.models import memory, saved
@@ -71,7 +71,7 @@ def test_training_starts_from_an_imported_memory(imported):
     config = config.copy_and_resolve_references()
     config.training.start = str(epath.Path(config.workdir) / "memory")
     artifact = training.train(config, "trained_on")
-    found, _, _ = saved.load_memory(artifact.path, *meshes.mesh_of(config))
+    found, _, _ = saved.load_memory(artifact.path, Sharding.of(config))
     jax.tree.map(np.testing.assert_array_equal, found, parameters)  # the learning rate is 0
     assert artifact.inputs["start"]
     config.memory.width = 32

@@ -12,8 +12,8 @@ import transformers
 from etils import epath
 from interop_data import GPT2, MODELS, VOCABULARY, WEIGHT, WIDTH, config_for, write_base, write_tokens, write_workdir
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import export_model, import_model
 from mlpmem_jax.models import memory, saved
 
@@ -119,7 +119,7 @@ def test_reference_import_gives_the_same_parameters_and_exports_the_same_bytes(e
     made, folder, _ = exported
     config = empty_workdir(tmp_path / "work", made.base_model)
     artifact = import_model.run(config, str(folder))
-    found, model, _ = saved.load_memory(artifact.path, *meshes.mesh_of(config))
+    found, model, _ = saved.load_memory(artifact.path, Sharding.of(config))
     assert model == made.model
     jax.tree.map(np.testing.assert_array_equal, found, made.memory)
     assert artifact.summary["validation"]["interpolation_weight"] == 0.25
@@ -131,12 +131,10 @@ def test_transformers_import_gives_base_and_memory_and_exports_the_same_bytes(ex
     folder = export_model.transformers_folder(made.config, str(tmp_path / "out"), maximum_shard_bytes=30_000)
     config = empty_workdir(tmp_path / "work")
     artifact = import_model.run(config, str(folder))
-    base, model, _ = saved.load_language_model(epath.Path(config.workdir) / "base", *meshes.mesh_of(config))
+    base, model, _ = saved.load_language_model(epath.Path(config.workdir) / "base", Sharding.of(config))
     assert model == made.base_model
     jax.tree.map(np.testing.assert_array_equal, base, made.base)
-    jax.tree.map(
-        np.testing.assert_array_equal, saved.load_memory(artifact.path, *meshes.mesh_of(config))[0], made.memory
-    )
+    jax.tree.map(np.testing.assert_array_equal, saved.load_memory(artifact.path, Sharding.of(config))[0], made.memory)
     assert artifact.summary["validation"]["interpolation_weight"] == WEIGHT
     again = export_model.transformers_folder(config, str(tmp_path / "again"), maximum_shard_bytes=30_000)
     same_bytes(folder, again)
@@ -150,7 +148,7 @@ def test_pickled_weights_are_read_as_weights_alone(tmp_path):
     (folder / "model.safetensors").unlink()
     torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, folder / "pytorch_model.bin")
     config = empty_workdir(tmp_path / "again", GPT2)
-    found, _, _ = saved.load_memory(import_model.run(config, str(folder)).path, *meshes.mesh_of(config))
+    found, _, _ = saved.load_memory(import_model.run(config, str(folder)).path, Sharding.of(config))
     jax.tree.map(np.testing.assert_array_equal, found, made.memory)
 
     class Attack:

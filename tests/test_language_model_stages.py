@@ -11,9 +11,10 @@ import pytest
 
 from configs import smoke
 from mlpmem_jax.cli import _run_stage
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
 from mlpmem_jax.inference import compare
 from mlpmem_jax.interop import huggingface
@@ -65,8 +66,8 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(config):
-    mesh = meshes.make_mesh(1, 1, 1, jax.devices()[:1])
-    parameters, model, artifact = saved.load_language_model(f"{config.workdir}/base", mesh, meshes.RULES)
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    parameters, model, artifact = saved.load_language_model(f"{config.workdir}/base", Sharding(mesh))
     assert model == MISTRAL
     assert artifact.summary["model"]["family"] == "mistral"
     return parameters
@@ -86,8 +87,8 @@ def test_the_datastore_holds_its_states_and_log_probabilities(config, base):
 
 
 def test_the_memory_has_the_family_of_its_base_and_starts_from_its_untied_output(config, base):
-    mesh = meshes.make_mesh(1, 1, 1, jax.devices()[:1])
-    parameters, model, _ = saved.load_memory(f"{config.workdir}/memory", mesh, meshes.RULES)
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    parameters, model, _ = saved.load_memory(f"{config.workdir}/memory", Sharding(mesh))
     assert (model.family, model.activation, model.norm_epsilon) == ("llama", "silu", 3e-5)
     assert model.feed_forward_width == 24
     kernel = parameters["lm_head"]["kernel"]
@@ -189,8 +190,8 @@ def test_a_base_that_training_only_harms_is_its_own_control(config, base):
     own.training.update({"steps": 2, "warmup_steps": 0, "optimizer": "adamw", "learning_rate": 10.0})
     kept = continued.train_on(own, continued.settings_of(own), "harmed", {}, "training")
     assert kept.summary["step"] == 0
-    mesh = meshes.make_mesh(1, 1, 1, jax.devices()[:1])
-    parameters, _, _ = saved.load_language_model(kept.path, mesh, meshes.RULES)
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    parameters, _, _ = saved.load_language_model(kept.path, Sharding(mesh))
     np.testing.assert_array_equal(parameters["lm_head"]["kernel"], base["lm_head"]["kernel"])
 
 

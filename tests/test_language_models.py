@@ -16,8 +16,9 @@ import safetensors.numpy
 import torch
 import transformers
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.inference import decoding
 from mlpmem_jax.inference.decoding import Models, Parameters, prepare
 from mlpmem_jax.interop import huggingface
@@ -101,7 +102,7 @@ def folders(tmp_path_factory):
 
 @functools.cache
 def load(folder: pathlib.Path):
-    return huggingface.load_language_model(str(folder), meshes.make_mesh(1, 1, 1, jax.devices()[:1]))
+    return huggingface.load_language_model(str(folder), Sharding(make_mesh(1, 1, 1, jax.devices()[:1])))
 
 
 def tokens(name, sequences=2, length=LENGTH):
@@ -151,14 +152,14 @@ def test_padded_prompts_and_64_cached_steps_equal_single_forward_passes(folders,
 def test_a_mesh_changes_no_logit(folders, name):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
-    mesh = meshes.make_mesh(1, 4, 2, jax.devices()[:8])
-    parameters, config = huggingface.load_language_model(str(folders(name)), mesh)
+    mesh = make_mesh(1, 4, 2, jax.devices()[:8])
+    parameters, config = huggingface.load_language_model(str(folders(name)), Sharding(mesh))
     kernel = parameters["h"]["self_attn"]["k_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 8
     tokens_BxT = tokens(name, sequences=8)
-    batch = meshes.sharding(mesh, ("batch", None, None))
+    batch = Sharding(mesh).named("batch", None, None)
     final, _ = jax.jit(functools.partial(language_model.features, config=config, activations=batch))(
-        parameters, tokens_BxT=jax.device_put(tokens_BxT, meshes.sharding(mesh, ("batch", None)))
+        parameters, tokens_BxT=jax.device_put(tokens_BxT, Sharding(mesh).named("batch", None))
     )
     logits = jnp.dot(final, language_model.output_kernel(parameters))
     np.testing.assert_allclose(logits, expected_logits(name, tokens_BxT), rtol=0, atol=1e-4)

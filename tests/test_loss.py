@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.core.errors import ConfigError
-from mlpmem_jax.core.mesh import RULES, make_mesh, sharding
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import LOCAL, RULES, Sharding
 from mlpmem_jax.training.loss import sparse_cross_entropy
 
 
@@ -57,11 +58,11 @@ def oracle(problem, alpha, vocab_size, weights_N=None):
     return loss, kl, cross_entropy, d_logits @ kernel[:, :vocab_size].T, d_kernel
 
 
-def loss_and_gradients(problem, mesh=None, **options):
+def loss_and_gradients(problem, sharding=LOCAL, **options):
     rest = {name: value for name, value in problem.items() if name not in ("hidden_NxD", "kernel_DxV")}
 
     def loss(hidden_NxD, kernel_DxV):
-        return sparse_cross_entropy(hidden_NxD, kernel_DxV, **rest, mesh=mesh, **options)
+        return sparse_cross_entropy(hidden_NxD, kernel_DxV, **rest, sharding=sharding, **options)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(problem["hidden_NxD"], problem["kernel_DxV"])
 
@@ -156,45 +157,45 @@ def test_bfloat16_gradients_are_near_float64():
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 4), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_every_mesh_gives_the_same(sizes, chunk):
-    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    sharding = Sharding(make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)]))
     problem = make_problem(32, 8, 37, 40, 5)
     weights_N = np.random.default_rng(0).random(32).astype(np.float32)
     placed = {
         name: jax.device_put(
             value,
-            sharding(mesh, ("embed", "vocab") if name == "kernel_DxV" else ("batch", None)[: value.ndim]),
+            sharding.named("embed", "vocab") if name == "kernel_DxV" else sharding.rows(value.ndim),
         )
         for name, value in problem.items()
     }
-    found = loss_and_gradients(placed, mesh, alpha=0.4, vocab_size=37, chunk=chunk, weights_N=weights_N)
+    found = loss_and_gradients(placed, sharding, alpha=0.4, vocab_size=37, chunk=chunk, weights_N=weights_N)
     assert_matches(found, oracle(problem, 0.4, 37, weights_N))
-    assert found[1][1].sharding.is_equivalent_to(sharding(mesh, ("embed", "vocab")), 2)
+    assert found[1][1].sharding.is_equivalent_to(sharding.named("embed", "vocab"), 2)
     rows = jax.sharding.PartitionSpec(("slice", "fsdp", "tensor"))
-    assert found[1][0].sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, rows), 2)
+    assert found[1][0].sharding.is_equivalent_to(jax.sharding.NamedSharding(sharding.mesh, rows), 2)
 
 
 def test_positions_that_the_vocabulary_axes_do_not_divide_give_the_same():
     problem = make_problem(6, 8, 37, 40, 5)
-    found = loss_and_gradients(problem, make_mesh(1, 2, 4, jax.devices()[:8]), alpha=0.4, vocab_size=37, chunk=2)
+    found = loss_and_gradients(problem, Sharding(make_mesh(1, 2, 4)), alpha=0.4, vocab_size=37, chunk=2)
     assert_matches(found, oracle(problem, 0.4, 37))
 
 
 def test_a_vocabulary_that_the_mesh_does_not_divide_gives_the_same():
     problem = make_problem(16, 8, 37, 37, 3)
-    found = loss_and_gradients(problem, make_mesh(1, 2, 4), alpha=0.4, vocab_size=37, chunk=4)
+    found = loss_and_gradients(problem, Sharding(make_mesh(1, 2, 4)), alpha=0.4, vocab_size=37, chunk=4)
     assert_matches(found, oracle(problem, 0.4, 37))
 
 
-def compiled_gradients(positions, width, vocab_size, entries, chunk, mesh=None):
+def compiled_gradients(positions, width, vocab_size, entries, chunk, sharding=LOCAL):
     """The compiled program of loss and gradients, from shapes alone."""
 
     def shape(dims, dtype, *axes):
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding(mesh, axes) if mesh else None)
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=None if sharding is LOCAL else sharding.named(*axes))
 
     def loss(hidden_NxD, kernel_DxV, token_ids_NxS, probabilities_NxS, next_tokens_N):
         return sparse_cross_entropy(
             hidden_NxD, kernel_DxV, token_ids_NxS, probabilities_NxS, next_tokens_N,
-            alpha=0.4, vocab_size=vocab_size, chunk=chunk, mesh=mesh,
+            alpha=0.4, vocab_size=vocab_size, chunk=chunk, sharding=sharding,
         )  # fmt: skip
 
     return (
@@ -225,7 +226,7 @@ def test_temporary_memory_grows_with_the_chunk_not_with_the_batch():
 
 def test_kernel_gradient_is_reduce_scattered_and_the_vocabulary_never_gathered():
     positions, width, vocab_size = 64, 16, 512
-    text = compiled_gradients(positions, width, vocab_size, 4, 8, make_mesh(2, 2, 2)).as_text()
+    text = compiled_gradients(positions, width, vocab_size, 4, 8, Sharding(make_mesh(2, 2, 2))).as_text()
     scattered = re.findall(r"= f32\[(\d+),(\d+)\]\S* reduce-scatter\(", text)
     assert set(scattered) == {(str(width // 2), str(vocab_size // 2)), (str(positions // 8), str(width))}
     gathered = re.findall(r"= f32\[(\d+),(\d+)\]\S* all-gather\(", text)
@@ -239,14 +240,15 @@ def test_kernel_gradient_is_reduce_scattered_and_the_vocabulary_never_gathered()
         ({"alpha": 1.5}, "alpha"),
         ({"chunk": 0}, "chunk"),
         ({"vocab_size": 50}, "columns"),
-        ({"mesh": (8, 1, 1)}, "positions of 12"),
-        ({"mesh": (2, 2, 2), "rules": {**RULES, "embed": "tensor"}}, "embed"),
+        ({"sharding": ((8, 1, 1), RULES)}, "positions of 12"),
+        ({"sharding": ((2, 2, 2), {**RULES, "embed": "tensor"})}, "embed"),
     ],
 )
 def test_what_cannot_work_is_refused(options, message):
     options = {"alpha": 0.4, "vocab_size": 40, "chunk": 4} | options
     problem = make_problem(12, 8, 37, 40, 2)
-    if "mesh" in options:
-        options["mesh"] = make_mesh(*options["mesh"])
+    if "sharding" in options:
+        sizes, rules = options["sharding"]
+        options["sharding"] = Sharding(make_mesh(*sizes), rules)
     with pytest.raises(ConfigError, match=message):
         sparse_cross_entropy(**problem, **options)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import ConfigError
-from mlpmem_jax.models import memory
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.models import memory, parallel_memory
 
 GPT2 = memory.MemoryConfig("gpt2", 50, 56, 16, 16, 3, 64, norm_epsilon=1e-5, activation="gelu_new")
 LLAMA = memory.MemoryConfig("llama", 50, 56, 16, 16, 3, 40, norm_epsilon=1e-6, activation="silu")
@@ -112,32 +113,32 @@ def test_the_output_projection_can_start_from_the_base():
 def test_every_array_has_logical_axes_and_a_mesh_changes_no_hidden_state(config, sizes):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
-    mesh = meshes.make_mesh(*sizes, devices=jax.devices()[:8])
+    mesh = make_mesh(*sizes, devices=jax.devices()[:8])
     parameters = random_parameters(config)
     inputs = np.random.default_rng(1).normal(size=(16, config.input_width)).astype(np.float32)
-    divided = jax.device_put(parameters, meshes.shardings(mesh, memory.logical_axes(config)))
-    hidden = jax.jit(functools.partial(memory.hidden, config=config), static_argnames="cut")
-    final = hidden(divided, inputs_BxD=inputs, cut=meshes.cut(mesh))
-    np.testing.assert_allclose(final, hidden(parameters, inputs_BxD=inputs), rtol=1e-4, atol=1e-4)
+    divided = jax.device_put(parameters, Sharding(mesh).tree(memory.logical_axes(config)))
+    hidden = jax.jit(functools.partial(parallel_memory.hidden, config=config), static_argnames="sharding")
+    final = hidden(divided, inputs_BxD=inputs, sharding=Sharding(mesh))
+    np.testing.assert_allclose(final, memory.hidden(parameters, config, inputs), rtol=1e-4, atol=1e-4)
     stream = jax.sharding.PartitionSpec(("slice", "fsdp", "tensor"))
     assert final.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, stream), 2)
 
-    def loss(parameters, cut=None):
-        return jnp.sum(memory.hidden(parameters, config, inputs, cut=cut) ** 3)
+    def loss(parameters, sharding):
+        return jnp.sum(parallel_memory.hidden(parameters, config, inputs, sharding=sharding) ** 3)
 
-    expected = jax.grad(loss)(parameters)
-    found = jax.jit(jax.grad(loss), static_argnames="cut")(divided, cut=meshes.cut(mesh))
+    expected = jax.grad(lambda parameters: jnp.sum(memory.hidden(parameters, config, inputs) ** 3))(parameters)
+    found = jax.jit(jax.grad(loss), static_argnames="sharding")(divided, sharding=Sharding(mesh))
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4), found, expected)
 
 
 def test_positions_that_tensor_shards_do_not_divide_stay_whole_in_each():
-    mesh = meshes.make_mesh(1, 2, 4, devices=jax.devices()[:8])
+    sharding = Sharding(make_mesh(1, 2, 4, devices=jax.devices()[:8]))
     parameters = random_parameters(GPT2)
     inputs = np.random.default_rng(1).normal(size=(6, GPT2.input_width)).astype(np.float32)
-    final = memory.hidden(parameters, GPT2, inputs, cut=meshes.cut(mesh))
+    final = parallel_memory.hidden(parameters, GPT2, inputs, sharding=sharding)
     np.testing.assert_allclose(final, memory.hidden(parameters, GPT2, inputs), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ConfigError, match="5 positions cannot be cut in 2"):
-        memory.hidden(parameters, GPT2, inputs[:5], cut=meshes.cut(mesh))
+    with pytest.raises(ConfigError, match="5 positions cannot be divided into 2"):
+        parallel_memory.hidden(parameters, GPT2, inputs[:5], sharding=sharding)
 
 
 @pytest.mark.parametrize(("key", "value"), [("family", "bert"), ("activation", "tanh"), ("padded_vocab_size", 49)])

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from mlpmem_jax.core.errors import ConfigError
-from mlpmem_jax.core.mesh import make_mesh, sharding
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import gpt2, memory
 from mlpmem_jax.training.optimizer import accumulated_value_and_grad, make_optimizer, schedule
 
@@ -219,8 +220,8 @@ def test_micro_batches_equal_one_batch(steps, size):
 def test_micro_batches_of_a_sharded_batch_stay_on_their_devices():
     parameters, frozen, batch, loss = linear_problem(32)
     mesh = make_mesh(2, 4, 1)
-    placed = jax.tree.map(lambda rows: jax.device_put(rows, sharding(mesh, ("batch", None))), batch)
-    parameters = jax.device_put(parameters, sharding(mesh, (None, None)))
+    placed = jax.tree.map(lambda rows: jax.device_put(rows, Sharding(mesh).named("batch", None)), batch)
+    parameters = jax.device_put(parameters, Sharding(mesh).named(None, None))
     program = jax.jit(accumulated_value_and_grad(loss, 4)).lower(parameters, frozen, placed).compile()
     text = program.as_text()
     assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))

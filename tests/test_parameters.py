@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import parameters as stored
 from mlpmem_jax.core.artifacts import ArtifactWriter
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 
 
 @pytest.mark.parametrize("name", ["plain", "x[y]", "a*b?", "with space", "ünïcode", "#%;=", "[!a]"])
 def test_any_legal_name_works(tmp_path, name):
-    mesh = meshes.make_mesh(1, -1, 1)
-    placed = meshes.sharding(mesh, ("embed", None))
+    mesh = make_mesh(1, -1, 1)
+    placed = Sharding(mesh).named("embed", None)
     parameters = {"kernel": jax.device_put(jnp.arange(48.0).reshape(16, 3), placed)}
     writer = ArtifactWriter.create(tmp_path / name / "base", "base", {}, {}, {})
     stored.write(writer.path, parameters)

@@ -9,9 +9,10 @@ import pytest
 
 from configs import smoke
 from mlpmem_jax.cli import STAGES, _run_stage
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.models import gpt2, saved
 from mlpmem_jax.training import controls, data, memory
@@ -60,8 +61,8 @@ def test_values_are_the_corpus_shifted_by_one(workdir, split):
     np.testing.assert_array_equal(following, tokens[1:])
     assert not np.array_equal(following, tokens[:-1])
 
-    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    base, model, _ = saved.load_language_model(workdir / "base", mesh, meshes.RULES)
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    base, model, _ = saved.load_language_model(workdir / "base", Sharding(mesh))
     changed = tokens[:length].copy()
     changed[9:] = (changed[9:] + 1) % model.vocab_size  # only what comes after position 8 differs
     _, tapped = gpt2.features(base, model, jnp.asarray(changed)[None], taps=(2, 3))

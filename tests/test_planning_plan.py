@@ -13,9 +13,10 @@ from etils import epath
 
 from configs import mistral_7b, quickstart, wikitext103_gpt2_large
 from mlpmem_jax import cli
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.accelerators import resolve
 from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import published
 from mlpmem_jax.planning import compilation, cost, hlo, mesh_choice, plan, programs
 from mlpmem_jax.planning.roofline import Roofline
@@ -50,11 +51,11 @@ def test_the_planned_batch_is_the_one_that_training_reads(tmp_path):
 def test_programs_of_the_stages_compile_and_do_the_flops_of_the_dimensions(tensor):
     config = small_config()
     config.mesh.tensor = tensor
-    mesh, rules = meshes.mesh_of(config)
+    sharding = Sharding.of(config)
     for stage in ("train", "datastore"):
-        for program in programs.build(config, stage, mesh, rules, 100_000):
+        for program in programs.build(config, stage, sharding, 100_000):
             text = program.function.lower(*program.arguments, **program.static).compile().as_text()
-            found = hlo.parse(text).flops * mesh.size
+            found = hlo.parse(text).flops * sharding.mesh.size
             # Attention computes all positions of a block, of which its formula counts half.
             assert found == pytest.approx(program.flops, rel=0.2), program.name
 
@@ -62,15 +63,15 @@ def test_programs_of_the_stages_compile_and_do_the_flops_of_the_dimensions(tenso
 def test_a_width_that_the_mesh_does_not_divide_is_an_error_of_the_config():
     config = small_config()
     config.memory.width, config.mesh.rules.embed = 60, "fsdp"
-    with pytest.raises(ConfigError, match=r"config.mesh: fsdp cuts in 8 parts, but .* has 60 in an axis"):
-        programs.build(config, "train", *meshes.mesh_of(config), 100_000)
+    with pytest.raises(ConfigError, match=r"config.mesh: fsdp makes 8 shards, which do not divide an axis of 60"):
+        programs.build(config, "train", Sharding.of(config), 100_000)
 
 
-def test_gradients_are_cut_and_logits_are_not_gathered():
+def test_gradients_are_sharded_and_logits_are_not_gathered():
     config = small_config()
     config.mesh.tensor, config.training.batch_sequences = 2, 64  # logits are then larger than any parameter
-    mesh, rules = meshes.mesh_of(config)
-    step = programs.build(config, "train", mesh, rules, 100_000)[0]
+    sharding = Sharding.of(config)
+    step = programs.build(config, "train", sharding, 100_000)[0]
     read = hlo.parse(step.function.lower(*step.arguments).compile().as_text())
     positions = config.training.batch_sequences * config.base.context_length
     logits = positions // 4 * config.tokenizer.vocab_size // 2 * 4  # bytes of one device
@@ -187,11 +188,11 @@ def test_stages_do_not_wait_for_a_tpu_that_is_not_there(monkeypatch, installed, 
 
 def test_only_the_axis_slice_runs_between_tpu_slices():
     devices = compilation.devices(resolve("v5e:4x4"), 2)
-    mesh = meshes.make_mesh(4, -1, 4, devices)  # cuts each TPU slice in two
+    mesh = make_mesh(4, -1, 4, devices)  # cuts each TPU slice in two
     for part in mesh.devices:
         assert len({device.slice_index for device in part.flat}) == 1
     with pytest.raises(ConfigError, match=r"config.mesh.slice: 1 is no multiple of the 2 TPU slices"):
-        meshes.make_mesh(1, -1, 4, devices)
+        make_mesh(1, -1, 4, devices)
 
 
 def test_a_real_compilation_for_tpus(tmp_path):

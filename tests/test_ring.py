@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from retrieval_data import brute_force, forbidden, mixture
 
-from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.retrieval import neighbors, ring
 
 QUERIES = slice(100, 137)
@@ -22,7 +22,7 @@ def keys():
 
 
 def index_of(keys_NxD, shape=(1, -1, 1), dtype="float32", recall_target=1.0, devices=8):
-    mesh = meshes.make_mesh(*shape, jax.devices()[:devices])
+    mesh = make_mesh(*shape, jax.devices()[:devices])
     return ring.MeshIndex(*keys_NxD.shape, dtype, lambda start, stop: keys_NxD[start:stop], mesh, recall_target)
 
 
@@ -113,7 +113,7 @@ def test_each_key_is_read_once(keys):
         reads.append((start, stop))
         return keys[start:stop]
 
-    ring.MeshIndex(*keys.shape, "float32", read, meshes.make_mesh(1, 8, 1))
+    ring.MeshIndex(*keys.shape, "float32", read, make_mesh(1, 8, 1))
     reads.sort()
     assert len(reads) == 8
     assert reads[0][0] == 0
@@ -122,7 +122,7 @@ def test_each_key_is_read_once(keys):
 
 
 def test_the_shapes_to_compile_are_those_that_run(keys):
-    mesh = meshes.make_mesh(1, 8, 1)
+    mesh = make_mesh(1, 8, 1)
     search, arguments = ring.program(mesh, len(keys), 64, keys.shape[1], 5, "float32")
     padded = arguments[0].shape[0]
     keys_PxD = np.pad(keys, ((0, padded - len(keys)), (0, 0)))

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from configs import default
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import RULES, Sharding
 from mlpmem_jax.models import memory
 from mlpmem_jax.models.interpolation import perplexity
 from mlpmem_jax.training import loop, state
@@ -54,7 +55,7 @@ class Source:
         }
 
 
-def loss_of(mesh, parameters, frozen, batch):
+def loss_of(sharding, parameters, frozen, batch):
     hidden = memory.hidden(parameters, MODEL, batch["memory_inputs"].reshape(-1, WIDTH).astype(jnp.float32))
     return sparse_cross_entropy(
         hidden,
@@ -65,11 +66,11 @@ def loss_of(mesh, parameters, frozen, batch):
         alpha=0.5,
         vocab_size=VOCABULARY,
         chunk=16,
-        mesh=mesh,
+        sharding=sharding,
     )
 
 
-def task(folder, mesh, source=None, validate=None, **changes):
+def task(folder, source=None, validate=None, **changes):
     settings = default.optimization()
     settings.update(
         {"steps": 20, "batch_sequences": 16, "warmup_steps": 4, "evaluate_every": 10, "checkpoint_every": 10} | changes
@@ -100,9 +101,9 @@ def test_meshes_agree_over_twenty_steps(tmp_path, monkeypatch, optimizer):
     shapes = {"one": (1, 1, 1), "2x4": (1, 2, 4), "8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
     losses = {}
     for name, shape in shapes.items():
-        mesh = meshes.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+        mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
         rate = 0.02 if optimizer == "muon" else 0.003
-        loop.fit(task(tmp_path / name, mesh, optimizer=optimizer, learning_rate=rate), mesh, meshes.RULES)
+        loop.fit(task(tmp_path / name, optimizer=optimizer, learning_rate=rate), Sharding(mesh))
         losses[name] = np.array(list(recorded_losses(tmp_path / name).values()))
     assert len(losses["one"]) == 20
     assert losses["one"][-1] < 0.9 * losses["one"][0]
@@ -110,20 +111,19 @@ def test_meshes_agree_over_twenty_steps(tmp_path, monkeypatch, optimizer):
         np.testing.assert_allclose(losses[name], losses["one"], rtol=1e-4, err_msg=name)
 
 
-WHOLE = {**meshes.RULES, "embed": None, "mlp": None, "vocab": None}  # every device holds all parameters
+WHOLE = {**RULES, "embed": None, "mlp": None, "vocab": None}  # every device holds all parameters
 
 
 @pytest.mark.parametrize("optimizer", [pytest.param("muon", marks=pytest.mark.slow), "adamw"])
 def test_devices_that_hold_all_parameters_agree_with_one(tmp_path, monkeypatch, optimizer):
     monkeypatch.setattr(loop, "_LOG_EVERY", 1)
     losses = []
-    for shape in ((1, 1, 1), (1, 2, 1), (2, 2, 2)):  # the two layers are cut between two devices, not between four
-        mesh = meshes.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    for shape in ((1, 1, 1), (1, 2, 1), (2, 2, 2)):  # the two layers are divided between two devices, not between four
+        mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
         folder, rate = tmp_path / str(mesh.size), 0.02 if optimizer == "muon" else 0.003
         loop.fit(
-            task(folder, mesh, optimizer=optimizer, learning_rate=rate, accumulation_steps=4 if mesh.size < 8 else 2),
-            mesh,
-            WHOLE,
+            task(folder, optimizer=optimizer, learning_rate=rate, accumulation_steps=4 if mesh.size < 8 else 2),
+            Sharding(mesh, WHOLE),
         )
         losses.append(list(recorded_losses(folder).values()))
     assert len(losses[0]) == 20
@@ -133,10 +133,11 @@ def test_devices_that_hold_all_parameters_agree_with_one(tmp_path, monkeypatch, 
 
 
 def compiled_step(tmp_path, devices, **changes):
-    mesh = meshes.make_mesh(1, devices, 1, devices=jax.devices()[:devices])
-    program = loop.step_program(task(tmp_path, mesh, **changes), mesh, WHOLE, 20)
+    mesh = make_mesh(1, devices, 1, devices=jax.devices()[:devices])
+    sharding = Sharding(mesh, WHOLE)
+    program = loop.step_program(task(tmp_path, **changes), sharding, 20)
     items = [Source()[index] for index in range(16)]
-    batch = meshes.global_batch(mesh, jax.tree.map(lambda *rows: np.stack(rows), *items), WHOLE)
+    batch = sharding.global_batch(jax.tree.map(lambda *rows: np.stack(rows), *items))
     return program.step.lower(program.abstract_state, {}, batch).compile().as_text()
 
 
@@ -157,9 +158,9 @@ def test_newton_schulz_is_shared_by_layers(tmp_path):
 
 
 def test_accumulation_changes_nothing(tmp_path):
-    mesh = meshes.make_mesh(1, 2, 1, devices=jax.devices()[:2])
-    whole, _ = loop.fit(task(tmp_path / "a", mesh), mesh, meshes.RULES)
-    parts, _ = loop.fit(task(tmp_path / "b", mesh, accumulation_steps=4), mesh, meshes.RULES)
+    mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
+    whole, _ = loop.fit(task(tmp_path / "a"), Sharding(mesh))
+    parts, _ = loop.fit(task(tmp_path / "b", accumulation_steps=4), Sharding(mesh))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), whole, parts)
 
 
@@ -182,14 +183,14 @@ class Terminating(Source):
 def interrupted(folder, first_mesh, second_mesh, signum=signal.SIGTERM):
     """A run that is stopped on one mesh and resumed on another."""
     with pytest.raises(Stopped, match=r"asked to stop; a checkpoint at step \d+ is written"):
-        loop.fit(task(folder, first_mesh, source=Terminating(signum)), first_mesh, meshes.RULES)
-    return loop.fit(task(folder, second_mesh), second_mesh, meshes.RULES)
+        loop.fit(task(folder, source=Terminating(signum)), Sharding(first_mesh))
+    return loop.fit(task(folder), Sharding(second_mesh))
 
 
 def test_a_stopped_run_goes_on_to_the_very_same_parameters(tmp_path):
     """SIGTERM in the middle: a checkpoint, a clear message, and the rerun ends bit for bit where one run ends."""
-    mesh = meshes.make_mesh(1, 2, 2, devices=jax.devices()[:4])
-    whole, figures = loop.fit(task(tmp_path / "whole", mesh), mesh, meshes.RULES)
+    mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4])
+    whole, figures = loop.fit(task(tmp_path / "whole"), Sharding(mesh))
     parts, figures_again = interrupted(tmp_path / "parts", mesh, mesh)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     assert figures == figures_again
@@ -198,9 +199,9 @@ def test_a_stopped_run_goes_on_to_the_very_same_parameters(tmp_path):
 
 
 def test_a_stopped_run_goes_on_on_another_mesh(tmp_path):
-    first = meshes.make_mesh(1, 4, 1, devices=jax.devices()[:4])
-    second = meshes.make_mesh(1, 2, 4)
-    whole, _ = loop.fit(task(tmp_path / "whole", first), first, meshes.RULES)
+    first = make_mesh(1, 4, 1, devices=jax.devices()[:4])
+    second = make_mesh(1, 2, 4)
+    whole, _ = loop.fit(task(tmp_path / "whole"), Sharding(first))
     parts, _ = interrupted(tmp_path / "parts", first, second, signal.SIGINT)
     assert jax.tree.leaves(parts)[0].sharding.mesh.shape == second.shape
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), whole, parts)
@@ -218,21 +219,21 @@ def test_the_first_ctrl_c_asks_and_the_second_ends_at_once():
 
 def test_the_best_validation_is_kept(tmp_path):
     """Validation is best at step 10 of 20: those parameters come back, not the last."""
-    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     seen = []
 
     def validate(parameters):
         seen.append(jax.tree.map(np.array, parameters))
         return {"perplexity": 5.0 if len(seen) == 2 else 7.0}
 
-    kept, figures = loop.fit(task(tmp_path, mesh, evaluate_every=5, validate=validate), mesh, meshes.RULES)
+    kept, figures = loop.fit(task(tmp_path, evaluate_every=5, validate=validate), Sharding(mesh))
     assert figures["step"] == 10
     assert figures["validation"] == {"perplexity": 5.0}
     jax.tree.map(np.testing.assert_array_equal, kept, seen[1])
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step_named(tmp_path):
-    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     source = Source()
     order = []
 
@@ -246,7 +247,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step_named(tmp_path):
 
     assert len(source) == 64  # four batches of 16 an epoch: sequence 0 is in one of the first four steps
     with pytest.raises(UserError, match=r"the loss is nan at step [1-4];"):
-        loop.fit(task(tmp_path, mesh, source=Poisoned()), mesh, meshes.RULES)
+        loop.fit(task(tmp_path, source=Poisoned()), Sharding(mesh))
 
 
 @jax.custom_vjp
@@ -267,10 +268,10 @@ finite_with_a_gradient_of_nan.defvjp(lambda x: (x, None), lambda _, gradient: (g
 )
 def test_what_is_not_finite_is_never_saved(tmp_path, changes, message):
     """Each of these with a finite loss: a checkpoint of it would be the latest, to be resumed from or kept as best."""
-    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     changes = dict(changes)
     poison = changes.pop("loss", None)
-    training = task(tmp_path, mesh, steps=1, warmup_steps=0, optimizer="adamw", **changes)
+    training = task(tmp_path, steps=1, warmup_steps=0, optimizer="adamw", **changes)
     if poison:
 
         def poisoned(*arguments):
@@ -279,15 +280,15 @@ def test_what_is_not_finite_is_never_saved(tmp_path, changes, message):
 
         training = dataclasses.replace(training, loss=poisoned)
     with pytest.raises(UserError, match=message):
-        loop.fit(training, mesh, meshes.RULES)
+        loop.fit(training, Sharding(mesh))
     assert state.Checkpoints(tmp_path).latest_step() is None
 
 
 def test_batches_that_do_not_divide_and_splits_that_are_too_small_are_refused():
-    mesh = meshes.make_mesh(1, 8, 1)
+    mesh = make_mesh(1, 8, 1)
     settings = default.optimization()
     settings.batch_sequences = 12
     with pytest.raises(ConfigError, match=r"config.training.batch_sequences: 12 .* 8 batch shards"):
-        loop.check_batch(settings, mesh, meshes.RULES, "training")
+        loop.check_batch(settings, Sharding(mesh), "training")
     with pytest.raises(ConfigError, match="the training split has only 11"):
         loop.total_steps(settings, 11)

@@ -349,7 +349,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def mesh_rules(config: ml_collections.ConfigDict) -> dict[str, str | tuple[str, ...] | None]:
-    """The table of config.mesh.rules in the form that `core.mesh` takes."""
+    """The table of config.mesh.rules in the form that `core.sharding.Sharding` takes."""
     rules: dict[str, str | tuple[str, ...] | None] = {"layers": None, "position": None}
     for logical, text in config.mesh.rules.items():
         axes = tuple(axis for axis in text.split("+") if axis)

@@ -45,7 +45,7 @@ def run(config: ml_collections.ConfigDict) -> dict:
     opened = open_inputs(config)
     for reason in opened.controls_left_out.values():
         say(f"left out of the report: {reason}")
-    parameters, model, _ = saved.load_memory(opened.artifacts["memory"].path, opened.mesh, opened.rules)
+    parameters, model, _ = saved.load_memory(opened.artifacts["memory"].path, opened.sharding)
     scores = {split: _scores(opened, split, parameters, model) for split in HELD_OUT}
     confidence = config.evaluation.confidence
     metrics = comparison.compare(scores["validation"], scores["test"], confidence=confidence)
@@ -64,7 +64,7 @@ def run(config: ml_collections.ConfigDict) -> dict:
 
 def _computed_by(opened: Inputs) -> dict:
     """Arguments of `scoring` that are the same for all that is compared."""
-    return {"mesh": opened.mesh, "rules": opened.rules, "compute_dtype": opened.compute_dtype}
+    return {"sharding": opened.sharding, "compute_dtype": opened.compute_dtype}
 
 
 def _scores(opened: Inputs, split: str, parameters: dict, model) -> comparison.Scores:
@@ -75,10 +75,10 @@ def _scores(opened: Inputs, split: str, parameters: dict, model) -> comparison.S
     other_memories, other_models = {}, {}
     for name, artifact in opened.controls.items():
         if artifact.kind == "memory":
-            loaded = saved.load_memory(artifact.path, opened.mesh, opened.rules)[:2]
+            loaded = saved.load_memory(artifact.path, opened.sharding)[:2]
             other_memories[name] = _memory_scores(opened, split, *loaded, name)
         else:
-            loaded = saved.load_language_model(artifact.path, opened.mesh, opened.rules)[:2]
+            loaded = saved.load_language_model(artifact.path, opened.sharding)[:2]
             other_models[name] = _language_model_scores(opened, split, *loaded, name)
     return comparison.Scores(
         base=datastore.read("base_log_probabilities", 0, count),
@@ -130,7 +130,7 @@ def _distributions(
     """
     length = opened.sequences("test")[1]
     positions_N = _sample(opened)
-    base, base_model, _ = saved.load_language_model(opened.artifacts["base"].path, opened.mesh, opened.rules)
+    base, base_model, _ = saved.load_language_model(opened.artifacts["base"].path, opened.sharding)
     vocabulary = max(base_model.vocab_size, model.vocab_size)  # models are padded beyond the tokenizer's
     on_mesh = _computed_by(opened)
     hidden_NxD = _hidden(opened, base, base_model, positions_N)
@@ -185,7 +185,7 @@ def _hidden(opened: Inputs, base: dict, base_model, positions_N: np.ndarray) -> 
     chosen_S, places_N = np.unique(positions_N // length, return_inverse=True)
     rows_N = places_N * length + positions_N % length
     tokens_SxT = np.concatenate([opened.tokens("test", sequence, 1)[0] for sequence in chosen_S.tolist()])
-    batch = max(1, scoring.chunk_positions(base_model.vocab_size, opened.mesh, opened.rules) // length)
+    batch = max(1, scoring.chunk_positions(base_model.vocab_size, opened.sharding) // length)
     parts = []
     for at in range(0, len(chosen_S), batch):
         tokens_BxT = tokens_SxT[np.minimum(np.arange(at, at + batch), len(chosen_S) - 1)]  # one shape compiles once

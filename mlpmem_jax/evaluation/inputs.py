@@ -7,12 +7,11 @@ import dataclasses
 import ml_collections
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.core.manifests import read_manifest
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
 from mlpmem_jax.models import saved
 from mlpmem_jax.retrieval.datastore import SPLITS
@@ -34,15 +33,14 @@ class Inputs:
       artifacts: tokens, base, memory, and datastore and targets by "<kind>/<split>".
       controls: those that were made from this memory's settings, by name.
       controls_left_out: name -> why, of the other finished controls.
-      mesh, rules: where and how scores are computed.
+      sharding: where and how scores are computed.
     """
 
     config: ml_collections.ConfigDict
     artifacts: dict[str, Artifact]
     controls: dict[str, Artifact]
     controls_left_out: dict[str, str]
-    mesh: Mesh
-    rules: meshes.Rules
+    sharding: Sharding
 
     @property
     def compute_dtype(self) -> str:
@@ -94,8 +92,8 @@ def open_inputs(config: ml_collections.ConfigDict) -> Inputs:
             f"{config.base.context_length} tokens, intervals need 2 or more; raise it, or lower "
             "config.base.context_length"
         )
-    mesh, rules = meshes.mesh_of(config)
-    return Inputs(config, artifacts, *_controls(workdir / "controls", artifacts["memory"]), mesh, rules)
+    sharding = Sharding.of(config)
+    return Inputs(config, artifacts, *_controls(workdir / "controls", artifacts["memory"]), sharding)
 
 
 def _check_belong_together(artifacts: dict[str, Artifact]) -> None:

@@ -11,8 +11,8 @@ import rich.table
 import rich.text
 from etils import epath
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus import tokenizer as tokenizers
 from mlpmem_jax.corpus.tokens import read_tokenizer
 from mlpmem_jax.inference.decoding import Models, Parameters, prepare
@@ -35,9 +35,9 @@ def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     workdir = epath.Path(config.workdir)
     tokens = open_artifact(workdir / "tokens", "tokens")
-    mesh, rules = meshes.mesh_of(config)
-    base, base_config, base_artifact = saved.load_language_model(workdir / "base", mesh, rules)
-    beside, memory_config, artifact = saved.load_memory(workdir / "memory", mesh, rules)
+    sharding = Sharding.of(config)
+    base, base_config, base_artifact = saved.load_language_model(workdir / "base", sharding)
+    beside, memory_config, artifact = saved.load_memory(workdir / "memory", sharding)
     base_artifact.check_made_from({"tokens": tokens})
     artifact.check_made_from({"base": base_artifact})
     weight, block = find_weight(workdir, artifact), saved.input_block(artifact)

@@ -11,10 +11,11 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import ArraySpec, Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import progress, say
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.interop.arrow_stream import Stream
 from mlpmem_jax.models import saved, scoring
@@ -80,7 +81,7 @@ def _import_targets(config: ml_collections.ConfigDict, split: str, stream: Strea
         stream.finish(length)
     if jax.process_index() == 0:
         writer.seal({"backend": "imported", "k": config.targets.k})
-    meshes.barrier(f"targets {split} imported")
+    barrier(f"targets {split} imported")
     return open_artifact(folder, KIND)
 
 
@@ -123,8 +124,8 @@ def _distributions(
 
 def _import_datastore(config: ml_collections.ConfigDict, split: str, stream: Stream) -> Artifact:
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
-    mesh, rules = meshes.mesh_of(config)
-    base, model, base_artifact = saved.load_language_model(epath.Path(config.workdir) / "base", mesh, rules)
+    sharding = Sharding.of(config)
+    base, model, base_artifact = saved.load_language_model(epath.Path(config.workdir) / "base", sharding)
     if config.datastore.key_model or tapped_block(model.blocks, config.datastore.input_depth) != model.blocks:
         raise ConfigError(
             "config.datastore: a reference datastore holds keys of the last block alone, and these serve as memory "
@@ -152,7 +153,7 @@ def _import_datastore(config: ml_collections.ConfigDict, split: str, stream: Str
             arrays |= {"next_tokens": next_SxT, "documents": documents_SxT}
             if scored:  # a reference datastore does not keep what the base LM says
                 arrays["base_log_probabilities"] = scoring.language_model_log_probabilities(
-                    base, model, tokens_SxT, next_SxT, mesh=mesh, rules=rules
+                    base, model, tokens_SxT, next_SxT, sharding=sharding
                 )
             if shard in incomplete and jax.process_index() == 0:
                 writer.write_shard(shard, arrays)
@@ -160,7 +161,7 @@ def _import_datastore(config: ml_collections.ConfigDict, split: str, stream: Str
         stream.finish(length)
     if jax.process_index() == 0:
         writer.seal(summary(sequences, length, model.width, input_block=model.blocks))
-    meshes.barrier(f"datastore {split} imported")
+    barrier(f"datastore {split} imported")
     return open_artifact(path, "datastore")
 
 

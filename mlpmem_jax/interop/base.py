@@ -5,10 +5,10 @@ from __future__ import annotations
 import ml_collections
 from etils import epath
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import gguf_model, huggingface, sources
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.training import base as training
@@ -22,9 +22,9 @@ def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: 
     if finished := find_finished(path, "base", settings, inputs):
         say(f"{folder}: finished already")
         return finished
-    mesh, rules = meshes.mesh_of(config)
+    sharding = Sharding.of(config)
     with sources.local(source) as (place, commit):
-        parameters, model = load(place, mesh, rules)
+        parameters, model = load(place, sharding)
     check_fits(f"config.{key}={source}", model, tokens, config.base.context_length)
     writer = ArtifactWriter.create(path, "base", settings, inputs, {})
     saved.seal(writer, model, parameters, {"commit": commit} if commit else {})

@@ -18,10 +18,11 @@ import jax
 import ml_collections
 from etils import epath
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TOKENIZER_FILE, read_tokenizer
 from mlpmem_jax.inference.weight import find_weight, read_report
 from mlpmem_jax.interop import huggingface, huggingface_config, memory_tensors, model_card, tensor_files
@@ -45,10 +46,10 @@ def transformers_folder(
       UserError: a model is missing, or the output folder holds something already.
     """
     workdir = epath.Path(config.workdir)
-    mesh, rules = meshes.mesh_of(config)
+    sharding = Sharding.of(config)
     tokens = open_artifact(workdir / "tokens", "tokens")
-    base, base_model, base_artifact = saved.load_language_model(workdir / "base", mesh, rules)
-    beside, model, artifact = saved.load_memory(workdir / "memory", mesh, rules)
+    base, base_model, base_artifact = saved.load_language_model(workdir / "base", sharding)
+    beside, model, artifact = saved.load_memory(workdir / "memory", sharding)
     artifact.check_made_from({"base": base_artifact})
     base_artifact.check_made_from({"tokens": tokens})
     weight = find_weight(workdir, artifact)
@@ -99,9 +100,9 @@ def reference_folder(config: ml_collections.ConfigDict, output: str) -> pathlib.
         something already.
     """
     workdir = epath.Path(config.workdir)
-    mesh, rules = meshes.mesh_of(config)
-    _, base_model, _ = saved.load_language_model(workdir / "base", mesh, rules)
-    parameters, model, artifact = saved.load_memory(workdir / "memory", mesh, rules)
+    sharding = Sharding.of(config)
+    _, base_model, _ = saved.load_language_model(workdir / "base", sharding)
+    parameters, model, artifact = saved.load_memory(workdir / "memory", sharding)
     _check_reference_has_it(model, artifact)
     values = memory_tensors.to_json(model, huggingface_config.to_json(base_model))
     # The reference takes the two widths as arguments of the class, and has no place for them in a config.
@@ -132,12 +133,12 @@ def _folder(output: str) -> Iterator[pathlib.Path]:
     if jax.process_index() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    meshes.barrier("export begun")
+    barrier("export begun")
     yield partial
     if jax.process_index() == 0:
         partial.replace(final)
         say(f"export: {final}")
-    meshes.barrier("export written")
+    barrier("export written")
 
 
 def _write_json(file: pathlib.Path, values: dict) -> None:

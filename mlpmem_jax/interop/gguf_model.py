@@ -10,12 +10,11 @@ import functools
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.gguf_file import GGUFFile
 from mlpmem_jax.core.progress import progress
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import huggingface, tensor_files
 from mlpmem_jax.interop.checkpoint_layout import layouts
 from mlpmem_jax.models import language_model
@@ -42,9 +41,7 @@ _TENSORS_OF_BLOCK = {
 _PERMUTED = ("attn_q", "attn_k")
 
 
-def load_language_model(
-    path: str, mesh: Mesh, rules: meshes.Rules = meshes.RULES
-) -> tuple[dict, language_model.Config]:
+def load_language_model(path: str, sharding: Sharding) -> tuple[dict, language_model.Config]:
     """Parameters (float32, placed on the mesh, the tree of `language_model.init`) and dimensions of a language model.
 
     Args:
@@ -60,8 +57,8 @@ def load_language_model(
     abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
     stored = layouts("llama", abstract, config.blocks)
     _check_tensors(file, jax.tree.leaves(stored))
-    placed = meshes.shardings(mesh, language_model.logical_axes(config), rules)
-    meshes.check_cuts(abstract, placed)
+    placed = sharding.tree(language_model.logical_axes(config))
+    sharding.check_divides(abstract, language_model.logical_axes(config))
     count = sum(len(layout.names) for layout in jax.tree.leaves(stored))
     read = functools.partial(_read, file, config.head_width)
     with progress(count, f"importing {path}", "tensors") as bar:

@@ -14,11 +14,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import progress
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import huggingface_config, tensor_files
 from mlpmem_jax.interop.checkpoint_layout import PREFIXES, Layout, full_name, layouts
 from mlpmem_jax.interop.tensor_files import MAXIMUM_SHARD_BYTES, Tensor
@@ -37,7 +38,7 @@ Files = dict[str, Tensor]
 
 
 def load_language_model(
-    source: str | pathlib.Path, mesh: Mesh, rules: meshes.Rules = meshes.RULES, *, part: str = ""
+    source: str | pathlib.Path, sharding: Sharding, *, part: str = ""
 ) -> tuple[dict, language_model.Config]:
     """Parameters (float32, placed on the mesh, the tree of `language_model.init`) and dimensions of a language model.
 
@@ -60,8 +61,8 @@ def load_language_model(
     abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
     stored = layouts(family, abstract, config.blocks)
     _check_tensors(folder, files, jax.tree.leaves(stored), has_output="lm_head" in abstract)
-    placed = meshes.shardings(mesh, language_model.logical_axes(config), rules)
-    meshes.check_cuts(abstract, placed)
+    placed = sharding.tree(language_model.logical_axes(config))
+    sharding.check_divides(abstract, language_model.logical_axes(config))
     count = sum(len(layout.names) for layout in jax.tree.leaves(stored))
     with progress(count, f"importing {source}", "tensors") as bar:
         return jax.tree.map(functools.partial(place, functools.partial(_read, files), bar), stored, placed), config
@@ -176,7 +177,7 @@ def save_language_model(
     folder = pathlib.Path(folder)
     if held := sorted(folder.glob("model*.safetensors*")):
         raise UserError(f"{held[0]}: the folder holds weights already; choose another one or delete them")
-    meshes.barrier(f"saving {folder}")
+    barrier(f"saving {folder}")
     writes = jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +185,7 @@ def save_language_model(
     if writes:
         content = json.dumps(huggingface_config.to_json(config), indent=2) + "\n"
         (folder / "config.json").write_text(content, encoding="utf-8")
-    meshes.barrier(f"saved {folder}")
+    barrier(f"saved {folder}")
 
 
 def tensors(parameters: dict, config: language_model.Config) -> list[Tensor]:

@@ -14,12 +14,12 @@ import jax
 import ml_collections
 from etils import epath
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import parameters as stored
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.manifests import read_manifest
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TOKENIZER_FILE
 from mlpmem_jax.interop import huggingface, huggingface_config, memory_tensors, tensor_files
 from mlpmem_jax.interop.base import check_fits
@@ -48,8 +48,8 @@ def run(config: ml_collections.ConfigDict, source: str) -> Artifact:
     values = _read_config(folder)
     tensors = tensor_files.read(folder)
     tokens = open_artifact(workdir / "tokens", "tokens")
-    mesh, rules = meshes.mesh_of(config)
-    multiple = vocabulary_multiple(mesh.shape["tensor"])
+    sharding = Sharding.of(config)
+    multiple = vocabulary_multiple(sharding.mesh.shape["tensor"])
     if values.get("model_type") != "mlp_memory":
         base = open_artifact(workdir / "base", "base")
         model = _memory_config(folder, values, tensors, saved.language_model_config(base), tokens, multiple)
@@ -60,13 +60,13 @@ def run(config: ml_collections.ConfigDict, source: str) -> Artifact:
         _check_fits(config, folder, values, base_model, tokens)
         tensors = _memory_part(tensors)
         model = _memory_config(folder, values["memory_config"], tensors, base_model, tokens, multiple, MEMORY_PREFIX)
-        base_parameters, _ = huggingface.load_language_model(source, mesh, rules, part="base")
+        base_parameters, _ = huggingface.load_language_model(source, sharding, part="base")
         base = _sealed(workdir, "base", base_model, base_parameters, {}, {"tokens": tokens.fingerprint})
         figures = {"validation": {"interpolation_weight": values["interpolation_weight"]}}
         figures["provenance"] = values["provenance"]
     blocks = saved.language_model_config(base).blocks
     figures["input_block"] = tapped_block(blocks, config.datastore.input_depth)
-    parameters = memory_tensors.load(tensors, model, mesh, rules)
+    parameters = memory_tensors.load(tensors, model, sharding)
     return _sealed(workdir, "memory", model, parameters, figures, {"base": base.fingerprint})
 
 

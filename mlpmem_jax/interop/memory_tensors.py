@@ -12,10 +12,9 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop.tensor_files import Tensor, on_host
 from mlpmem_jax.models import memory
 from mlpmem_jax.models.layers import ACTIVATIONS
@@ -89,7 +88,7 @@ def tensors(parameters: dict, config: MemoryConfig) -> list[Tensor]:
     return found
 
 
-def load(found: Mapping[str, Tensor], config: MemoryConfig, mesh: Mesh, rules: meshes.Rules) -> dict:
+def load(found: Mapping[str, Tensor], config: MemoryConfig, sharding: Sharding) -> dict:
     """Parameters on the mesh, the tree of `memory.init`, from tensors that `tensor_files.check` found right."""
 
     def array(path, abstract, sharding) -> jax.Array:
@@ -109,7 +108,7 @@ def load(found: Mapping[str, Tensor], config: MemoryConfig, mesh: Mesh, rules: m
 
         return jax.make_array_from_callback(abstract.shape, sharding, part)
 
-    placed = meshes.shardings(mesh, memory.logical_axes(config), rules)
+    placed = sharding.tree(memory.logical_axes(config))
     return jax.tree_util.tree_map_with_path(array, _abstract(config), placed)
 
 

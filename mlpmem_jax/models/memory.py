@@ -12,17 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
-from mlpmem_jax.core import mesh as meshes
-from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.models import layers, modules
-
-_MOST_UNROLLED = 9
-"""Most blocks in a turn of the loop on a mesh: compilers gather one's parameters beside another's products in a turn.
-
-All turns have as many: of a last one with fewer, everything kept for the backward pass would be copied once more.
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,88 +115,31 @@ def hidden(
     *,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
-    cut: meshes.Cut | None = None,
 ) -> jax.Array:
     """Hidden states after the final norm, float32 [..., width], of inputs [..., input_width].
 
     Matrix products run in `compute_dtype`; norms and the residual stream in float32. Differentiated, matrix
-    products are kept for the backward pass; with `remat` the input of each block alone.
-
-    On a mesh inputs are [positions, input_width], and the residual stream is cut by position over all of its axes: each
-    block gathers its parameters over the axes of `embed` and its positions over those of `mlp`, both in
-    `compute_dtype`, and scatters the sums of its outputs. Gradients go the same ways back: they are scattered, not
-    summed on every device.
-
-    Raises:
-      ConfigError: the mesh does not divide the positions.
+    products are kept for the backward pass; with `remat` the input of each block alone. Over a mesh with collectives
+    of its own: `parallel_memory.hidden`.
     """
-    parameters = {name: tree for name, tree in parameters.items() if name != "lm_head"}
-    if cut is None:
-        return _hidden(config, compute_dtype, remat, None, {}, (), parameters, inputs_BxD)
-    positions = inputs_BxD.shape[0]
-    if positions % cut.parts(cut.batch):
-        raise ConfigError(
-            f"config.mesh: {positions} positions cannot be cut in {cut.parts(cut.batch)} equal parts over {cut.batch}"
-        )
-    mlp_axes = cut.position_axes(positions, cut.mlp)
-    logical = {name: axes for name, axes in logical_axes(config).items() if name != "lm_head"}
-    stream = PartitionSpec(cut.batch + mlp_axes)
-    return jax.shard_map(
-        functools.partial(_hidden, config, compute_dtype, remat, cut, logical, mlp_axes),
-        mesh=cut.mesh,
-        in_specs=(_map_axes(cut.spec, logical), stream),
-        out_specs=stream,
-        check_vma=False,  # sums over `mlp` are of outputs, which JAX could not tell from those of whole arrays
-    )(parameters, inputs_BxD)
-
-
-def _hidden(config, compute_dtype, remat, cut: meshes.Cut | None, logical, mlp_axes, parameters, x_BxD):
-    """`hidden` of one device; of several, by `cut` and the parameters' `logical` axes.
-
-    Positions are cut over `mlp_axes` beside those of the batch.
-    """
-    if config.input_width != config.width:
-        transform = parameters["embedding_transform"]
-        if cut is not None:
-            gather = functools.partial(_gathered, cut, compute_dtype)
-            transform = _map_axes(gather, logical["embedding_transform"], transform)
-        x_BxD = modules.bind(functools.partial(_transform, config, compute_dtype), transform)(x_BxD)
-
-    def whole(block: dict) -> dict:
-        """A block's parameters with those that `embed` cuts gathered; one of the parts that are summed has the bias."""
-        axes = _map_axes(lambda axes: axes[1:], logical["h"])  # of one block, without "layers"
-        block = _map_axes(functools.partial(_gathered, cut, compute_dtype), axes, block)
-        if config.family == "llama":
-            return block
-        first = jax.lax.axis_index(cut.mlp) == 0
-        output = block["mlp"]["c_proj"]
-        output = {**output, "bias": jnp.where(first, output["bias"], 0)}
-        return {**block, "mlp": {**block["mlp"], "c_proj": output}}
-
-    def call_part(block: Block, x_BxD: jax.Array) -> jax.Array:
-        y_BxD = jax.lax.all_gather(block.norm(x_BxD).astype(compute_dtype), mlp_axes, axis=0, tiled=True)
-        y_BxD = jax.lax.psum_scatter(block.mlp(y_BxD), mlp_axes, scatter_dimension=0, tiled=True)
-        return x_BxD + jax.lax.psum(y_BxD, cut.mlp if not mlp_axes else ())
-
+    x_BxD = transform_input(parameters.get("embedding_transform"), config, inputs_BxD, compute_dtype)
     build = functools.partial(Block, config, compute_dtype)
-    call, prepare, unroll = Block.__call__, None, 1
-    if cut is not None:
-        call, prepare = call_part, whole
-        unroll = max(count for count in range(1, _MOST_UNROLLED + 1) if config.blocks % count == 0)
-    x_BxD = modules.run(
-        call, build, parameters["h"], x_BxD.astype(jnp.float32), remat=remat, prepare=prepare, unroll=unroll
-    )
-    return modules.bind(functools.partial(_norm, config), parameters["final_norm"])(x_BxD)
+    x_BxD = modules.run(Block.__call__, build, parameters["h"], x_BxD, remat=remat)
+    return final_norm(parameters["final_norm"], config, x_BxD)
 
 
-def _gathered(cut: meshes.Cut, dtype: jax.typing.DTypeLike, axes: tuple[str | None, ...], array: jax.Array):
-    if "embed" not in axes:
-        return array
-    return jax.lax.all_gather(array.astype(dtype), cut.embed, axis=axes.index("embed"), tiled=True)
+def transform_input(
+    transform: dict | None, config: MemoryConfig, inputs_BxD: jax.Array, compute_dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """The float32 residual stream that enters the first block; projected where widths differ."""
+    if config.input_width != config.width:
+        inputs_BxD = modules.bind(functools.partial(_transform, config, compute_dtype), transform)(inputs_BxD)
+    return inputs_BxD.astype(jnp.float32)
 
 
-def _map_axes(function, logical, *trees):
-    return jax.tree.map(function, logical, *trees, is_leaf=lambda leaf: isinstance(leaf, tuple))
+def final_norm(parameters: dict, config: MemoryConfig, x_BxD: jax.Array) -> jax.Array:
+    """The norm after the last block."""
+    return modules.bind(functools.partial(_norm, config), parameters)(x_BxD)
 
 
 def output_kernel(parameters: dict) -> jax.Array:

@@ -6,12 +6,12 @@ import dataclasses
 import functools
 
 import jax
-from jax.sharding import Mesh
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import parameters as stored
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, open_artifact
 from mlpmem_jax.core.errors import ArtifactError
+from mlpmem_jax.core.mesh import barrier
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import language_model, memory
 from mlpmem_jax.models.memory import MemoryConfig
 
@@ -35,7 +35,7 @@ def seal(
         **figures,
     }
     artifact = writer.seal(summary) if jax.process_index() == 0 else None
-    meshes.barrier(f"sealed {writer.path}")
+    barrier(f"sealed {writer.path}")
     return artifact
 
 
@@ -51,7 +51,7 @@ def language_model_config(artifact: Artifact) -> language_model.Config:
         raise ArtifactError(f"{artifact.path}: {error}; upgrade mlpmem_jax") from error
 
 
-def load_language_model(path, mesh: Mesh, rules: meshes.Rules) -> tuple[dict, language_model.Config, Artifact]:
+def load_language_model(path, sharding: Sharding) -> tuple[dict, language_model.Config, Artifact]:
     """Parameters on the mesh, dimensions and artifact of a language model.
 
     Raises:
@@ -61,12 +61,12 @@ def load_language_model(path, mesh: Mesh, rules: meshes.Rules) -> tuple[dict, la
     artifact = open_artifact(path, "base")
     config = language_model_config(artifact)
     abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
-    placed = meshes.shardings(mesh, language_model.logical_axes(config), rules)
-    meshes.check_cuts(abstract, placed)
+    placed = sharding.tree(language_model.logical_axes(config))
+    sharding.check_divides(abstract, language_model.logical_axes(config))
     return stored.read(artifact, abstract, placed), config, artifact
 
 
-def load_memory(path, mesh: Mesh, rules: meshes.Rules) -> tuple[dict, MemoryConfig, Artifact]:
+def load_memory(path, sharding: Sharding) -> tuple[dict, MemoryConfig, Artifact]:
     """Parameters on the mesh, dimensions and artifact of a memory.
 
     Raises:
@@ -75,7 +75,7 @@ def load_memory(path, mesh: Mesh, rules: meshes.Rules) -> tuple[dict, MemoryConf
     artifact = open_artifact(path, "memory")
     config = MemoryConfig(**artifact.summary["model"])
     abstract = jax.eval_shape(functools.partial(memory.init, config), jax.random.key(0))
-    placed = meshes.shardings(mesh, memory.logical_axes(config), rules)
+    placed = sharding.tree(memory.logical_axes(config))
     return stored.read(artifact, abstract, placed), config, artifact
 
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mlpmem_jax.core import mesh as meshes
-from mlpmem_jax.models import language_model, memory
+from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.models import language_model, memory, parallel_memory
 from mlpmem_jax.models.memory import MemoryConfig
 
 LOGITS_AT_ONCE = 2**25
@@ -27,9 +27,9 @@ POSITIONS_AT_ONCE = 2**13
 """Positions of a chunk at the most, for each part of the batch axis: a small vocabulary has hidden states too."""
 
 
-def chunk_positions(vocab_size: int, mesh: Mesh, rules: meshes.Rules = meshes.RULES) -> int:
+def chunk_positions(vocab_size: int, sharding: Sharding) -> int:
     """Positions per chunk: as many as both limits allow, a multiple of the shards of the batch axis."""
-    parts = meshes.batch_shards(mesh, rules)
+    parts = sharding.shards("batch")
     return max(1, min(LOGITS_AT_ONCE // vocab_size, POSITIONS_AT_ONCE)) * parts
 
 
@@ -39,8 +39,7 @@ def memory_log_probabilities(
     inputs_NxD: np.ndarray,
     next_tokens_N: np.ndarray,
     *,
-    mesh: Mesh,
-    rules: meshes.Rules = meshes.RULES,
+    sharding: Sharding,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     chunk: int | None = None,
 ) -> np.ndarray:
@@ -53,15 +52,10 @@ def memory_log_probabilities(
       chunk: positions on the mesh at once; by default `chunk_positions`.
     """
     score = functools.partial(
-        memory_chunk,
-        parameters,
-        config=config,
-        compute_dtype=jnp.dtype(compute_dtype),
-        logits_sharding=meshes.sharding(mesh, ("batch", "vocab"), rules),
-        cut=meshes.cut(mesh, rules),
+        memory_chunk, parameters, config=config, compute_dtype=jnp.dtype(compute_dtype), sharding=sharding
     )
-    chunk = chunk or chunk_positions(config.padded_vocab_size, mesh, rules)
-    return _in_chunks(score, (inputs_NxD, next_tokens_N), chunk, mesh, rules)
+    chunk = chunk or chunk_positions(config.padded_vocab_size, sharding)
+    return _in_chunks(score, (inputs_NxD, next_tokens_N), chunk, sharding)
 
 
 def memory_distributions(
@@ -69,15 +63,14 @@ def memory_distributions(
     config: MemoryConfig,
     inputs_NxD: np.ndarray,
     *,
-    mesh: Mesh,
-    rules: meshes.Rules = meshes.RULES,
+    sharding: Sharding,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> np.ndarray:
     """p_MLP over the vocabulary, float32 [N, V]; N is one chunk, its logits exist at once."""
     distributions = functools.partial(
-        _memory_rows, parameters, config=config, compute_dtype=jnp.dtype(compute_dtype), mesh=mesh
+        _memory_rows, parameters, config=config, compute_dtype=jnp.dtype(compute_dtype), sharding=sharding
     )
-    return _in_chunks(distributions, (inputs_NxD,), len(inputs_NxD), mesh, rules)
+    return _in_chunks(distributions, (inputs_NxD,), len(inputs_NxD), sharding)
 
 
 def language_model_log_probabilities(
@@ -86,8 +79,7 @@ def language_model_log_probabilities(
     tokens_SxT: np.ndarray,
     next_tokens_SxT: np.ndarray,
     *,
-    mesh: Mesh,
-    rules: meshes.Rules = meshes.RULES,
+    sharding: Sharding,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     chunk: int | None = None,
 ) -> np.ndarray:
@@ -97,10 +89,10 @@ def language_model_log_probabilities(
         parameters,
         config=config,
         compute_dtype=jnp.dtype(compute_dtype),
-        logits_sharding=meshes.sharding(mesh, ("batch", None, "vocab"), rules),
+        sharding=sharding,
     )
-    chunk = chunk or chunk_positions(config.vocab_size, mesh, rules) // tokens_SxT.shape[1]
-    return _in_chunks(score, (tokens_SxT, next_tokens_SxT), chunk, mesh, rules)
+    chunk = chunk or chunk_positions(config.vocab_size, sharding) // tokens_SxT.shape[1]
+    return _in_chunks(score, (tokens_SxT, next_tokens_SxT), chunk, sharding)
 
 
 def language_model_hidden(
@@ -108,30 +100,28 @@ def language_model_hidden(
     config: language_model.Config,
     tokens_SxT: np.ndarray,
     *,
-    mesh: Mesh,
-    rules: meshes.Rules = meshes.RULES,
+    sharding: Sharding,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> np.ndarray:
     """Hidden states after the LM's final norm, float32 [S, T, D]."""
     hidden = functools.partial(
-        _language_model_hidden, parameters, config=config, compute_dtype=jnp.dtype(compute_dtype), mesh=mesh
+        _language_model_hidden, parameters, config=config, compute_dtype=jnp.dtype(compute_dtype), sharding=sharding
     )
-    return _in_chunks(hidden, (tokens_SxT,), len(tokens_SxT), mesh, rules)
+    return _in_chunks(hidden, (tokens_SxT,), len(tokens_SxT), sharding)
 
 
 def language_model_distributions(
     parameters: dict,
     hidden_NxD: np.ndarray,
     *,
-    mesh: Mesh,
-    rules: meshes.Rules = meshes.RULES,
+    sharding: Sharding,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> np.ndarray:
     """p_LM over the vocabulary, float32 [N, V], from rows of `language_model_hidden`; N is one chunk."""
     distributions = functools.partial(
-        _language_model_rows, parameters, compute_dtype=jnp.dtype(compute_dtype), mesh=mesh
+        _language_model_rows, parameters, compute_dtype=jnp.dtype(compute_dtype), sharding=sharding
     )
-    return _in_chunks(distributions, (hidden_NxD,), len(hidden_NxD), mesh, rules)
+    return _in_chunks(distributions, (hidden_NxD,), len(hidden_NxD), sharding)
 
 
 def next_token_log_probabilities(
@@ -153,33 +143,32 @@ def next_token_log_probabilities(
     logits = jnp.where(columns_V < vocab_size, logits, -jnp.inf)
     chosen = jnp.sum(jnp.where(columns_V == next_tokens[..., None], logits, 0.0), axis=-1)
     log_probabilities = chosen - jax.nn.logsumexp(logits, axis=-1)
-    return _replicated(log_probabilities, logits_sharding.mesh)
+    return jax.lax.with_sharding_constraint(log_probabilities, NamedSharding(logits_sharding.mesh, PartitionSpec()))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "logits_sharding", "cut"))
-def memory_chunk(parameters, inputs_BxD, next_B, *, config, compute_dtype, logits_sharding, cut):
-    hidden_BxD = memory.hidden(
-        parameters, config, inputs_BxD.astype(compute_dtype), compute_dtype=compute_dtype, cut=cut
+@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "sharding"))
+def memory_chunk(parameters, inputs_BxD, next_B, *, config, compute_dtype, sharding):
+    hidden_BxD = parallel_memory.hidden(
+        parameters, config, inputs_BxD.astype(compute_dtype), sharding=sharding, compute_dtype=compute_dtype
     )
-    rows = NamedSharding(logits_sharding.mesh, PartitionSpec(logits_sharding.spec[0]))
     return next_token_log_probabilities(
-        jax.lax.with_sharding_constraint(hidden_BxD, rows),
+        jax.lax.with_sharding_constraint(hidden_BxD, sharding.named("batch")),
         memory.output_kernel(parameters),
         next_B,
         vocab_size=config.vocab_size,
         compute_dtype=compute_dtype,
-        logits_sharding=logits_sharding,
+        logits_sharding=sharding.named("batch", "vocab"),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "mesh"))
-def _memory_rows(parameters, inputs_BxD, *, config, compute_dtype, mesh):
+@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "sharding"))
+def _memory_rows(parameters, inputs_BxD, *, config, compute_dtype, sharding):
     logits_BxV = memory.logits(parameters, config, inputs_BxD.astype(compute_dtype), compute_dtype=compute_dtype)
-    return _replicated(jax.nn.softmax(logits_BxV[:, : config.vocab_size]), mesh)
+    return _replicated(jax.nn.softmax(logits_BxV[:, : config.vocab_size]), sharding)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "logits_sharding"))
-def _language_model_chunk(parameters, tokens_BxT, next_BxT, *, config, compute_dtype, logits_sharding):
+@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "sharding"))
+def _language_model_chunk(parameters, tokens_BxT, next_BxT, *, config, compute_dtype, sharding):
     hidden_BxTxD, _ = language_model.features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
     return next_token_log_probabilities(
         hidden_BxTxD,
@@ -187,39 +176,40 @@ def _language_model_chunk(parameters, tokens_BxT, next_BxT, *, config, compute_d
         next_BxT,
         vocab_size=config.vocab_size,
         compute_dtype=compute_dtype,
-        logits_sharding=logits_sharding,
+        logits_sharding=sharding.named("batch", None, "vocab"),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "mesh"))
-def _language_model_hidden(parameters, tokens_BxT, *, config, compute_dtype, mesh):
-    return _replicated(language_model.features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)[0], mesh)
+@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "sharding"))
+def _language_model_hidden(parameters, tokens_BxT, *, config, compute_dtype, sharding):
+    hidden_BxTxD, _ = language_model.features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
+    return _replicated(hidden_BxTxD, sharding)
 
 
-@functools.partial(jax.jit, static_argnames=("compute_dtype", "mesh"))
-def _language_model_rows(parameters, hidden_BxD, *, compute_dtype, mesh):
+@functools.partial(jax.jit, static_argnames=("compute_dtype", "sharding"))
+def _language_model_rows(parameters, hidden_BxD, *, compute_dtype, sharding):
     kernel_DxV = language_model.output_kernel(parameters).astype(compute_dtype)
     logits_BxV = jnp.dot(hidden_BxD.astype(compute_dtype), kernel_DxV, preferred_element_type=jnp.float32)
-    return _replicated(jax.nn.softmax(logits_BxV), mesh)
+    return _replicated(jax.nn.softmax(logits_BxV), sharding)
 
 
-def _replicated(array: jax.Array, mesh: Mesh) -> jax.Array:
+def _replicated(array: jax.Array, sharding: Sharding) -> jax.Array:
     """On every device, so that every process can read the whole of it."""
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
+    return jax.lax.with_sharding_constraint(array, sharding.named())
 
 
 def _in_chunks(
-    call: Callable[..., jax.Array], arrays: tuple[np.ndarray, ...], chunk: int, mesh: Mesh, rules: meshes.Rules
+    call: Callable[..., jax.Array], arrays: tuple[np.ndarray, ...], chunk: int, sharding: Sharding
 ) -> np.ndarray:
     """call(*rows) over chunks of the arrays' first axis, of about `chunk` rows, one or more.
 
     Chunks have a multiple of the batch axis's shards of rows; the last is padded by repeating its last row.
     """
-    shards = meshes.batch_shards(mesh, rules)
+    shards = sharding.shards("batch")
     chunk = -(-max(1, min(chunk, len(arrays[0]))) // shards) * shards
     pending, results = None, []
     for rows, length in _padded_chunks(arrays, chunk):
-        result = call(*(_on_mesh(array, mesh, rules) for array in rows))
+        result = call(*(_on_mesh(array, sharding) for array in rows))
         if pending is not None:  # fetched only when the next chunk is under way
             results.append(np.asarray(pending[0])[: pending[1]])
         pending = result, length
@@ -235,7 +225,6 @@ def _padded_chunks(arrays: tuple[np.ndarray, ...], chunk: int) -> Iterator[tuple
         yield [np.pad(array, width, mode="edge") for array, width in zip(rows, widths, strict=True)], length
 
 
-def _on_mesh(rows: np.ndarray, mesh: Mesh, rules: meshes.Rules) -> jax.Array:
+def _on_mesh(rows: np.ndarray, sharding: Sharding) -> jax.Array:
     """Every process holds all rows and gives its devices theirs."""
-    placed = meshes.sharding(mesh, ("batch",) + (None,) * (rows.ndim - 1), rules)
-    return jax.make_array_from_callback(rows.shape, placed, lambda index: rows[index])
+    return jax.make_array_from_callback(rows.shape, sharding.rows(rows.ndim), lambda index: rows[index])

@@ -9,10 +9,10 @@ import sys
 import ml_collections
 from etils import epath
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.accelerators import Slice, resolve
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.planning import compilation, programs, report
 from mlpmem_jax.planning.plan import Planned, changed, plan_program, training_positions
 
@@ -62,16 +62,17 @@ def run(config: ml_collections.ConfigDict, options) -> None:
 
 
 def choose(config: ml_collections.ConfigDict, tensor: int, tpu: Slice, devices: list, positions: int) -> Choice:
-    """The train step with the devices of a slice cut in groups of `tensor`."""
+    """The train step with the devices of a slice in groups of `tensor`."""
     fsdp = len(devices) // tensor // max(config.mesh.slice, 1)
     try:
         other = changed(config, {"mesh.tensor": tensor, "mesh.fsdp": -1})
-        mesh, rules = meshes.mesh_of(other, devices)
-        step = programs.build(other, "train", mesh, rules, positions)[0]
+        sharding = Sharding.of(other, devices)
+        step = programs.build(other, "train", sharding, positions)[0]
     except UserError as error:
         return Choice(tensor, fsdp, None, str(error))
-    say(f"mesh.tensor={tensor}, fsdp={mesh.shape['fsdp']}")
-    return Choice(tensor, mesh.shape["fsdp"], plan_program(step, tpu, mesh))
+    fsdp = sharding.mesh.shape["fsdp"]
+    say(f"mesh.tensor={tensor}, fsdp={fsdp}")
+    return Choice(tensor, fsdp, plan_program(step, tpu, sharding.mesh))
 
 
 def fastest(choices: list[Choice]) -> Choice | None:

@@ -12,11 +12,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.accelerators import Slice, resolve
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import ArtifactError, UserError
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.planning import compilation, cost, hlo, programs, report
 from mlpmem_jax.planning.chips import CHIPS
@@ -74,7 +74,7 @@ def run(config: ml_collections.ConfigDict, options) -> None:
     found = report.Report(
         tpu=tpu,
         slices=options.slices,
-        mesh=dict(meshes.mesh_of(config, devices)[0].shape),
+        mesh=dict(Sharding.of(config, devices).mesh.shape),
         positions=positions,
         positions_from=source,
         planned=planned,
@@ -113,8 +113,8 @@ def plan_stage(
     Raises:
       UserError: the config does not fit the devices.
     """
-    mesh, rules = meshes.mesh_of(config, devices)
-    return [plan_program(program, tpu, mesh) for program in programs.build(config, stage, mesh, rules, positions)]
+    sharding = Sharding.of(config, devices)
+    return [plan_program(program, tpu, sharding.mesh) for program in programs.build(config, stage, sharding, positions)]
 
 
 def plan_program(program: programs.StageProgram, tpu: Slice, mesh: Mesh) -> Planned:

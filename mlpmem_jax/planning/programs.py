@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax.sharding import Mesh
 
-from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import published
 from mlpmem_jax.models import flops, language_model, memory, scoring
 from mlpmem_jax.models.gpt2 import GPT2Config
@@ -97,41 +96,40 @@ def base_positions(config: ml_collections.ConfigDict, positions: int) -> int:
     return steps * config.base.training.batch_sequences * config.base.context_length
 
 
-def build(config: ml_collections.ConfigDict, stage: str, mesh: Mesh, rules: meshes.Rules, positions: int) -> list:
+def build(config: ml_collections.ConfigDict, stage: str, sharding: Sharding, positions: int) -> list:
     """The programs of a stage, as a list of `StageProgram`.
 
     Args:
       config: the whole config.
       stage: one of `STAGES`.
-      mesh, rules: of devices that need not be here.
+      sharding: of devices that need not be here.
       positions: of the training split.
 
     Raises:
       UserError: the config does not fit the mesh.
     """
-    models = models_of(config, mesh.shape["tensor"])
+    models = models_of(config, sharding.mesh.shape["tensor"])
     makers = {"train": _train, "datastore": _datastore, "neighbors": _neighbors}
-    return makers[stage](config, models, mesh, rules, positions)
+    return makers[stage](config, models, sharding, positions)
 
 
-def _train(config, models: Models, mesh, rules, positions: int) -> list[StageProgram]:
-    loop.check_batch(config.training, mesh, rules, "training")
+def _train(config, models: Models, sharding: Sharding, positions: int) -> list[StageProgram]:
+    loop.check_batch(config.training, sharding, "training")
     online = config.training.mode == "online"
     task = training.make_task(
         config,
         models.memory,
         models.base,
-        mesh,
-        rules,
+        sharding,
         name="train",
         folder="",
         initialise=functools.partial(memory.init, models.memory, jax.random.key(config.training.seed)),
-        frozen=_abstract_parameters(models.base, mesh, rules) if online else {},
+        frozen=_abstract_parameters(models.base, sharding) if online else {},
         source=None,
         validate=None,
     )
     steps = steps_of(config, positions)
-    program = loop.step_program(task, mesh, rules, steps)
+    program = loop.step_program(task, sharding, steps)
     entries = data.padded_entries(most_entries(config, models))
     inputs = None if online else (models.base.width, config.datastore.dtype)
     length = config.base.context_length
@@ -141,13 +139,13 @@ def _train(config, models: Models, mesh, rules, positions: int) -> list[StagePro
         name="train step",
         stage="train",
         function=program.step,
-        arguments=(program.abstract_state, task.frozen, _sharded(batch, mesh, rules)),
+        arguments=(program.abstract_state, task.frozen, _sharded(batch, sharding)),
         static={},
         flops=task.flops_per_position * per_step,
         positions=per_step,
         calls=steps,
     )
-    chunk = scoring.chunk_positions(models.memory.padded_vocab_size, mesh, rules)
+    chunk = scoring.chunk_positions(models.memory.padded_vocab_size, sharding)
     scored = (((models.base.width,), config.datastore.dtype), ((), "int32"))
     rows = [jax.ShapeDtypeStruct((chunk, *shape), dtype) for shape, dtype in scored]
     validations = steps / config.training.evaluate_every
@@ -156,13 +154,8 @@ def _train(config, models: Models, mesh, rules, positions: int) -> list[StagePro
         name="validation",
         stage="train",
         function=scoring.memory_chunk,
-        arguments=(program.abstract_state["parameters"], *_sharded(rows, mesh, rules)),
-        static={
-            "config": models.memory,
-            "compute_dtype": jnp.dtype("float32"),
-            "logits_sharding": meshes.sharding(mesh, ("batch", "vocab"), rules),
-            "cut": meshes.cut(mesh, rules),
-        },
+        arguments=(program.abstract_state["parameters"], *_sharded(rows, sharding)),
+        static={"config": models.memory, "compute_dtype": jnp.dtype("float32"), "sharding": sharding},
         flops=flops.memory_forward(models.memory) * chunk,
         positions=chunk,
         calls=validations * held_out / chunk,
@@ -170,26 +163,25 @@ def _train(config, models: Models, mesh, rules, positions: int) -> list[StagePro
     return [step, validation]
 
 
-def _datastore(config, models: Models, mesh, rules, positions: int) -> list[StageProgram]:
+def _datastore(config, models: Models, sharding: Sharding, positions: int) -> list[StageProgram]:
     settings, length = config.datastore, config.base.context_length
     tap = datastore.tapped_block(models.base.blocks, settings.input_depth)
     rows = settings.batch_sequences * length
-    tokens = _sharded([jax.ShapeDtypeStruct((settings.batch_sequences, length), "int32")] * 2, mesh, rules)
+    tokens = _sharded([jax.ShapeDtypeStruct((settings.batch_sequences, length), "int32")] * 2, sharding)
 
     def forward(name, model, taps, held_out: bool, calls: float) -> StageProgram:
-        vocabulary = meshes.sharding(mesh, ("batch", None, "vocab"), rules) if held_out else None
         return StageProgram(
             name=name,
             stage="datastore",
             function=datastore.forward,
-            arguments=(_abstract_parameters(model, mesh, rules), *tokens),
+            arguments=(_abstract_parameters(model, sharding), *tokens),
             static={
                 "config": model,
                 "taps": taps,
                 "dtype": jnp.dtype(settings.dtype),
                 "compute_dtype": jnp.dtype(settings.compute_dtype),
-                "activations": meshes.sharding(mesh, ("batch", None, None), rules),
-                "vocab_sharding": vocabulary,
+                "sharding": sharding,
+                "scored": held_out,
             },
             flops=flops.language_model_forward(model, length, output_projection=held_out) * rows,
             positions=rows,
@@ -209,12 +201,12 @@ def _datastore(config, models: Models, mesh, rules, positions: int) -> list[Stag
     return programs
 
 
-def _neighbors(config, models: Models, mesh, rules, positions: int) -> list[StageProgram]:
+def _neighbors(config, models: Models, sharding: Sharding, positions: int) -> list[StageProgram]:
     keys = min(positions, config.targets.key_shard_rows)
-    queries = ring.QUERIES_PER_DEVICE * mesh.size
+    queries = ring.QUERIES_PER_DEVICE * sharding.mesh.size
     width = config.targets.search_dimensions or models.keys.width
     function, arguments = ring.program(
-        mesh, keys, queries, width, config.targets.k, config.datastore.dtype, config.targets.recall_target
+        sharding.mesh, keys, queries, width, config.targets.k, config.datastore.dtype, config.targets.recall_target
     )
     search = StageProgram(
         name="exact search",
@@ -234,19 +226,16 @@ def most_entries(config: ml_collections.ConfigDict, models: Models) -> int:
     return min(config.targets.keep or config.targets.k, config.targets.k, models.base.vocab_size)
 
 
-def _abstract_parameters(config: language_model.Config, mesh, rules):
+def _abstract_parameters(config: language_model.Config, sharding: Sharding):
     abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
-    placed = meshes.shardings(mesh, language_model.logical_axes(config), rules)
+    placed = sharding.tree(language_model.logical_axes(config))
     return jax.tree.map(
-        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), abstract, placed
+        lambda array, named: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=named), abstract, placed
     )
 
 
-def _sharded(tree, mesh, rules):
-    """The same shapes, cut along axis 0 as `core.mesh.global_batch` cuts them."""
-
-    def place(array):
-        axes = ("batch",) + (None,) * (len(array.shape) - 1)
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=meshes.sharding(mesh, axes, rules))
-
-    return jax.tree.map(place, tree)
+def _sharded(tree, sharding: Sharding):
+    """The same shapes, laid out as `Sharding.global_batch` lays them out."""
+    return jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding.rows(len(array.shape))), tree
+    )

@@ -15,10 +15,11 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import ArraySpec, Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import progress, say
+from mlpmem_jax.core.sharding import Sharding, local_rows
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.scoring import next_token_log_probabilities
@@ -31,19 +32,18 @@ def tapped_block(blocks: int, depth: float) -> int:
     return max(1, round(depth * blocks))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "taps", "dtype", "compute_dtype", "activations", "vocab_sharding")
-)
-def forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, activations, vocab_sharding):
-    """Hidden states at the taps, [B, T, D] of `dtype`, and log p_LM(next) unless `vocab_sharding` is None.
+@functools.partial(jax.jit, static_argnames=("config", "taps", "dtype", "compute_dtype", "sharding", "scored"))
+def forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, sharding, scored):
+    """Hidden states at the taps, [B, T, D] of `dtype`, and log p_LM(next) where `scored`, else None.
 
-    `activations` is the sharding of hidden states on the mesh, along the batch alone: each process writes whole rows.
+    Both are sharded along the batch alone, so that each process writes whole rows.
     """
+    activations = sharding.named("batch", None, None)
     final, tapped = language_model.features(
         parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype, activations=activations
     )
     outputs = [jax.lax.with_sharding_constraint(tapped[tap].astype(dtype), activations) for tap in taps]
-    if vocab_sharding is None:
+    if not scored:
         return outputs, None
     log_probabilities = next_token_log_probabilities(
         final,
@@ -51,19 +51,18 @@ def forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dt
         next_BxT,
         vocab_size=config.vocab_size,
         compute_dtype=compute_dtype,
-        logits_sharding=vocab_sharding,
+        logits_sharding=sharding.named("batch", None, "vocab"),
     )
-    rows = jax.sharding.NamedSharding(activations.mesh, jax.sharding.PartitionSpec(activations.spec[0]))
-    return outputs, jax.lax.with_sharding_constraint(log_probabilities, rows)
+    return outputs, jax.lax.with_sharding_constraint(log_probabilities, sharding.named("batch"))
 
 
 class _Models:
     """The base LM, and the model that makes the keys where that is another one."""
 
     def __init__(self, config: ml_collections.ConfigDict):
-        self.mesh, self.rules = meshes.mesh_of(config)
+        self.sharding = Sharding.of(config)
         self.base, self.base_config, base_artifact = saved.load_language_model(
-            epath.Path(config.workdir) / "base", self.mesh, self.rules
+            epath.Path(config.workdir) / "base", self.sharding
         )
         self.fingerprints = {"base": base_artifact.fingerprint}
         self.dtype = jnp.dtype(config.datastore.dtype)
@@ -72,7 +71,7 @@ class _Models:
         self.key_model, self.key_config = self.base, self.base_config
         if config.datastore.key_model:
             self.key_model, self.key_config, artifact = saved.load_language_model(
-                epath.Path(config.workdir) / "key_model", self.mesh, self.rules
+                epath.Path(config.workdir) / "key_model", self.sharding
             )
             self.fingerprints["key_model"] = artifact.fingerprint
             if self.key_config.vocab_size != self.base_config.vocab_size:
@@ -84,23 +83,20 @@ class _Models:
 
     def outputs(self, tokens_BxT: np.ndarray, next_BxT: np.ndarray, scored: bool) -> dict[str, np.ndarray]:
         """This process's rows of every array of the datastore that needs a model."""
-        tokens, following = meshes.global_batch(self.mesh, (tokens_BxT, next_BxT), self.rules)
+        tokens, following = self.sharding.global_batch((tokens_BxT, next_BxT))
         run = functools.partial(
             forward,
             dtype=self.dtype,
             compute_dtype=self.compute_dtype,
-            activations=meshes.sharding(self.mesh, ("batch", None, None), self.rules),
+            sharding=self.sharding,
         )
-        vocab_sharding = meshes.sharding(self.mesh, ("batch", None, "vocab"), self.rules) if scored else None
         base_taps = (self.input_tap,) if self.separate_inputs else (self.base_config.blocks,)
         if self.separate_inputs and self.key_model is self.base:
             base_taps = (self.base_config.blocks, self.input_tap)
-        tapped, scores = run(
-            self.base, tokens, following, config=self.base_config, taps=base_taps, vocab_sharding=vocab_sharding
-        )
+        tapped, scores = run(self.base, tokens, following, config=self.base_config, taps=base_taps, scored=scored)
         rows = {}
         if self.separate_inputs:
-            rows["memory_inputs"] = meshes.local_rows(tapped[-1])
+            rows["memory_inputs"] = local_rows(tapped[-1])
         if self.key_model is not self.base:
             tapped, _ = run(
                 self.key_model,
@@ -108,11 +104,11 @@ class _Models:
                 following,
                 config=self.key_config,
                 taps=(self.key_config.blocks,),
-                vocab_sharding=None,
+                scored=False,
             )
-        rows["keys"] = meshes.local_rows(tapped[0])
+        rows["keys"] = local_rows(tapped[0])
         if scored:
-            rows["base_log_probabilities"] = meshes.local_rows(scores)
+            rows["base_log_probabilities"] = local_rows(scores)
         return rows
 
 
@@ -155,10 +151,10 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: _M
     writer = ArtifactWriter.create(
         path, "datastore", settings, inputs, _array_specs(models, sequences, length, per_shard, scored)
     )
-    shards, part = writer.incomplete_shards(), meshes.batch_part(models.mesh, models.rules)
-    meshes.barrier(f"datastore {split} listed")
+    shards, part = writer.incomplete_shards(), models.sharding.batch_part
+    barrier(f"datastore {split} listed")
     largest = config.datastore.batch_sequences // part.count
-    multiple = meshes.batch_shards(models.mesh, models.rules) // part.count
+    multiple = models.sharding.shards("batch") // part.count
     left = {shard: min(per_shard, sequences - shard * per_shard) for shard in shards}
     with progress(sum(left.values()) * length, f"datastore/{split}", "positions") as bar:
         for first in range(0, len(shards), part.count):
@@ -177,10 +173,10 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: _M
                     name: np.concatenate([output[name] for output in outputs])[: left[shard]] for name in outputs[0]
                 }
                 writer.write_shard(shard, {**arrays, "next_tokens": next_SxT, "documents": documents_SxT})
-    meshes.barrier(f"datastore {split} written")
+    barrier(f"datastore {split} written")
     if jax.process_index() == 0:
         writer.seal(summary(sequences, length, models.key_config.width, models.input_tap))
-    meshes.barrier(f"datastore {split} sealed")
+    barrier(f"datastore {split} sealed")
     return open_artifact(path, "datastore")
 
 
@@ -232,7 +228,7 @@ def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
     """
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
     models = _Models(config)
-    shards = meshes.batch_shards(models.mesh, models.rules)
+    shards = models.sharding.shards("batch")
     if config.datastore.batch_sequences % shards:
         raise ConfigError(
             f"config.datastore.batch_sequences: {config.datastore.batch_sequences} is not divided by the {shards} "

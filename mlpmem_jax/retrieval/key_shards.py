@@ -18,9 +18,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.errors import ArtifactError
+from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.retrieval import neighbors, reduction, scann_index
 from mlpmem_jax.retrieval.exact import ExactIndex
@@ -261,7 +261,7 @@ class KeyShards:
                 sample = list(threads.map(lambda row: self._datastore.read("keys", row, row + 1)[0], chosen))
             with writing(file):
                 reduction.fit(np.concatenate(sample), self.searched_width).save(file)
-        meshes.barrier("targets projection fitted")
+        barrier("targets projection fitted")
         return Projection.load(file)
 
     def rows(self, shard: int) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlpmem_jax.core import mesh as meshes
+from mlpmem_jax.core.sharding import local_rows
 from mlpmem_jax.retrieval import neighbors
 
 QUERIES_PER_DEVICE = 512  # fewer, and a TPU waits for keys from its memory
@@ -231,7 +231,7 @@ class MeshIndex:
             )
             queries, excluded = (jax.make_array_from_process_local_data(self._sharding, array) for array in batch)
             for parts, array in zip(found, search(self._keys, self._norms, queries, excluded), strict=True):
-                parts.append(meshes.local_rows(array))
+                parts.append(local_rows(array))
         distances_QxK, ids_QxK = (np.concatenate(parts)[: len(queries_QxD)] for parts in found)
         return distances_QxK, ids_QxK
 

@@ -22,10 +22,10 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import runtime
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.retrieval import quality, reduction
 from mlpmem_jax.retrieval.benchmark import clustered_keys, row
@@ -193,7 +193,7 @@ def _fewer_dimensions_rows(datastore: Artifact) -> list[dict]:
 
 def _quality_row(datastore: Artifact, queries, scratch: epath.Path, search: Search) -> dict:
     sequences, length, width = datastore.arrays["keys"].shape
-    mesh = meshes.make_mesh(devices=jax.devices()[:1]) if search.backend == "exact" else None
+    mesh = make_mesh(devices=jax.devices()[:1]) if search.backend == "exact" else None
     shards = KeyShards(datastore, sequences * length, scratch, search, mesh)
     own_Qx2 = np.stack([queries.positions_Q, queries.positions_Q + 1], axis=1)
     distances_QxK, _ = shards.exact_neighbors(0, queries.keys_QxD, search.k, own_Qx2)

@@ -18,11 +18,12 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import runtime
 from mlpmem_jax.core.artifacts import Artifact, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.retrieval import neighbors, quality, scann_index, temperature, tuning
 from mlpmem_jax.retrieval.datastore import SPLITS
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search, host_bytes, sample_queries
@@ -91,7 +92,7 @@ def _measured_once(file: epath.Path, measure, together: bool) -> dict:
             unfinished = file.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(measured))
             unfinished.replace(file)
-    meshes.barrier("targets measured")
+    barrier("targets measured")
     return json.loads(file.read_text())
 
 
@@ -131,7 +132,7 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
     workdir = epath.Path(config.workdir)
     plan = Plan(**{field.name: settings[field.name] for field in dataclasses.fields(Plan)})
     search = Search.of(settings)
-    mesh = meshes.mesh_of(config)[0] if plan.backend == "exact" else None
+    mesh = Sharding.of(config).mesh if plan.backend == "exact" else None
     _check(plan, search, settings["key_shard_rows"], datastores["train"])
     token_dtype = open_artifact(workdir / "tokens", "tokens").arrays["train"].dtype
     specs = {split: array_specs(datastores[split], token_dtype, plan.entries) for split in names}
@@ -144,7 +145,7 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
     if plan.backend == "scann":
         for number in range(jax.process_index(), len(key_shards), jax.process_count()):
             key_shards.open(number)
-    meshes.barrier("targets indices built")
+    barrier("targets indices built")
     measured = _measured_once(
         scratch / f"measured_{settings['recall']:g}.json",
         lambda: _measure(config, plan, datastores, key_shards),
@@ -157,11 +158,11 @@ def _build(config, settings: dict, inputs: dict, datastores: dict[str, Artifact]
     writers = {split: TargetsWriter(folder_of(workdir, split), settings, inputs, specs[split]) for split in names}
     splits = [Split(split, datastores[split], writers[split], scratch) for split in names]
     make_tiles(splits, key_shards, plan, measured["temperature"])
-    meshes.barrier("targets written")
+    barrier("targets written")
     if jax.process_index() == 0:
         for writer in writers.values():
             writer.seal({**measured, "key_shards": len(key_shards)})
-    meshes.barrier("targets sealed")
+    barrier("targets sealed")
 
 
 def _check(plan: Plan, search: Search, key_shard_rows: int, datastore: Artifact) -> None:

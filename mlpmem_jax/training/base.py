@@ -11,9 +11,9 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.models import flops, gpt2, language_model, saved
 from mlpmem_jax.models.interpolation import perplexity
@@ -22,7 +22,7 @@ from mlpmem_jax.training import data, loop
 from mlpmem_jax.training.loss import sparse_cross_entropy
 
 
-def _loss(model: language_model.Config, settings, rules, mesh, parameters, frozen, batch):
+def _loss(model: language_model.Config, settings, sharding, parameters, frozen, batch):
     del frozen
     hidden_BxTxD, _ = language_model.features(
         parameters, model, batch["tokens"], compute_dtype=jnp.dtype(settings.compute_dtype), remat=settings.remat
@@ -38,8 +38,7 @@ def _loss(model: language_model.Config, settings, rules, mesh, parameters, froze
         alpha=0.0,
         vocab_size=model.vocab_size,
         chunk=settings.loss_chunk,
-        mesh=mesh,
-        rules=rules,
+        sharding=sharding,
     )
     return loss, {"cross_entropy": statistics["cross_entropy"]}
 
@@ -68,8 +67,8 @@ def train(
     Returns:
       The parameters with the best validation perplexity, and figures about them.
     """
-    mesh, rules = meshes.mesh_of(config)
-    loop.check_batch(settings, mesh, rules, group)
+    sharding = Sharding.of(config)
+    loop.check_batch(settings, sharding, group)
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
     length = config.base.context_length
     held_out = TokenStream(tokens, "validation")
@@ -78,7 +77,7 @@ def train(
 
     def validate(parameters) -> dict[str, float]:
         scores = language_model_log_probabilities(
-            parameters, model, validation_tokens, validation_next, mesh=mesh, rules=rules
+            parameters, model, validation_tokens, validation_next, sharding=sharding
         )
         return {"perplexity": float(perplexity(np.ravel(scores)))}
 
@@ -89,14 +88,14 @@ def train(
         initialise=initialise,
         start=start,
         logical_axes=language_model.logical_axes(model),
-        loss=functools.partial(_loss, model, settings, rules),
+        loss=functools.partial(_loss, model, settings),
         frozen={},
         source=data.TokenSource(TokenStream(tokens, "train"), length),
         validate=validate,
         positions_per_sequence=length,
         flops_per_position=3 * flops.language_model_forward(model, length),
     )
-    return loop.fit(task, mesh, rules)
+    return loop.fit(task, sharding)
 
 
 def run(config: ml_collections.ConfigDict) -> Artifact:

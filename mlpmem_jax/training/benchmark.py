@@ -13,8 +13,9 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import flops, memory
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval.distribution import SparseDistributions
@@ -51,7 +52,7 @@ def _batch(positions: int) -> dict:
     }
 
 
-def _loss(model, chunk, mesh, parameters, frozen, batch):
+def _loss(model, chunk, sharding, parameters, frozen, batch):
     del frozen
     return sparse_cross_entropy(
         memory.hidden(parameters, model, batch["memory_inputs"]),
@@ -62,7 +63,7 @@ def _loss(model, chunk, mesh, parameters, frozen, batch):
         alpha=0.4,
         vocab_size=VOCABULARY,
         chunk=chunk,
-        mesh=mesh,
+        sharding=sharding,
     )
 
 
@@ -70,7 +71,7 @@ def _train_step_row(
     config: ml_collections.ConfigDict, width: int, optimizer_name: str, positions: int, micro_batches: int
 ) -> dict:
     """Median of five steps, and the matmul rate measured just before and after, of the same process."""
-    mesh = meshes.make_mesh()
+    sharding = Sharding(make_mesh())
     model = _model(width)
     settings = ml_collections.ConfigDict(config.training)
     settings.optimizer = optimizer_name
@@ -88,9 +89,9 @@ def _train_step_row(
         positions_per_sequence=1,
         flops_per_position=3 * flops.memory_forward(model),
     )
-    program = loop.step_program(task, mesh, meshes.RULES, steps=100)
+    program = loop.step_program(task, sharding, steps=100)
     step, state = program.step, program.make_state()
-    batch = meshes.global_batch(mesh, _batch(positions))
+    batch = sharding.global_batch(_batch(positions))
     state, measured = step(state, {}, batch)
     jax.block_until_ready(measured)
     rates, seconds = [], []
@@ -170,7 +171,6 @@ def _pipeline_row(step_row: dict) -> dict:
 
 def _loss_memory_rows() -> list[dict]:
     """Temporary memory of the compiled loss and its gradient, by batch and by chunk."""
-    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     model = _model(256)
     rows = []
     for positions, chunk in ((4096, 256), (16384, 256), (4096, 1024), (16384, 1024)):
@@ -186,7 +186,6 @@ def _loss_memory_rows() -> list[dict]:
                     alpha=0.4,
                     vocab_size=VOCABULARY,
                     chunk=chunk,
-                    mesh=mesh,
                 )[0]
 
             return jax.grad(loss, argnums=(0, 1))(hidden_NxD, kernel_DxV)

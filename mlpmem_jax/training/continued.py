@@ -9,9 +9,9 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.models import flops, saved
 from mlpmem_jax.models.interpolation import perplexity
@@ -59,7 +59,7 @@ def train_on(
       An artifact of kind "base" whose summary also holds training_flops, and perplexity by held-out split.
     """
     workdir = epath.Path(config.workdir)
-    mesh, rules = meshes.mesh_of(config)
+    sharding = Sharding.of(config)
     artifact = open_artifact(workdir / "base", "base")
     model = saved.language_model_config(artifact)
     kept, inputs = {"training": loop.origin(settings)}, {"base": artifact.fingerprint, **inputs}
@@ -74,7 +74,7 @@ def train_on(
         writer.path,
         model,
         initialise=lambda parameters: parameters,
-        start=lambda: saved.load_language_model(artifact.path, mesh, rules)[:1],
+        start=lambda: saved.load_language_model(artifact.path, sharding)[:1],
         group=group,
     )
     length = config.base.context_length
@@ -84,13 +84,13 @@ def train_on(
 
     def perplexities(parameters) -> dict[str, float]:
         return {
-            split: _perplexity(parameters, model, TokenStream(tokens, split), length, mesh, rules)
+            split: _perplexity(parameters, model, TokenStream(tokens, split), length, sharding)
             for split in ("validation", "test")
         }
 
     figures["perplexity"] = perplexities(best)
     # Training on may only do harm to a model of a better text; then the base itself is what the same compute gives.
-    before, _, _ = saved.load_language_model(artifact.path, mesh, rules)
+    before, _, _ = saved.load_language_model(artifact.path, sharding)
     start = perplexities(before)
     if start["validation"] <= figures["perplexity"]["validation"]:
         say(f"{name}: no step was better on validation than the base itself, which is kept")
@@ -99,11 +99,11 @@ def train_on(
     return open_artifact(workdir / name, "base")
 
 
-def _perplexity(parameters, model, stream: TokenStream, length: int, mesh, rules) -> float:
+def _perplexity(parameters, model, stream: TokenStream, length: int, sharding) -> float:
     """Over every whole sequence of a split."""
     count, scores = num_sequences(stream, length), []
     for first in range(0, count, _SEQUENCES_AT_ONCE):
         tokens_SxT, next_SxT, _ = read_sequences(stream, first, min(_SEQUENCES_AT_ONCE, count - first), length)
-        scores_SxT = language_model_log_probabilities(parameters, model, tokens_SxT, next_SxT, mesh=mesh, rules=rules)
+        scores_SxT = language_model_log_probabilities(parameters, model, tokens_SxT, next_SxT, sharding=sharding)
         scores.append(np.ravel(scores_SxT))
     return float(perplexity(np.concatenate(scores)))

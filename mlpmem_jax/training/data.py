@@ -97,7 +97,7 @@ def batches(source, batch_sequences: int, seed: int, part: int = 0, parts: int =
       source: random-access sequences, trees of arrays.
       batch_sequences: sequences in one global batch.
       seed: of the order.
-      part: of how many `parts`, as `core.mesh.batch_part` tells for this process.
+      part: of how many `parts`, as `core.sharding.Sharding.batch_part` tells for this process.
     """
     mine = grain.MapDataset.source(source).shuffle(seed=seed).repeat(None)[part::parts]
     options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_BUFFER)

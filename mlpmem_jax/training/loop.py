@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import runtime
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
+from mlpmem_jax.core.mesh import compiler_options
 from mlpmem_jax.core.progress import progress, say
+from mlpmem_jax.core.sharding import LOCAL, Sharding
 from mlpmem_jax.models.interpolation import NotANumber
 from mlpmem_jax.training import data, goodput
 from mlpmem_jax.training.metrics import MetricsWriter, matmul_rate
@@ -57,8 +57,8 @@ class Task:
       settings: a config group made by `configs.default.optimization`.
       initialise: makes the parameters of what `start` gives (traced, so that they are created sharded).
       logical_axes: tree of logical axis names, one tuple per parameter.
-      loss: (mesh, parameters, frozen, batch) -> (loss, {name: statistic}), float32 scalars, means over the batch. The
-        mesh is what parameters and batch lie on; None where both are one device's own.
+      loss: (sharding, parameters, frozen, batch) -> (loss, {name: statistic}), float32 scalars, means over the batch;
+        the sharding is that of parameters and batch.
       frozen: tree of arrays that the loss reads and nothing changes (the base LM, online); may be empty.
       source: random-access sequences.
       validate: parameters -> {"perplexity": ..., other figures}; the lowest perplexity is kept.
@@ -99,13 +99,13 @@ def total_steps(settings: ml_collections.ConfigDict, sequences: int) -> int:
     return steps
 
 
-def check_batch(settings: ml_collections.ConfigDict, mesh: Mesh, rules: meshes.Rules, group: str) -> None:
+def check_batch(settings: ml_collections.ConfigDict, sharding: Sharding, group: str) -> None:
     """Refuses a batch that the mesh cannot divide.
 
     Raises:
       ConfigError: naming both sizes.
     """
-    shards = meshes.batch_shards(mesh, rules)
+    shards = sharding.shards("batch")
     micro_batch = settings.batch_sequences // settings.accumulation_steps
     if micro_batch % shards:
         raise ConfigError(
@@ -145,17 +145,15 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
             signal.signal(signum, handler)
 
 
-def train_step(
-    task: Task, optimizer: optax.GradientTransformation, parameter_shardings, mesh: Mesh, rules: meshes.Rules
-):
+def train_step(task: Task, optimizer: optax.GradientTransformation, parameter_shardings, sharding: Sharding):
     """One optimizer step as a function (state, frozen, batch) -> (state, statistics), to be jitted."""
     micro_batches = task.settings.accumulation_steps
-    whole = mesh.size > 1 and all(placed.is_fully_replicated for placed in jax.tree.leaves(parameter_shardings))
+    whole = not sharding.is_local and all(placed.is_fully_replicated for placed in jax.tree.leaves(parameter_shardings))
     if whole:
-        loss = functools.partial(task.loss, None)
-        value_and_grad = averaged_over_devices(accumulated_value_and_grad(loss, micro_batches), mesh, rules)
+        loss = functools.partial(task.loss, LOCAL)
+        value_and_grad = averaged_over_devices(accumulated_value_and_grad(loss, micro_batches), sharding)
     else:
-        value_and_grad = accumulated_value_and_grad(functools.partial(task.loss, mesh), micro_batches)
+        value_and_grad = accumulated_value_and_grad(functools.partial(task.loss, sharding), micro_batches)
 
     def step(state, frozen, batch):
         (loss, statistics), gradients = value_and_grad(state["parameters"], frozen, batch)
@@ -163,7 +161,7 @@ def train_step(
         gradients = jax.lax.with_sharding_constraint(gradients, parameter_shardings)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
         if whole and task.settings.optimizer == "muon":
-            updates = shared_by_layers(updates, task.logical_axes, mesh, rules)
+            updates = shared_by_layers(updates, task.logical_axes, sharding)
         parameters = optax.apply_updates(state["parameters"], updates)
         measured = {"loss": loss, **statistics, "gradient_norm": optax.tree.norm(gradients)}
         return {"parameters": parameters, "optimizer": optimizer_state, "step": state["step"] + 1}, measured
@@ -185,7 +183,7 @@ class StepProgram(NamedTuple):
     abstract_state: Any
 
 
-def step_program(task: Task, mesh: Mesh, rules: meshes.Rules, steps: int, start: tuple = ()) -> StepProgram:
+def step_program(task: Task, sharding: Sharding, steps: int, start: tuple = ()) -> StepProgram:
     """The program of one optimizer step of a run of `steps`; `task.source`, `.validate` and `.start` are not used.
 
     `start` is what `task.start` gave, or its shapes.
@@ -196,16 +194,16 @@ def step_program(task: Task, mesh: Mesh, rules: meshes.Rules, steps: int, start:
     optimizer = make_optimizer(task.settings, steps, task.logical_axes)
     make_state = initial_state(task.initialise, optimizer)
     abstract = jax.eval_shape(make_state, *start)
-    parameter_shardings = meshes.shardings(mesh, task.logical_axes, rules)
-    meshes.check_cuts(abstract["parameters"], parameter_shardings)
-    shardings = state_shardings(mesh, abstract, parameter_shardings)
+    parameter_shardings = sharding.tree(task.logical_axes)
+    sharding.check_divides(abstract["parameters"], task.logical_axes)
+    shardings = state_shardings(sharding, abstract, parameter_shardings)
     return StepProgram(
         make_state=jax.jit(make_state, out_shardings=shardings),
         step=jax.jit(
-            train_step(task, optimizer, parameter_shardings, mesh, rules),
+            train_step(task, optimizer, parameter_shardings, sharding),
             donate_argnums=0,
             out_shardings=(shardings, None),
-            compiler_options=meshes.compiler_options(mesh),
+            compiler_options=compiler_options(sharding.mesh),
         ),
         abstract_state=jax.tree.map(
             lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), abstract, shardings
@@ -213,7 +211,7 @@ def step_program(task: Task, mesh: Mesh, rules: meshes.Rules, steps: int, start:
     )
 
 
-def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, float]]:
+def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
     """Trains from the latest checkpoint, or from the start, to the end of the schedule.
 
     Returns:
@@ -228,7 +226,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
     steps = total_steps(settings, len(task.source))
     learning_rate = schedule(settings, steps)
     made_of = task.start()
-    program = step_program(task, mesh, rules, steps, made_of)
+    program = step_program(task, sharding, steps, made_of)
     checkpoints = Checkpoints(task.folder)
     start = checkpoints.latest_step() or 0
     if start:
@@ -240,7 +238,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
         state, next_sequence = program.make_state(*made_of), 0
     del made_of
 
-    part = meshes.batch_part(mesh, rules)
+    part = sharding.batch_part
     batches = data.batches(task.source, settings.batch_sequences, settings.seed, part.index, part.count)
     batches.set_state({"next_index": next_sequence // part.count})
     positions_per_step = settings.batch_sequences * task.positions_per_sequence
@@ -255,7 +253,7 @@ def fit(task: Task, mesh: Mesh, rules: meshes.Rules) -> tuple[Any, dict[str, flo
         progress(steps, task.name, "steps", initial=start) as bar,
     ):
         for step in range(start + 1, steps + 1):
-            batch = meshes.global_batch(mesh, next(batches), rules)
+            batch = sharding.global_batch(next(batches))
             watch.lap("input wait")
             state, measured = program.step(state, task.frozen, batch)
             unchecked.append((step, measured))

@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import ConfigError
-from mlpmem_jax.core.mesh import RULES, Rules
+from mlpmem_jax.core.sharding import LOCAL, Sharding
 from mlpmem_jax.models.layers import transposed_product
 
 
@@ -29,17 +28,22 @@ class _Targets(NamedTuple):
     weights_N: jax.Array
 
 
-class _Plan(NamedTuple):
-    """All that is known when the program is traced. On a single device the cut names no mesh axes."""
+class _Settings(NamedTuple):
+    """All that is known when the program is traced.
+
+    Attributes:
+      batch_axes, embed_axes, vocab_axes: mesh axes that shard the logical axes of these names; none on one device.
+      hidden_axes: those of the vocabulary where they shard the hidden states too, after the batch's; else none.
+    """
 
     alpha: float
     vocab_size: int
     chunk: int
-    cut: meshes.Cut
-    hidden_axes: tuple[str, ...]  # those of the vocabulary where they cut the hidden states as well, beside the batch
-
-
-_ONE_DEVICE = meshes.Cut(mesh=None, batch=(), embed=(), mlp=(), vocab=())
+    sharding: Sharding
+    batch_axes: tuple[str, ...]
+    embed_axes: tuple[str, ...]
+    vocab_axes: tuple[str, ...]
+    hidden_axes: tuple[str, ...]
 
 
 def sparse_cross_entropy(
@@ -52,8 +56,7 @@ def sparse_cross_entropy(
     alpha: float,
     vocab_size: int,
     chunk: int,
-    mesh: Mesh | None = None,
-    rules: Rules = RULES,
+    sharding: Sharding = LOCAL,
     weights_N: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """alpha * KL(p_kNN || p_MLP) + (1 - alpha) * CE(next token), meaned over positions; the paper's training loss.
@@ -74,8 +77,7 @@ def sparse_cross_entropy(
       alpha: weight of the divergence, 0 to 1.
       vocab_size: number of real tokens.
       chunk: most positions per device whose logits exist at once.
-      mesh: the device mesh; None means one device.
-      rules: mesh axes of the logical axes "batch", "embed" and "vocab".
+      sharding: of the arrays; by default they are one device's own.
       weights_N: float, not negative; the mean is over their sum. None weighs all positions alike.
 
     Returns:
@@ -85,42 +87,50 @@ def sparse_cross_entropy(
       ConfigError: alpha or chunk out of range, positions or a width that the mesh does not divide, or rules under
         which the kernel cannot be gathered.
     """
-    cut = _ONE_DEVICE if mesh is None else meshes.cut(mesh, rules) or _ONE_DEVICE
-    if padding := -kernel_DxV.shape[1] % cut.parts(cut.vocab):
+    if padding := -kernel_DxV.shape[1] % sharding.shards("vocab"):
         kernel_DxV = jnp.pad(kernel_DxV, ((0, 0), (0, padding)))
-    plan = _plan(alpha, vocab_size, chunk, cut, hidden_NxD.shape[0], kernel_DxV.shape)
+    settings = _checked(alpha, vocab_size, chunk, sharding, hidden_NxD.shape[0], kernel_DxV.shape)
     if weights_N is None:
         weights_N = jnp.full(hidden_NxD.shape[0], 1 / hidden_NxD.shape[0], jnp.float32)
     else:
         total = weights_N.sum(dtype=jnp.float32)
         weights_N = weights_N.astype(jnp.float32) / jnp.where(total > 0, total, 1)
-    return _loss(plan, hidden_NxD, kernel_DxV, _Targets(token_ids_NxS, probabilities_NxS, next_tokens_N, weights_N))
+    targets = _Targets(token_ids_NxS, probabilities_NxS, next_tokens_N, weights_N)
+    return _loss(settings, hidden_NxD, kernel_DxV, targets)
 
 
-def _plan(alpha, vocab_size, chunk, cut: meshes.Cut, positions, kernel_shape) -> _Plan:
+def _checked(alpha, vocab_size, chunk, sharding: Sharding, positions, kernel_shape) -> _Settings:
     if not 0 <= alpha <= 1:
         raise ConfigError(f"training.alpha: expected a number from 0 to 1, found {alpha}")
     if chunk < 1:
         raise ConfigError(f"training.loss_chunk: expected at least 1 position, found {chunk}")
     if vocab_size > kernel_shape[1]:
         raise ConfigError(f"the output projection has {kernel_shape[1]} columns for {vocab_size} tokens")
-    for name, axes, size in (("positions", cut.batch, positions), ("width", cut.embed, kernel_shape[0])):
-        if size % (parts := cut.parts(axes)):
-            raise ConfigError(f"config.mesh: {name} of {size} cannot be cut in {parts} equal parts over axes {axes}")
-    hidden_axes = cut.position_axes(positions, cut.vocab)
-    return _Plan(alpha, vocab_size, chunk, cut, hidden_axes)
+    sharding.check_collectives()
+    for name, axis, size in (("positions", "batch", positions), ("width", "embed", kernel_shape[0])):
+        if size % (shards := sharding.shards(axis)):
+            raise ConfigError(
+                f"config.mesh: {name} of {size} cannot be divided into {shards} equal shards over "
+                f"{'+'.join(sharding.axes(axis))}"
+            )
+    batch, embed, vocab = (sharding.axes(axis) for axis in ("batch", "embed", "vocab"))
+    hidden_axes = sharding.sequence_axes(positions, "vocab")
+    return _Settings(alpha, vocab_size, chunk, sharding, batch, embed, vocab, hidden_axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(plan, hidden_NxD, kernel_DxV, targets):
-    return _on_mesh(plan, False, hidden_NxD, kernel_DxV, targets)[0]
+def _loss(settings: _Settings, hidden_NxD, kernel_DxV, targets):
+    scalars = PartitionSpec(), PartitionSpec()
+    return _on_mesh(settings, _local_loss, scalars)(hidden_NxD, kernel_DxV, targets)
 
 
-def _loss_forward(plan, hidden_NxD, kernel_DxV, targets):
-    return _on_mesh(plan, True, hidden_NxD, kernel_DxV, targets)
+def _loss_forward(settings: _Settings, hidden_NxD, kernel_DxV, targets):
+    scalars = PartitionSpec(), PartitionSpec()
+    outputs = scalars, _gradient_specs(settings)
+    return _on_mesh(settings, _local_loss_and_gradients, outputs)(hidden_NxD, kernel_DxV, targets)
 
 
-def _loss_backward(plan, gradients, cotangents):
+def _loss_backward(settings: _Settings, gradients, cotangents):
     scaled = jax.tree.map(lambda gradient: gradient * cotangents[0].astype(gradient.dtype), gradients)
     return *scaled, None
 
@@ -128,90 +138,123 @@ def _loss_backward(plan, gradients, cotangents):
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _on_mesh(plan: _Plan, differentiate: bool, hidden_NxD, kernel_DxV, targets):
-    """((loss, statistics), (d_hidden, d_kernel) or None)."""
-    local = functools.partial(_local_loss, plan, differentiate)
-    if plan.cut.mesh is not None:
-        batch = PartitionSpec(plan.cut.batch)
-        hidden = PartitionSpec(plan.cut.batch + plan.hidden_axes)
-        kernel = PartitionSpec(plan.cut.embed, plan.cut.vocab)
-        gradients = (hidden, kernel) if differentiate else None
-        local = jax.shard_map(
-            local,
-            mesh=plan.cut.mesh,
-            in_specs=(hidden, kernel, batch),
-            out_specs=((PartitionSpec(), PartitionSpec()), gradients),
-            # Never differentiated through, so nothing depends on JAX tracking which values are replicated.
-            check_vma=False,
-        )
-    return local(hidden_NxD, kernel_DxV, targets)
+def _gradient_specs(settings: _Settings) -> tuple[PartitionSpec, PartitionSpec]:
+    """Of the hidden states and of the kernel, and so of their gradients."""
+    hidden = PartitionSpec(settings.batch_axes + settings.hidden_axes)
+    return hidden, PartitionSpec(settings.embed_axes, settings.vocab_axes)
 
 
-def _local_loss(plan: _Plan, differentiate: bool, hidden_NxD, kernel_DxV, targets):
-    """What one device does for its positions and its part of the vocabulary. Collectives over () do nothing."""
-    kernel_DxV = jax.lax.all_gather(kernel_DxV.astype(hidden_NxD.dtype), plan.cut.embed, axis=0, tiled=True)
-    hidden_NxD = jax.lax.all_gather(hidden_NxD, plan.hidden_axes, axis=0, tiled=True)
+def _on_mesh(settings: _Settings, local, out_specs):
+    """`local`, a function of one device's arrays, as a function of arrays on the mesh."""
+    local = functools.partial(local, settings)
+    if settings.sharding.is_local:
+        return local
+    return jax.shard_map(
+        local,
+        mesh=settings.sharding.mesh,
+        in_specs=(*_gradient_specs(settings), PartitionSpec(settings.batch_axes)),
+        out_specs=out_specs,
+        # Never differentiated through, so nothing depends on JAX tracking which values are replicated.
+        check_vma=False,
+    )
+
+
+def _gathered(settings: _Settings, hidden_NxD, kernel_DxV):
+    """All positions of this device's part of the batch, and all rows of its part of the vocabulary."""
+    kernel_DxV = jax.lax.all_gather(kernel_DxV.astype(hidden_NxD.dtype), settings.embed_axes, axis=0, tiled=True)
+    return jax.lax.all_gather(hidden_NxD, settings.hidden_axes, axis=0, tiled=True), kernel_DxV
+
+
+def _total(settings: _Settings, sums):
+    """The loss and its statistics from every device's (sum of KL, sum of cross entropy)."""
+    kl, cross_entropy = jax.lax.psum(sums, settings.batch_axes + settings.vocab_axes)
+    loss = settings.alpha * kl + (1 - settings.alpha) * cross_entropy
+    return loss, {"kl": kl, "cross_entropy": cross_entropy}
+
+
+def _local_loss(settings: _Settings, hidden_NxD, kernel_DxV, targets: _Targets):
+    """(loss, statistics), computed by one device of its positions and its part of the vocabulary."""
+    hidden_NxD, kernel_DxV = _gathered(settings, hidden_NxD, kernel_DxV)
+
+    def step(sums, chunk):
+        return jax.tree.map(jnp.add, sums, _chunk_loss(settings, kernel_DxV, *chunk).sums), None
+
+    chunks = _chunks(settings.chunk, (hidden_NxD, targets))
+    sums, _ = jax.lax.scan(step, (jnp.zeros(()), jnp.zeros(())), chunks)
+    return _total(settings, sums)
+
+
+def _local_loss_and_gradients(settings: _Settings, hidden_NxD, kernel_DxV, targets: _Targets):
+    """((loss, statistics), (d_hidden, d_kernel)), computed by one device like `_local_loss`."""
+    hidden_NxD, kernel_DxV = _gathered(settings, hidden_NxD, kernel_DxV)
 
     def step(carry, chunk):
         sums, d_kernel_DxV = carry
-        chunk_sums, chunk_gradients = _chunk_loss(plan, differentiate, kernel_DxV, *chunk)
-        sums = jax.tree.map(jnp.add, sums, chunk_sums)
-        if not differentiate:
-            return (sums, None), None
-        d_hidden_CxD, d_chunk_kernel_DxV = chunk_gradients
-        return (sums, d_kernel_DxV + d_chunk_kernel_DxV), d_hidden_CxD
+        computed = _chunk_loss(settings, kernel_DxV, *chunk)
+        d_hidden_CxD, d_chunk_kernel_DxV = _chunk_gradients(settings, kernel_DxV, *chunk, computed)
+        return (jax.tree.map(jnp.add, sums, computed.sums), d_kernel_DxV + d_chunk_kernel_DxV), d_hidden_CxD
 
-    zeros = (jnp.zeros(()), jnp.zeros(()))
-    d_kernel_DxV = jnp.zeros(kernel_DxV.shape, jnp.float32) if differentiate else None
-    chunks, positions = _cut(plan.chunk, (hidden_NxD, targets))
-    (sums, d_kernel_DxV), d_hidden = jax.lax.scan(step, (zeros, d_kernel_DxV), chunks)
+    chunks = _chunks(settings.chunk, (hidden_NxD, targets))
+    zeros = (jnp.zeros(()), jnp.zeros(())), jnp.zeros(kernel_DxV.shape, jnp.float32)
+    (sums, d_kernel_DxV), d_hidden = jax.lax.scan(step, zeros, chunks)
 
-    kl, cross_entropy = jax.lax.psum(sums, plan.cut.batch + plan.cut.vocab)
-    loss = plan.alpha * kl + (1 - plan.alpha) * cross_entropy
-    primal = loss, {"kl": kl, "cross_entropy": cross_entropy}
-    if not differentiate:
-        return primal, None
-    d_kernel_DxV = jax.lax.psum_scatter(d_kernel_DxV, plan.cut.embed, scatter_dimension=0, tiled=True)
-    d_kernel_DxV = jax.lax.psum(d_kernel_DxV, tuple(a for a in plan.cut.batch if a not in plan.cut.embed))
-    d_hidden_NxD = d_hidden.reshape(-1, hidden_NxD.shape[1])[:positions]
-    if plan.hidden_axes:
-        d_hidden_NxD = jax.lax.psum_scatter(d_hidden_NxD, plan.hidden_axes, scatter_dimension=0, tiled=True)
+    d_kernel_DxV = jax.lax.psum_scatter(d_kernel_DxV, settings.embed_axes, scatter_dimension=0, tiled=True)
+    d_kernel_DxV = jax.lax.psum(d_kernel_DxV, tuple(a for a in settings.batch_axes if a not in settings.embed_axes))
+    d_hidden_NxD = d_hidden.reshape(-1, hidden_NxD.shape[1])[: hidden_NxD.shape[0]]
+    if settings.hidden_axes:
+        d_hidden_NxD = jax.lax.psum_scatter(d_hidden_NxD, settings.hidden_axes, scatter_dimension=0, tiled=True)
     else:
-        d_hidden_NxD = jax.lax.psum(d_hidden_NxD, plan.cut.vocab)
-    return primal, (d_hidden_NxD, d_kernel_DxV)
+        d_hidden_NxD = jax.lax.psum(d_hidden_NxD, settings.vocab_axes)
+    return _total(settings, sums), (d_hidden_NxD, d_kernel_DxV)
 
 
-def _cut(chunk: int, tree):
-    """Cuts axis 0 in the fewest equal chunks, padded with zeros (positions of weight 0)."""
+def _chunks(chunk: int, tree):
+    """Splits axis 0 into the fewest chunks of equal size, padded with zeros (positions of weight 0)."""
     positions = jax.tree.leaves(tree)[0].shape[0]
     count = max(1, -(-positions // chunk))
     padding = -positions % count
 
-    def cut(array):
+    def split(array):
         array = jnp.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1)) if padding else array
         return array.reshape(count, (positions + padding) // count, *array.shape[1:])
 
-    return jax.tree.map(cut, tree), positions
+    return jax.tree.map(split, tree)
 
 
-def _chunk_loss(plan: _Plan, differentiate: bool, kernel_DxV, hidden_CxD, targets: _Targets):
-    """((weighted sum of KL, of cross entropy), (d_hidden_CxD, d_kernel_DxV) or None).
+class _ChunkLoss(NamedTuple):
+    """The loss of a chunk over this device's part of the vocabulary, and what its gradients are computed from.
 
-    Sums and d_hidden_CxD are of this device's part of the vocabulary.
+    Attributes:
+      sums: weighted sums over the chunk's positions of KL and of cross entropy.
+      exponentials_CxV, normalizer_Cx1: the softmax is the one divided by the other.
+      ids_CxE, is_here_CxE: columns of the stored entries and, last, of the next token, and whether they are this
+        device's (elsewhere the column is 0).
+      p_CxS: the stored probabilities, made to sum to 1.
     """
-    first = jax.lax.axis_index(plan.cut.vocab) * kernel_DxV.shape[1]
+
+    sums: tuple[jax.Array, jax.Array]
+    exponentials_CxV: jax.Array
+    normalizer_Cx1: jax.Array
+    ids_CxE: jax.Array
+    is_here_CxE: jax.Array
+    p_CxS: jax.Array
+
+
+def _chunk_loss(settings: _Settings, kernel_DxV, hidden_CxD, targets: _Targets) -> _ChunkLoss:
+    columns = kernel_DxV.shape[1]
+    first = jax.lax.axis_index(settings.vocab_axes) * columns
     logits_CxV = jnp.dot(hidden_CxD, kernel_DxV, preferred_element_type=jnp.float32)
-    if plan.vocab_size < kernel_DxV.shape[1] * plan.cut.parts(plan.cut.vocab):
-        real_V = first + jnp.arange(kernel_DxV.shape[1]) < plan.vocab_size
+    if settings.vocab_size < columns * settings.sharding.size(settings.vocab_axes):
+        real_V = first + jnp.arange(columns) < settings.vocab_size
         logits_CxV = jnp.where(real_V, logits_CxV, -jnp.inf)
-    maximum_Cx1 = jax.lax.pmax(logits_CxV.max(-1, keepdims=True), plan.cut.vocab)
+    maximum_Cx1 = jax.lax.pmax(logits_CxV.max(-1, keepdims=True), settings.vocab_axes)
     exponentials_CxV = jnp.exp(logits_CxV - maximum_Cx1)
-    normalizer_Cx1 = jax.lax.psum(exponentials_CxV.sum(-1, keepdims=True), plan.cut.vocab)
+    normalizer_Cx1 = jax.lax.psum(exponentials_CxV.sum(-1, keepdims=True), settings.vocab_axes)
 
     # The stored entries and, last, the next token. Each device looks up those of its own part of the vocabulary.
     ids_CxE = jnp.concatenate([targets.token_ids_NxS, targets.next_tokens_N[:, None]], axis=1) - first
-    here_CxE = (ids_CxE >= 0) & (ids_CxE < kernel_DxV.shape[1])
-    ids_CxE = jnp.where(here_CxE, ids_CxE, 0)
+    is_here_CxE = (ids_CxE >= 0) & (ids_CxE < columns)
+    ids_CxE = jnp.where(is_here_CxE, ids_CxE, 0)
     entry_logits_CxE = jnp.take_along_axis(logits_CxV, ids_CxE, axis=1, mode="promise_in_bounds")
     log_q_CxE = entry_logits_CxE - maximum_Cx1 - jnp.log(normalizer_Cx1)
 
@@ -219,23 +262,28 @@ def _chunk_loss(plan: _Plan, differentiate: bool, kernel_DxV, hidden_CxD, target
     mass_Cx1 = p_CxS.sum(-1, keepdims=True)
     p_CxS = p_CxS / jnp.where(mass_Cx1 > 0, mass_Cx1, 1)
     log_ratio_CxS = jnp.log(jnp.where(p_CxS > 0, p_CxS, 1)) - log_q_CxE[:, :-1]
-    counted_CxS = (p_CxS > 0) & here_CxE[:, :-1]
-    kl = jnp.sum(targets.weights_N[:, None] * jnp.where(counted_CxS, p_CxS * log_ratio_CxS, 0))
-    sums = kl, -jnp.sum(targets.weights_N * jnp.where(here_CxE[:, -1], log_q_CxE[:, -1], 0))
-    if not differentiate:
-        return sums, None
+    is_counted_CxS = (p_CxS > 0) & is_here_CxE[:, :-1]
+    kl = jnp.sum(targets.weights_N[:, None] * jnp.where(is_counted_CxS, p_CxS * log_ratio_CxS, 0))
+    cross_entropy = -jnp.sum(targets.weights_N * jnp.where(is_here_CxE[:, -1], log_q_CxE[:, -1], 0))
+    return _ChunkLoss((kl, cross_entropy), exponentials_CxV, normalizer_Cx1, ids_CxE, is_here_CxE, p_CxS)
 
-    # The gradient of the logits is weight * (mass * exponentials / normalizer - target). The factor before the
-    # exponentials is one number a row: taken out of the matrix products, it saves a pass over [C, V].
-    target_CxE = jnp.pad(plan.alpha * p_CxS, ((0, 0), (0, 1)), constant_values=1 - plan.alpha)
+
+def _chunk_gradients(settings: _Settings, kernel_DxV, hidden_CxD, targets: _Targets, computed: _ChunkLoss):
+    """(d_hidden_CxD, d_kernel_DxV), of this device's part of the vocabulary.
+
+    The gradient of the logits is weight * (mass * exponentials / normalizer - target). The factor before the
+    exponentials is one number a row: taken out of the matrix products, it saves a pass over [C, V].
+    """
+    alpha, ids_CxE = settings.alpha, computed.ids_CxE
+    target_CxE = jnp.pad(alpha * computed.p_CxS, ((0, 0), (0, 1)), constant_values=1 - alpha)
     mass_Cx1 = target_CxE.sum(-1, keepdims=True)
-    factor_Cx1 = targets.weights_N[:, None] * mass_Cx1 / normalizer_Cx1
-    entries_CxE = jnp.where(here_CxE, target_CxE * normalizer_Cx1 / jnp.where(mass_Cx1 > 0, mass_Cx1, 1), 0)
+    factor_Cx1 = targets.weights_N[:, None] * mass_Cx1 / computed.normalizer_Cx1
+    scaled_target_CxE = target_CxE * computed.normalizer_Cx1 / jnp.where(mass_Cx1 > 0, mass_Cx1, 1)
+    entries_CxE = jnp.where(computed.is_here_CxE, scaled_target_CxE, 0)
     rows_Cx1 = jnp.arange(ids_CxE.shape[0])[:, None]
-    gradient_CxV = exponentials_CxV.at[rows_Cx1, ids_CxE].add(-entries_CxE, mode="promise_in_bounds")
+    gradient_CxV = computed.exponentials_CxV.at[rows_Cx1, ids_CxE].add(-entries_CxE, mode="promise_in_bounds")
     gradient_CxV = gradient_CxV.astype(kernel_DxV.dtype)
     d_hidden_CxD = factor_Cx1 * jnp.dot(gradient_CxV, kernel_DxV.T, preferred_element_type=jnp.float32)
     d_hidden_CxD = d_hidden_CxD.astype(hidden_CxD.dtype)
     scaled_CxD = (hidden_CxD * factor_Cx1).astype(hidden_CxD.dtype)
-    d_kernel_DxV = transposed_product(scaled_CxD, gradient_CxV, preferred_element_type=jnp.float32)
-    return sums, (d_hidden_CxD, d_kernel_DxV)
+    return d_hidden_CxD, transposed_product(scaled_CxD, gradient_CxV, preferred_element_type=jnp.float32)

@@ -14,12 +14,12 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
-from mlpmem_jax.models import flops, language_model, memory, saved
+from mlpmem_jax.models import flops, language_model, memory, parallel_memory, saved
 from mlpmem_jax.models.interpolation import perplexity, tune_weight
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.models.scoring import memory_log_probabilities
@@ -73,7 +73,7 @@ def _started(artifact: Artifact, model: MemoryConfig) -> MemoryConfig:
     return found
 
 
-def _loss(model: MemoryConfig, base_config, input_tap, training, rules, mesh, parameters, frozen, batch):
+def _loss(model: MemoryConfig, base_config, input_tap, training, sharding, parameters, frozen, batch):
     dtype = jnp.dtype(training.compute_dtype)
     if training.mode == "online":
         base = jax.lax.stop_gradient(frozen)
@@ -82,8 +82,9 @@ def _loss(model: MemoryConfig, base_config, input_tap, training, rules, mesh, pa
     else:
         inputs_BxTxD = batch["memory_inputs"]
     inputs_NxD = inputs_BxTxD.reshape(-1, model.input_width).astype(dtype)
-    cut = None if mesh is None else meshes.cut(mesh, rules)
-    hidden_NxD = memory.hidden(parameters, model, inputs_NxD, compute_dtype=dtype, remat=training.remat, cut=cut)
+    hidden_NxD = parallel_memory.hidden(
+        parameters, model, inputs_NxD, sharding=sharding, compute_dtype=dtype, remat=training.remat
+    )
     entries = batch["token_ids"].shape[-1]
     return sparse_cross_entropy(
         hidden_NxD.astype(dtype),
@@ -94,12 +95,11 @@ def _loss(model: MemoryConfig, base_config, input_tap, training, rules, mesh, pa
         alpha=training.alpha,
         vocab_size=model.vocab_size,
         chunk=training.loss_chunk,
-        mesh=mesh,
-        rules=rules,
+        sharding=sharding,
     )
 
 
-def _validation(config: ml_collections.ConfigDict, model: MemoryConfig, mesh, rules):
+def _validation(config: ml_collections.ConfigDict, model: MemoryConfig, sharding):
     """A function of the parameters: validation perplexity of the tuned mixture, of the memory alone, and lambda."""
     held_out = open_artifact(epath.Path(config.workdir) / "datastore" / "validation", "datastore")
     sequences = held_out.arrays["next_tokens"].shape[0]
@@ -113,7 +113,7 @@ def _validation(config: ml_collections.ConfigDict, model: MemoryConfig, mesh, ru
 
     def validate(parameters) -> dict[str, float]:
         memory_N = memory_log_probabilities(
-            parameters, model, inputs_NxD, next_N, mesh=mesh, rules=rules, compute_dtype=dtype
+            parameters, model, inputs_NxD, next_N, sharding=sharding, compute_dtype=dtype
         )
         weight, mixed = tune_weight(base_N, memory_N)
         return {
@@ -131,8 +131,7 @@ def make_task(
     config: ml_collections.ConfigDict,
     model: MemoryConfig,
     base_config: language_model.Config,
-    mesh,
-    rules,
+    sharding,
     *,
     name: str,
     folder: str,
@@ -160,7 +159,7 @@ def make_task(
         settings=training,
         initialise=initialise,
         logical_axes=memory.logical_axes(model),
-        loss=functools.partial(_loss, model, base_config, input_tap, training, rules),
+        loss=functools.partial(_loss, model, base_config, input_tap, training),
         frozen=frozen,
         source=source,
         validate=validate,
@@ -210,14 +209,14 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
         say(f"{folder}: finished already")
         return finished
 
-    mesh, rules = meshes.mesh_of(config)
-    loop.check_batch(config.training, mesh, rules, "training")
+    sharding = Sharding.of(config)
+    loop.check_batch(config.training, sharding, "training")
     # Offline as online, the memory reads the base LM's states, so its input is as wide as the base.
     model = dimensions(
         config,
         tokens.summary["vocab_size"],
         base_config.width,
-        mesh.shape["tensor"],
+        sharding.mesh.shape["tensor"],
         norm_epsilon=base_config.norm_epsilon,
     )
     online = config.training.mode == "online"
@@ -231,11 +230,11 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     if started:
         model = _started(started, model)
         initialise = lambda parameters: parameters  # noqa: E731
-        start = lambda: saved.load_memory(started.path, mesh, rules)[:1]  # noqa: E731
+        start = lambda: saved.load_memory(started.path, sharding)[:1]  # noqa: E731
     elif config.memory.output_from_base:
         # The base's vocabulary may be padded beyond the tokenizer's.
         initialise = lambda kernel_DxV: memory.init(model, key, kernel_DxV[:, : model.vocab_size])  # noqa: E731
-        start = lambda: (language_model.output_kernel(saved.load_language_model(base.path, mesh, rules)[0]),)  # noqa: E731
+        start = lambda: (language_model.output_kernel(saved.load_language_model(base.path, sharding)[0]),)  # noqa: E731
 
     source = data.TargetSource(datastore, targets, TokenStream(tokens, "train") if online else None)
     writer = ArtifactWriter.create(path, "memory", settings, inputs, {})
@@ -243,17 +242,16 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
         config,
         model,
         base_config,
-        mesh,
-        rules,
+        sharding,
         name=folder,
         folder=writer.path,
         initialise=initialise,
-        frozen=saved.load_language_model(base.path, mesh, rules)[0] if online else {},
+        frozen=saved.load_language_model(base.path, sharding)[0] if online else {},
         source=source,
-        validate=_validation(config, model, mesh, rules),
+        validate=_validation(config, model, sharding),
         start=start,
     )
-    parameters, figures = loop.fit(task, mesh, rules)
+    parameters, figures = loop.fit(task, sharding)
     figures["input_block"] = block  # where the memory is to be read from, whatever a later config says
     figures["positions"] = int(figures["steps"] * config.training.batch_sequences * config.base.context_length)
     figures["training_flops"] = float(np.float64(figures["positions"]) * task.flops_per_position)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import jax
 import ml_collections
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from optax.contrib import MuonDimensionNumbers, muon
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.sharding import Sharding
 
 
 def schedule(settings: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
@@ -110,7 +110,7 @@ def _muon_dimensions(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | Non
 def accumulated_value_and_grad(loss: Callable, steps: int) -> Callable:
     """`jax.value_and_grad(loss, has_aux=True)`, computed in micro-batches one after the other.
 
-    The batch is cut across each device's own rows, so that no rows move between devices.
+    Each device's own rows are divided among the micro-batches, so that no rows move between devices.
 
     Args:
       loss: (parameters, frozen, batch) -> (loss, tree of statistics), floats, means over axis 0 of the batch's arrays.
@@ -131,41 +131,40 @@ def accumulated_value_and_grad(loss: Callable, steps: int) -> Callable:
     return accumulated
 
 
-def averaged_over_devices(value_and_grad: Callable, mesh: Mesh, rules: meshes.Rules) -> Callable:
+def averaged_over_devices(value_and_grad: Callable, sharding: Sharding) -> Callable:
     """Plain data parallelism: each device takes its own rows, and what they find is averaged once.
 
     Args:
       value_and_grad: (parameters, frozen, batch) -> tree of means over the rows of the batch.
-      mesh, rules: every device holds all parameters; the batch is cut in equal parts.
+      sharding: every device holds all parameters; the batch is sharded.
 
     Returns:
       The same function of arrays on the mesh.
     """
-    batch_axes = meshes.partition_spec(("batch",), rules)
+    rows = sharding.spec("batch")
 
     def on_one_device(parameters, frozen, batch):
-        return jax.lax.pmean(value_and_grad(parameters, frozen, batch), batch_axes[0])
+        return jax.lax.pmean(value_and_grad(parameters, frozen, batch), sharding.axes("batch"))
 
     whole = PartitionSpec()
     # Every output is an average, the same on all devices; JAX need not track it.
     return jax.shard_map(
-        on_one_device, mesh=mesh, in_specs=(whole, whole, batch_axes), out_specs=whole, check_vma=False
+        on_one_device, mesh=sharding.mesh, in_specs=(whole, whole, rows), out_specs=whole, check_vma=False
     )
 
 
-def shared_by_layers(updates, logical_axes, mesh: Mesh, rules: meshes.Rules):
+def shared_by_layers(updates, logical_axes, sharding: Sharding):
     """Muon's updates of a model that every device holds, each layer's computed on one part of the devices alone.
 
-    Newton-Schulz iterations are the costly part of a step that more devices do not divide by themselves. Cut along the
-    layers here, the updates are so in all that the compiler does for them, and gathered when they are applied. Layers
-    that the devices do not divide stay with all of them.
+    Newton-Schulz iterations are the costly part of a step, and more devices do not divide them by themselves. Sharded
+    by layer here, the updates stay so through all that the compiler does for them, and are gathered when they are
+    applied. Layers that the devices do not divide are computed on all of them.
     """
-    parts = meshes.batch_shards(mesh, rules)
-    cut = NamedSharding(mesh, meshes.partition_spec(("batch",), rules))
+    shards, by_layers = sharding.shards("batch"), sharding.named("batch")
 
     def share(axes, update):
-        if _muon_dimensions(axes) is None or update.shape[0] % parts:
+        if _muon_dimensions(axes) is None or update.shape[0] % shards:
             return update
-        return jax.lax.with_sharding_constraint(update, cut)
+        return jax.lax.with_sharding_constraint(update, by_layers)
 
     return jax.tree.map(share, logical_axes, updates, is_leaf=lambda leaf: isinstance(leaf, tuple))

@@ -19,9 +19,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from mlpmem_jax.core import mesh as meshes
 from mlpmem_jax.core import runtime
 from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import memory
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.training import loop
@@ -77,9 +77,9 @@ def _measure(config: ml_collections.ConfigDict, processes: int, devices: int) ->
 
 
 def _positions_per_second(config: ml_collections.ConfigDict) -> float:
-    mesh, rules = meshes.mesh_of(config)
-    part = meshes.batch_part(mesh, rules)
-    model = dimensions(config, config.tokenizer.vocab_size, config.base.width, mesh.shape["tensor"])
+    sharding = Sharding.of(config)
+    part = sharding.batch_part
+    model = dimensions(config, config.tokenizer.vocab_size, config.base.width, sharding.mesh.shape["tensor"])
     base = GPT2Config(
         model.vocab_size, config.base.context_length, config.base.width, config.base.blocks, config.base.heads
     )
@@ -88,8 +88,7 @@ def _positions_per_second(config: ml_collections.ConfigDict) -> float:
         config,
         model,
         base,
-        mesh,
-        rules,
+        sharding,
         name="benchmark",
         folder="",
         initialise=functools.partial(memory.init, model, jax.random.key(0)),
@@ -97,7 +96,7 @@ def _positions_per_second(config: ml_collections.ConfigDict) -> float:
         source=None,
         validate=None,
     )
-    program = loop.step_program(task, mesh, rules, steps=1000)
+    program = loop.step_program(task, sharding, steps=1000)
     step, state = program.step, program.make_state()
 
     length = config.base.context_length
@@ -111,11 +110,11 @@ def _positions_per_second(config: ml_collections.ConfigDict) -> float:
         "next_tokens": random.integers(0, model.vocab_size, (count, length)).astype(np.int32),
     }
     for _ in range(2):
-        state, measured = step(state, {}, meshes.global_batch(mesh, rows, rules))
+        state, measured = step(state, {}, sharding.global_batch(rows))
     jax.block_until_ready(measured)
     start = time.perf_counter()
     for _ in range(_STEPS):
-        state, measured = step(state, {}, meshes.global_batch(mesh, rows, rules))
+        state, measured = step(state, {}, sharding.global_batch(rows))
     jax.block_until_ready((state, measured))
     return _STEPS * positions / (time.perf_counter() - start)
 

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from mlpmem_jax.core import storage
+from mlpmem_jax.core.sharding import Sharding
 
 METRIC = "perplexity"
 """Validation metric that decides which checkpoint is best; lower is better."""
 
 
-def state_shardings(mesh: Mesh, abstract_state, parameter_shardings):
+def state_shardings(sharding: Sharding, abstract_state, parameter_shardings):
     """Shardings of a whole train state.
 
     A leaf of the optimizer state whose path ends like a parameter's, and whose shape is the same, lies like that
@@ -28,7 +28,7 @@ def state_shardings(mesh: Mesh, abstract_state, parameter_shardings):
         jax.tree_util.keystr(path): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state["parameters"])
     }
-    replicated = NamedSharding(mesh, PartitionSpec())
+    replicated = sharding.named()
 
     def place(path, leaf):
         for start in range(len(path)):

@@ -1,0 +1,207 @@
+"""How arrays lie on the devices: a mesh, and the one table that maps logical array axes to mesh axes.
+
+Every parameter and activation names its logical axes ("batch", "embed", "mlp", ...). `RULES` says over which mesh axes
+each of them is sharded; another table, given in `config.mesh.rules`, is another sharding strategy. A `Sharding` is a
+mesh with such a table, and all that follows from the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mlpmem_jax.core.config import mesh_rules
+from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.mesh import AXES, make_mesh
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+RULES: Rules = {
+    "batch": ("slice", "fsdp"),
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    "position": None,
+}
+
+
+class BatchPart(NamedTuple):
+    """Which rows of a global batch this process gives.
+
+    Attributes:
+      index: of the part, from 0.
+      count: number of parts, all of the same size. Less than the number of processes where the devices of several
+        hold the same rows, as those do that share a `tensor` axis: they give the same part.
+      leads: True in the first of the processes that give this part.
+    """
+
+    index: int
+    count: int
+    leads: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A device mesh and the sharding table on it. Hashable, so that it may be a static argument of a jitted function.
+
+    Attributes:
+      mesh: the devices; None in `LOCAL` alone.
+      rules: logical axis -> the mesh axis, or axes, that shard it; None replicates it.
+    """
+
+    mesh: Mesh | None
+    rules: Rules = dataclasses.field(default_factory=lambda: RULES, hash=False)
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict, devices: list | None = None) -> Sharding:
+        """What config.mesh asks for; `devices` are all there are, unless given.
+
+        Raises:
+          ConfigError: the mesh does not fit the devices.
+        """
+        mesh = make_mesh(config.mesh.slice, config.mesh.fsdp, config.mesh.tensor, devices)
+        return cls(mesh, mesh_rules(config))
+
+    # Placing whole arrays: the compiler adds the collectives.
+
+    def spec(self, *logical_axes: str | None) -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes.
+
+        Raises:
+          ConfigError: an axis has no rule.
+        """
+        missing = [axis for axis in logical_axes if axis is not None and axis not in self.rules]
+        if missing:
+            raise ConfigError(
+                f"config.mesh.rules: no rule for the logical axes {missing}; rules exist for {sorted(self.rules)}"
+            )
+        return PartitionSpec(*(None if axis is None else self.rules[axis] for axis in logical_axes))
+
+    def named(self, *logical_axes: str | None) -> NamedSharding:
+        """The NamedSharding of an array with these logical axes; without any, of an array that is replicated."""
+        return NamedSharding(self.mesh, self.spec(*logical_axes))
+
+    def rows(self, ndim: int) -> NamedSharding:
+        """The NamedSharding of an array of so many axes whose first is the batch."""
+        return self.named("batch", *[None] * (ndim - 1))
+
+    def tree(self, logical_axes):
+        """A tree of NamedSharding from a tree whose leaves are tuples of logical axis names."""
+        return jax.tree.map(lambda axes: self.named(*axes), logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+    def check_divides(self, abstract, logical_axes) -> None:
+        """Checks that the mesh divides every array of a tree into equal shards.
+
+        Args:
+          abstract: tree of arrays or shapes.
+          logical_axes: tree of the same structure whose leaves are tuples of logical axis names.
+
+        Raises:
+          ConfigError: naming the first array that it does not divide.
+        """
+        placed = jax.tree.leaves(self.tree(logical_axes))
+        for (path, array), sharding in zip(jax.tree_util.tree_leaves_with_path(abstract), placed, strict=True):
+            for size, axes in zip(array.shape, sharding.spec, strict=False):
+                axes = _as_tuple(axes)
+                if size % (shards := self.size(axes)):
+                    name = "/".join(entry.key for entry in path)
+                    raise ConfigError(
+                        f"config.mesh: {'+'.join(axes)} makes {shards} shards, which do not divide an axis of {size} "
+                        f"of {name} (shape {array.shape}); choose sizes that they divide, or other config.mesh.rules"
+                    )
+
+    # Programs that name their own collectives (`jax.shard_map`).
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all arrays are one device's own, so that no collective is needed."""
+        return self.mesh is None or self.mesh.size == 1
+
+    def axes(self, logical_axis: str) -> tuple[str, ...]:
+        """The mesh axes that shard a logical axis; none on a single device, where collectives over () do nothing."""
+        return () if self.is_local else _as_tuple(self.rules[logical_axis])
+
+    def size(self, mesh_axes: tuple[str, ...]) -> int:
+        """How many shards some mesh axes make."""
+        return math.prod(self.mesh.shape[axis] for axis in mesh_axes)
+
+    def shards(self, logical_axis: str) -> int:
+        """How many shards a logical axis has."""
+        return self.size(self.axes(logical_axis))
+
+    def sequence_axes(self, positions: int, logical_axis: str) -> tuple[str, ...]:
+        """The mesh axes of `logical_axis` where they, after those of the batch, divide so many positions, else none.
+
+        What is computed position by position is then sharded over the whole mesh (sequence parallelism).
+        """
+        return self.axes(logical_axis) if positions % (self.shards("batch") * self.shards(logical_axis)) == 0 else ()
+
+    def check_collectives(self) -> None:
+        """Checks that parameters can be gathered over "embed", and their products summed over "mlp" and "vocab".
+
+        Raises:
+          ConfigError: under these rules they cannot.
+        """
+        batch, embed, mlp, vocab = (self.axes(name) for name in ("batch", "embed", "mlp", "vocab"))
+        if not set(embed) <= set(batch) or (set(mlp) | set(vocab)) & set(batch):
+            raise ConfigError(
+                f"config.mesh.rules: the axes of 'embed' {embed} must be among those of 'batch' {batch}, and those of "
+                f"'mlp' {mlp} and 'vocab' {vocab} must not"
+            )
+
+    # Batches.
+
+    @functools.cached_property
+    def batch_part(self) -> BatchPart:
+        """The part of every global batch that this process gives.
+
+        Raises:
+          ConfigError: the rows of two processes overlap without being the same.
+        """
+        shards = self.shards("batch")
+        rows_by_process: dict[int, set[int]] = {}
+        for device, (rows,) in self.named("batch").devices_indices_map((shards,)).items():
+            rows_by_process.setdefault(device.process_index, set()).update(range(*rows.indices(shards)))
+        parts = sorted({tuple(sorted(rows)) for rows in rows_by_process.values()})
+        if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != shards:
+            raise ConfigError(
+                f"config.mesh: slice x fsdp x tensor = {' x '.join(str(self.mesh.shape[axis]) for axis in AXES)} makes "
+                f"{shards} shards of the batch, which overlap between {jax.process_count()} processes of "
+                f"{jax.local_device_count()} devices; take a power of two for each size"
+            )
+        own = rows_by_process[jax.process_index()]
+        first = min(process for process, rows in rows_by_process.items() if rows == own)
+        return BatchPart(parts.index(tuple(sorted(own))), len(parts), first == jax.process_index())
+
+    def global_batch(self, batch):
+        """A tree of global arrays, sharded along axis 0, from each process's own part of the rows (NumPy arrays)."""
+        return jax.tree.map(
+            lambda rows: jax.make_array_from_process_local_data(self.rows(rows.ndim), rows),
+            batch,
+        )
+
+
+LOCAL = Sharding(None, dict.fromkeys(RULES))
+"""Of arrays that are one device's own, as they are inside `jax.shard_map`."""
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """This process's part of the rows of an array that is sharded along axis 0 alone, in order."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+
+
+def _as_tuple(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that a rule, or an entry of a PartitionSpec, names."""
+    return (rule,) if isinstance(rule, str) else tuple(rule or ())
