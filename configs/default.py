@@ -56,7 +56,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.tokenizer = tokenizer = ml_collections.ConfigDict()
     # "train" (byte-level BPE on the training split), "file" (tokenizer.json), "gguf" (of such a model) or "hub"
     tokenizer.source = "train"
-    tokenizer.path = ""  # the file, or the Hugging Face name
+    tokenizer.path = ""  # the file, or the Hugging Face NAME or NAME@REVISION
+    tokenizer.end_of_text = ""  # token that ends a document; "" = <|endoftext|>, </s> or the like, or its eos_token
     tokenizer.vocab_size = 4096  # tokens, of a trained tokenizer
 
     config.base = base = ml_collections.ConfigDict()

@@ -10,7 +10,7 @@ import pyarrow as pa
 import tokenizers
 from etils import epath
 from tokenizers import models as tokenizer_models
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 
 from configs import default
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter, open_artifact
@@ -49,12 +49,18 @@ def noisy(parameters, seed):
     return jax.tree.map(lambda array: array + 0.3 * random.normal(size=array.shape).astype(np.float32), parameters)
 
 
-def write_tokens(workdir, vocabulary=VOCABULARY, dtype="uint16"):
-    """Random tokens of all splits, and a tokenizer of words w1, w2 ...; returns the tokens of each split."""
-    words = {"<|endoftext|>": 0, **{f"w{number}": number for number in range(1, vocabulary)}}
-    tokenizer = tokenizers.Tokenizer(tokenizer_models.WordLevel(words, unk_token="w1"))
+def write_tokens(workdir, vocabulary=VOCABULARY, dtype="uint16", begin=False):
+    """Random tokens of all splits, and a tokenizer of words w1, w2 ...; returns the tokens of each split.
+
+    Where it has a `begin`, the tokenizer puts <s>, which is in the place of w1, before a text.
+    """
+    names = ["<|endoftext|>", "<s>" if begin else "w1", *(f"w{number}" for number in range(2, vocabulary))]
+    words = {name: place for place, name in enumerate(names)}
+    tokenizer = tokenizers.Tokenizer(tokenizer_models.WordLevel(words, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<|endoftext|>"])
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     random, streams, specs = np.random.default_rng(7), {}, {}
     for split, count in (("train", 900), ("validation", 400), ("test", 300)):
         streams[split] = random.integers(0, vocabulary, count)
@@ -160,9 +166,9 @@ def datastore_stream(file, vals, keys=None, width=WIDTH):
     return write_stream(file, schema, {"keys": list(keys), "vals": vals})
 
 
-def write_workdir(folder, base_model, model, input_block=INPUT_BLOCK):
+def write_workdir(folder, base_model, model, input_block=INPUT_BLOCK, begin=False):
     workdir = epath.Path(folder)
-    write_tokens(workdir)
+    write_tokens(workdir, begin=begin)
     base, artifact = write_base(workdir, base_model)
     beside = write_memory(workdir, artifact, model, input_block=input_block)
     return Workdir(config_for(workdir), base_model, model, base, beside)

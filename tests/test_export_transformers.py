@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from interop_data import INPUT_BLOCK, MODELS, VOCABULARY, WEIGHT, WIDTH, write_workdir
+from interop_data import GPT2, INPUT_BLOCK, MODELS, VOCABULARY, WEIGHT, WIDTH, write_workdir
 
+from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.corpus.tokens import encode_prompts
 from mlpmem_jax.inference.decoding import Models, Parameters, prepare
 from mlpmem_jax.inference.generate import generate
 from mlpmem_jax.interop import export_model
@@ -24,7 +26,7 @@ PROMPTS = [[5, 9, 30], [44, 2, 17, 8, 51, 23, 3, 60], [12]]
 def exported(request, tmp_path_factory):
     """(what is in the working directory, the folder exported from it, the model loaded from that)."""
     root = tmp_path_factory.mktemp("export")
-    made = write_workdir(root / "work", *MODELS[request.param])
+    made = write_workdir(root / "work", *MODELS[request.param], begin=request.param != "gpt2")
     folder = export_model.transformers_folder(made.config, str(root / "out"))
     return made, folder, load(folder)
 
@@ -54,15 +56,24 @@ def test_logits_are_the_log_mixture_of_jax(exported, weight):
 @torch.no_grad()
 @pytest.mark.parametrize("exported", ["gpt2", "llama-projected", "mistral"], indirect=True)
 def test_64_greedy_tokens_are_those_of_jax_also_in_a_left_padded_batch(exported):
+    """Llama's and Mistral's tokenizers put a token before a text here, GPT-2's does not."""
     made, folder, model = exported
     models, parameters = Models(made.base_model, made.model, INPUT_BLOCK), Parameters(made.base, made.memory, WEIGHT)
-    expected = generate(models, prepare(parameters), PROMPTS, count=64)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = [" ".join(f"w{token}" for token in prompt) for prompt in PROMPTS]
+    tokens = open_artifact(f"{made.config.workdir}/tokens", "tokens")
+    prompts = encode_prompts(tokens, texts)
+    before = [] if made.base_model == GPT2 else [1]
+    assert prompts == [before + prompt for prompt in PROMPTS]
+    expected = generate(models, prepare(parameters), prompts, count=64)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     batch = tokenizer(texts, return_tensors="pt", padding=True)
-    assert batch["input_ids"][0].tolist() == [0] * 5 + PROMPTS[0]
-    found = model.generate(**batch, max_new_tokens=64, eos_token_id=None, do_sample=False)[:, 8:]
+    assert batch["input_ids"][0].tolist() == [0] * 5 + prompts[0]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (*before, 0, 0)[:2]
+    assert model.generation_config.bos_token_id == tokenizer.bos_token_id
+    found = model.generate(**batch, max_new_tokens=64, eos_token_id=None, do_sample=False)[:, len(prompts[1]) :]
     np.testing.assert_array_equal(found, expected)
+    logits = model(**tokenizer(texts[1:2], return_tensors="pt")).logits[0].numpy()
+    np.testing.assert_allclose(logits, made.log_mixture(np.array(prompts[1:2]), WEIGHT)[0], rtol=0, atol=1e-4)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -39,11 +40,11 @@ def trained():
 def test_decoding_gives_the_text_back(trained, text):
     (ids,) = tokenizer.encode(trained, [text])
     assert trained.decode(ids.tolist(), skip_special_tokens=False) == text
-    assert ids.max(initial=0) < tokenizer.vocab_size(trained)
+    assert ids.max(initial=0) < tokenizer.vocab_size(trained, tokenizer.END_OF_TEXT)
 
 
 def test_frequent_words_become_tokens(trained):
-    assert tokenizer.vocab_size(trained) == 290
+    assert tokenizer.vocab_size(trained, tokenizer.END_OF_TEXT) == 290
     (ids,) = tokenizer.encode(trained, [" the red fox"])
     assert len(ids) <= 4
 
@@ -51,7 +52,7 @@ def test_frequent_words_become_tokens(trained):
 def test_a_text_that_names_the_end_of_text_does_not_end(trained):
     texts = ["a<|endoftext|>b", "<|endoftext|>"]
     encoded = tokenizer.encode(trained, texts)
-    assert all(tokenizer.end_of_text_id(trained) not in ids for ids in encoded)
+    assert all(trained.token_to_id(tokenizer.END_OF_TEXT) not in ids for ids in encoded)
     assert [trained.decode(ids.tolist()) for ids in encoded] == texts
 
 
@@ -89,15 +90,81 @@ def test_a_file_or_its_folder_can_be_loaded(tmp_path, trained):
     trained.save(str(tmp_path / "tokenizer.json"))
     trained.no_truncation()
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        loaded = tokenizer.load(config_of("file", path))
+        loaded, end = tokenizer.load(config_of("file", path))
+        assert end == tokenizer.END_OF_TEXT
         np.testing.assert_array_equal(tokenizer.encode(loaded, TEXTS)[3], tokenizer.encode(trained, TEXTS)[3])
 
 
-def test_other_names_of_the_end_of_text():
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    made.add_special_tokens(["</s>"])
-    assert tokenizer.end_of_text_id(ready(made)) == 2
-    assert tokenizer.vocab_size(made) == 3
+def words(special=(), names=("a", "[UNK]")):
+    """A tokenizer of whole words, with special tokens added."""
+    model = tokenizers.models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="[UNK]")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_special_tokens(list(special))
+    return made
+
+
+def test_other_names_of_the_end_of_text(tmp_path):
+    file, config = tmp_path / "tokenizer.json", config_of("file", tmp_path)
+    words(["</s>"]).save(str(file))
+    assert tokenizer.load(config)[1] == "</s>"
+    words(["<|stop|>", "<|turn|>"]).save(str(file))
+    for own in ("<|stop|>", {"content": "<|stop|>", "lstrip": False}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": own}))
+        assert tokenizer.load(config)[1] == "<|stop|>"
+    config.end_of_text = "<|turn|>"
+    assert tokenizer.load(config)[1] == "<|turn|>"
+    config.end_of_text = "<|none|>"
+    with pytest.raises(UserError, match=r"config\.tokenizer\.end_of_text: '<\|none\|>' is no token of"):
+        tokenizer.load(config)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: expected the settings of a tokenizer"):
+        tokenizer.load(config_of("file", tmp_path))
+
+
+def test_special_tokens_that_no_document_can_have_need_no_row():
+    made = words(["</s>", "[PAD]"])
+    assert tokenizer.vocab_size(made, "</s>") == 3
+    assert tokenizer.vocab_size(made, "[PAD]") == 4
+    made.add_tokens(["b"])  # one that a text can have
+    assert tokenizer.vocab_size(made, "</s>") == 5
+
+
+@pytest.mark.parametrize(
+    ("template", "begin"),
+    [(None, []), ("$A </s>", []), ("<s> $A", ["<s>"]), ("<s> $A </s>", ["<s>"]), ("<s> [X] $A", ["<s>", "[X]"])],
+)
+def test_what_stands_before_a_text_is_kept_and_what_stands_after_it_is_not(tmp_path, template, begin):
+    made = words(["<s>", "</s>", "[X]"])
+    if template:
+        special = [(name, made.token_to_id(name)) for name in ("<s>", "</s>", "[X]")]
+        made.post_processor = tokenizers.processors.Sequence(
+            [
+                tokenizers.processors.ByteLevel(),
+                tokenizers.processors.TemplateProcessing(single=template, special_tokens=special),
+            ]
+        )
+    made.save(str(tmp_path / "tokenizer.json"))
+    loaded, end = tokenizer.load(config_of("file", tmp_path))
+    ids = [made.token_to_id(name) for name in begin]
+    assert end == "</s>"
+    assert tokenizer.begin_ids(loaded) == ids
+    assert loaded.encode("a a").ids == [*ids, 0, 0]
+
+
+def test_a_text_without_a_token_for_it_is_one_clear_error():
+    made = ready(words(["</s>"], names=("a",)))
+    with pytest.raises(UserError, match=r"config\.tokenizer: a text cannot be encoded .*nor one for unknown text"):
+        tokenizer.encode(made, ["a b"])
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_no_character_grows_more_in_a_normal_form_than_there_is_room_for(form):
+    made = words()
+    made.normalizer = getattr(tokenizers.normalizers, form)()
+    characters = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    largest = max(len(unicodedata.normalize(form, c).encode()) / len(c.encode()) for c in characters)
+    assert largest <= tokenizer.growth(made) < largest + 1
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):

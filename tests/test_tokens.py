@@ -7,9 +7,11 @@ import re
 import threading
 import time
 import types
+import unicodedata
 
 import numpy as np
 import pytest
+import tokenizers
 
 from configs import default
 from mlpmem_jax.core.errors import ArtifactError, UserError
@@ -56,14 +58,15 @@ def content_of(folder) -> dict[str, str]:
 def reference_documents(artifact, split) -> list[str]:
     """The documents of a split, taken from the raw arrays and cut at their lengths by a plain loop."""
     encoder = tokenizer.from_bytes(artifact.read_file("tokenizer.json"), "test")
-    end, texts = tokenizer.end_of_text_id(encoder), []
+    begin, end, texts = tokenizer.begin_ids(encoder), artifact.summary["end_of_text_id"], []
     for shard in range(artifact.num_shards):
         ids, start = artifact.read_ragged(split, shard).tolist(), 0
         for length in artifact.read_ragged(f"{split}_lengths", shard).tolist():
             document = ids[start : start + length]
+            assert document[: len(begin)] == begin
             assert document[-1] == end
             assert end not in document[:-1]
-            texts.append(encoder.decode(document[:-1], skip_special_tokens=False))
+            texts.append(encoder.decode(document[len(begin) : -1], skip_special_tokens=False))
             start += length
         assert start == len(ids)
     return texts
@@ -85,11 +88,28 @@ def test_the_streams_hold_every_document_once_in_its_split(corpus):
     assert artifact.summary["vocab_size"] == 280
 
 
+def test_documents_begin_with_what_the_tokenizer_puts_before_a_text(corpus, tmp_path):
+    config, texts = corpus
+    made = tokenizer.train(iter(texts), 280)
+    made.normalizer = tokenizers.normalizers.NFKC()
+    made.add_special_tokens(["<s>", "[PAD]"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 280)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    config.tokenizer.update({"source": "file", "path": str(tmp_path)})
+    (tmp_path / "text" / "grows.txt").write_text("\ufdfa" * 400)  # one character becomes eighteen
+    artifact = tokens.run(config)
+    found = [text for split in SPLITS for text in reference_documents(artifact, split)]
+    assert sorted(found) == sorted(unicodedata.normalize("NFKC", text) for text in [*texts, "\ufdfa" * 400])
+    assert artifact.summary["vocab_size"] == 281
+    ids = made.encode("gamma", add_special_tokens=False).ids
+    assert tokens.encode_prompts(artifact, ["gamma", ""]) == [[280, *ids], [280]]
+
+
 def test_readers_agree_with_the_concatenated_documents(corpus):
     config, _ = corpus
     artifact = tokens.run(config)
     encoder = tokens.read_tokenizer(artifact)
-    end = tokenizer.end_of_text_id(encoder)
+    end = artifact.summary["end_of_text_id"]
     stream = tokens.TokenStream(artifact, "train")
     flat, owner = [], []
     for document, text in enumerate(reference_documents(artifact, "train")):

@@ -96,7 +96,12 @@ SCHEMA: dict[str, Any] = {
         "test_fraction": _OPEN_FRACTION,
         "seed": _SEED,
     },
-    "tokenizer": {"source": _one_of("train", "file", "hub", "gguf"), "path": _TEXT, "vocab_size": _POSITIVE},
+    "tokenizer": {
+        "source": _one_of("train", "file", "hub", "gguf"),
+        "path": _TEXT,
+        "end_of_text": _TEXT,
+        "vocab_size": _POSITIVE,
+    },
     "base": {
         "source": _one_of("train", "huggingface", "gguf"),
         "path": _TEXT,
@@ -167,6 +172,7 @@ USED_WITH: dict[str, tuple[str, tuple]] = {
     "corpus.articles": ("corpus.source", _FILES + _HUB),
     "corpus.split_by_name": ("corpus.source", _FILES),
     "tokenizer.path": ("tokenizer.source", ("file", "hub", "gguf")),
+    "tokenizer.end_of_text": ("tokenizer.source", ("file", "hub", "gguf")),
     "tokenizer.vocab_size": ("tokenizer.source", ("train",)),
     "base.path": ("base.source", ("huggingface", "gguf")),
     "base.width": ("base.source", ("train",)),
@@ -177,7 +183,7 @@ USED_WITH: dict[str, tuple[str, tuple]] = {
     "training.epochs": ("training.steps", (0,)),
     "training.adam_learning_rate": ("training.optimizer", ("muon",)),
 }
-_NAMES = ("corpus.path", "corpus.name", "corpus.subset", "tokenizer.path", "base.path")
+_NAMES = ("corpus.path", "corpus.name", "corpus.subset", "tokenizer.path", "tokenizer.end_of_text", "base.path")
 """Of these the ones that say where something comes from: "" unless they are used."""
 
 

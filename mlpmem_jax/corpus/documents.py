@@ -98,10 +98,12 @@ class Plan:
     def num_shards(self) -> int:
         return int(self.shard_N[-1]) + 1
 
-    def capacity(self, split: int) -> int:
-        """Most tokens that any shard can hold of a split: one a byte, and two that frame each document."""
+    def capacity(self, split: int, tokens_per_byte: int = 1, framing: int = 2) -> int:
+        """Most tokens that any shard can hold of a split, with `framing` tokens around each document: its end, and the
+        space that some tokenizers put before a text."""
         chosen = self.split_N == split
-        return int(np.bincount(self.shard_N[chosen], self.bytes_N[chosen] + 2, minlength=1).max())
+        tokens_N = tokens_per_byte * self.bytes_N[chosen] + framing
+        return int(np.bincount(self.shard_N[chosen], tokens_N, minlength=1).max())
 
     def sample(self, split: int, max_bytes: int) -> np.ndarray:
         """Boolean [N]: a shuffled sample of a split of at most `max_bytes`, at least one document."""

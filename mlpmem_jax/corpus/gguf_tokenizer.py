@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -26,8 +24,8 @@ _WORDS = {
 }
 
 
-def load(path: str) -> tokenizers.Tokenizer:
-    """The tokenizer of a GGUF file, a byte-level BPE.
+def load(path: str) -> tuple[tokenizers.Tokenizer, str]:
+    """(the tokenizer of a GGUF file, a byte-level BPE; what the file calls its end of text, "" if nothing).
 
     Raises:
       UserError: the file has none, or one of another kind.
@@ -70,6 +68,7 @@ def load(path: str) -> tokenizers.Tokenizer:
     if file.value("tokenizer.ggml.add_bos_token", False):
         place = int(file.value("tokenizer.ggml.bos_token_id"))
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{json.dumps(tokens[place])[1:-1]}:0 $A:0", special_tokens=[(tokens[place], place)]
+            single=[tokens[place], "$A"], special_tokens=[(tokens[place], place)]
         )
-    return tokenizer
+    end = file.values.get("tokenizer.ggml.eos_token_id")
+    return tokenizer, "" if end is None else tokens[int(end)]

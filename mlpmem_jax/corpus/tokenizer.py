@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 
@@ -9,12 +10,14 @@ import ml_collections
 import numpy as np
 import tokenizers
 from etils import epath
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.corpus import gguf_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+_FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_GROWING = " \u00a0\u0344\u0390\ufb2c\ufdfa\U0001d160"  # what normal forms of Unicode and "▁" lengthen the most
 # Names of the same thing in other families of tokenizers.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 
@@ -41,8 +44,8 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def load(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
-    """The tokenizer of a file or a Hugging Face name.
+def load(config: ml_collections.ConfigDict) -> tuple[tokenizers.Tokenizer, str]:
+    """(the tokenizer of a file or a Hugging Face name, the token that ends a document).
 
     Args:
       config: the group `tokenizer`, with source "file" (a tokenizer.json or its folder), "gguf" or "hub".
@@ -50,27 +53,85 @@ def load(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
     Raises:
       UserError: it cannot be had, or it lacks an end-of-text token.
     """
-    if config.source == "file":
+    if config.source == "gguf":
+        made, own_end = gguf_tokenizer.load(config.path)
+        content, name = made.to_str().encode(), config.path
+    elif config.source == "file":
         file = epath.Path(config.path).expanduser()
-        file = file / "tokenizer.json" if file.is_dir() else file
+        file = file / _FILE if file.is_dir() else file
         if not file.exists():
             raise UserError(f"config.tokenizer.path: {file} does not exist; expected a tokenizer.json or its folder")
-        return from_bytes(file.read_bytes(), str(file))
-    if config.source == "gguf":
-        return from_bytes(gguf_tokenizer.load(config.path).to_str().encode(), config.path)
-    require("huggingface_hub", extra="hub")
+        content, name, own_end = file.read_bytes(), str(file), _end_beside(file)
+    else:
+        file = _download(config.path)
+        content, name, own_end = file.read_bytes(), config.path, _end_beside(file)
+    tokenizer = from_bytes(content, name)
+    _only_begin(tokenizer)
+    return tokenizer, _end_of_text(tokenizer, config.end_of_text, own_end, name)
+
+
+def _download(path: str) -> epath.Path:
+    """The tokenizer.json of NAME or NAME@REVISION on the hub, with tokenizer_config.json beside it if there is one."""
+    hub = require("huggingface_hub", extra="hub")
+    name, _, revision = path.partition("@")
     try:
-        tokenizer = tokenizers.Tokenizer.from_pretrained(config.path)
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"config.tokenizer.path: {config.path!r} could not be loaded: {error}") from error
-    return from_bytes(tokenizer.to_str().encode(), config.path)
+        file = hub.hf_hub_download(name, _FILE, revision=revision or None)
+        with contextlib.suppress(hub.errors.EntryNotFoundError):
+            hub.hf_hub_download(name, _SETTINGS, revision=revision or None)
+    except Exception as error:  # the hub's client raises errors of several libraries
+        raise UserError(f"config.tokenizer.path: {path!r} could not be loaded: {error}") from error
+    return epath.Path(file)
+
+
+def _end_beside(file: epath.Path) -> str:
+    """The `eos_token` of the tokenizer_config.json beside a tokenizer.json; "" where there is none."""
+    settings = file.parent / _SETTINGS
+    try:
+        token = json.loads(settings.read_text()).get("eos_token") if settings.exists() else None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{settings}: expected the settings of a tokenizer, could not read them: {error}") from error
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
+
+
+def _end_of_text(tokenizer: tokenizers.Tokenizer, asked: str, own: str, name: str) -> str:
+    """The token asked for, else a usual name, as in pretraining, rather than what ends a turn of a chat."""
+    if asked and tokenizer.token_to_id(asked) is None:
+        raise UserError(f"config.tokenizer.end_of_text: {asked!r} is no token of {name}")
+    for token in [asked] if asked else (*_END_OF_TEXT_NAMES, own):
+        if token and tokenizer.token_to_id(token) is not None:
+            return token
+    raise UserError(
+        f"{name}: has no end-of-text token; expected one of {', '.join(_END_OF_TEXT_NAMES)}, or the eos_token of "
+        f"{_SETTINGS} beside it: name the one that it has by config.tokenizer.end_of_text"
+    )
+
+
+def _only_begin(tokenizer: tokenizers.Tokenizer) -> None:
+    """Leaves of what the tokenizer puts around a text what stands before it: a prompt does not end."""
+    before, after = _around(tokenizer)
+    if after:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A"], special_tokens=list(before.items())
+        )
+
+
+def _around(tokenizer: tokenizers.Tokenizer) -> tuple[dict[str, int], dict[str, int]]:
+    """Token -> id of what the tokenizer puts before and after a text."""
+    if tokenizer.post_processor is None:
+        return {}, {}
+    word = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")
+    framed = tokenizer.post_processor.process(word)
+    text = framed.special_tokens_mask.index(0)
+    tokens = list(zip(framed.tokens, framed.ids, strict=True))
+    return dict(tokens[:text]), dict(tokens[text + 1 :])
 
 
 def from_bytes(content: bytes, name: str) -> tokenizers.Tokenizer:
     """The tokenizer of a tokenizer.json's content, ready for `encode`.
 
     Raises:
-      UserError: the content is not a tokenizer, or lacks an end-of-text token.
+      UserError: the content is not a tokenizer.
     """
     try:
         json.loads(content)
@@ -82,30 +143,46 @@ def from_bytes(content: bytes, name: str) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text: it ends no document
-    end_of_text_id(tokenizer, name)
     return tokenizer
 
 
-def end_of_text_id(tokenizer: tokenizers.Tokenizer, name: str = "the tokenizer") -> int:
-    """Id of the token that ends a document.
+def begin_ids(tokenizer: tokenizers.Tokenizer) -> list[int]:
+    """Ids of the tokens that the tokenizer's post-processor puts before a text: `<s>` of Llama 2, none of GPT-2."""
+    return list(_around(tokenizer)[0].values())
 
-    Raises:
-      UserError: there is none.
+
+def vocab_size(tokenizer: tokenizers.Tokenizer, end_of_text: str) -> int:
+    """Smallest number that is larger than every token id that a document can have.
+
+    Special tokens that were added to a finished model, such as a `[PAD]` for batches, stand in no document: the
+    language model needs no row for them.
     """
-    for token in _END_OF_TEXT_NAMES:
-        if (token_id := tokenizer.token_to_id(token)) is not None:
-            return token_id
-    raise UserError(
-        f"{name}: has no end-of-text token; expected one of {', '.join(_END_OF_TEXT_NAMES)}: add one as a special token"
-    )
+    framing = {tokenizer.token_to_id(end_of_text), *begin_ids(tokenizer)}
+    own = set(tokenizer.get_vocab(with_added_tokens=False).values())
+    added = tokenizer.get_added_tokens_decoder()
+    unused = {place for place, token in added.items() if token.special} - own - framing
+    return 1 + max(set(tokenizer.get_vocab(with_added_tokens=True).values()) - unused)
 
 
-def vocab_size(tokenizer: tokenizers.Tokenizer) -> int:
-    """Smallest number that is larger than every token id."""
-    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+def growth(tokenizer: tokenizers.Tokenizer) -> int:
+    """How many times longer, in bytes, the tokenizer's normalizer can make a text."""
+    if tokenizer.normalizer is None:
+        return 1
+    lengths = ((len(tokenizer.normalizer.normalize_str(c * 64).encode()), 64 * len(c.encode())) for c in _GROWING)
+    return max(1, *(-(-after // before) for after, before in lengths))
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of each text, int64 [tokens], without any special token."""
-    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    """Token ids of each text, int64 [tokens], without any special token.
+
+    Raises:
+      UserError: a text has what the tokenizer has no token for.
+    """
+    try:
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(
+            f"config.tokenizer: a text cannot be encoded ({error}); the tokenizer has neither a token for all of its "
+            "characters nor one for unknown text: add the latter, or take another tokenizer"
+        ) from error
     return [np.array(encoding.ids, np.int64) for encoding in encodings]

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import ml_collections
@@ -55,13 +55,13 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     path = str(epath.Path(config.workdir) / KIND)
     made_by = {"corpus": config_lib.plain(config.corpus), "tokenizer": config_lib.plain(config.tokenizer)}
     source = open_source(config.corpus)
-    loaded = None if config.tokenizer.source == "train" else tokenizer.load(config.tokenizer)
-    inputs = dict(source.inputs)
-    if loaded is not None:
-        inputs["tokenizer"] = hashlib.sha256(loaded.to_str().encode()).hexdigest()
+    inputs, loaded, end_of_text = dict(source.inputs), None, tokenizer.END_OF_TEXT
+    if config.tokenizer.source != "train":
+        loaded, end_of_text = tokenizer.load(config.tokenizer)
+        inputs["tokenizer"] = hashlib.sha256(f"{loaded.to_str()}{end_of_text}".encode()).hexdigest()
     artifact = find_finished(path, KIND, made_by, inputs)
     if artifact is None:
-        artifact = _build(path, config, made_by, inputs, source, loaded)
+        artifact = _build(path, config, made_by, inputs, source, loaded, end_of_text)
     else:
         say(f"{path}: finished already")
     lengths = {split: TokenStream(artifact, split).length for split in SPLITS}
@@ -82,13 +82,17 @@ def _build(
     inputs: dict[str, str],
     source: documents.Source,
     loaded: tokenizers.Tokenizer | None,
+    end_of_text: str,
 ) -> Artifact:
     is_first = jax.process_index() == 0
     parts = source.parts()
     plan = documents.make_plan(parts, config.corpus)
     for note in (*source.notes, *plan.notes):
         say(note)
-    create = functools.partial(ArtifactWriter.create, path, KIND, made_by, inputs, _arrays(plan, config, loaded))
+    size = config.tokenizer.vocab_size if loaded is None else tokenizer.vocab_size(loaded, end_of_text)
+    growth, before = (1, 0) if loaded is None else (tokenizer.growth(loaded), len(tokenizer.begin_ids(loaded)))
+    arrays = _arrays(plan, size, growth, before + 2)
+    create = functools.partial(ArtifactWriter.create, path, KIND, made_by, inputs, arrays)
     if is_first:
         writer = create()
         if not (epath.Path(path) / TOKENIZER_FILE).exists():
@@ -99,10 +103,12 @@ def _build(
     encoder = tokenizer.from_bytes((epath.Path(path) / TOKENIZER_FILE).read_bytes(), f"{path}/{TOKENIZER_FILE}")
     incomplete = writer.incomplete_shards()
     mesh.barrier("incomplete shards listed")
-    _write_shards(writer, parts, plan, encoder, incomplete[jax.process_index() :: jax.process_count()])
+    end_id = encoder.token_to_id(end_of_text)
+    mine = incomplete[jax.process_index() :: jax.process_count()]
+    _write_shards(writer, parts, plan, functools.partial(_encode, encoder, end_id), mine)
     mesh.barrier("token shards written")
     if is_first:
-        summary = _summary(plan, encoder) | {
+        summary = _summary(plan, encoder, end_of_text) | {
             "overlap": _overlap(parts, plan),
             "revisions": {part.data_set: part.revision for part in parts if part.revision},
         }
@@ -111,15 +117,13 @@ def _build(
     return open_artifact(path, KIND)
 
 
-def _arrays(
-    plan: documents.Plan, config: ml_collections.ConfigDict, loaded: tokenizers.Tokenizer | None
-) -> dict[str, ArraySpec]:
-    size = config.tokenizer.vocab_size if loaded is None else tokenizer.vocab_size(loaded)
-    dtype = "uint16" if size <= 2**16 else "uint32"
+def _arrays(plan: documents.Plan, vocab_size: int, growth: int, framing: int) -> dict[str, ArraySpec]:
+    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     arrays = {}
     for index, split in enumerate(SPLITS):
+        capacity = plan.capacity(index, growth, framing)
+        arrays[split] = ArraySpec((plan.num_shards, capacity), dtype, 1, (1, _READ_CHUNK))
         shape = (plan.num_shards, plan.capacity(index))
-        arrays[split] = ArraySpec(shape, dtype, 1, (1, _READ_CHUNK))
         arrays[f"{split}_lengths"] = ArraySpec(shape, "uint32", 1, (1, _READ_CHUNK))
         arrays[f"{split}_groups"] = ArraySpec(shape, "uint32", 1, (1, _READ_CHUNK))
     return arrays
@@ -144,7 +148,7 @@ def _shortened_words(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _write_shards(writer: ArtifactWriter, parts, plan: documents.Plan, encoder, shards: list[int]) -> None:
+def _write_shards(writer: ArtifactWriter, parts, plan: documents.Plan, encode, shards: list[int]) -> None:
     selected = np.isin(plan.shard_N, shards) & (plan.split_N >= 0)
     total = plan.bytes_N[selected].sum()
     with progress(total / 1e6, "tokens", "MB") as bar:
@@ -154,7 +158,7 @@ def _write_shards(writer: ArtifactWriter, parts, plan: documents.Plan, encoder, 
                 writer.write_shard(shard, _shard_arrays(ids, indices, plan))
                 ids, indices = [], []
             shard = int(plan.shard_N[batch[0][0]])
-            ids += _encode(encoder, [text for _, text in batch])
+            ids += encode([text for _, text in batch])
             indices += [index for index, _ in batch]
             bar.advance(sum(plan.bytes_N[index] for index, _ in batch) / 1e6)
         if shard is not None:
@@ -194,10 +198,10 @@ def _batches(selected: Iterator[tuple[int, str]], plan: documents.Plan) -> Itera
         yield batch
 
 
-def _encode(encoder: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """Token ids of each text, followed by the end of text."""
-    end = np.array([tokenizer.end_of_text_id(encoder)])
-    return [np.concatenate([ids, end]) for ids in tokenizer.encode(encoder, texts)]
+def _encode(encoder: tokenizers.Tokenizer, end_id: int, texts: list[str]) -> list[np.ndarray]:
+    """Token ids of each text, after what the tokenizer puts before a text, and followed by the end of text."""
+    begin = np.array(tokenizer.begin_ids(encoder), np.int64)
+    return [np.concatenate([begin, ids, [end_id]]) for ids in tokenizer.encode(encoder, texts)]
 
 
 def _shard_arrays(ids: list[np.ndarray], indices: list[int], plan: documents.Plan) -> dict[str, np.ndarray]:
@@ -213,10 +217,10 @@ def _shard_arrays(ids: list[np.ndarray], indices: list[int], plan: documents.Pla
     return arrays
 
 
-def _summary(plan: documents.Plan, encoder: tokenizers.Tokenizer) -> dict:
+def _summary(plan: documents.Plan, encoder: tokenizers.Tokenizer, end_of_text: str) -> dict:
     return {
-        "vocab_size": tokenizer.vocab_size(encoder),
-        "end_of_text_id": tokenizer.end_of_text_id(encoder),
+        "vocab_size": tokenizer.vocab_size(encoder, end_of_text),
+        "end_of_text_id": encoder.token_to_id(end_of_text),
         "documents": {split: int((plan.split_N == index).sum()) for index, split in enumerate(SPLITS)},
         "bytes": {split: int(plan.bytes_N[plan.split_N == index].sum()) for index, split in enumerate(SPLITS)},
     }
@@ -227,8 +231,20 @@ def read_tokenizer(artifact: Artifact) -> tokenizers.Tokenizer:
     return tokenizer.from_bytes(artifact.read_file(TOKENIZER_FILE), f"{artifact.path}/{TOKENIZER_FILE}")
 
 
+def encode_prompts(artifact: Artifact, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of the beginnings of documents, as the streams of a `tokens` artifact have them.
+
+    Where no token stands before a document, an empty text is the end of text, which the next document follows.
+    """
+    encoder = read_tokenizer(artifact)
+    begin, end = tokenizer.begin_ids(encoder), artifact.summary["end_of_text_id"]
+    return [[*begin, *ids.tolist()] or [end] for ids in tokenizer.encode(encoder, texts)]
+
+
 class TokenStream:
-    """One split of a `tokens` artifact as a single stream: its documents in order, each followed by an end of text."""
+    """One split of a `tokens` artifact as a single stream: its documents in order, each followed by an end of text,
+    and preceded by what its tokenizer puts before a text.
+    """
 
     def __init__(self, artifact: Artifact, split: str):
         self._artifact, self._split = artifact, split

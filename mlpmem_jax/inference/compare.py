@@ -13,8 +13,7 @@ from etils import epath
 
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.sharding import Sharding
-from mlpmem_jax.corpus import tokenizer as tokenizers
-from mlpmem_jax.corpus.tokens import read_tokenizer
+from mlpmem_jax.corpus.tokens import encode_prompts, read_tokenizer
 from mlpmem_jax.inference.decoding import Models, Parameters, prepare
 from mlpmem_jax.inference.generate import generate
 from mlpmem_jax.inference.sampling import Sampling
@@ -42,9 +41,7 @@ def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
     artifact.check_made_from({"base": base_artifact})
     weight, block = find_weight(workdir, artifact), saved.input_block(artifact)
 
-    tokenizer, end = read_tokenizer(tokens), tokens.summary["end_of_text_id"]
-    # The start of a document is what follows the end of another: an empty prompt has that token to start from.
-    prompts = [ids.tolist() or [end] for ids in tokenizers.encode(tokenizer, options.prompt)]
+    tokenizer, prompts = read_tokenizer(tokens), encode_prompts(tokens, options.prompt)
     columns = {}
     for title, models, parameters in (
         ("base LM", Models(base_config), Parameters(base)),
@@ -61,7 +58,7 @@ def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
             count=options.tokens,
             sampling=sampling,
             seed=options.seed,
-            end_token=end,
+            end_token=tokens.summary["end_of_text_id"],
         )
         columns[title] = [tokenizer.decode(ids.tolist()) for ids in new]
     if jax.process_index() == 0:

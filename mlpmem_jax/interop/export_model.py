@@ -23,6 +23,7 @@ from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.corpus.tokenizer import begin_ids
 from mlpmem_jax.corpus.tokens import TOKENIZER_FILE, read_tokenizer
 from mlpmem_jax.inference.weight import find_weight, read_report
 from mlpmem_jax.interop import huggingface, huggingface_config, memory_tensors, model_card, tensor_files
@@ -146,13 +147,16 @@ def _write_json(file: pathlib.Path, values: dict) -> None:
 
 
 def _write_tokenizer(folder: pathlib.Path, tokens: Artifact, context_length: int) -> None:
-    end = read_tokenizer(tokens).id_to_token(tokens.summary["end_of_text_id"])
+    tokenizer, end_id = read_tokenizer(tokens), tokens.summary["end_of_text_id"]
+    # Without a token of its own before a text, what it follows is the end of another.
+    begin_id = next(iter(begin_ids(tokenizer)), end_id)
+    begin, end = tokenizer.id_to_token(begin_id), tokenizer.id_to_token(end_id)
     (folder / TOKENIZER_FILE).write_bytes(tokens.read_file(TOKENIZER_FILE))
     _write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": end,
+            "bos_token": begin,
             "eos_token": end,
             "pad_token": end,
             "padding_side": "left",
@@ -160,8 +164,7 @@ def _write_tokenizer(folder: pathlib.Path, tokens: Artifact, context_length: int
             "clean_up_tokenization_spaces": False,
         },
     )
-    # Every document ends with this token, so it is also what the first one follows.
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokens.summary["end_of_text_id"])
+    ids = {"bos_token_id": begin_id, "eos_token_id": end_id, "pad_token_id": end_id}
     _write_json(folder / "generation_config.json", ids)
 
 
