@@ -16,6 +16,7 @@ from interop_data import GPT2, LENGTH, config_for, noisy, write_tokens
 from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import ArtifactError, UserError
 from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import base, huggingface, sources
 from mlpmem_jax.models import language_model
 
@@ -35,7 +36,7 @@ def config_of(workdir, path):
 
 
 def load(folder):
-    return huggingface.load_language_model(folder, make_mesh(1, 1, 1, jax.devices()[:1]))[0]
+    return huggingface.load_language_model(folder, Sharding(make_mesh(1, 1, 1, jax.devices()[:1])))[0]
 
 
 @pytest.mark.parametrize("hashed_bytes", [2**28, 10])
