@@ -171,27 +171,38 @@ def test_a_base_that_was_imported_is_trained_on_at_the_best_of_small_rates(confi
     own = config.copy_and_resolve_references()
     own.training.update({"steps": 40, "learning_rate": 0.02, "evaluate_every": 40, "optimizer": "muon"})
     control = controls.continued(own)
-    rates = {float(path.name) for path in pathlib.Path(config.workdir, "controls/continued_rates").iterdir()}
-    assert rates == {1e-5, 3e-5, 1e-4}
+    found = control.summary
+    assert found["rate_search"].keys() == {"1e-05", "3e-05", "0.0001"}
+    assert found["rate_search"][f"{found['learning_rate']:g}"] == min(found["rate_search"].values())
+    assert control.config["training"]["learning_rate"] == [1e-5, 3e-5, 1e-4]
     assert control.config["training"]["optimizer"] == "adamw"
-    assert control.config["training"]["learning_rate"] in rates
     assert control.config["training"]["batch_sequences"] == config.training.batch_sequences
     trained = open_artifact(f"{config.workdir}/memory", "memory")
-    assert control.summary["training_flops"] == pytest.approx(trained.summary["training_flops"], rel=0.5)
-    tried = {
-        float(path.name): open_artifact(path, "base").summary["perplexity"]["validation"]
-        for path in pathlib.Path(config.workdir, "controls/continued_rates").iterdir()
-    }
-    assert tried[control.config["training"]["learning_rate"]] == min(tried.values())
+    assert found["training_flops"] == pytest.approx(trained.summary["training_flops"], rel=0.5)
+    assert (
+        found["rate_search_flops"] == found["training_flops"] * 3 * max(1, round(found["steps"] / 8)) / found["steps"]
+    )
+    assert not pathlib.Path(control.path, "rates").exists()
+    assert controls.continued(own).fingerprint == control.fingerprint  # and nothing is tried again
+    assert not pathlib.Path(control.path, "rates").exists()
 
 
-def test_a_base_that_training_only_harms_is_its_own_control(config, base):
+def test_a_base_that_training_only_harms_is_its_own_control(config, base, monkeypatch):
     own = config.copy_and_resolve_references()
     own.training.update({"steps": 2, "warmup_steps": 0, "optimizer": "adamw", "learning_rate": 10.0})
+    load, size = saved.load_language_model, sum(array.nbytes for array in jax.tree.leaves(base))
+    others = sum(array.nbytes for array in jax.live_arrays())
+
+    def load_alone(*arguments):
+        held = sum(array.nbytes for array in jax.live_arrays()) - others
+        assert held < size, "the trained parameters are still held"
+        return load(*arguments)
+
+    monkeypatch.setattr(saved, "load_language_model", load_alone)
     kept = continued.train_on(own, continued.settings_of(own), "harmed", {}, "training")
     assert kept.summary["step"] == 0
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-    parameters, _, _ = saved.load_language_model(kept.path, Sharding(mesh))
+    parameters, _, _ = load(kept.path, Sharding(mesh))
     np.testing.assert_array_equal(parameters["lm_head"]["kernel"], base["lm_head"]["kernel"])
 
 

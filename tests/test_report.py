@@ -65,6 +65,7 @@ def metrics_of(gain, controls=False, records=True):
         "bytes": {"tokens": 100, "datastore/train": 200, "memory": 300},
         "training": {"base": validations, "memory": losses + validations} if records else {},
         "training_runs": {"base": {"steps": 40, "step": 40}, "memory": {"steps": 40, "step": 20}},
+        "control_runs": {},
         "config": {"corpus": {"source": "files", "path": "texts/<odd> & name", "name": ""}},
         "provenance": {"python": "3"},
     }
@@ -101,6 +102,18 @@ def test_test_text_that_repeats_training_text_is_named():
     assert "runs of" not in " ".join(wording.verdict(metrics))
     metrics["overlap"]["test"]["13"] = 0.14
     assert "14 % of the test split's words lie in runs of 13 words" in wording.verdict(metrics)[-1]
+
+
+def test_what_finding_a_learning_rate_cost_is_said():
+    metrics = metrics_of(0.1)
+    assert "short runs" not in page(metrics)
+    metrics["control_runs"] = {
+        "continued": {"learning_rate": 3e-5, "rate_search_flops": 3.75e11, "training_flops": 1e12},
+        "ce_only": {"training_flops": 1e12},
+    }
+    said = "the learning rate 3e-05 was found by short runs of 3.8e+11 FLOPs together, on top of the 1e+12 of the"
+    assert said in page(metrics)
+    assert page(metrics).count("short runs") == 1
 
 
 def test_few_documents_are_said_to_say_little():

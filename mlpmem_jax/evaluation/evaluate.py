@@ -274,6 +274,7 @@ def _facts(opened: Inputs) -> dict:
         "bytes": {name: provenance.artifact_bytes(artifact) for name, artifact in every.items()},
         "training": provenance.training_curves(workdir),
         "training_runs": {name: _figures(artifacts[name]) for name in ("base", "memory")},
+        "control_runs": {name: _figures(control) for name, control in opened.controls.items()},
         "config": configs.plain(opened.config),
         "provenance": provenance.environment(every),
     }

@@ -145,6 +145,7 @@ def _perplexity_section(metrics: dict) -> str:
         f"All systems are scored in {metrics['compute_dtype']}. Intervals are of the ratio of test perplexities to the "
         f"base's, Student's t with the {drawn['clusters']:,} {drawn['cluster']}s of the test split as clusters.</p>"
         + _controls_table(metrics)
+        + _rate_searches(metrics)
         + _left_out(metrics)
         + _overlap_table(metrics["overlap"])
     )
@@ -177,6 +178,16 @@ def _controls_table(metrics: dict) -> str:
         "its share of the memory's gain",
     )
     return _table(heads, lines)
+
+
+def _rate_searches(metrics: dict) -> str:
+    """What finding a learning rate cost where one was searched for; no other figure counts it."""
+    return "".join(
+        f"<p>{html.escape(wording.label(name))}: the learning rate {run['learning_rate']:g} was found by short runs of "
+        f"{run['rate_search_flops']:.2g} FLOPs together, on top of the {run['training_flops']:.2g} of the training.</p>"
+        for name, run in {**metrics["training_runs"], **metrics["control_runs"]}.items()
+        if "rate_search_flops" in run
+    )
 
 
 def _left_out(metrics: dict) -> str:

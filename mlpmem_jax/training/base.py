@@ -86,6 +86,7 @@ def train(
         folder=folder,
         settings=settings,
         initialise=initialise,
+        abstract_parameters=jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0)),
         start=start,
         logical_axes=language_model.logical_axes(model),
         loss=functools.partial(_loss, model, settings),

@@ -81,6 +81,7 @@ def _train_step_row(
         folder="",
         settings=settings,
         initialise=functools.partial(memory.init, model, jax.random.key(0)),
+        abstract_parameters=jax.eval_shape(functools.partial(memory.init, model), jax.random.key(0)),
         logical_axes=memory.logical_axes(model),
         loss=functools.partial(_loss, model, settings.loss_chunk),
         frozen={},

@@ -5,6 +5,7 @@ It stands beside a memory in two places: as a control of one run, and as the arm
 
 from __future__ import annotations
 
+import jax
 import ml_collections
 import numpy as np
 from etils import epath
@@ -13,12 +14,17 @@ from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, o
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
-from mlpmem_jax.models import flops, saved
+from mlpmem_jax.models import flops, language_model, saved
 from mlpmem_jax.models.interpolation import perplexity
 from mlpmem_jax.models.scoring import language_model_log_probabilities
 from mlpmem_jax.training import base, loop
 
 FOLDER = "continued"
+RATES = (1e-5, 3e-5, 1e-4)
+"""Peak learning rates that are tried for a base that was trained elsewhere."""
+
+_SHORT_RUN = 1 / 8  # of the steps, for each rate
+_SHORT_RUNS = "rates"  # folder in the artifact's, while it is made
 _SEQUENCES_AT_ONCE = 1024
 
 
@@ -37,12 +43,29 @@ def settings_of(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({key: value for key, value in config.training.items() if key not in of_a_memory})
 
 
+def settings_of_imported(config: ml_collections.ConfigDict, steps: int) -> ml_collections.ConfigDict:
+    """To train a base on that was imported: as the memory is trained, with AdamW and at most a tenth of warmup.
+
+    The learning rate is to be found, see RATES.
+    """
+    settings = settings_of(config)
+    settings.update({"optimizer": "adamw", "steps": steps, "warmup_steps": min(settings.warmup_steps, steps // 10)})
+    return settings
+
+
+def flops_per_step(model: language_model.Config, length: int, settings: ml_collections.ConfigDict) -> int:
+    """Training FLOPs of one optimizer step on sequences of `length` positions."""
+    return 3 * flops.language_model_forward(model, length) * settings.batch_sequences * length
+
+
 def train_on(
     config: ml_collections.ConfigDict,
     settings: ml_collections.ConfigDict,
     name: str,
     inputs: dict[str, str],
     group: str,
+    *,
+    rates: tuple[float, ...] = (),
 ) -> Artifact:
     """Trains the finished base on, from its best parameters, with a fresh optimizer and schedule.
 
@@ -54,32 +77,25 @@ def train_on(
       name: folder of `config.workdir` that it goes to.
       inputs: fingerprints of artifacts that the settings follow from.
       group: the config's name for `settings`.
+      rates: peak learning rates to choose from by short runs, in place of that of `settings`.
 
     Returns:
-      An artifact of kind "base" whose summary also holds training_flops, and perplexity by held-out split.
+      An artifact of kind "base" whose summary also holds training_flops, and perplexity by held-out split; where a rate
+      was chosen, learning_rate, rate_search (rate -> validation perplexity of its short run), and rate_search_flops,
+      which training_flops leaves out.
     """
     workdir = epath.Path(config.workdir)
     sharding = Sharding.of(config)
     artifact = open_artifact(workdir / "base", "base")
-    model = saved.language_model_config(artifact)
+    model, length = saved.language_model_config(artifact), config.base.context_length
     kept, inputs = {"training": loop.origin(settings)}, {"base": artifact.fingerprint, **inputs}
+    if rates:
+        kept["training"]["learning_rate"] = list(rates)
     if finished := find_finished(workdir / name, "base", kept, inputs):
+        _remove_short_runs(finished.path)
         say(f"{name}: finished already")
         return finished
     writer = ArtifactWriter.create(workdir / name, "base", kept, inputs, {})
-    best, figures = base.train(
-        config,
-        settings,
-        name,
-        writer.path,
-        model,
-        initialise=lambda parameters: parameters,
-        start=lambda: saved.load_language_model(artifact.path, sharding)[:1],
-        group=group,
-    )
-    length = config.base.context_length
-    per_step = 3 * flops.language_model_forward(model, length) * settings.batch_sequences * length
-    figures["training_flops"] = float(per_step) * figures["steps"]
     tokens = open_artifact(workdir / "tokens", "tokens")
 
     def perplexities(parameters) -> dict[str, float]:
@@ -88,15 +104,58 @@ def train_on(
             for split in ("validation", "test")
         }
 
+    def load() -> tuple:
+        return saved.load_language_model(artifact.path, sharding)[:1]
+
+    def train(settings: ml_collections.ConfigDict, name: str, folder: str) -> tuple[dict, dict]:
+        return base.train(config, settings, name, folder, model, lambda parameters: parameters, load, group)
+
+    before = perplexities(*load())  # measured first, so that two sets of parameters are never held at once
+    search = {}
+    if rates:
+        settings, search = _at_best_rate(settings, name, writer.path, rates, train)
+        search["rate_search_flops"] = float(flops_per_step(model, length, settings)) * search.pop("rate_search_steps")
+    best, figures = train(settings, name, writer.path)
+    figures |= search
+    figures["training_flops"] = float(flops_per_step(model, length, settings)) * figures["steps"]
     figures["perplexity"] = perplexities(best)
     # Training on may only do harm to a model of a better text; then the base itself is what the same compute gives.
-    before, _, _ = saved.load_language_model(artifact.path, sharding)
-    start = perplexities(before)
-    if start["validation"] <= figures["perplexity"]["validation"]:
+    if before["validation"] <= figures["perplexity"]["validation"]:
         say(f"{name}: no step was better on validation than the base itself, which is kept")
-        best, figures["step"], figures["perplexity"] = before, 0, start
+        best, figures["step"], figures["perplexity"] = None, 0, before
+        (best,) = load()
     saved.seal(writer, model, best, figures)
+    _remove_short_runs(writer.path)
     return open_artifact(workdir / name, "base")
+
+
+def _at_best_rate(
+    settings: ml_collections.ConfigDict, name: str, folder: str, rates: tuple[float, ...], train
+) -> tuple[ml_collections.ConfigDict, dict]:
+    """The settings with the rate whose short run reaches the lowest validation perplexity, and what was found."""
+    settings, found = ml_collections.ConfigDict(settings), {}
+    short = ml_collections.ConfigDict(settings)
+    short.steps = max(1, round(_SHORT_RUN * settings.steps))
+    short.warmup_steps = min(settings.warmup_steps, short.steps // 10)
+    for rate in rates:
+        short.learning_rate = rate
+        _, figures = train(short, f"{name} at rate {rate:g}", f"{folder}/{_SHORT_RUNS}/{rate:g}")
+        found[rate] = figures["validation"]["perplexity"]
+    settings.learning_rate = min(found, key=found.get)
+    tries = ", ".join(f"{rate:g}: {perplexity:.2f}" for rate, perplexity in found.items())
+    say(f"{name}: learning rate {settings.learning_rate:g}; validation perplexity of short runs by rate: {tries}")
+    return settings, {
+        "learning_rate": settings.learning_rate,
+        "rate_search": {f"{rate:g}": perplexity for rate, perplexity in found.items()},
+        "rate_search_steps": short.steps * len(rates),
+    }
+
+
+def _remove_short_runs(path: str) -> None:
+    """Called when the artifact is sealed, which no process does before all have read what they need."""
+    folder = epath.Path(path) / _SHORT_RUNS
+    if jax.process_index() == 0 and folder.exists():
+        folder.rmtree()
 
 
 def _perplexity(parameters, model, stream: TokenStream, length: int, sharding) -> float:

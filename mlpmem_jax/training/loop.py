@@ -56,6 +56,7 @@ class Task:
       folder: of the artifact; checkpoints and metrics go there.
       settings: a config group made by `configs.default.optimization`.
       initialise: makes the parameters of what `start` gives (traced, so that they are created sharded).
+      abstract_parameters: their shapes and dtypes, a tree of jax.ShapeDtypeStruct.
       logical_axes: tree of logical axis names, one tuple per parameter.
       loss: (sharding, parameters, frozen, batch) -> (loss, {name: statistic}), float32 scalars, means over the batch;
         the sharding is that of parameters and batch.
@@ -64,14 +65,16 @@ class Task:
       validate: parameters -> {"perplexity": ..., other figures}; the lowest perplexity is kept.
       positions_per_sequence: to count positions.
       flops_per_position: of one train step, forward and backward, from the model's dimensions.
-      start: reads arrays that the parameters are made of, where they are not all drawn at random. They may span
-        processes, so they are arguments of the compiled program; nothing holds them once the state is made.
+      start: reads arrays that the parameters are made of, where they are not all drawn at random; a run that resumes
+        does without. They may span processes, so they are arguments of the compiled program; nothing holds them once
+        the state is made.
     """
 
     name: str
     folder: str
     settings: ml_collections.ConfigDict
     initialise: Callable[..., Any]
+    abstract_parameters: Any
     logical_axes: Any
     loss: Callable
     frozen: Any
@@ -183,22 +186,19 @@ class StepProgram(NamedTuple):
     abstract_state: Any
 
 
-def step_program(task: Task, sharding: Sharding, steps: int, start: tuple = ()) -> StepProgram:
+def step_program(task: Task, sharding: Sharding, steps: int) -> StepProgram:
     """The program of one optimizer step of a run of `steps`; `task.source`, `.validate` and `.start` are not used.
-
-    `start` is what `task.start` gave, or its shapes.
 
     Raises:
       ConfigError: the mesh does not divide the parameters.
     """
     optimizer = make_optimizer(task.settings, steps, task.logical_axes)
-    make_state = initial_state(task.initialise, optimizer)
-    abstract = jax.eval_shape(make_state, *start)
+    abstract = jax.eval_shape(initial_state(lambda parameters: parameters, optimizer), task.abstract_parameters)
     parameter_shardings = sharding.tree(task.logical_axes)
     sharding.check_divides(abstract["parameters"], task.logical_axes)
     shardings = state_shardings(sharding, abstract, parameter_shardings)
     return StepProgram(
-        make_state=jax.jit(make_state, out_shardings=shardings),
+        make_state=jax.jit(initial_state(task.initialise, optimizer), out_shardings=shardings),
         step=jax.jit(
             train_step(task, optimizer, parameter_shardings, sharding),
             donate_argnums=0,
@@ -225,8 +225,7 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
     watch = goodput.Stopwatch(runtime.stage_began())
     steps = total_steps(settings, len(task.source))
     learning_rate = schedule(settings, steps)
-    made_of = task.start()
-    program = step_program(task, sharding, steps, made_of)
+    program = step_program(task, sharding, steps)
     checkpoints = Checkpoints(task.folder)
     start = checkpoints.latest_step() or 0
     if start:
@@ -235,8 +234,7 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
         state, next_sequence = checkpoints.restore(start, program.abstract_state)
         watch.lap("restore")
     else:
-        state, next_sequence = program.make_state(*made_of), 0
-    del made_of
+        state, next_sequence = program.make_state(*task.start()), 0
 
     part = sharding.batch_part
     batches = data.batches(task.source, settings.batch_sequences, settings.seed, part.index, part.count)
@@ -303,6 +301,7 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
     best = checkpoints.best_step()
     if best != steps:
         say(f"{task.name}: the best validation {METRIC} was at step {best} of {steps}; those parameters are kept")
+        state = None  # frees the devices' memory for the one that is kept
         state, _ = checkpoints.restore(best, program.abstract_state)
     figures = {"step": best, "steps": steps, "validation": checkpoints.validation(best)}
     checkpoints.close()
@@ -332,15 +331,12 @@ def _validated(task: Task, parameters, step: int, checkpoints: Checkpoints) -> d
     """What the task measures on the validation split.
 
     Raises:
-      UserError: the metric that decides which parameters are best is not finite.
+      UserError: it is not a number.
     """
     try:
-        validation = task.validate(parameters)
+        return task.validate(parameters)
     except NotANumber as error:
         raise _diverged(task.name, f"the validation failed ({error})", step, checkpoints) from error
-    if not math.isfinite(validation[METRIC]):
-        raise _diverged(task.name, f"the validation {METRIC} is {validation[METRIC]}", step, checkpoints)
-    return validation
 
 
 def _diverged(name: str, what: str, step: int, checkpoints: Checkpoints) -> UserError:
