@@ -18,6 +18,9 @@ EXTRAS = {
     "plan": ["libtpu>=0.0.40,<0.1"],
     # The reference's way of searching, for `mlpmem benchmark`.
     "bench": ["faiss-cpu>=1.10,<2"],
+    # Retrieval by words, for `mlpmem compare`; and by a sentence encoder.
+    "rag": ["bm25s>=0.3,<0.4"],
+    "dense": ["sentence-transformers>=5,<7"],
     "test": [
         "accelerate>=1.0,<2",  # what transformers reads GGUF files with
         "pytest>=8.3,<10",

@@ -114,6 +114,19 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.sharpness_positions = 4000  # test positions whose whole distributions are looked at
     evaluation.seed = 0  # which positions these are
 
+    config.comparison = comparison = ml_collections.ConfigDict()
+    # "base", "memory", "knn_lm", "rag", "cpt", "lora", "memory+rag", "cpt+memory"
+    comparison.systems = "base,memory,knn_lm,rag,cpt,lora"
+    comparison.tasks = "passages"  # names of mlpmem_jax/comparison/tasks/, with commas between
+    comparison.data = "data/evaluation"  # folder of the tasks' files (docs/evaluation.md)
+    comparison.limit = 0  # questions of each task, drawn by the seed; 0 = all
+    comparison.tuning_questions = 500  # of a validation split, on which lambda is tuned
+    comparison.retriever = "bm25"  # or the folder of a sentence encoder
+    comparison.passages = 5  # in a prompt with passages
+    comparison.passage_words = 100  # most words of one passage
+    comparison.k = 0  # neighbors of kNN-LM; 0 = targets.k
+    comparison.seed = 0  # of the questions drawn and the halves that lambda is tuned on
+
     config.mesh = mesh = ml_collections.ConfigDict()
     mesh.slice = 1  # data parallel over the data-centre network
     mesh.fsdp = -1  # fully sharded data parallel; -1 = all remaining devices

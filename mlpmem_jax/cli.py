@@ -26,6 +26,7 @@ _OTHER = {
     "run": "all stages in order; finished ones are skipped, unfinished ones go on",
     "controls": "train the controls (base trained on; memory without targets) and report them beside",
     "continued": "train the base on with the settings config.training, and score it: an arm of sweeps",
+    "compare": "base, memory, kNN-LM, RAG, further training and LoRA on the same questions -> one page",
     "generate": "continue a prompt with the base LM alone and with the memory",
     "benchmark": "measure the rates of this machine",
     "export": "write the memory for PyTorch, or targets and datastores as Arrow streams",
@@ -45,6 +46,7 @@ examples:
   mlpmem run --config=configs/quickstart.py --config.corpus.source=files --config.corpus.path=DIR \\
       --config.workdir=runs/mine
   mlpmem train --config=configs/desk.py --config.training.learning_rate=0.01
+  mlpmem compare --config=configs/smollm2_nq.py --systems=base,memory,rag --tasks=nq,truthfulqa --limit=200
   mlpmem generate --config=configs/quickstart.py --prompt="Return a new array" --tokens=40
   mlpmem export --config=configs/quickstart.py --format=transformers --output=exported --verify
 
@@ -94,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 = all")
             verb.add_argument("--top_p", type=float, default=1.0, help="sample within this share of the mass")
             verb.add_argument("--seed", type=int, default=0, help="of the sampling")
+        if name == "compare":
+            verb.add_argument("--systems", metavar="A,B", help="instead of config.comparison.systems")
+            verb.add_argument("--tasks", metavar="A,B", help="instead of config.comparison.tasks")
+            verb.add_argument("--limit", type=int, metavar="N", help="questions of each task; 0 = all")
         if name == "export":
             verb.add_argument("--format", required=True, choices=FORMATS, help=FORMATS_HELP)
             verb.add_argument("--output", required=True, type=_path, metavar="PATH", help="folder or file to make")
@@ -216,6 +222,11 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
         from mlpmem_jax.inference import compare
 
         compare.run(config, options)
+    elif options.verb == "compare":
+        from mlpmem_jax.comparison import compare as comparison
+
+        with runtime.measured_stage(config.workdir, "compare"):
+            comparison.run(config)
     elif options.verb in ("export", "import"):
         from mlpmem_jax.interop import commands
 
@@ -255,6 +266,12 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     elif options.verb == "sweep":
         _sweep(options, overrides)
     else:
+        if options.verb == "compare":
+            given = {name: getattr(options, name) for name in ("systems", "tasks", "limit")}
+            overrides = [
+                *overrides,
+                *(f"--config.comparison.{name}={value}" for name, value in given.items() if value is not None),
+            ]
         config = read_config(options.config, overrides)
         places = [config.corpus.path, config.tokenizer.path, config.base.path, config.datastore.key_model]
         storage.prepare(config.workdir, *places, config.training.start)

@@ -149,6 +149,18 @@ SCHEMA: dict[str, Any] = {
         "sharpness_positions": _POSITIVE,
         "seed": _SEED,
     },
+    "comparison": {
+        "systems": _TEXT,
+        "tasks": _TEXT,
+        "data": _TEXT,
+        "limit": _COUNT,
+        "tuning_questions": _POSITIVE,
+        "retriever": (str, lambda value: value != "", "'bm25' or the folder of a sentence encoder"),
+        "passages": _POSITIVE,
+        "passage_words": _POSITIVE,
+        "k": _COUNT,
+        "seed": _SEED,
+    },
     "mesh": {
         "slice": _MESH_SIZE,
         "fsdp": _MESH_SIZE,
@@ -158,7 +170,15 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-PATHS = ("workdir", "corpus.path", "tokenizer.path", "base.path", "datastore.key_model", "training.start")
+PATHS = (
+    "workdir",
+    "corpus.path",
+    "tokenizer.path",
+    "base.path",
+    "datastore.key_model",
+    "training.start",
+    "comparison.data",
+)
 """Keys that hold a path, or a name that may be one."""
 
 _FILES, _HUB = ("files",), ("hub",)

@@ -22,8 +22,8 @@ from mlpmem_jax.training import data, loop
 from mlpmem_jax.training.loss import sparse_cross_entropy
 
 
-def _loss(model: language_model.Config, settings, sharding, parameters, frozen, batch):
-    del frozen
+def _loss(model: language_model.Config, settings, assemble, sharding, parameters, frozen, batch):
+    parameters = assemble(frozen, parameters)
     hidden_BxTxD, _ = language_model.features(
         parameters, model, batch["tokens"], compute_dtype=jnp.dtype(settings.compute_dtype), remat=settings.remat
     )
@@ -52,6 +52,9 @@ def train(
     initialise,
     start=tuple,
     group: str = "base.training",
+    frozen: dict | None = None,
+    assemble=lambda frozen, parameters: parameters,
+    logical_axes: dict | None = None,
 ) -> tuple[dict, dict[str, float]]:
     """Trains a language model on the tokens of `config.workdir`.
 
@@ -63,9 +66,11 @@ def train(
       model: dimensions.
       initialise, start: as of `loop.Task`.
       group: the config's name for `settings`.
+      frozen, assemble, logical_axes: where adapters are trained and not the model's own parameters: what stays as it
+        is, the function of (frozen, adapters) that makes the model's parameters, and the axes of the adapters.
 
     Returns:
-      The parameters with the best validation perplexity, and figures about them.
+      The parameters, or adapters, with the best validation perplexity, and figures about them.
     """
     sharding = Sharding.of(config)
     loop.check_batch(settings, sharding, group)
@@ -75,9 +80,11 @@ def train(
     count = min(num_sequences(held_out, length), settings.evaluation_sequences or num_sequences(held_out, length))
     validation_tokens, validation_next, _ = read_sequences(held_out, 0, count, length)
 
+    frozen, assembled = frozen or {}, jax.jit(assemble)
+
     def validate(parameters) -> dict[str, float]:
         scores = language_model_log_probabilities(
-            parameters, model, validation_tokens, validation_next, sharding=sharding
+            assembled(frozen, parameters), model, validation_tokens, validation_next, sharding=sharding
         )
         return {"perplexity": float(perplexity(np.ravel(scores)))}
 
@@ -88,9 +95,9 @@ def train(
         initialise=initialise,
         abstract_parameters=jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0)),
         start=start,
-        logical_axes=language_model.logical_axes(model),
-        loss=functools.partial(_loss, model, settings),
-        frozen={},
+        logical_axes=logical_axes or language_model.logical_axes(model),
+        loss=functools.partial(_loss, model, settings, assemble),
+        frozen=frozen,
         source=data.TokenSource(TokenStream(tokens, "train"), length),
         validate=validate,
         positions_per_sequence=length,

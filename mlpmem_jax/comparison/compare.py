@@ -1,0 +1,323 @@
+"""`mlpmem compare`: every system on every task, with what each cost, as one page.
+
+Tasks are read, systems that need training are trained, all questions are scored, interpolation weights are tuned on
+other questions than those that are reported, texts are generated, and WORKDIR/comparison gets
+
+    answers.jsonl    every question, with every system's answer and measures
+    compare.json     all figures
+    index.html       the page
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+
+import jax
+import ml_collections
+import numpy as np
+import scipy.stats
+from etils import epath
+
+from mlpmem_jax.comparison import greedy, page, scores, systems, tasks, weights
+from mlpmem_jax.comparison.costs import cost
+from mlpmem_jax.comparison.passages import documents
+from mlpmem_jax.comparison.question import Question, Task
+from mlpmem_jax.comparison.reading import read
+from mlpmem_jax.comparison.systems import SIDE_MODEL, SYSTEMS, System, Workdir
+from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.runtime import measured_stage
+from mlpmem_jax.corpus.tokens import read_tokenizer
+from mlpmem_jax.evaluation import provenance
+from mlpmem_jax.training import controls, lora
+
+FOLDER = "comparison"
+
+
+def run(config: ml_collections.ConfigDict) -> dict:
+    """Compares the systems of `config.comparison`.
+
+    Returns:
+      What is in compare.json.
+
+    Raises:
+      UserError: a stage is not finished, a task or a system is not known, or a file of a task is missing.
+    """
+    settings = config.comparison
+    chosen = systems.parse(settings.systems)
+    found = {name: tasks.find(name) for name in settings.tasks.split(",") if name}
+    if not found:
+        raise ConfigError(f"config.comparison.tasks: is empty; expected some of {', '.join(tasks.names())}")
+    splits = {name: task.load(pathlib.Path(settings.data)) for name, task in found.items()}  # before any compute
+    workdir = Workdir(config)
+    _train_missing(config, chosen)
+    artifacts = {name: workdir.parts(SYSTEMS[name]) for name in chosen}
+    texts = documents(workdir.tokens) if any(q.source for split in splits.values() for q in split["test"]) else []
+
+    folder, results, answers = workdir.path / FOLDER, {}, []
+    seconds = dict.fromkeys(chosen, 0.0)
+    for name, task in found.items():
+        say(f"== {name}: {task.title}")
+        questions = _known(splits[name]["test"], texts, name)
+        result, lines = _Compared(workdir, name, task, chosen, artifacts, seconds).run(
+            _sample(questions, settings.limit, settings.seed),
+            _sample(splits[name].get("validation", []), settings.tuning_questions, settings.seed),
+        )
+        results[name] = result
+        answers += lines
+    comparison = {
+        "systems": {name: {"title": SYSTEMS[name].title, **cost(config, artifacts[name], seconds[name])}
+                    for name in chosen},
+        "tasks": results,
+        "grid": weights.GRID.tolist(),
+        "confidence": config.evaluation.confidence,
+        "config": json.loads(config.to_json_best_effort()),
+        "provenance": provenance.environment(
+            {f"{role} of {name}": artifact for name in chosen for role, artifact in artifacts[name].items()}
+        ),
+    }  # fmt: skip
+    if jax.process_index() == 0:
+        _write(folder, comparison, answers)
+    say(f"comparison: {folder / 'index.html'}")
+    return comparison
+
+
+def _train_missing(config: ml_collections.ConfigDict, chosen: list[str]) -> None:
+    """Trains the language models that systems need; what is finished is left as it is."""
+    for model, train in (("continued", controls.continued), ("lora", lora.run)):
+        if any(SYSTEMS[name].model == model for name in chosen):
+            with measured_stage(config.workdir, systems.FOLDERS[model]):
+                train(config)
+
+
+def _known(questions: list[Question], texts: list[str], name: str) -> list[Question]:
+    """The questions whose passage, if the task brings one, stands in the training text.
+
+    Raises:
+      ConfigError: it is another text altogether.
+    """
+    if not questions[0].source:
+        return questions
+    whole = "\n".join(texts)
+    known = [question for question in questions if question.source.strip() in whole]
+    if not known:
+        raise ConfigError(
+            f"comparison task {name!r}: none of its {len(questions)} passages stands in the training text; it asks "
+            "about a corpus that was made from these very passages"
+        )
+    say(f"{name}: {len(known)} of {len(questions)} questions have their passage in the training split; these are asked")
+    return known
+
+
+def _sample(questions: list[Question], limit: int, seed: int) -> list[Question]:
+    """`limit` of the questions by a seed, in their order; 0 = all."""
+    if not limit or limit >= len(questions):
+        return questions
+    chosen = np.random.default_rng(seed).choice(len(questions), limit, replace=False)
+    return [questions[index] for index in sorted(chosen)]
+
+
+class _Compared:
+    """One task: scores and texts of every system, and what they come to."""
+
+    def __init__(self, workdir: Workdir, name: str, task: Task, chosen: list[str], artifacts, seconds: dict):
+        self._workdir, self._name, self._task, self._chosen = workdir, name, task, chosen
+        self._artifacts, self._seconds = artifacts, seconds
+        self._settings, self._folder = workdir.config.comparison, workdir.path / FOLDER
+        self._tokenizer = read_tokenizer(workdir.tokens)
+        self._scored: dict[tuple, dict[str, scores.Values]] = {}
+
+    def run(self, questions: list[Question], tuning: list[Question]) -> tuple[dict, list[dict]]:
+        """(figures of the task, a line for each question)."""
+        asked = {retrieves: self._ask(questions, retrieves) for retrieves in self._variants()}
+        asked_tuning = {retrieves: self._ask(tuning, retrieves) for retrieves in self._variants()} if tuning else None
+        found = {name: self._system(name, asked, asked_tuning) for name in self._chosen}
+        lines = [
+            {
+                "task": self._name,
+                "id": question.id,
+                "prompt": asked[False].prompts[number],
+                "gold": question.gold,
+                "systems": {
+                    name: {
+                        "weight": float(weights.GRID[of["chosen"][number]]) if SYSTEMS[name].side else None,
+                        "text": of["texts"][number] if of["texts"] else None,
+                        **{measure: values[number] for measure, values in of["measures"].items()},
+                    }
+                    for name, of in found.items()
+                },
+            }
+            for number, question in enumerate(questions)
+        ]
+        return self._summary(found, asked, bool(tuning)), lines
+
+    def _variants(self) -> list[bool]:
+        """Whether prompts have passages: both ways where a system wants them."""
+        return [False, True] if any(SYSTEMS[name].retrieves for name in self._chosen) else [False]
+
+    def _ask(self, questions: list[Question], retrieves: bool) -> scores.Asked:
+        passages = None
+        if retrieves:
+            queries = [question.query for question in questions]
+            passages = self._workdir.retriever.retrieve(queries, self._settings.passages)
+        context = self._workdir.model(SIDE_MODEL).config.context_length
+        asked = scores.ask(self._task, questions, passages, scores.encoder(self._tokenizer), context)
+        if asked.truncated:
+            say(f"{self._name}: {asked.truncated} prompts exceed {context} tokens and lose their beginning")
+        return asked
+
+    def _values(self, model: str, retrieves: bool, asked: scores.Asked, split: str) -> dict[str, scores.Values]:
+        """Scores of a language model and of the sides that read it, computed or read once."""
+        key = model, retrieves, split
+        if key not in self._scored:
+            sides = sorted({SYSTEMS[name].side for name in self._chosen} - {""}) if model == SIDE_MODEL else []
+            made_of = {f"{name} {role}": artifact.fingerprint for name in self._chosen for role, artifact
+                       in self._artifacts[name].items()
+                       if SYSTEMS[name].model == model or SYSTEMS[name].side in sides}  # fmt: skip
+            made_of |= {"k": str(self._settings.k), "sides": ",".join(sides)}
+            file = self._folder / "scores" / f"{self._name}-{split}-{model}{'-rag' if retrieves else ''}.npz"
+
+            def compute() -> dict[str, scores.Values]:
+                start = time.perf_counter()
+                read_sides = {side: self._workdir.side(side) for side in sides}
+                title = f"{self._name}/{split}, {model}{' with passages' if retrieves else ''}"
+                found = read(self._workdir.model(model), asked.rows, read_sides, self._workdir.sharding, title)
+                self._spend(model, retrieves, time.perf_counter() - start)
+                return found
+
+            self._scored[key] = scores.kept_scores(file, scores.fingerprint(asked, made_of), compute)
+        return self._scored[key]
+
+    def _spend(self, model: str, retrieves: bool, seconds: float) -> None:
+        for name in self._chosen:
+            if (SYSTEMS[name].model, SYSTEMS[name].retrieves) == (model, retrieves):
+                self._seconds[name] += seconds
+
+    def _grid_values(self, system: System, asked: scores.Asked, split: str) -> np.ndarray:
+        """The measure that weights are tuned on, float [G, N]; G is 1 without a side."""
+        model, side = self._of_system(system, asked, split)
+        grid = weights.GRID if side is not None else [0.0]
+
+        def measure(number: int, weight: float) -> float:
+            said = scores.answer(asked, number, model, side, weight)
+            return self._task.measure(asked.questions[number], said)[self._task.tuned_on]
+
+        return weights.over_grid(measure, len(asked.questions), grid)
+
+    def _of_system(self, system: System, asked: scores.Asked, split: str) -> tuple[scores.Values, scores.Values | None]:
+        model = self._values(system.model, system.retrieves, asked, split)["model"]
+        if not system.side:
+            return model, None
+        return model, self._values(SIDE_MODEL, system.retrieves, asked, split)[system.side]
+
+    def _system(self, name: str, asked: dict, asked_tuning: dict | None) -> dict:
+        system, mine = SYSTEMS[name], asked[SYSTEMS[name].retrieves]
+        grid_GxN = self._grid_values(system, mine, "test")
+        tuning_GxM = self._grid_values(system, asked_tuning[system.retrieves], "validation") if asked_tuning else None
+        chosen_N = weights.tuned(grid_GxN, tuning_GxM, self._settings.seed)
+        texts = self._texts(name, mine, chosen_N) if self._task.max_new_tokens else None
+        model, side = self._of_system(system, mine, "test")
+        measured = [
+            self._task.measure(
+                question,
+                scores.answer(mine, number, model, side, weights.GRID[chosen_N[number]], texts and texts[number]),
+            )
+            for number, question in enumerate(mine.questions)
+        ]
+        return {
+            "chosen": chosen_N,
+            "grid": grid_GxN,
+            "texts": texts,
+            "measures": {measure: [one[measure] for one in measured] for measure in measured[0]},
+        }
+
+    def _texts(self, name: str, asked: scores.Asked, chosen_N: np.ndarray) -> list[str]:
+        system = SYSTEMS[name]
+        end = self._workdir.tokens.summary["end_of_text_id"]
+
+        def is_finished(ids: list[int]) -> bool:
+            return ids[-1] == end or any(stop in self._tokenizer.decode(ids) for stop in self._task.stop)
+
+        def compute() -> list[str]:
+            start = time.perf_counter()
+            side = self._workdir.side(system.side) if system.side else None
+            same = system.model == SIDE_MODEL
+            decoder = greedy.Decoder(self._workdir.model(system.model), side if same else None)
+            other = None if side is None else decoder if same else greedy.Decoder(self._workdir.model(SIDE_MODEL), side)
+            ids: list[list[int]] = [[]] * len(asked.questions)
+            for index in np.unique(chosen_N):
+                numbers = np.flatnonzero(chosen_N == index)
+                weight = float(weights.GRID[index])
+                generated = greedy.generate(
+                    decoder,
+                    other if weight else None,
+                    weight,
+                    [asked.prompt_ids[number] for number in numbers],
+                    self._task.max_new_tokens,
+                    is_finished,
+                    f"{self._name}, {name}" + (f" (lambda {weight:.2f})" if side else ""),
+                )
+                for number, one in zip(numbers, generated, strict=True):
+                    ids[number] = one
+            self._seconds[name] += time.perf_counter() - start
+            return [self._cut_off(self._tokenizer.decode([token for token in one if token != end])) for one in ids]
+
+        made_of = {role: artifact.fingerprint for role, artifact in self._artifacts[name].items()}
+        made_of |= {"weights": ",".join(map(str, chosen_N)), "k": str(self._settings.k)}
+        file = self._folder / "texts" / f"{self._name}-{name}.json"
+        return scores.kept_texts(file, scores.fingerprint(asked, made_of), compute)
+
+    def _cut_off(self, text: str) -> str:
+        """The text before the first string that ends it."""
+        ends = [text.index(stop) for stop in self._task.stop if stop in text]
+        return text[: min(ends, default=len(text))].strip()
+
+    def _summary(self, found: dict, asked: dict, has_validation: bool) -> dict:
+        confidence = self._workdir.config.evaluation.confidence
+        base, count = found["base"]["measures"], len(asked[False].questions)
+        of_systems = {}
+        for name, of in found.items():
+            chosen_N = of["chosen"]
+            of_systems[name] = {
+                "measures": {measure: float(np.mean(values)) for measure, values in of["measures"].items()},
+                "over base": {
+                    measure: paired_interval(np.subtract(values, base[measure]), confidence, self._settings.seed)
+                    for measure, values in of["measures"].items()
+                    if name != "base"
+                },
+                "weights": sorted({float(weights.GRID[index]) for index in chosen_N}) if SYSTEMS[name].side else [],
+                "curve": of["grid"].mean(axis=1).tolist() if SYSTEMS[name].side else [],
+                "tuned on what is reported": float(of["grid"].mean(axis=1).max()),
+            }
+        return {
+            "title": self._task.title,
+            "source": self._task.source,
+            "questions": count,
+            "headline": self._task.headline,
+            "tuned on": self._task.tuned_on,
+            "weights from": "the validation split" if has_validation else "the other half of the questions",
+            "truncated prompts": {("with passages" if key else "plain"): one.truncated for key, one in asked.items()},
+            "systems": of_systems,
+        }
+
+
+def paired_interval(differences_N: np.ndarray, confidence: float, seed: int) -> list[float]:
+    """[low, high] of the mean difference between two systems on the same questions: a bootstrap over questions."""
+    differences_N = np.asarray(differences_N, np.float64)
+    if len(differences_N) < 2 or np.ptp(differences_N) == 0:
+        return [float(differences_N.mean())] * 2
+    found = scipy.stats.bootstrap(
+        (differences_N,), np.mean, confidence_level=confidence, method="percentile", n_resamples=5000,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return [float(found.low), float(found.high)]
+
+
+def _write(folder: epath.Path, comparison: dict, answers: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
+    (folder / "answers.jsonl").write_text(lines)
+    (folder / "compare.json").write_text(json.dumps(comparison, indent=1) + "\n")
+    (folder / "index.html").write_text(page.page(comparison, answers))

@@ -1,0 +1,105 @@
+"""The training text as passages, and retrievers over them.
+
+Passages are runs of about as many words as asked for, of one document each. They come from the training split alone:
+what the memory and the datastore were made from.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Protocol
+
+import numpy as np
+
+from mlpmem_jax.core.artifacts import Artifact
+from mlpmem_jax.core.errors import ConfigError, UserError, require
+from mlpmem_jax.core.progress import progress
+from mlpmem_jax.corpus.tokens import TokenStream, read_tokenizer
+
+_DOCUMENTS_AT_ONCE = 1024
+_WORDS = re.compile(r"\S+\s*")
+
+
+class Retriever(Protocol):
+    """What finds passages."""
+
+    def retrieve(self, queries: list[str], count: int) -> list[list[str]]:
+        """The `count` best passages of each query, best first."""
+
+
+def documents(tokens: Artifact, split: str = "train") -> list[str]:
+    """The documents of a split of a `tokens` artifact, decoded."""
+    tokenizer, stream = read_tokenizer(tokens), TokenStream(tokens, split)
+    ends = stream.document_ends
+    starts = np.concatenate([[0], ends[:-1]])
+    texts: list[str] = []
+    for first in range(0, len(ends), _DOCUMENTS_AT_ONCE):
+        bounds = zip(starts[first : first + _DOCUMENTS_AT_ONCE], ends[first : first + _DOCUMENTS_AT_ONCE], strict=True)
+        ids = [stream.read(int(start), int(end) - 1).tolist() for start, end in bounds]  # without the end of text
+        texts += tokenizer.decode_batch(ids, skip_special_tokens=False)
+    return texts
+
+
+def split(text: str, words: int) -> list[str]:
+    """A document as passages of at most `words` words, of nearly equal numbers."""
+    found = _WORDS.findall(text)
+    count = -(-len(found) // words)
+    bounds = np.linspace(0, len(found), count + 1).round().astype(int)
+    return ["".join(found[low:high]).strip() for low, high in itertools.pairwise(bounds)]
+
+
+class BM25:
+    """Lucene's BM25 with k1 = 1.5 and b = 0.75, of the package bm25s (extra `rag`)."""
+
+    def __init__(self, passages: list[str]):
+        self._library = require("bm25s", extra="rag")
+        self._passages, self._index = passages, self._library.BM25(k1=1.5, b=0.75)
+        self._index.index(self._tokenized(passages), show_progress=False)
+
+    def _tokenized(self, texts: list[str]):
+        return self._library.tokenize(texts, stopwords="en", show_progress=False)
+
+    def retrieve(self, queries: list[str], count: int) -> list[list[str]]:
+        count = min(count, len(self._passages))
+        ids_QxK, _ = self._index.retrieve(self._tokenized(queries), k=count, show_progress=False)
+        return [[self._passages[index] for index in ids_K] for ids_K in ids_QxK]
+
+
+class Dense:
+    """Inner products of sentence vectors of unit length, by an encoder of sentence-transformers (extra `dense`)."""
+
+    def __init__(self, passages: list[str], folder: str):
+        library = require("sentence_transformers", extra="dense")
+        try:
+            self._encoder = library.SentenceTransformer(folder, device="cpu")
+        except (OSError, ValueError) as error:
+            raise UserError(f"config.comparison.retriever: {folder} holds no sentence encoder: {error}") from error
+        self._passages, self._passages_NxD = passages, self._encoded(passages, "passages")
+
+    def _encoded(self, texts: list[str], name: str) -> np.ndarray:
+        parts = []
+        with progress(len(texts), f"encoding {name}", "texts") as bar:
+            for first in range(0, len(texts), _DOCUMENTS_AT_ONCE):
+                part = texts[first : first + _DOCUMENTS_AT_ONCE]
+                parts.append(self._encoder.encode(part, normalize_embeddings=True, show_progress_bar=False))
+                bar.advance(len(part))
+        return np.concatenate(parts)
+
+    def retrieve(self, queries: list[str], count: int) -> list[list[str]]:
+        scores_QxN = self._encoded(queries, "queries") @ self._passages_NxD.T
+        best_QxK = np.argsort(-scores_QxN, axis=1, kind="stable")[:, :count]
+        return [[self._passages[index] for index in ids_K] for ids_K in best_QxK]
+
+
+def open_retriever(name: str, tokens: Artifact, words: int) -> Retriever:
+    """The retriever of a name, "bm25" or the folder of a sentence encoder, over the training passages.
+
+    Raises:
+      ConfigError: the corpus has no passages.
+      UserError: a package or the encoder is missing.
+    """
+    passages = [passage for text in documents(tokens) for passage in split(text, words)]
+    if not passages:
+        raise ConfigError(f"{tokens.path}: its training split has no words to make passages of")
+    return BM25(passages) if name == "bm25" else Dense(passages, name)

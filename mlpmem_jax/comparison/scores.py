@@ -1,0 +1,192 @@
+"""Scores of one task: what every language model, and every side, says to every question, computed once and kept.
+
+    WORKDIR/comparison/scores/TASK-MODEL[-rag].npz    log-probabilities of one model and its sides, of all rows
+    WORKDIR/comparison/texts/TASK-SYSTEM.json         generated texts of one system
+
+Each file says by a fingerprint what it was computed from; one that says otherwise is computed again. So a comparison
+that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+import tokenizers
+from etils import epath
+
+from mlpmem_jax.comparison.question import Answer, Question, Task
+from mlpmem_jax.comparison.reading import Row
+from mlpmem_jax.models.interpolation import mixture_log_probabilities
+
+Values = list[np.ndarray]
+"""Log-probabilities [P, C] of every row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The questions of a task as token ids, with or without passages in front.
+
+    Attributes:
+      questions: N of them.
+      prompts: text of each prompt.
+      prompt_ids: tokens of each prompt, the last ones where it was too long.
+      rows: of all questions, then of the domain prompt if there is one.
+      row_of: for each question its rows' numbers.
+      truncated: how many prompts were too long.
+    """
+
+    questions: Sequence[Question]
+    prompts: list[str]
+    prompt_ids: list[list[int]]
+    rows: list[Row]
+    row_of: list[list[int]]
+    truncated: int
+
+    @property
+    def domain_row(self) -> int:
+        """Number of the domain prompt's row, the last."""
+        return len(self.rows) - 1
+
+
+def ask(
+    task: Task,
+    questions: Sequence[Question],
+    passages: Sequence[Sequence[str]] | None,
+    encode: Callable[[list[str]], list[list[int]]],
+    context_length: int,
+) -> Asked:
+    """Lays out the questions of a task for reading.
+
+    Args:
+      task: whose prompts they are put in.
+      questions: what is asked.
+      passages: of each question; None = none.
+      encode: texts -> token ids of each.
+      context_length: tokens that a prompt and what it is continued with may have; longer ones lose their beginning.
+    """
+    prompts = [task.prompt(question, passages[n] if passages else ()) for n, question in enumerate(questions)]
+    prompt_ids = encode(prompts)
+    words = {word: ids[0] for word, ids in _first_tokens(questions, encode)}
+    wholes = iter(encode([p + text for p, q in zip(prompts, questions, strict=True) for text in q.continuations]))
+    rows, row_of, truncated = [], [], 0
+    for question, ids in zip(questions, prompt_ids, strict=True):
+        own = [Row.of_continuation(ids, next(wholes)) for _ in question.continuations]
+        if len(own) > 1 and all(len(row.positions_P) == 1 and row.tokens_T == own[0].tokens_T for row in own):
+            own = [Row(own[0].tokens_T, own[0].positions_P, [[row.ids_PxC[0][0] for row in own]])]
+        if question.words:
+            own.append(Row.of_next(ids, [words[word] for group in question.words for word in group]))
+        truncated += any(len(row.tokens_T) > context_length for row in own)
+        row_of.append(list(range(len(rows), len(rows) + len(own))))
+        rows += [row.truncated(context_length) for row in own]
+    if task.domain:
+        ids = [words[word] for group in questions[0].words for word in group]
+        rows.append(Row.of_next(encode([task.domain])[0], ids))
+    room = context_length - task.max_new_tokens
+    return Asked(questions, prompts, [ids[-room:] for ids in prompt_ids], rows, row_of, truncated)
+
+
+def _first_tokens(questions: Sequence[Question], encode) -> list[tuple[str, list[int]]]:
+    words = list(dict.fromkeys(word for question in questions for group in question.words for word in group))
+    return list(zip(words, encode(words), strict=True)) if words else []
+
+
+def answer(
+    asked: Asked, number: int, model: Values, side: Values | None, weight: float, text: str | None = None
+) -> Answer:
+    """What a mixture says to one question.
+
+    Args:
+      asked: the questions.
+      number: of the question.
+      model: log-probabilities of the language model.
+      side: of what is mixed in; None = nothing.
+      weight: lambda of the side.
+      text: generated.
+    """
+
+    def mixed(row: int) -> np.ndarray:
+        if side is None:
+            return np.asarray(model[row], np.float64)
+        return mixture_log_probabilities(model[row], side[row], weight)
+
+    question, rows = asked.questions[number], list(asked.row_of[number])
+    words = domain_words = ()
+    if question.words:
+        ends = np.cumsum([len(group) for group in question.words])[:-1]
+        words = np.split(mixed(rows.pop())[0], ends)
+        domain_words = np.split(mixed(asked.domain_row)[0], ends)
+    if len(rows) == 1 and len(question.continuations) > 1:
+        continuations_C = mixed(rows[0])[0]
+    else:
+        continuations_C = np.array([mixed(row).sum() for row in rows])
+    return Answer(continuations_C, words, domain_words, text)
+
+
+def fingerprint(asked: Asked, made_of: Mapping[str, str]) -> str:
+    """Of what scores follow from: the rows, and the fingerprints of artifacts and settings by name."""
+    digest = hashlib.sha256(json.dumps(dict(sorted(made_of.items()))).encode())
+    for row in asked.rows:
+        digest.update(np.asarray(row.tokens_T, np.int32).tobytes())
+        digest.update(json.dumps([list(row.positions_P), [list(ids) for ids in row.ids_PxC]]).encode())
+    for ids in asked.prompt_ids:
+        digest.update(np.asarray(ids, np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def kept_scores(file: epath.Path, made_of: str, compute: Callable[[], dict[str, Values]]) -> dict[str, Values]:
+    """What `compute` gives, from the file where it was computed from the same."""
+    if file.exists():
+        with np.load(io.BytesIO(file.read_bytes())) as kept:
+            if str(kept["made_of"]) == made_of:
+                return {source: _unpacked(kept, source) for source in json.loads(str(kept["sources"]))}
+    found = compute()
+    arrays = {"made_of": np.array(made_of), "sources": np.array(json.dumps(list(found)))}
+    for source, values in found.items():
+        arrays[f"{source}_values"] = np.concatenate([array.ravel() for array in values]).astype(np.float64)
+        arrays[f"{source}_shapes"] = np.array([array.shape for array in values])
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    _replace(file, content.getvalue())
+    return found
+
+
+def _unpacked(kept, source: str) -> Values:
+    shapes = kept[f"{source}_shapes"]
+    ends = np.cumsum(shapes.prod(axis=1))[:-1]
+    parts = np.split(kept[f"{source}_values"], ends)
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def kept_texts(file: epath.Path, made_of: str, compute: Callable[[], list[str]]) -> list[str]:
+    """What `compute` gives, from the file where it was computed from the same."""
+    if file.exists():
+        kept = json.loads(file.read_text())
+        if kept["made_of"] == made_of:
+            return kept["texts"]
+    texts = compute()
+    _replace(file, json.dumps({"made_of": made_of, "texts": texts}, ensure_ascii=False).encode())
+    return texts
+
+
+def _replace(file: epath.Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    if jax.process_index() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_bytes(content)
+        unfinished.replace(file)
+
+
+def encoder(tokenizer: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[int]]]:
+    """Texts -> token ids of each, without special tokens."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=False)] if texts else []
+
+    return encode

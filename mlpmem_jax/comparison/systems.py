@@ -1,0 +1,138 @@
+"""The systems that are compared, each made from one working directory.
+
+A system is a language model, with passages in its prompt or not, and with something mixed into its distribution or not.
+Several systems share a language model, and so its forward passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import ml_collections
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.comparison.passages import Retriever, open_retriever
+from mlpmem_jax.comparison.reading import Model
+from mlpmem_jax.comparison.sides import MemorySide, NeighborsSide, Side
+from mlpmem_jax.core.artifacts import Artifact, open_artifact
+from mlpmem_jax.core.errors import ArtifactError, ConfigError
+from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.models import saved
+from mlpmem_jax.retrieval.exact import ExactIndex
+from mlpmem_jax.training import controls, lora
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One system.
+
+    Attributes:
+      title: how tables call it.
+      model: the language model, a key of `FOLDERS`.
+      side: what is mixed in, a key of `Workdir.side`; "" = nothing.
+      retrieves: whether its prompts have passages.
+    """
+
+    title: str
+    model: str = "base"
+    side: str = ""
+    retrieves: bool = False
+
+
+SYSTEMS = {
+    "base": System("base LM"),
+    "memory": System("base LM + memory", side="memory"),
+    "knn_lm": System("kNN-LM", side="knn"),
+    "rag": System("RAG", retrieves=True),
+    "cpt": System("continued pretraining", model="continued"),
+    "lora": System("LoRA", model="lora"),
+    "memory+rag": System("memory + RAG", side="memory", retrieves=True),
+    "cpt+memory": System("continued pretraining + memory", model="continued", side="memory"),
+}
+FOLDERS = {"base": "base", "continued": controls.CONTINUED, "lora": lora.FOLDER}
+SIDE_MODEL = "base"  # whose hidden states sides read: the memory was trained on them, the keys are made of them
+
+
+def parse(names: str) -> list[str]:
+    """Names of systems, from names with commas between.
+
+    Raises:
+      ConfigError: one is not known.
+    """
+    found = [name for name in names.split(",") if name]
+    for name in found:
+        if name not in SYSTEMS:
+            raise ConfigError(f"comparison system {name!r}: there is none; expected some of {', '.join(SYSTEMS)}")
+    if not found:
+        raise ConfigError(f"config.comparison.systems: is empty; expected some of {', '.join(SYSTEMS)}")
+    return list(dict.fromkeys(["base", *found]))  # the others are compared with the base
+
+
+class Workdir:
+    """What the systems of a working directory are made of; each part is read when it is first asked for."""
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self.config, self.path = config, epath.Path(config.workdir)
+        self.sharding = Sharding.of(config)
+        self.tokens = self.artifact("tokens", "tokens")
+
+    def artifact(self, folder: str, kind: str) -> Artifact:
+        """A finished artifact.
+
+        Raises:
+          ArtifactError: it is not finished.
+        """
+        return open_artifact(self.path / folder, kind)
+
+    def parts(self, system: System) -> dict[str, Artifact]:
+        """The artifacts that a system is made of, by role.
+
+        Raises:
+          ArtifactError: one is not finished.
+        """
+        found = {"model": self.artifact(FOLDERS[system.model], "base")}
+        if system.side == "memory":
+            found["memory"] = self.artifact("memory", "memory")
+        if system.side:
+            found["datastore"] = self.artifact("datastore/train", "datastore")
+            found["targets"] = self.artifact("targets/train", "targets")
+        return found
+
+    @functools.cache  # noqa: B019  one working directory a command
+    def model(self, name: str) -> Model:
+        """The language model of a key of `FOLDERS`, on the mesh."""
+        parameters, config, _ = saved.load_language_model(self.path / FOLDERS[name], self.sharding)
+        return Model(parameters, config)
+
+    @functools.cache  # noqa: B019
+    def side(self, name: str) -> Side:
+        """What can be mixed in: "memory" or "knn"."""
+        if name == "memory":
+            parameters, config, artifact = saved.load_memory(self.path / "memory", self.sharding)
+            return MemorySide(parameters, config, saved.input_block(artifact))
+        return self._neighbors()
+
+    def _neighbors(self) -> NeighborsSide:
+        datastore, targets = self.artifact("datastore/train", "datastore"), self.artifact("targets/train", "targets")
+        if self.config.datastore.key_model:
+            raise ConfigError(
+                "config.datastore.key_model: kNN-LM needs the keys of the base itself, not another model's"
+            )
+        sequences = datastore.arrays["keys"].shape[0]
+        keys_NxD = np.asarray(datastore.read("keys", 0, sequences), np.float32)
+        keys_NxD = keys_NxD.reshape(-1, keys_NxD.shape[-1])
+        next_tokens_N = datastore.read("next_tokens", 0, sequences).reshape(-1).astype(np.int32)
+        k = self.config.comparison.k or self.config.targets.k
+        temperature = targets.summary.get("temperature") or self.config.targets.temperature
+        if not temperature:
+            raise ArtifactError(f"{targets.path}: does not say its temperature; set config.targets.temperature")
+        block = self.model(SIDE_MODEL).config.blocks
+        return NeighborsSide(ExactIndex(keys_NxD), next_tokens_N, block, min(k, len(keys_NxD)), temperature)
+
+    @functools.cached_property
+    def retriever(self) -> Retriever:
+        """Over the training passages."""
+        settings = self.config.comparison
+        return open_retriever(settings.retriever, self.tokens, settings.passage_words)

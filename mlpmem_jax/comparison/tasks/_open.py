@@ -1,0 +1,35 @@
+"""Open questions: a text is generated and compared with the accepted answers."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from mlpmem_jax.comparison.question import Question
+from mlpmem_jax.core.errors import UserError
+
+
+def question(file: pathlib.Path, number: int, text: str, answers: str | Sequence[str], source: str = "") -> Question:
+    """An open question with its accepted answers.
+
+    Raises:
+      UserError: it has no text, or no answer; names the row.
+    """
+    accepted = [answers] if isinstance(answers, str) else list(answers or ())
+    accepted = [answer.strip() for answer in accepted if isinstance(answer, str) and answer.strip()]
+    if not isinstance(text, str) or not text.strip() or not accepted:
+        raise UserError(f"{file}: row {number} has no {'question' if accepted else 'answers'}")
+    return Question(
+        id=str(number),
+        query=text,
+        fields={"question": text},
+        continuations=tuple(f" {answer}" for answer in dict.fromkeys(accepted)),
+        gold=tuple(accepted),
+        source=source,
+    )
+
+
+def with_question_mark(text: str) -> str:
+    """The question with a question mark at its end and a small first letter, as the paper asks NQ and HotpotQA."""
+    text = text if text.endswith("?") else f"{text}?"
+    return text[0].lower() + text[1:]

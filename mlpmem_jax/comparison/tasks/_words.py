@@ -1,0 +1,75 @@
+"""Tasks that choose a label by the words that stand for it, as TOML files describe them.
+
+title = "RTE"
+file = "pmi/rte/val.jsonl"
+fields = ["premise", "hypothesis"]           # of the prompt, by name
+prompt = " {premise}\\nquestion: {hypothesis} true or false?\\nanswer:"
+domain = "true or false?\\nanswer:"
+label = "label"                              # the field that holds the label
+labels = ["entailment", "not_entailment"]    # its values, in the order of the words
+words = [["true", "yes"], ["false", "no"]]   # or: word_file = "pmi/label_names_sentidict.txt", a line a label
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import tomllib
+
+from mlpmem_jax.comparison import metrics
+from mlpmem_jax.comparison.question import Question, Task
+from mlpmem_jax.comparison.tasks import _files
+from mlpmem_jax.core.errors import UserError
+
+
+def read(file: pathlib.Path) -> Task:
+    """The task that a file describes."""
+    described = tomllib.loads(file.read_text())
+    return Task(
+        title=described["title"],
+        load=functools.partial(_load, described),
+        template=described["prompt"],
+        measure=metrics.domain_pmi,
+        headline="accuracy",
+        tuned_on="accuracy",
+        domain=described["domain"],
+        source=described["source"],
+    )
+
+
+def _load(described: dict, folder: pathlib.Path) -> dict[str, list[Question]]:
+    file = folder / described["file"]
+    rows = _files.read_rows(file, [*described["fields"], described["label"]])
+    words = _label_words(described, folder)
+    labels = [group if isinstance(group, list) else [group] for group in described["labels"]]
+    questions = []
+    for number, row in enumerate(rows, start=1):
+        label = str(row[described["label"]])
+        if label in described.get("dropped", []):
+            continue
+        gold = [index for index, group in enumerate(labels) if label in group]
+        if not gold:
+            raise UserError(f"{file}: row {number} has the label {label!r}; expected one of {described['labels']}")
+        fields = {name: str(row[name]) for name in described["fields"]}
+        if described.get("strip"):
+            fields = {name: value.strip() for name, value in fields.items()}
+        query = " ".join(fields.values())
+        questions.append(Question(id=str(number), query=query, fields=fields, words=words, gold=gold[0]))
+    return {"test": questions}
+
+
+def _label_words(described: dict, folder: pathlib.Path) -> tuple[tuple[str, ...], ...]:
+    """The words of each label, each with a space in front; lists of a file are trimmed to the shortest."""
+    if "words" in described:
+        groups = described["words"]
+    else:
+        lines = _files.read_text(folder / described["word_file"]).strip().splitlines()
+        groups = [[word.strip() for word in line.split(",") if word.strip()] for line in lines if line.strip()]
+        if len(groups) != len(described["labels"]):
+            raise UserError(
+                f"{folder / described['word_file']}: has {len(groups)} lines of words for "
+                f"{len(described['labels'])} labels"
+            )
+        shortest = min(map(len, groups))
+        groups = [group[:shortest] for group in groups]
+    return tuple(tuple(f" {word}" for word in group) for group in groups)
