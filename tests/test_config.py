@@ -156,7 +156,7 @@ def test_home_is_home_in_every_path(monkeypatch):
     overrides = {
         "workdir": "~/x", "corpus.source": "files", "corpus.path": "~/text", "tokenizer.source": "file",
         "tokenizer.path": "~/t.json", "base.source": "huggingface", "base.path": "~/m", "training.start": "~/s",
-        "datastore.key_model": "~/k",
+        "datastore.key_model": "~/k", "comparison.data": "~/d", "comparison.retriever": "~/e",
     }  # fmt: skip
     config = cli.read_config("configs/default.py", [f"--config.{key}={value}" for key, value in overrides.items()])
     found = {key: configs._value(config, key) for key, value in overrides.items() if value.startswith("~")}

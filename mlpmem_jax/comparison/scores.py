@@ -22,6 +22,7 @@ from etils import epath
 
 from mlpmem_jax.comparison.question import Answer, Question, Task
 from mlpmem_jax.comparison.reading import Row
+from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.models.interpolation import mixture_log_probabilities
 
 Values = list[np.ndarray]
@@ -72,7 +73,7 @@ def ask(
     """
     prompts = [task.prompt(question, passages[n] if passages else ()) for n, question in enumerate(questions)]
     prompt_ids = encode(prompts)
-    words = {word: ids[0] for word, ids in _first_tokens(questions, encode)}
+    words = _first_tokens(questions, encode)
     wholes = iter(encode([p + text for p, q in zip(prompts, questions, strict=True) for text in q.continuations]))
     rows, row_of, truncated = [], [], 0
     for question, ids in zip(questions, prompt_ids, strict=True):
@@ -91,9 +92,20 @@ def ask(
     return Asked(questions, prompts, [ids[-room:] for ids in prompt_ids], rows, row_of, truncated)
 
 
-def _first_tokens(questions: Sequence[Question], encode) -> list[tuple[str, list[int]]]:
+def _first_tokens(questions: Sequence[Question], encode) -> dict[str, int]:
+    """{word: its first token} of all words that are compared.
+
+    Raises:
+      ConfigError: the tokenizer has no token for a word.
+    """
     words = list(dict.fromkeys(word for question in questions for group in question.words for word in group))
-    return list(zip(words, encode(words), strict=True)) if words else []
+    if not words:
+        return {}
+    begin = len(encode([""])[0])  # what stands in front of every text
+    found = {word: ids[begin : begin + 1] for word, ids in zip(words, encode(words), strict=True)}
+    if lacking := [word for word, ids in found.items() if not ids]:
+        raise ConfigError(f"the tokenizer has no token for the word {lacking[0]!r}, which stands for a label")
+    return {word: ids[0] for word, ids in found.items()}
 
 
 def answer(
@@ -184,9 +196,9 @@ def _replace(file: epath.Path, content: bytes) -> None:
 
 
 def encoder(tokenizer: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[int]]]:
-    """Texts -> token ids of each, without special tokens."""
+    """Texts -> token ids of each, behind what the tokenizer puts in front of a text."""
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=False)] if texts else []
+        return [one.ids for one in tokenizer.encode_batch(texts)] if texts else []
 
     return encode

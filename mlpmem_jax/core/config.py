@@ -178,6 +178,7 @@ PATHS = (
     "datastore.key_model",
     "training.start",
     "comparison.data",
+    "comparison.retriever",
 )
 """Keys that hold a path, or a name that may be one."""
 

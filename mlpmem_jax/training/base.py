@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,22 @@ from mlpmem_jax.training import data, loop
 from mlpmem_jax.training.loss import sparse_cross_entropy
 
 
-def _loss(model: language_model.Config, settings, assemble, sharding, parameters, frozen, batch):
-    parameters = assemble(frozen, parameters)
+class Adapters(NamedTuple):
+    """What is trained in place of a model's own parameters.
+
+    Attributes:
+      frozen: the model's own.
+      merge: (frozen, adapters) -> the parameters that the model computes with.
+      logical_axes: tree of the adapters whose leaves are tuples of logical axis names.
+    """
+
+    frozen: dict
+    merge: Callable[[dict, dict], dict]
+    logical_axes: dict
+
+
+def _loss(model: language_model.Config, settings, merge, sharding, parameters, frozen, batch):
+    parameters = merge(frozen, parameters)
     hidden_BxTxD, _ = language_model.features(
         parameters, model, batch["tokens"], compute_dtype=jnp.dtype(settings.compute_dtype), remat=settings.remat
     )
@@ -52,9 +68,7 @@ def train(
     initialise,
     start=tuple,
     group: str = "base.training",
-    frozen: dict | None = None,
-    assemble=lambda frozen, parameters: parameters,
-    logical_axes: dict | None = None,
+    adapters: Adapters | None = None,
 ) -> tuple[dict, dict[str, float]]:
     """Trains a language model on the tokens of `config.workdir`.
 
@@ -66,8 +80,7 @@ def train(
       model: dimensions.
       initialise, start: as of `loop.Task`.
       group: the config's name for `settings`.
-      frozen, assemble, logical_axes: where adapters are trained and not the model's own parameters: what stays as it
-        is, the function of (frozen, adapters) that makes the model's parameters, and the axes of the adapters.
+      adapters: what `initialise` makes, where that is not the model's parameters.
 
     Returns:
       The parameters, or adapters, with the best validation perplexity, and figures about them.
@@ -80,11 +93,16 @@ def train(
     count = min(num_sequences(held_out, length), settings.evaluation_sequences or num_sequences(held_out, length))
     validation_tokens, validation_next, _ = read_sequences(held_out, 0, count, length)
 
-    frozen, assembled = frozen or {}, jax.jit(assemble)
+    def own_parameters(frozen, parameters):
+        return parameters
+
+    frozen, merge, logical_axes = adapters or Adapters({}, own_parameters, language_model.logical_axes(model))
+    abstract = jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0))
+    merged = jax.jit(merge)
 
     def validate(parameters) -> dict[str, float]:
         scores = language_model_log_probabilities(
-            assembled(frozen, parameters), model, validation_tokens, validation_next, sharding=sharding
+            merged(frozen, parameters), model, validation_tokens, validation_next, sharding=sharding
         )
         return {"perplexity": float(perplexity(np.ravel(scores)))}
 
@@ -93,10 +111,10 @@ def train(
         folder=folder,
         settings=settings,
         initialise=initialise,
-        abstract_parameters=jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0)),
+        abstract_parameters=jax.eval_shape(initialise) if adapters else abstract,
         start=start,
-        logical_axes=logical_axes or language_model.logical_axes(model),
-        loss=functools.partial(_loss, model, settings, assemble),
+        logical_axes=logical_axes,
+        loss=functools.partial(_loss, model, settings, merge),
         frozen=frozen,
         source=data.TokenSource(TokenStream(tokens, "train"), length),
         validate=validate,

@@ -92,17 +92,14 @@ def train_on(
     if rates:
         kept["training"]["learning_rate"] = list(rates)
     if finished := find_finished(workdir / name, "base", kept, inputs):
-        _remove_short_runs(finished.path)
+        remove_short_runs(finished.path)
         say(f"{name}: finished already")
         return finished
     writer = ArtifactWriter.create(workdir / name, "base", kept, inputs, {})
     tokens = open_artifact(workdir / "tokens", "tokens")
 
     def perplexities(parameters) -> dict[str, float]:
-        return {
-            split: _perplexity(parameters, model, TokenStream(tokens, split), length, sharding)
-            for split in ("validation", "test")
-        }
+        return held_out_perplexities(parameters, model, tokens, length, sharding)
 
     def load() -> tuple:
         return saved.load_language_model(artifact.path, sharding)[:1]
@@ -113,7 +110,7 @@ def train_on(
     before = perplexities(*load())  # measured first, so that two sets of parameters are never held at once
     search = {}
     if rates:
-        settings, search = _at_best_rate(settings, name, writer.path, rates, train)
+        settings, search = at_best_rate(settings, name, writer.path, rates, train)
         search["rate_search_flops"] = float(flops_per_step(model, length, settings)) * search.pop("rate_search_steps")
     best, figures = train(settings, name, writer.path)
     figures |= search
@@ -125,14 +122,25 @@ def train_on(
         best, figures["step"], figures["perplexity"] = None, 0, before
         (best,) = load()
     saved.seal(writer, model, best, figures)
-    _remove_short_runs(writer.path)
+    remove_short_runs(writer.path)
     return open_artifact(workdir / name, "base")
 
 
-def _at_best_rate(
+def at_best_rate(
     settings: ml_collections.ConfigDict, name: str, folder: str, rates: tuple[float, ...], train
 ) -> tuple[ml_collections.ConfigDict, dict]:
-    """The settings with the rate whose short run reaches the lowest validation perplexity, and what was found."""
+    """Finds the learning rate whose short run reaches the lowest validation perplexity.
+
+    Args:
+      settings: of the whole run.
+      name: what the user is told is being trained.
+      folder: of the artifact; short runs go into a folder of it, until `remove_short_runs`.
+      rates: to choose from.
+      train: (settings, name, folder) -> (parameters, figures).
+
+    Returns:
+      The settings with that rate, and learning_rate, rate_search and rate_search_steps.
+    """
     settings, found = ml_collections.ConfigDict(settings), {}
     short = ml_collections.ConfigDict(settings)
     short.steps = max(1, round(_SHORT_RUN * settings.steps))
@@ -151,11 +159,21 @@ def _at_best_rate(
     }
 
 
-def _remove_short_runs(path: str) -> None:
+def remove_short_runs(path: str) -> None:
     """Called when the artifact is sealed, which no process does before all have read what they need."""
     folder = epath.Path(path) / _SHORT_RUNS
     if jax.process_index() == 0 and folder.exists():
         folder.rmtree()
+
+
+def held_out_perplexities(
+    parameters: dict, model: language_model.Config, tokens: Artifact, length: int, sharding: Sharding
+) -> dict[str, float]:
+    """Perplexity of a language model on the validation and test splits, in sequences of `length` positions."""
+    return {
+        split: _perplexity(parameters, model, TokenStream(tokens, split), length, sharding)
+        for split in ("validation", "test")
+    }
 
 
 def _perplexity(parameters, model, stream: TokenStream, length: int, sharding) -> float:

@@ -20,11 +20,12 @@ from etils import epath
 
 from mlpmem_jax.core import parameters as stored
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import flops, language_model, saved
 from mlpmem_jax.models.memory import MemoryConfig
-from mlpmem_jax.training import base, equal_compute, loop
+from mlpmem_jax.training import base, continued, loop
 
 FOLDER = "lora"
 ADAPTERS = "adapters"
@@ -91,66 +92,60 @@ def merge(parameters: dict, adapters: dict) -> dict:
 def run(config: ml_collections.ConfigDict) -> Artifact:
     """Adapts the base of `config.workdir` with as many parameters and training FLOPs as its memory has.
 
-    The learning rate is the best on validation of three short runs, an eighth of the steps each.
+    It is trained as a base that was imported is trained on, at the best of three learning rates on validation. What is
+    kept is the best on validation, the base itself included.
 
     Returns:
-      An artifact of kind "base", the merged model; its summary also holds rank and adapter_parameters.
+      An artifact of kind "base", the merged model, with the adapters in a folder beside it; its summary has what
+      `continued.train_on` gives, and rank and adapter_parameters.
 
     Raises:
       UserError: the memory is not finished, or was imported, so that its training cost is not known.
     """
-    workdir = epath.Path(config.workdir)
+    workdir, sharding = epath.Path(config.workdir), Sharding.of(config)
     memory, artifact = open_artifact(workdir / "memory", "memory"), open_artifact(workdir / "base", "base")
-    model = saved.language_model_config(artifact)
+    tokens = open_artifact(workdir / "tokens", "tokens")
+    if "training_flops" not in memory.summary:
+        raise UserError(f"{memory.path}: was imported, so what its training cost, and LoRA may, is not known")
+    model, length = saved.language_model_config(artifact), config.base.context_length
     abstract = jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0))
     logical_axes = language_model.logical_axes(model)
-    count = flops.memory_parameters(MemoryConfig(**memory.summary["model"]), output_projection=False)
-    rank = max(1, round(count / parameters_per_rank(abstract, logical_axes)))
-    settings, inputs = equal_compute.settings_for(config, memory, artifact), {"memory": memory.fingerprint}
-    kept = {"training": loop.origin(settings), "rank": rank}
-    if finished := find_finished(workdir / FOLDER, "base", kept, {"base": artifact.fingerprint, **inputs}):
+    per_rank = parameters_per_rank(abstract, logical_axes)
+    wanted = flops.memory_parameters(MemoryConfig(**memory.summary["model"]), output_projection=False)
+    rank = max(1, round(wanted / per_rank))
+
+    per_step = continued.flops_per_step(model, length, config.training)
+    steps = max(1, round(memory.summary["training_flops"] / per_step))
+    settings = continued.settings_of_imported(config, steps)
+    kept = {"training": {**loop.origin(settings), "learning_rate": list(_RATES)}, "rank": rank, "scale": SCALE}
+    inputs = {"base": artifact.fingerprint, "memory": memory.fingerprint}
+    if finished := find_finished(workdir / FOLDER, "base", kept, inputs):
+        continued.remove_short_runs(finished.path)
         say(f"{FOLDER}: finished already")
         return finished
+    say(f"{FOLDER}: rank {rank}, {rank * per_rank:,} parameters; blocks of the memory have {wanted:,}")
+    writer = ArtifactWriter.create(workdir / FOLDER, "base", kept, inputs, {})
+    (frozen, *_) = saved.load_language_model(artifact.path, sharding)
 
-    def train(name: str, settings: ml_collections.ConfigDict, folder: str):
-        return base.train(
-            config,
-            settings,
-            name,
-            folder,
-            model,
-            initialise=functools.partial(init, abstract, logical_axes, rank, jax.random.key(settings.seed)),
-            group="training",
-            frozen=saved.load_language_model(artifact.path, Sharding.of(config))[0],
-            assemble=merge,
-            logical_axes=adapter_axes(logical_axes),
-        )
+    over_base = base.Adapters(frozen, merge, adapter_axes(logical_axes))
 
-    say(f"{FOLDER}: rank {rank}, {rank * parameters_per_rank(abstract, logical_axes):,} parameters")
-    perplexities = {}
-    for rate in _RATES:
-        short = equal_compute.shortened(settings, rate)
-        folder = workdir / f"{FOLDER}_rates" / f"{rate:g}"
-        made_of = {"training": loop.origin(short), "rank": rank}, {"base": artifact.fingerprint, **inputs}
-        tried = find_finished(folder, "rate", *made_of)
-        if tried is None:
-            writer = ArtifactWriter.create(folder, "rate", *made_of, {})
-            _, figures = train(f"{FOLDER}, rate {rate:g}", short, writer.path)
-            tried = writer.seal({"perplexity": figures["validation"]["perplexity"]})
-        perplexities[rate] = tried.summary["perplexity"]
-    settings.learning_rate = min(perplexities, key=perplexities.get)
-    say(f"{FOLDER}: learning rate {settings.learning_rate:g}; validation perplexity of short runs: {perplexities}")
+    def train(settings: ml_collections.ConfigDict, name: str, folder: str) -> tuple[dict, dict]:
+        initialise = functools.partial(init, abstract, logical_axes, rank, jax.random.key(settings.seed))
+        return base.train(config, settings, name, folder, model, initialise, group="training", adapters=over_base)
 
-    writer = ArtifactWriter.create(workdir / FOLDER, "base", kept, {"base": artifact.fingerprint, **inputs}, {})
-    adapters, figures = train(FOLDER, settings, writer.path)
-    figures |= {
-        "rank": rank,
-        "adapter_parameters": rank * parameters_per_rank(abstract, logical_axes),
-        "learning_rate": settings.learning_rate,
-        "validation_of_short_runs": {f"{rate:g}": value for rate, value in perplexities.items()},
-        "training_flops": figures["steps"] * equal_compute.flops_per_step(model, settings, config.base.context_length),
-    }
+    before = continued.held_out_perplexities(frozen, model, tokens, length, sharding)
+    settings, search = continued.at_best_rate(settings, FOLDER, writer.path, _RATES, train)
+    search["rate_search_flops"] = float(per_step) * search.pop("rate_search_steps")
+    adapters, figures = train(settings, FOLDER, writer.path)
+    merged = jax.jit(merge)(frozen, adapters)
+    after = continued.held_out_perplexities(merged, model, tokens, length, sharding)
+    if before["validation"] <= after["validation"]:
+        say(f"{FOLDER}: no step was better on validation than the base itself, which is kept")
+        adapters, merged, figures["step"], after = jax.tree.map(jnp.zeros_like, adapters), frozen, 0, before
+    figures |= search
+    figures["training_flops"], figures["perplexity"] = float(per_step) * figures["steps"], after
+    figures["rank"], figures["adapter_parameters"] = rank, rank * per_rank
     stored.write(epath.Path(writer.path) / ADAPTERS, adapters)
-    parameters = saved.load_language_model(artifact.path, Sharding.of(config))[0]
-    saved.seal(writer, model, jax.jit(merge, donate_argnums=0)(parameters, adapters), figures)
+    saved.seal(writer, model, merged, figures)
+    continued.remove_short_runs(writer.path)
     return open_artifact(workdir / FOLDER, "base")

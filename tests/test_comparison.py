@@ -1,0 +1,265 @@
+"""`mlpmem compare` on a small run: every system against what its parts say, computed directly; work that is kept."""
+
+import csv
+import itertools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import scipy.special
+
+from configs import smoke
+from mlpmem_jax.cli import _run_stage
+from mlpmem_jax.comparison import compare, greedy, reading, scores, systems, tasks, weights
+from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.corpus.tokens import read_tokenizer
+from mlpmem_jax.models import language_model, memory, saved
+
+TOWNS = itertools.product(("Ald", "Bren", "Cor", "Dun", "Eld", "Fal"), ("ford", "ham", "wick", "ton"))
+PLACES = ["".join(parts) for parts in TOWNS]
+RIVERS = ("Arrow", "Birch", "Cedar", "Dove", "Ember", "Finch", "Grove", "Heron")
+
+
+def write_data(folder):
+    """A corpus of passages, and the files of three tasks."""
+    for name in ("nq", "pmi/rt", "truthfulqa"):
+        (folder / name).mkdir(parents=True)
+    rows = []
+    for number, place in enumerate(PLACES):
+        river = RIVERS[number % len(RIVERS)]
+        text = f"{place} is a town on the river {river}. " * 4 + f"Its {number} mills were built long ago."
+        rows.append(
+            {"question": f"which river is {place} on", "answers": [river], "ctxs": [{"title": place, "text": text}]}
+        )
+    (folder / "nq/nq-open-oracle.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = {"fine": "positive", "dull": "negative"}
+    reviews = [{"input": f"a {word} film", "output": label} for word, label in labels.items()]
+    (folder / "pmi/rt/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 3 * reviews))
+    with (folder / "truthfulqa/TruthfulQA.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Question", "Best Answer", "Correct Answers", "Incorrect Answers"])
+        for place in PLACES[:4]:
+            writer.writerow([f"What is {place}?", "A town", "A town; A place on a river", "A river; A mill.; A king"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison")
+    config = smoke.get_config()
+    config.workdir = str(folder / "run")
+    config.corpus.update({"source": "files", "path": str(write_data(folder / "data") / "nq/nq-open-oracle.jsonl")})
+    config.corpus.update({"text_key": "ctxs.0.text", "max_bytes": 0, "group_key": "ctxs.0.title"})
+    config.corpus.update({"validation_fraction": 0.15, "test_fraction": 0.15})
+    config.tokenizer.vocab_size = 300
+    config.base.update({"width": 16, "blocks": 2, "heads": 2, "context_length": 128})
+    config.base.training.update({"steps": 4, "warmup_steps": 1, "batch_sequences": 1, "evaluate_every": 4})
+    config.datastore.update({"batch_sequences": 1, "sequences_per_shard": 4, "input_depth": 0.5})
+    config.targets.update({"k": 4, "temperature": 2.0, "backend": "exact", "quality_positions": 16})
+    config.memory.update({"width": 16, "blocks": 1, "feed_forward_width": 64})
+    config.training.update({"steps": 4, "warmup_steps": 1, "batch_sequences": 1, "evaluate_every": 4})
+    config.mesh.fsdp = 1
+    config.comparison.data = str(folder / "data")
+    config.comparison.update({"tasks": "passages,rt,truthfulqa", "systems": ",".join(systems.SYSTEMS), "limit": 6})
+    config.comparison.update({"passages": 2, "passage_words": 20})
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: devices)
+        patch.setattr(jax, "device_count", lambda *_: 1)
+        for stage in ("tokens", "base", "datastore", "targets", "train"):
+            _run_stage(stage, config)
+        yield config
+
+
+@pytest.fixture(scope="module")
+def compared(config):
+    return compare.run(config)
+
+
+@pytest.fixture(scope="module")
+def answers(config, compared):
+    lines = pathlib.Path(config.workdir, "comparison/answers.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def of_system(answers, task, name):
+    return [line["systems"][name] | {"id": line["id"]} for line in answers if line["task"] == task]
+
+
+class Direct:
+    """What the parts of a run say about a text, from whole distributions and a search over all keys."""
+
+    def __init__(self, config):
+        workdir = systems.Workdir(config)
+        self.tokenizer = read_tokenizer(workdir.tokens)
+        self.base, self.model, _ = saved.load_language_model(f"{config.workdir}/base", workdir.sharding)
+        self.memory, self.dimensions, artifact = saved.load_memory(f"{config.workdir}/memory", workdir.sharding)
+        self.block = saved.input_block(artifact)
+        datastore = open_artifact(f"{config.workdir}/datastore/train", "datastore")
+        count = datastore.arrays["keys"].shape[0]
+        self.keys_NxD = datastore.read("keys", 0, count).astype(np.float64).reshape(-1, self.model.width)
+        self.next_N = datastore.read("next_tokens", 0, count).ravel()
+        self.k, self.temperature = config.targets.k, config.targets.temperature
+
+    def distributions(self, ids):
+        """p of the base, the memory and kNN at the next token of every position, [T, V] each."""
+        tokens = np.array([ids], np.int32)
+        base = np.asarray(language_model.logits(self.base, self.model, tokens), np.float64)[0]
+        _, taps = language_model.features(self.base, self.model, tokens, taps=(self.block, self.model.blocks))
+        beside = np.asarray(memory.logits(self.memory, self.dimensions, taps[self.block]), np.float64)[0]
+        knn = np.zeros_like(base)
+        for position, query in enumerate(np.asarray(taps[self.model.blocks], np.float64)[0]):
+            distances = ((self.keys_NxD - query) ** 2).sum(1)
+            nearest = np.argsort(distances, kind="stable")[: self.k]
+            shares = scipy.special.softmax(-distances[nearest] / self.temperature)
+            np.add.at(knn[position], self.next_N[nearest], shares)
+        vocabulary = self.model.vocab_size
+        return scipy.special.softmax(base, 1), scipy.special.softmax(beside, 1)[:, :vocabulary], knn
+
+    def log_probability(self, prompt, continuation, side, weight):
+        first = len(self.tokenizer.encode(prompt).ids)
+        ids = self.tokenizer.encode(prompt + continuation).ids
+        base, *sides = self.distributions(ids[:-1])
+        mixed = (1 - weight) * base + weight * (sides[side] if side is not None else base)
+        return sum(np.log(mixed[place - 1, ids[place]]) for place in range(first, len(ids)))
+
+
+@pytest.mark.parametrize(("name", "side"), [("base", None), ("memory", 0), ("knn_lm", 1)])
+def test_gold_log_probabilities_are_those_of_the_parts(config, answers, name, side):
+    direct = Direct(config)
+    for line in [line for line in answers if line["task"] == "passages"][:3]:
+        of = line["systems"][name]
+        expected = direct.log_probability(line["prompt"], f" {line['gold'][0]}", side, of["weight"] or 0.0)
+        assert of["gold log-probability"] == pytest.approx(expected, rel=2e-3)  # keys are stored in float16
+
+
+@pytest.mark.parametrize(("side", "weight"), [(0, 0.5), (1, 0.6)])
+def test_texts_are_the_likeliest_tokens_of_the_mixture(config, side, weight):
+    direct, workdir = Direct(config), systems.Workdir(config)
+    prompts = [direct.tokenizer.encode(text).ids for text in ("Aldford is a town on", "Its 7 mills", "the")]
+    decoder = greedy.Decoder(workdir.model("base"), workdir.side(("memory", "knn")[side]))
+    found = greedy.generate(decoder, decoder, weight, prompts, 5, lambda ids: False, "texts")
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = list(prompt)
+        for token in text:
+            base, *sides = direct.distributions(ids)
+            mixed = (1 - weight) * base[-1] + weight * sides[side][-1]
+            assert mixed[token] >= mixed.max() * (1 - 1e-3)
+            ids.append(token)
+        assert len(text) == 5
+
+
+def test_every_system_answers_every_task(config, compared, answers):
+    assert list(compared["tasks"]) == ["passages", "rt", "truthfulqa"]
+    assert [of["questions"] for of in compared["tasks"].values()] == [6, 6, 4]
+    for task in compared["tasks"].values():
+        assert list(task["systems"]) == list(systems.SYSTEMS)
+        for name, of in task["systems"].items():
+            assert all(np.isfinite(value) for value in of["measures"].values())
+            assert bool(of["weights"]) == bool(systems.SYSTEMS[name].side)
+            if name != "base":
+                low, high = of["over base"][task["headline"]]
+                assert (
+                    low
+                    <= of["measures"][task["headline"]] - task["systems"]["base"]["measures"][task["headline"]]
+                    <= high
+                )
+    base, rag = compared["tasks"]["passages"]["systems"]["base"], compared["tasks"]["passages"]["systems"]["rag"]
+    assert rag["measures"]["gold log-probability"] != base["measures"]["gold log-probability"]
+    page = pathlib.Path(config.workdir, "comparison/index.html").read_text()
+    assert all(systems.SYSTEMS[name].title in page for name in systems.SYSTEMS)
+    costs = compared["systems"]
+    assert costs["base"]["training_flops"] == 0 < costs["lora"]["training_flops"]
+    assert costs["memory"]["training_flops"] == pytest.approx(costs["cpt"]["training_flops"], rel=0.5)
+    assert costs["knn_lm"]["bytes"] > costs["base"]["bytes"]
+
+
+def test_an_adapted_model_has_the_parameters_of_the_memory(config, compared):
+    adapted = open_artifact(f"{config.workdir}/lora", "base").summary
+    blocks = 16 * 64 * 2 + 64 + 3 * 16 + 2 * 16  # of the memory: two matrices, their biases, two norms
+    assert adapted["adapter_parameters"] == pytest.approx(blocks, rel=0.5)
+    assert set(adapted["rate_search"]) == {"0.0001", "0.0003", "0.001"}
+    assert not pathlib.Path(config.workdir, "lora/rates").exists()
+
+
+def test_again_it_computes_nothing(config, compared, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(compare, "read", refuse)
+    monkeypatch.setattr(greedy, "generate", refuse)
+    again = compare.run(config)
+    assert again["tasks"] == compared["tasks"]
+
+
+def test_other_questions_are_scored_anew(config, compared, monkeypatch):
+    read = []
+    monkeypatch.setattr(compare, "read", lambda *arguments: read.append(1) or reading.read(*arguments))
+    other = config.copy_and_resolve_references()
+    other.comparison.update({"tasks": "rt", "systems": "base", "limit": 3})
+    assert compare.run(other)["tasks"]["rt"]["questions"] == 3
+    assert read
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"systems": "base,memmory"}, "comparison system 'memmory': there is none; expected some of base, memory"),
+        ({"tasks": "rt,rtt"}, "comparison task 'rtt': there is no such task; expected some of agn"),
+        ({"tasks": ""}, "config.comparison.tasks: is empty"),
+        ({"tasks": "nq"}, r"nq.test\.jsonl: does not exist, compressed .* config.comparison.data names the folder"),
+        ({"tasks": "rt", "systems": "rag", "retriever": "no/such/folder"}, "no/such/folder holds no sentence encoder"),
+    ],
+)
+def test_what_cannot_work_is_refused(config, compared, changes, message):
+    other = config.copy_and_resolve_references()
+    other.comparison.update(changes)
+    with pytest.raises(UserError, match=message):
+        compare.run(other)
+
+
+def test_passages_of_another_text_are_refused(config, compared, tmp_path):
+    data = write_data(tmp_path)
+    file = data / "nq/nq-open-oracle.jsonl"
+    file.write_text(file.read_text().replace("town", "village"))
+    other = config.copy_and_resolve_references()
+    other.comparison.update({"data": str(data), "tasks": "passages"})
+    with pytest.raises(ConfigError, match="none of its 24 passages stands in the training text"):
+        compare.run(other)
+
+
+def test_weights_are_tuned_on_the_other_half():
+    values_GxN = np.zeros((2, 10))
+    first_N = weights.halves(10, seed=3)
+    values_GxN[1, first_N] = 1.0  # the second weight helps the first half alone
+    np.testing.assert_array_equal(weights.tuned(values_GxN, None, seed=3), np.where(first_N, 0, 1))
+    tuning_GxM = np.array([[0.0, 0.0], [0.0, 1.0]])
+    np.testing.assert_array_equal(weights.tuned(values_GxN, tuning_GxM, seed=3), np.ones(10))
+
+
+def test_a_text_that_is_too_long_loses_its_beginning():
+    row = reading.Row.of_continuation(list(range(6)), list(range(9)))
+    assert (list(row.tokens_T), list(row.positions_P), row.ids_PxC) == (list(range(8)), [5, 6, 7], [[6], [7], [8]])
+    kept = row.truncated(4)
+    assert (list(kept.tokens_T), kept.positions_P, kept.ids_PxC) == ([4, 5, 6, 7], [1, 2, 3], [[6], [7], [8]])
+
+
+def test_every_task_has_what_the_command_needs():
+    for name in tasks.names():
+        task = tasks.find(name)
+        assert all((task.title, task.headline, task.tuned_on, task.source)), name
+        assert "{" in task.template, name
+        assert bool(task.stop) <= bool(task.max_new_tokens)
+
+
+def test_continuations_of_one_token_share_a_row(config):
+    workdir = systems.Workdir(config)
+    encode = scores.encoder(read_tokenizer(workdir.tokens))
+    task = tasks.find("halueval_qa")
+    question = {"instruction": "Judge.", "question": "q", "shown": "a"}
+    asked = scores.ask(task, [tasks._halueval.Question("1", "q", question, (" a", " b"), gold=0)], None, encode, 512)
+    lengths = [len(encode([" a"])[0]), len(encode([" b"])[0])]
+    assert len(asked.rows) == (1 if lengths == [1, 1] else 2)
