@@ -1,9 +1,13 @@
 """Datastores made of a Gaussian mixture, for the tests of retrieval."""
 
+import jax
 import numpy as np
 
 from configs import default
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.retrieval.backends import KeySource
+from mlpmem_jax.retrieval.exact_backend import ExactIndex
 
 LENGTH, WIDTH, VOCABULARY, PER_SHARD = 16, 8, 50, 4
 
@@ -82,3 +86,10 @@ def knn_distribution(distances_K, tokens_K, temperature):
             masses[int(token)] = masses.get(int(token), 0.0) + np.exp((nearest - distance) / temperature)
     total = sum(masses.values())
     return {token: mass / total for token, mass in masses.items()}
+
+
+def exact_index(keys_NxD, shape=(1, -1, 1), dtype="float32", recall_target=1.0, devices=1):
+    """An index of keys that are in memory, over a mesh of so many devices."""
+    mesh = make_mesh(*shape, jax.devices()[:devices])
+    source = KeySource(*keys_NxD.shape, dtype, lambda start, stop: keys_NxD[start:stop])
+    return ExactIndex(source, mesh, recall_target)

@@ -1,14 +1,12 @@
 import numpy as np
 import pytest
 from etils import epath
-from retrieval_data import WIDTH, brute_force, config_for, forbidden, write_workdir
+from retrieval_data import WIDTH, brute_force, config_for, exact_index, forbidden, write_workdir
 
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import runtime
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import ConfigError, UserError
-from mlpmem_jax.retrieval import key_shards, neighbors, reduction, targets
-from mlpmem_jax.retrieval.exact import ExactIndex
+from mlpmem_jax.retrieval import exact_backend, neighbors, reduction, targets
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search
 
 
@@ -52,7 +50,7 @@ def test_a_saved_projection_is_the_same(keys, tmp_path):
 
 def test_distances_are_those_of_all_dimensions(keys):
     projection = reduction.fit(keys, 3)
-    index = reduction.ReducedIndex(ExactIndex(projection(keys)), projection, keys.astype(np.float16))
+    index = reduction.ReducedIndex(exact_index(projection(keys)), projection, keys.astype(np.float16))
     queries = keys[:90].astype(np.float16).astype(np.float32)
     excluded = np.stack([np.arange(90), np.arange(1, 91)], axis=1)
     distances, ids = index.search(queries, 10, excluded)
@@ -62,7 +60,7 @@ def test_distances_are_those_of_all_dimensions(keys):
     assert (np.diff(distances, axis=1) >= 0).all()
     # With the six dimensions that matter the neighbors are the true ones as well.
     projection = reduction.fit(keys, 6)
-    index = reduction.ReducedIndex(ExactIndex(projection(keys)), projection, keys)
+    index = reduction.ReducedIndex(exact_index(projection(keys)), projection, keys)
     _, true_ids = brute_force(keys[:90], keys, 10, forbidden(excluded, len(keys)))
     np.testing.assert_array_equal(index.search(keys[:90], 10, excluded)[1], true_ids)
 
@@ -75,7 +73,7 @@ def test_every_finite_half_is_widened_exactly():
 
 def test_a_query_with_too_few_neighbors_says_so(keys):
     projection = reduction.fit(keys, 6)
-    index = reduction.ReducedIndex(ExactIndex(projection(keys[:9])), projection, keys[:9])
+    index = reduction.ReducedIndex(exact_index(projection(keys[:9])), projection, keys[:9])
     distances, ids = index.search(keys[:2], 8, np.array([[0, 4], [0, 0]]))
     assert np.isfinite(distances).sum(axis=1).tolist() == [5, 8]
     assert (ids[0, 5:] == neighbors.MISSING).all()
@@ -96,19 +94,20 @@ def test_targets_record_what_fewer_dimensions_cost(tmp_path, backend):
 
 def test_an_exact_search_in_blocks_is_exact(tmp_path, monkeypatch):
     arrays = write_workdir(tmp_path)["train"]
-    monkeypatch.setattr(key_shards, "_MEASURED_AT_ONCE", 37)
+    monkeypatch.setattr(exact_backend, "_BLOCK_BYTES", 37 * 2 * WIDTH)
     datastore = open_artifact(tmp_path / "datastore" / "train", "datastore")
-    shards = KeyShards(datastore, 10**6, tmp_path, Search("exact", 12))
+    search = Search.create(exact_backend.Backend, {"k": 12})
+    shards = KeyShards.prepare(datastore, 10**6, epath.Path(tmp_path), search)
     keys = arrays["keys"].reshape(-1, WIDTH).astype(np.float32)
     excluded = np.stack([np.arange(50), np.arange(9, 59)], axis=1)
     distances, ids = shards.exact_neighbors(0, keys[:50], 12, excluded)
     true_distances, true_ids = brute_force(keys[:50], keys, 12, forbidden(excluded, len(keys)))
     np.testing.assert_array_equal(ids, true_ids)
     np.testing.assert_allclose(distances, true_distances, rtol=1e-4)
-    np.testing.assert_array_equal(shards.keys(0, 13, 300).astype(np.float32), keys[13:300])
+    np.testing.assert_array_equal(shards.keys(0).read(13, 300).astype(np.float32), keys[13:300])
 
 
-def test_what_does_not_suit_the_keys_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_what_does_not_suit_the_keys_is_refused_before_anything_is_written(tmp_path):
     write_workdir(tmp_path)
     with pytest.raises(ConfigError, match=r"search_dimensions: expected fewer than the 64 dimensions of the keys"):
         configs.check(config_for(tmp_path, search_dimensions=64))
@@ -116,7 +115,4 @@ def test_what_does_not_suit_the_keys_is_refused_before_anything_is_written(tmp_p
         targets.run(config_for(tmp_path, search_dimensions=8))
     with pytest.raises(ConfigError, match=r"search_dimensions: 5 cannot be fitted on a sample of 4 keys"):
         targets.run(config_for(tmp_path, search_dimensions=5, training_sample=4))
-    monkeypatch.setattr(runtime, "memory_bytes", lambda: 30_000)
-    with pytest.raises(ConfigError, match=r"key_shard_rows: a shard of 640 keys takes .* lower it to \d+ or less"):
-        targets.run(config_for(tmp_path, backend="exact", search_dimensions=4, key_shard_rows=10**6))
     assert not (tmp_path / "targets").exists()

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from retrieval_data import config_for, write_workdir
 
-from mlpmem_jax.retrieval import benchmark, scann_index
+from mlpmem_jax.retrieval import benchmark, scann_backend
 
 
-@pytest.mark.skipif(not scann_index.is_available(), reason="ScaNN has no wheel for this machine")
+@pytest.mark.skipif(bool(scann_backend.unavailable()), reason="ScaNN has no wheel for this machine")
 def test_rows_of_own_and_of_stored_keys(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "KEYS", 5000)
     monkeypatch.setattr(benchmark, "WIDTH", 16)

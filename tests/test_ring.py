@@ -1,15 +1,17 @@
 """Search over eight virtual devices against brute force in float64."""
 
+import functools
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from retrieval_data import brute_force, forbidden, mixture
+from retrieval_data import brute_force, exact_index, forbidden, mixture
 
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.retrieval import neighbors, ring
+from mlpmem_jax.retrieval.backends import KeySource
+from mlpmem_jax.retrieval.exact_backend import ExactIndex
 
 QUERIES = slice(100, 137)
 SELF = np.stack([np.arange(100, 137), np.arange(101, 138)], axis=1)
@@ -21,13 +23,11 @@ def keys():
     return mixture(np.random.default_rng(0), 1003, clusters=30).astype(np.float32)  # no multiple of eight
 
 
-def index_of(keys_NxD, shape=(1, -1, 1), dtype="float32", recall_target=1.0, devices=8):
-    mesh = make_mesh(*shape, jax.devices()[:devices])
-    return ring.MeshIndex(*keys_NxD.shape, dtype, lambda start, stop: keys_NxD[start:stop], mesh, recall_target)
+index_of = functools.partial(exact_index, devices=8)
 
 
 @pytest.mark.parametrize(
-    ("shape", "k", "excluded", "scores_at_once"),
+    ("shape", "k", "excluded", "scores_per_block"),
     [
         ((1, 8, 1), 1, SELF, 1 << 26),
         ((1, 8, 1), 20, DOCUMENT, 1 << 26),
@@ -35,8 +35,8 @@ def index_of(keys_NxD, shape=(1, -1, 1), dtype="float32", recall_target=1.0, dev
         ((1, 8, 1), 5, SELF, 1024),  # a device's keys in several blocks
     ],
 )
-def test_it_agrees_with_brute_force(keys, shape, k, excluded, scores_at_once, monkeypatch):
-    monkeypatch.setattr(ring, "_SCORES_AT_ONCE", scores_at_once)
+def test_it_agrees_with_brute_force(keys, shape, k, excluded, scores_per_block, monkeypatch):
+    monkeypatch.setattr(ring, "_SCORES_PER_BLOCK", scores_per_block)
     distances, ids = index_of(keys, shape).search(keys[QUERIES], k, excluded)
     true_distances, true_ids = brute_force(keys[QUERIES], keys, k, forbidden(excluded, len(keys)))
     np.testing.assert_array_equal(ids, true_ids)
@@ -59,9 +59,9 @@ def duplicated(count=1003, different=40):
 
 @pytest.mark.parametrize("k", [1, 30, 200])
 @pytest.mark.parametrize("devices", [1, 2, 8])
-@pytest.mark.parametrize("scores_at_once", [1 << 26, 1 << 12])
-def test_of_equal_distances_the_smaller_ids_are_taken_on_every_mesh(devices, k, scores_at_once, monkeypatch):
-    monkeypatch.setattr(ring, "_SCORES_AT_ONCE", scores_at_once)
+@pytest.mark.parametrize("scores_per_block", [1 << 26, 1 << 12])
+def test_of_equal_distances_the_smaller_ids_are_taken_on_every_mesh(devices, k, scores_per_block, monkeypatch):
+    monkeypatch.setattr(ring, "_SCORES_PER_BLOCK", scores_per_block)
     keys = duplicated()
     distances, ids = index_of(keys, devices=devices).search(keys[QUERIES], k, SELF)
     true_distances, true_ids = brute_force(keys[QUERIES], keys, k, forbidden(SELF, len(keys)))
@@ -113,7 +113,7 @@ def test_each_key_is_read_once(keys):
         reads.append((start, stop))
         return keys[start:stop]
 
-    ring.MeshIndex(*keys.shape, "float32", read, make_mesh(1, 8, 1))
+    ExactIndex(KeySource(*keys.shape, "float32", read), make_mesh(1, 8, 1))
     reads.sort()
     assert len(reads) == 8
     assert reads[0][0] == 0

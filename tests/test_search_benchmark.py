@@ -1,10 +1,10 @@
 import pytest
 from retrieval_data import config_for, write_workdir
 
-from mlpmem_jax.retrieval import scann_index, search_benchmark
+from mlpmem_jax.retrieval import scann_backend, search_benchmark
 
 
-@pytest.mark.skipif(not scann_index.is_available(), reason="ScaNN has no wheel for this machine")
+@pytest.mark.skipif(bool(scann_backend.unavailable()), reason="ScaNN has no wheel for this machine")
 def test_rows(tmp_path, monkeypatch):
     for name, value in (("KEYS", 8000), ("TRAINED_ON", 5000), ("WIDTHS", (16,)), ("NEIGHBORS", 32), ("QUERIES", 64)):
         monkeypatch.setattr(search_benchmark, name, value)

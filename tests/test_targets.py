@@ -20,10 +20,10 @@ from retrieval_data import (
 
 from mlpmem_jax.core.artifacts import ArtifactWriter
 from mlpmem_jax.core.errors import ArtifactError, ConfigError, UserError
-from mlpmem_jax.retrieval import scann_index, targets, temperature
+from mlpmem_jax.retrieval import backends, scann_backend, scann_index, targets, temperature
 from mlpmem_jax.retrieval.tiles import Split
 
-BACKENDS = ["exact", *(["scann"] if scann_index.is_available() else [])]
+BACKENDS = ["exact", *([] if scann_backend.unavailable() else ["scann"])]
 
 
 @pytest.fixture
@@ -126,10 +126,10 @@ def test_key_shards_smaller_than_k(workdir, backend):
 
 
 def test_a_backend_that_is_not_there_is_refused_or_replaced(monkeypatch):
-    monkeypatch.setattr(scann_index, "unavailable", lambda: "is not installed")
-    assert targets.resolve_backend("auto") == "exact"
+    monkeypatch.setattr(scann_backend, "unavailable", lambda: "is not installed")
+    assert backends.chosen("auto")[0] == "exact"
     with pytest.raises(ConfigError, match="'scann' is not installed"):
-        targets.resolve_backend("scann")
+        backends.chosen("scann")
 
 
 def test_positions_that_lack_k_are_counted(workdir):
@@ -301,14 +301,14 @@ def test_scann_that_cannot_be_imported_is_told(monkeypatch):
     def broken():
         raise ImportError("libscann.so: undefined symbol")
 
-    monkeypatch.setattr(scann_index, "_scann", broken)
-    scann_index.unavailable.cache_clear()
+    monkeypatch.setattr(scann_index, "scann", broken)
+    scann_backend.unavailable.cache_clear()
     try:
-        assert targets.resolve_backend("auto") == "exact"
+        assert backends.chosen("auto")[0] == "exact"
         with pytest.raises(ConfigError, match=r"cannot be imported .*undefined symbol|is not installed"):
-            targets.resolve_backend("scann")
+            backends.chosen("scann")
     finally:
-        scann_index.unavailable.cache_clear()
+        scann_backend.unavailable.cache_clear()
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1e-40}, {"minimum_probability": 1.0}])

@@ -7,11 +7,13 @@ from retrieval_data import LENGTH, PER_SHARD
 
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter, open_artifact
 from mlpmem_jax.core.errors import UserError
-from mlpmem_jax.retrieval import quality, scann_index, tuning
-from mlpmem_jax.retrieval.key_shards import KeyShards, Search, sample_queries
-from mlpmem_jax.retrieval.scann_index import Options, ScannIndex
+from mlpmem_jax.retrieval import quality, scann_backend, tuning
+from mlpmem_jax.retrieval.key_shards import KeyShards, Search
+from mlpmem_jax.retrieval.queries import sample_queries
+from mlpmem_jax.retrieval.scann_backend import ScannIndex
+from mlpmem_jax.retrieval.scann_index import Options
 
-pytestmark = pytest.mark.skipif(not scann_index.is_available(), reason="ScaNN has no wheel for this machine")
+pytestmark = pytest.mark.skipif(bool(scann_backend.unavailable()), reason="ScaNN has no wheel for this machine")
 
 WIDTH, K = 48, 16
 
@@ -43,9 +45,9 @@ def datastore(tmp_path_factory):
 
 
 def shards_and_sample(datastore, tmp_path, **settings):
-    search = Search("scann", K, **settings)
-    key_shards = KeyShards(datastore, 10**6, epath.Path(tmp_path), search)
-    return key_shards, quality.Sample(key_shards, sample_queries(datastore, 300), "self", K)
+    search = Search.create(scann_backend.Backend, {"k": K, **settings})
+    key_shards = KeyShards.prepare(datastore, 10**6, epath.Path(tmp_path), search)
+    return key_shards, quality.Sample.draw(key_shards, sample_queries(datastore, 300), "self", K)
 
 
 def test_keys_as_they_are_are_lost_to_one_large_number(datastore):
@@ -58,26 +60,25 @@ def test_keys_as_they_are_are_lost_to_one_large_number(datastore):
 
 def test_the_prepared_search_reaches_the_recall_at_the_least_cost(datastore, tmp_path):
     key_shards, sample = shards_and_sample(datastore, tmp_path)
-    trials = tuning.reach(key_shards, sample, 0.97, "scann")
+    trials = tuning.reach(key_shards, sample, 0.97)
     assert trials[-1].recall >= 0.97
     assert all(trial.recall < 0.97 for trial in trials[:-1])
     costs = [trial.bytes_read for trial in trials]
     assert costs == sorted(costs)
-    # The shards are left as the last trial searched them, and the distances are those of the keys themselves.
-    assert sample.search()[0] == trials[-1].recall
+    # The distances are those of the keys themselves.
+    assert sample.search(trials[-1].effort)[0] == trials[-1].recall
     queries = sample_queries(datastore, 50)
-    distances, ids = key_shards.open(0).index.search(queries.keys_QxD, K)
-    truth = ((key_shards.keys(0)[ids].astype(np.float64) - queries.keys_QxD[:, None]) ** 2).sum(axis=2)
+    distances, ids = key_shards.open(0).search(queries, K, None, trials[-1].effort)
+    truth = ((key_shards.keys(0).read(0, 6400)[ids].astype(np.float64) - queries.keys_QxD[:, None]) ** 2).sum(axis=2)
     np.testing.assert_allclose(distances, truth, atol=2e-3, rtol=1e-4)
 
 
 def test_total_variation_falls_as_the_search_looks_harder(datastore, tmp_path):
     key_shards, sample = shards_and_sample(datastore, tmp_path)
-    efforts = key_shards.efforts()
-    variations = []
-    for options in (efforts[0], efforts[-1]):
-        key_shards.use(options)
-        variations.append(sample.total_variation(sample.search()[1], temperature=0.5))
+    efforts, _ = key_shards.efforts()
+    variations = [
+        sample.total_variation(sample.search(effort)[1], temperature=0.5) for effort in (efforts[0], efforts[-1])
+    ]
     assert variations[1] < variations[0]
     assert variations[1] < 0.02
 
@@ -85,11 +86,11 @@ def test_total_variation_falls_as_the_search_looks_harder(datastore, tmp_path):
 def test_a_recall_out_of_reach_stops_with_what_was_tried(datastore, tmp_path):
     key_shards, sample = shards_and_sample(datastore, tmp_path, leaves_to_search=1, reorder=K)
     with pytest.raises(UserError, match=r"recall: 0.99 is asked for, the most of 1 ways .* with 1 of \d+ leaves"):
-        tuning.reach(key_shards, sample, 0.99, "scann")
+        tuning.reach(key_shards, sample, 0.99)
 
 
 def test_settings_of_the_user_are_not_searched_over(datastore, tmp_path):
     key_shards, _ = shards_and_sample(datastore, tmp_path, leaves_to_search=5)
-    assert {options.leaves_to_search for options in key_shards.efforts()} == {5}
+    assert {options.leaves_to_search for options in key_shards.efforts()[0]} == {5}
     key_shards, _ = shards_and_sample(datastore, tmp_path, reorder=32)
-    assert {options.reorder for options in key_shards.efforts()} == {2.0}
+    assert {options.reorder for options in key_shards.efforts()[0]} == {2.0}

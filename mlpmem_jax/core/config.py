@@ -19,6 +19,14 @@ Check = tuple[type | tuple[type, ...], Callable[[Any], bool], str]
 """Allowed types, a predicate, and the predicate in words."""
 
 
+SEARCH_BACKENDS = {
+    "scann": "mlpmem_jax.retrieval.scann_backend",
+    "exact": "mlpmem_jax.retrieval.exact_backend",
+}
+"""Modules of the neighbor searches, by the names that config.targets.backend has for them; see
+`mlpmem_jax.retrieval.backends`. "auto" takes the first one that the machine can run."""
+
+
 def _one_of(*values: str) -> Check:
     return str, lambda value: value in values, "one of " + ", ".join(map(repr, values))
 
@@ -120,7 +128,7 @@ SCHEMA: dict[str, Any] = {
         "sequences_per_shard": _POSITIVE,
     },
     "targets": {
-        "backend": _one_of("auto", "scann", "exact"),
+        "backend": _one_of("auto", *SEARCH_BACKENDS),
         "k": _POSITIVE,
         "temperature": _TEMPERATURE,
         "exclude": _one_of("self", "document"),

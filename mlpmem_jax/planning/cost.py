@@ -11,7 +11,8 @@ from mlpmem_jax.core.accelerators import resolve
 from mlpmem_jax.models import flops
 from mlpmem_jax.planning import programs
 from mlpmem_jax.planning.chips import CHIPS
-from mlpmem_jax.retrieval.key_shards import Search, host_bytes
+from mlpmem_jax.retrieval import backends, needs
+from mlpmem_jax.retrieval.key_shards import Search
 
 MEAN_ENTRIES = 251
 """Tokens that a kNN distribution holds in the mean at k = 1024, GPT-2 large on WikiText-103 (the paper)."""
@@ -53,8 +54,10 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
     local_batch = max(1, config.training.batch_sequences // hosts)
     sequence = length * (2 * models.base.width + 8 * most + 4)
     rows = min(positions, config.targets.key_shard_rows)
-    backend = "exact" if config.targets.backend == "exact" else "scann"  # which the hosts have, if not this machine
-    search = Search.of({**config.targets, "backend": backend})
+    backend = backends.planned(config.targets.backend)
+    load = needs.Workload(settings.sequences_per_shard * length, config.targets.k, most)
+    search = Search.create(backend, config.targets)
+    key_bytes = np.dtype(settings.dtype).itemsize
     return [
         ArtifactCost("tokens", total * token, 0, f"{token} bytes a token"),
         ArtifactCost("base", 4.0 * (base + keys), 4.0 * (base + keys) / hosts, "float32, the keys' model too"),
@@ -67,8 +70,8 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
         ArtifactCost(
             "targets",
             total * (4 + 4 + (token + 2) * entries),
-            host_bytes(rows, models.keys.width, np.dtype(settings.dtype).itemsize, search, hosts),
-            f"about {entries:.0f} entries a position, at most {most}; in memory one {search.backend} index",
+            needs.of_process(search, rows, models.keys.width, key_bytes, load, hosts).memory,
+            f"about {entries:.0f} entries a position, at most {most}; in memory one shard of keys with its index",
         ),
         ArtifactCost(
             "memory",

@@ -17,11 +17,13 @@ from etils import epath
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.retrieval import quality, reduction, tiles
-from mlpmem_jax.retrieval.exact import ExactIndex
-from mlpmem_jax.retrieval.key_shards import KeyShard, Queries
-from mlpmem_jax.retrieval.scann_index import Options, ScannIndex
-from mlpmem_jax.retrieval.targets import resolve_backend
+from mlpmem_jax.retrieval import exact_backend, quality, reduction, scann_backend, tiles
+from mlpmem_jax.retrieval.backends import KeySource
+from mlpmem_jax.retrieval.distribution import SparseDistributions
+from mlpmem_jax.retrieval.key_shards import KeyShard
+from mlpmem_jax.retrieval.queries import Queries
+from mlpmem_jax.retrieval.scann_backend import ScannIndex
+from mlpmem_jax.retrieval.scann_index import Options
 
 KEYS, WIDTH, NEIGHBORS, VOCABULARY = 764_000, 128, 1024, 50_257
 POSITIONS, RECALL_POSITIONS = 16_384, 512
@@ -34,7 +36,7 @@ def row(name: str, value: float, unit: str, detail: str) -> dict:
 
 
 def clustered_keys(count: int, width: int, seed: int = 0) -> np.ndarray:
-    """float32 [count, width]: three levels of clusters within clusters, sizes by Zipf's law, falling spectrum."""
+    """float32 [count, width]: three levels of clusters within clusters, sizes by Zipf's law, descending spectrum."""
     random = np.random.default_rng(seed)
     spectrum_D = (np.arange(1, width + 1) ** -0.25).astype(np.float32)
     keys_NxD = random.standard_normal((count, width), dtype=np.float32)
@@ -64,7 +66,8 @@ def _truth(keys_NxD: np.ndarray, queries: Queries, k: int) -> tuple[np.ndarray, 
     chosen = np.linspace(0, len(queries) - 1, RECALL_POSITIONS).astype(int)
     own_Q = queries.positions_Q[chosen]
     excluded_Qx2 = np.stack([own_Q, own_Q + 1], axis=1)
-    return chosen, ExactIndex(keys_NxD).search(queries.keys_QxD[chosen], k, excluded_Qx2)[1]
+    source = KeySource(*keys_NxD.shape, keys_NxD.dtype, lambda start, stop: keys_NxD[start:stop])
+    return chosen, exact_backend.search_in_blocks(source, None, queries.keys_QxD[chosen], k, excluded_Qx2)[1]
 
 
 def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: int, options: dict) -> list[dict]:
@@ -76,17 +79,19 @@ def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: in
     index = reduction.RotatedIndex(ScannIndex.build(projection(keys_NxD), derived), projection)
     built = time.perf_counter() - start
     shard = KeyShard(index, 0, next_tokens_N, np.zeros(len(next_tokens_N), np.int32))
-    plan = tiles.Plan("scann", k, "self", 0, MINIMUM_PROBABILITY)
     cpu = time.process_time()
-    distances, ids = index.search(queries.keys_QxD[chosen], k, shard.excluded(queries, "self")[chosen])
+    distances_QxK, ids_QxK = index.search(queries.keys_QxD[chosen], k, shard.excluded(queries, "self")[chosen])
     searching = (time.process_time() - cpu) / len(chosen)
-    recall = quality.contains(ids, true_ids).mean()
-    temperature = 0.15 * float(np.median(distances))
+    recall = quality.contains(ids_QxK, true_ids).mean()
+    plan = tiles.Plan(k, "self", 0, MINIMUM_PROBABILITY, temperature=0.15 * float(np.median(distances_QxK)))
+
+    def distributions(part: slice) -> SparseDistributions:
+        return plan.distributions(plan.nearest(shard, queries[part], "train"), queries[part])
 
     start, cpu = time.perf_counter(), time.process_time()
-    made = list(tiles.pieces(queries, "train", shard, plan, None, temperature))
+    parts = tiles.in_pieces(distributions, len(queries), k)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    entries = sum(len(distribution.token_ids_M) for distribution, _ in made) / len(queries)
+    entries = sum(len(part.token_ids_M) for part in parts) / len(queries)
     return [
         row(
             f"targets, {name}",
@@ -121,7 +126,7 @@ def _reference_rows(keys_NxD, next_tokens_N, queries: Queries, truth, k: int) ->
     queries = queries[: min(4096, len(queries))]
 
     start, cpu = time.perf_counter(), time.process_time()
-    distances_QxK, ids_QxK = (found[:, 1:] for found in index.search(queries.keys_QxD, k + 1))
+    distances_QxK, ids_QxK = (array_QxK1[:, 1:] for array_QxK1 in index.search(queries.keys_QxD, k + 1))
     sparse = []
     for distances_K, ids_K in zip(distances_QxK, ids_QxK, strict=True):
         weights_K = np.exp((distances_K[0] - distances_K) / temperature)
@@ -130,15 +135,16 @@ def _reference_rows(keys_NxD, next_tokens_N, queries: Queries, truth, k: int) ->
         tokens = np.flatnonzero(dense_V > MINIMUM_PROBABILITY)
         sparse.append((tokens.astype(np.int32), dense_V[tokens].astype(np.float16)))
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    found = index.search(np.ascontiguousarray(_workload(keys_NxD, next_tokens_N).keys_QxD[chosen]), k + 1)[1][:, 1:]
+    sampled_QxD = np.ascontiguousarray(_workload(keys_NxD, next_tokens_N).keys_QxD[chosen])
+    ids_QxK = index.search(sampled_QxD, k + 1)[1][:, 1:]
     return [
         row(
             "targets, the reference's way",
             len(sparse) / seconds,
             "positions/s",
-            f"recall@{k} {quality.contains(found, true_ids).mean():.3f}; FAISS IVFPQ, {lists} lists, {probes} probed, "
-            f"{code_bytes}-byte codes, then a dense row of {VOCABULARY:,} and a loop; the same {len(keys_NxD):,} keys; "
-            f"{1e6 * cpu / len(sparse):.0f} us of CPU time a position",
+            f"recall@{k} {quality.contains(ids_QxK, true_ids).mean():.3f}; FAISS IVFPQ, {lists} lists, {probes} probed"
+            f", {code_bytes}-byte codes, then a dense row of {VOCABULARY:,} and a loop; the same {len(keys_NxD):,} "
+            f"keys; {1e6 * cpu / len(sparse):.0f} us of CPU time a position",
         ),
         row("targets, the reference's way: index", built, "s", f"to train and fill, {os.cpu_count()} cores"),
     ]
@@ -146,8 +152,8 @@ def _reference_rows(keys_NxD, next_tokens_N, queries: Queries, truth, k: int) ->
 
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
     """Measures; each row has name, value, unit and detail. ScaNN's and FAISS's rows need those to be installed."""
-    if resolve_backend(config.targets.backend) != "scann":
-        say("targets: no rows, ScaNN is not the backend here")
+    if reason := scann_backend.unavailable():
+        say(f"targets: no rows, ScaNN {reason}")
         return []
     random = np.random.default_rng(1)
     keys_NxD = clustered_keys(KEYS, WIDTH)

@@ -2,67 +2,80 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from mlpmem_jax.retrieval import neighbors
+from mlpmem_jax.retrieval.backends import Effort
 from mlpmem_jax.retrieval.distribution import sparse_distributions, total_variation
-from mlpmem_jax.retrieval.key_shards import KeyShards, Queries
+from mlpmem_jax.retrieval.key_shards import KeyShards
+from mlpmem_jax.retrieval.queries import Queries
 
 
 def contains(ids_QxK: np.ndarray, wanted_QxK: np.ndarray) -> np.ndarray:
     """Row by row, which of `wanted_QxK` are among `ids_QxK`: bool [Q, K]."""
     stride = 1 + int(max(ids_QxK.max(initial=0), wanted_QxK.max(initial=0)))
     offsets_Qx1 = np.arange(len(ids_QxK))[:, None] * stride
-    found_QxK = np.isin(wanted_QxK + offsets_Qx1, (ids_QxK + offsets_Qx1)[ids_QxK != neighbors.MISSING])
-    return found_QxK & (wanted_QxK != neighbors.MISSING)
+    is_there_QxK = np.isin(wanted_QxK + offsets_Qx1, (ids_QxK + offsets_Qx1)[ids_QxK != neighbors.MISSING])
+    return is_there_QxK & (wanted_QxK != neighbors.MISSING)
 
 
+@dataclasses.dataclass(frozen=True)
 class Sample:
-    """Queries of the training split with their true neighbors, to compare approximate searches with."""
+    """Queries of the training split with their true neighbors, to compare approximate searches with.
 
-    def __init__(self, key_shards: KeyShards, queries: Queries, exclude: str, k: int):
-        """Searches all key shards exactly, in all dimensions.
+    Attributes:
+      key_shards: of the training split.
+      queries: Q of its positions.
+      exclude, k: as the targets are made.
+      true_neighbors: (squared distances float32 [Q, k], ids int32 [Q, k]) in each key shard.
+      packed_QxK: the k nearest over all shards with their next tokens, as `neighbors.pack` does.
+    """
 
-        Args:
-          key_shards: of the training split.
-          queries: sampled from the training split.
-          exclude, k: as the targets are made.
-        """
-        self._key_shards, self._queries, self._exclude, self._k = key_shards, queries, exclude, k
-        self._true, packed_QxK = [], None
+    key_shards: KeyShards
+    queries: Queries
+    exclude: str
+    k: int
+    true_neighbors: list[tuple[np.ndarray, np.ndarray]]
+    packed_QxK: np.ndarray
+
+    @classmethod
+    def draw(cls, key_shards: KeyShards, queries: Queries, exclude: str, k: int) -> Sample:
+        """Searches all key shards exactly, in all dimensions."""
+        true_neighbors, packed_QxK = [], None
         for number in range(len(key_shards)):
             shard = key_shards.open(number)
             excluded_Qx2 = shard.excluded(queries, exclude)
             distances_QxK, ids_QxK = key_shards.exact_neighbors(number, queries.keys_QxD, k, excluded_Qx2)
-            self._true.append((distances_QxK, ids_QxK))
-            found_QxK = neighbors.pack(distances_QxK, shard.next_tokens_N[ids_QxK])
-            packed_QxK = neighbors.merge(packed_QxK, found_QxK)
-        self.packed_QxK = packed_QxK
+            true_neighbors.append((distances_QxK, ids_QxK))
+            nearest_QxK = neighbors.pack(distances_QxK, shard.next_tokens_N[ids_QxK])
+            packed_QxK = neighbors.merge(packed_QxK, nearest_QxK)
+        return cls(key_shards, queries, exclude, k, true_neighbors, packed_QxK)
 
-    def search(self, shards: range | None = None) -> tuple[float, np.ndarray]:
-        """Searches key shards (all, unless given) with their indices, as these are set to search now.
+    def search(self, effort: Effort | None = None, shards: range | None = None) -> tuple[float, np.ndarray]:
+        """Searches key shards (all, unless given) with their indices.
 
         Returns:
-          (recall: the share of the k nearest of these shards that the search returns, meaned over the queries;
+          (recall: the share of the k nearest of these shards that the search returns, averaged over the queries;
           the neighbors packed with their next tokens, uint64 [Q, k]).
         """
-        was_found, packed_QxK = None, None
-        for number in range(len(self._key_shards)) if shards is None else shards:
-            shard = self._key_shards.open(number)
-            excluded_Qx2 = shard.excluded(self._queries, self._exclude)
-            distances_QxK, ids_QxK = shard.index.search(self._queries.keys_QxD, self._k, excluded_Qx2)
-            true_distances_QxK, true_ids_QxK = self._true[number]
-            found_QxK = contains(ids_QxK, true_ids_QxK).astype(np.int32)
-            was_found = neighbors.merge(was_found, neighbors.pack(true_distances_QxK, found_QxK))
-            tokens_QxK = shard.next_tokens_N[ids_QxK]
-            packed_QxK = neighbors.merge(packed_QxK, neighbors.pack(distances_QxK, tokens_QxK))
-        distances_QxK, found_QxK = neighbors.unpack(was_found)
-        return float(found_QxK[np.isfinite(distances_QxK)].mean()), packed_QxK
+        truth_QxK, packed_QxK = None, None
+        for number in range(len(self.key_shards)) if shards is None else shards:
+            shard = self.key_shards.open(number)
+            distances_QxK, ids_QxK = shard.search(self.queries, self.k, self.exclude, effort)
+            true_distances_QxK, true_ids_QxK = self.true_neighbors[number]
+            is_returned_QxK = contains(ids_QxK, true_ids_QxK).astype(np.int32)
+            truth_QxK = neighbors.merge(truth_QxK, neighbors.pack(true_distances_QxK, is_returned_QxK))
+            nearest_QxK = neighbors.pack(distances_QxK, shard.next_tokens_N[ids_QxK])
+            packed_QxK = neighbors.merge(packed_QxK, nearest_QxK)
+        distances_QxK, is_returned_QxK = neighbors.unpack(truth_QxK)
+        return float(is_returned_QxK[np.isfinite(distances_QxK)].mean()), packed_QxK
 
     def total_variation(self, packed_QxK: np.ndarray, temperature: float) -> float:
-        """Half the L1 distance of p_kNN of these neighbors to that of the true ones, meaned over the queries."""
-        found, true = (
-            sparse_distributions(*neighbors.unpack(packed), self._queries.next_tokens_Q, temperature)
+        """Half the L1 distance of p_kNN of these neighbors to that of the true ones, averaged over the queries."""
+        approximate, exact = (
+            sparse_distributions(*neighbors.unpack(packed), self.queries.next_tokens_Q, temperature)
             for packed in (packed_QxK, self.packed_QxK)
         )
-        return float(total_variation(found, true).mean())
+        return float(total_variation(approximate, exact).mean())

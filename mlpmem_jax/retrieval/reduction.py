@@ -1,12 +1,12 @@
 """What is searched instead of the keys themselves: centered and rotated, in all of their dimensions or in fewer.
 
 Keys of real language models are far from isotropic. One number in hundreds may be a hundred times larger than the rest
-wherever attention is parked, and means are far from 0. Quantizers with one scale for all dimensions lose everything
-else to it. Centering and a random rotation spread what is large over all dimensions and keep every distance.
+at attention sinks, and means are far from 0. Quantizers with one scale for all dimensions then lose
+everything else. Centering and a random rotation spread what is large over all dimensions and keep every distance.
 
 In fewer dimensions, the principal components, distances are not kept: an index over them gives candidates, more than k,
-and their distances to the query are computed again from whole keys. What is lost is the neighbors that were no
-candidates.
+and their distances to the query are computed again from whole keys. Only neighbors that are not among the candidates
+are lost.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from etils import epath
 
 from mlpmem_jax.core import runtime
 from mlpmem_jax.retrieval import neighbors
+from mlpmem_jax.retrieval.backends import Effort, Index
+from mlpmem_jax.retrieval.scratch import write_whole
 
 _CANDIDATES = 1.5  # for each neighbor wanted
-_QUERIES_AT_ONCE = 64  # of one thread
+_QUERIES_PER_THREAD = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +50,7 @@ class Projection:
         content = io.BytesIO()
         np.save(content, np.concatenate([self.mean_D[:, None], self.basis_DxM], axis=1))
         np.save(content, np.float64(self.variance_kept))
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_bytes(content.getvalue())
-        unfinished.replace(file)
+        write_whole(file, content.getvalue())
 
     @classmethod
     def load(cls, file: epath.Path) -> Projection:
@@ -87,7 +87,7 @@ def rotation(dimensions: int, seed: int) -> np.ndarray:
 
 
 def candidates(k: int) -> int:
-    """How many candidates are looked at for k neighbors."""
+    """How many candidates are compared in all dimensions for k neighbors."""
     return round(_CANDIDATES * k)
 
 
@@ -115,54 +115,46 @@ def squared_distances(queries_QxD: np.ndarray, keys_NxD: np.ndarray, ids_QxC: np
 
 
 class RotatedIndex:
-    """An index over a projection of the keys that keeps distances. Same interface as `ExactIndex`."""
+    """An index over a projection of the keys that keeps distances, for queries that are keys."""
 
-    def __init__(self, index, projection: Projection):
+    def __init__(self, index: Index, projection: Projection):
         """index: over `projection(keys_NxD)`."""
         self._index, self._projection = index, projection
 
-    @property
-    def size(self) -> int:
-        return self._index.size
-
-    def with_options(self, options) -> RotatedIndex:
-        """The same index, searched in another way; see `ScannIndex.with_options`."""
-        return RotatedIndex(self._index.with_options(options), self._projection)
-
     def search(
-        self, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray | None = None
+        self,
+        queries_QxD: np.ndarray,
+        k: int,
+        excluded_Qx2: np.ndarray | None = None,
+        effort: Effort | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Arguments and result are those of `ExactIndex.search`."""
-        return self._index.search(self._projection(queries_QxD), k, excluded_Qx2)
+        """As `backends.Index.search`."""
+        return self._index.search(self._projection(queries_QxD), k, excluded_Qx2, effort)
 
 
 class ReducedIndex:
-    """Candidates from an index over reduced keys, distances from whole keys. Same interface as `ExactIndex`."""
+    """Candidates from an index over reduced keys, distances from whole keys."""
 
-    def __init__(self, index, projection: Projection, keys_NxD: np.ndarray):
+    def __init__(self, index: Index, projection: Projection, keys_NxD: np.ndarray):
         """index: over `projection(keys_NxD)`; keys_NxD: float [N, D], as the datastore has them."""
         self._index, self._projection, self._keys_NxD = index, projection, keys_NxD
 
-    @property
-    def size(self) -> int:
-        return len(self._keys_NxD)
-
-    def with_options(self, options) -> ReducedIndex:
-        """The same index, searched in another way; see `ScannIndex.with_options`."""
-        return ReducedIndex(self._index.with_options(options), self._projection, self._keys_NxD)
-
     def search(
-        self, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray | None = None
+        self,
+        queries_QxD: np.ndarray,
+        k: int,
+        excluded_Qx2: np.ndarray | None = None,
+        effort: Effort | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest of the candidates; arguments and result are those of `ExactIndex.search`."""
-        _, ids_QxC = self._index.search(self._projection(queries_QxD), candidates(k), excluded_Qx2)
+        """The k nearest of the candidates, as `backends.Index.search`."""
+        _, ids_QxC = self._index.search(self._projection(queries_QxD), candidates(k), excluded_Qx2, effort)
 
         def nearest(start: int) -> np.ndarray:
-            part = slice(start, start + _QUERIES_AT_ONCE)
+            part = slice(start, start + _QUERIES_PER_THREAD)
             distances_QxC = squared_distances(queries_QxD[part], self._keys_NxD, ids_QxC[part])
             return neighbors.smallest(neighbors.pack(distances_QxC, ids_QxC[part]), k)
 
-        starts = range(0, len(queries_QxD), _QUERIES_AT_ONCE)
+        starts = range(0, len(queries_QxD), _QUERIES_PER_THREAD)
         with concurrent.futures.ThreadPoolExecutor(runtime.cpu_count()) as threads:
             parts = list(threads.map(nearest, starts))
         return neighbors.unpack(np.concatenate([np.empty((0, k), np.uint64), *parts]))

@@ -1,43 +1,47 @@
 """Nearest neighbors over a device mesh: every device keeps its keys, queries travel from device to device.
 
-All mesh axes together are one ring. At each of its steps a device compares the queries that are with it to its own
-keys, a matrix product per block of keys, and merges what it finds into the k nearest that travel along; after a whole
-round the queries are home. Queries are lighter to send than keys: D numbers and k neighbors each, and both go on to
-the next device while the present product is computed.
+All mesh axes together are one ring. At each step a device compares the queries that it holds with its own keys, a
+matrix product per block of keys, and merges the nearest into the k nearest so far, which travel with their queries;
+after a whole round the queries are back. Queries are lighter to send than keys: D numbers and k neighbors each, and
+both are sent to the next device while the current product is computed.
 
 Distances are |q|^2 + |x|^2 - 2 q.x. Products of bfloat16 are exact and are added in float32; float16 and float32 are
 multiplied in float32 (`Precision.HIGHEST`, several passes on a TPU). A distance is then wrong by a few millionths of
 |q|^2 + |x|^2, which matters to near duplicates alone.
 
-Equal distances are settled by id wherever neighbors are selected or merged, and blocks of keys are whole registers, in
-which a product has the same bits wherever it stands: what is found does not depend on the mesh (tested on CPUs).
+At equal distance the smaller id comes first wherever neighbors are selected or merged, and blocks of keys are whole
+registers, in which a product has the same bits at every place: the result does not depend on the mesh (tested on CPUs).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlpmem_jax.core.sharding import local_rows
 from mlpmem_jax.retrieval import neighbors
 
-QUERIES_PER_DEVICE = 512  # fewer, and a TPU waits for keys from its memory
-_SCORES_AT_ONCE = 1 << 26  # of one device, float32: 256 MiB
+QUERIES_PER_DEVICE = 512  # with fewer, a TPU waits for keys from its memory
+_SCORES_PER_BLOCK = 1 << 26  # of one device, float32: 256 MiB
+_NUMBERS_PER_BLOCK = 1 << 24  # of keys that are converted to float32 for their products: 64 MiB
 _LANES = 128  # width of a TPU's registers; blocks of keys are whole multiples
 
 
-def blocks(num_keys: int, devices: int, queries: int = QUERIES_PER_DEVICE) -> tuple[int, int]:
+def blocks(num_keys: int, width: int, dtype, devices: int, queries: int = QUERIES_PER_DEVICE) -> tuple[int, int]:
     """(blocks of keys on each device, keys of a block), for `queries` at once on each device."""
     keys = -(-num_keys // devices)
-    count = -(-keys * queries // _SCORES_AT_ONCE)
+    count = -(-keys * queries // _SCORES_PER_BLOCK)
+    if _is_converted(dtype):
+        count = max(count, -(-keys * width // _NUMBERS_PER_BLOCK))
     return count, -(-keys // (count * _LANES)) * _LANES
+
+
+def _is_converted(dtype) -> bool:
+    """Whether products are computed from float32 copies."""
+    return jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32)
 
 
 @functools.cache
@@ -50,8 +54,8 @@ def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target:
       block: keys whose distances to the queries of a device exist at once; it divides the keys of a device.
       k: neighbors wanted.
       recall_target: 1 selects the k nearest of each block exactly. Less leaves the selection to
-        `jax.lax.approx_max_k`: the nearest of each of many bins, so few of the k nearest are lost that this share of
-        them is found. On CPUs and GPUs it is exact as well.
+        `jax.lax.approx_max_k`: the nearest of each of many bins, so few of the k nearest are lost that at least this
+        share of them remains. On CPUs and GPUs it is exact as well.
 
     Returns:
       A function of (keys [P, D], norms float32 [P], queries [Q, D], excluded int32 [Q, 2]), all sharded along axis 0
@@ -61,19 +65,19 @@ def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target:
       ids of -1.
     """
     axes, devices = mesh.axis_names, mesh.size
-    onwards = [(device, (device + 1) % devices) for device in range(devices)]
+    to_next = [(device, (device + 1) % devices) for device in range(devices)]
 
-    def travel(tree):
-        return jax.lax.ppermute(tree, axes, onwards)
+    def send(tree):
+        return jax.lax.ppermute(tree, axes, to_next)
 
-    def at_home(keys_nxD, norms_n, queries_qxD, excluded_qx2):
+    def search_local(keys_nxD, norms_n, queries_qxD, excluded_qx2):
         first = jax.lax.axis_index(axes) * len(keys_nxD)
         keys_bxBxD, norms_bxB = keys_nxD.reshape(-1, block, keys_nxD.shape[1]), norms_n.reshape(-1, block)
         select = functools.partial(_select, k=k, num_keys=num_keys, recall_target=recall_target)
 
-        def step(_, visitors):
-            (queries_qxD, excluded_qx2), best = visitors
-            arriving = travel((queries_qxD, excluded_qx2)), travel(best)
+        def step(_, carry):
+            (queries_qxD, excluded_qx2), best = carry
+            arriving = send((queries_qxD, excluded_qx2)), send(best)
 
             def compare(_, number):
                 products_qxB = _products(queries_qxD, keys_bxBxD[number])
@@ -83,22 +87,22 @@ def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target:
                 scores_qxC, places_qxC = select(scores_qxB)
                 return None, (scores_qxC, ids_B[0] + places_qxC)
 
-            _, found_bxqxC = jax.lax.scan(compare, None, jnp.arange(len(keys_bxBxD)))
-            found_qxC = (jnp.moveaxis(array, 0, 1).reshape(len(queries_qxD), -1) for array in found_bxqxC)
-            best = _merge(arriving[1], tuple(found_qxC), k)
+            _, nearest_bxqxC = jax.lax.scan(compare, None, jnp.arange(len(keys_bxBxD)))
+            nearest_qxC = (jnp.moveaxis(array, 0, 1).reshape(len(queries_qxD), -1) for array in nearest_bxqxC)
+            best = _merge(arriving[1], tuple(nearest_qxC), k)
             return arriving[0], best
 
         none = jnp.full((len(queries_qxD), k), jnp.inf), jnp.full((len(queries_qxD), k), neighbors.MISSING, jnp.int32)
-        # The neighbors travel one step behind their queries, beside the next product; one step more brings them home.
+        # Neighbors are sent one step after their queries, during the next product; one more step completes their round.
         _, best = jax.lax.fori_loop(0, devices, step, ((queries_qxD, excluded_qx2), none))
-        scores_qxk, ids_qxk = travel(best)
-        distances_qxk = jnp.maximum(scores_qxk + _squared_norms(queries_qxD)[:, None], 0)
+        scores_qxk, ids_qxk = send(best)
+        distances_qxk = jnp.maximum(scores_qxk + squared_norms(queries_qxD)[:, None], 0)
         ids_qxk = jnp.where(jnp.isinf(distances_qxk), neighbors.MISSING, ids_qxk)
         # Sums round different scores to one distance.
         return tuple(jax.lax.sort((distances_qxk, ids_qxk), dimension=1, num_keys=2))
 
     sharded = PartitionSpec(axes)
-    return jax.jit(jax.shard_map(at_home, mesh=mesh, in_specs=sharded, out_specs=sharded, check_vma=False))
+    return jax.jit(jax.shard_map(search_local, mesh=mesh, in_specs=sharded, out_specs=sharded, check_vma=False))
 
 
 def program(
@@ -112,7 +116,7 @@ def program(
       dtype: of keys and queries.
       recall_target: as of `search_program`.
     """
-    count, block = blocks(num_keys, mesh.size, queries // mesh.size)
+    count, block = blocks(num_keys, width, dtype, mesh.size, queries // mesh.size)
     padded = count * block * mesh.size
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     arguments = (((padded, width), dtype), ((padded,), "float32"), ((queries, width), dtype), ((queries, 2), "int32"))
@@ -129,7 +133,7 @@ def _products(left_qxD, right_BxD):
     return jnp.matmul(left_qxD, right_BxD.T, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _squared_norms(rows_NxD):
+def squared_norms(rows_NxD):
     """Added up by a matrix product: the order in which a compiler adds otherwise depends on the number of rows."""
     squares_NxD = rows_NxD.astype(jnp.float32) ** 2
     return _products(squares_NxD, jnp.ones((_LANES, rows_NxD.shape[1])))[:, 0]
@@ -159,87 +163,5 @@ def _select(scores_QxB, *, k: int, num_keys: int, recall_target: float):
 
 def _merge(left, right, k: int):
     """The k nearest of two lists (scores [Q, ...], ids [Q, ...]), by score and then by id."""
-    both = (jnp.concatenate(arrays, axis=1) for arrays in zip(left, right, strict=True))
-    return tuple(array[:, :k] for array in jax.lax.sort(tuple(both), dimension=1, num_keys=2))
-
-
-class MeshIndex:
-    """Keys on the devices of a mesh. Same interface as `ExactIndex`, but that all processes call it together."""
-
-    def __init__(self, size: int, width: int, dtype, read: Callable, mesh: Mesh, recall_target: float = 1.0):
-        """Each process reads the keys of its own devices and no others.
-
-        Args:
-          size: N, below 2^31.
-          width: D.
-          dtype: of the keys on the devices.
-          read: function of (start, stop) that gives keys [stop - start, D].
-          mesh: the devices.
-          recall_target: as of `search_program`.
-        """
-        self.size, self._mesh, self._recall_target = size, mesh, recall_target
-        self._dtype = jnp.dtype(dtype)
-        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        count, self._block = blocks(size, mesh.size)
-        padded = count * self._block * mesh.size
-
-        def resident(place: tuple[slice, ...]) -> np.ndarray:
-            start, stop = place[0].start or 0, place[0].stop or padded
-            keys_nxD = np.zeros((stop - start, width), self._dtype)
-            if start < size:
-                keys_nxD[: min(stop, size) - start] = read(start, min(stop, size))
-            return keys_nxD
-
-        self._keys = jax.make_array_from_callback((padded, width), self._sharding, resident)
-
-        def local_norms(keys_nxD):
-            return jax.lax.map(_squared_norms, keys_nxD.reshape(-1, self._block, width)).ravel()
-
-        def norms(keys_PxD):
-            axes = self._sharding.spec
-            norms_P = jax.shard_map(local_norms, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)(keys_PxD)
-            return jnp.where(jnp.arange(padded) < size, norms_P, jnp.inf)
-
-        self._norms = jax.jit(norms, out_shardings=self._sharding)(self._keys)
-
-    def search(
-        self, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest keys of each query. All processes of the mesh call it together, each with its own queries, as
-        many as it has, none included.
-
-        Args:
-          queries_QxD: float [Q, D], of the process; rounded to the type of the keys.
-          k: neighbors wanted.
-          excluded_Qx2: int [Q, 2]; of query q, keys with ids in [start, stop) are left out. None leaves none out.
-
-        Returns:
-          (squared distances float32 [Q, k], ids int32 [Q, k]), nearest first, at equal distance the smaller id first;
-          where there are fewer than k keys, infinite distances and ids of -1.
-        """
-        if excluded_Qx2 is None:
-            excluded_Qx2 = np.zeros((len(queries_QxD), 2), np.int32)
-        local = self._mesh.local_mesh.size
-        count = most(len(queries_QxD))
-        rows = local * min(QUERIES_PER_DEVICE, 1 << max(3, math.ceil(math.log2(max(1, count / local)))))
-        search = search_program(self._mesh, self.size, self._block, k, self._recall_target)
-        found = [np.empty((0, k), np.float32)], [np.empty((0, k), np.int32)]
-        for start in range(0, count, rows):
-            batch = (
-                _padded(np.asarray(queries_QxD[start : start + rows], self._dtype), rows),
-                _padded(np.asarray(excluded_Qx2[start : start + rows], np.int32), rows),
-            )
-            queries, excluded = (jax.make_array_from_process_local_data(self._sharding, array) for array in batch)
-            for parts, array in zip(found, search(self._keys, self._norms, queries, excluded), strict=True):
-                parts.append(local_rows(array))
-        distances_QxK, ids_QxK = (np.concatenate(parts)[: len(queries_QxD)] for parts in found)
-        return distances_QxK, ids_QxK
-
-
-def most(count: int) -> int:
-    """The largest of the counts that the processes call this with, together."""
-    return count if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.asarray(count)).max())
-
-
-def _padded(rows_RxC: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(rows_RxC, ((0, rows - len(rows_RxC)), (0, 0)))
+    joined = (jnp.concatenate(arrays, axis=1) for arrays in zip(left, right, strict=True))
+    return tuple(array[:, :k] for array in jax.lax.sort(tuple(joined), dimension=1, num_keys=2))

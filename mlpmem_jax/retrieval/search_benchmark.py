@@ -27,11 +27,12 @@ from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.retrieval import quality, reduction
+from mlpmem_jax.retrieval import backends, needs, quality, reduction, scann_backend
 from mlpmem_jax.retrieval.benchmark import clustered_keys, row
-from mlpmem_jax.retrieval.key_shards import KeyShards, Search, host_bytes, sample_queries
-from mlpmem_jax.retrieval.scann_index import Options, ScannIndex, write
-from mlpmem_jax.retrieval.targets import resolve_backend
+from mlpmem_jax.retrieval.key_shards import KeyShards, Search
+from mlpmem_jax.retrieval.queries import Queries, sample_queries
+from mlpmem_jax.retrieval.scann_backend import ScannIndex
+from mlpmem_jax.retrieval.scann_index import Options, write
 
 KEYS, TRAINED_ON, WIDTHS, NEIGHBORS = 800_000, 100_000, (32, 128), 1024
 QUERIES, QUALITY_POSITIONS = 1024, 512
@@ -108,7 +109,7 @@ def _index_rows(width: int) -> tuple[list[dict], Rates]:
     """Costs of building an index and of searching it, at one width."""
     keys_NxD = clustered_keys(KEYS, width)
     leaves = Options.derive(KEYS, NEIGHBORS).leaves
-    search = Search("scann", NEIGHBORS, training_sample=TRAINED_ON)
+    backend = scann_backend.Backend(NEIGHBORS, training_sample=TRAINED_ON)
     measured = []
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/keys.npy", keys_NxD)
@@ -121,7 +122,7 @@ def _index_rows(width: int) -> tuple[list[dict], Rates]:
                     "s of processor time",
                     f"{leaves} leaves, trained on {TRAINED_ON:,} keys; memory {cost['built'] / 1e9:.3f} GB while it is "
                     f"built, {cost['loading'] / 1e9:.3f} GB while it is loaded, {cost['loaded'] / 1e9:.3f} GB then; "
-                    f"host_bytes says {host_bytes(size, width, 4, search) / 1e9:.3f} GB",
+                    f"stated {backend.needs(size, width, 4, 1).memory / 1e9:.3f} GB",
                 )
             )
         filled = (built["seconds"] - trained["seconds"]) / (KEYS - TRAINED_ON)
@@ -169,7 +170,8 @@ def _large_rows(rates: Rates) -> list[dict]:
     for positions, width, shard_rows, dimensions in _LARGE:
         hours, detail = core_hours(positions, width, shard_rows, dimensions, rates)
         rows_of_shard = positions // -(-positions // shard_rows)
-        memory = host_bytes(rows_of_shard, width, 2, Search("scann", NEIGHBORS, dimensions))
+        search = Search.create(scann_backend.Backend, {"k": NEIGHBORS, "search_dimensions": dimensions})
+        memory = needs.of_process(search, rows_of_shard, width, 2, needs.Workload(1 << 17, NEIGHBORS, 256)).memory
         where = f"in {dimensions} of {width:,}" if dimensions else f"in {width:,}"
         name = f"computed: {positions:,} positions, k {NEIGHBORS}, {where} dimensions"
         computed.append(row(name, hours, "hours of a core", f"{detail}; {memory / 1e9:.2f} GB of memory"))
@@ -187,23 +189,24 @@ def _fewer_dimensions_rows(datastore: Artifact) -> list[dict]:
                 scratch = epath.Path(folder) / str(dimensions)
                 scratch.mkdir(exist_ok=True)
                 for backend in ("scann", "exact") if dimensions else ("scann",):
-                    measured.append(_quality_row(datastore, queries, scratch, Search(backend, k, dimensions)))
+                    measured.append(_quality_row(datastore, queries, scratch, backend, k, dimensions))
     return measured
 
 
-def _quality_row(datastore: Artifact, queries, scratch: epath.Path, search: Search) -> dict:
+def _quality_row(
+    datastore: Artifact, queries: Queries, scratch: epath.Path, name: str, k: int, dimensions: int
+) -> dict:
     sequences, length, width = datastore.arrays["keys"].shape
-    mesh = make_mesh(devices=jax.devices()[:1]) if search.backend == "exact" else None
-    shards = KeyShards(datastore, sequences * length, scratch, search, mesh)
-    own_Qx2 = np.stack([queries.positions_Q, queries.positions_Q + 1], axis=1)
-    distances_QxK, _ = shards.exact_neighbors(0, queries.keys_QxD, search.k, own_Qx2)
-    temperature = 0.15 * float(np.median(distances_QxK))
-    sample = quality.Sample(shards, queries, "self", search.k)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    search = Search.create(backends.chosen(name)[1], {"k": k, "search_dimensions": dimensions}, mesh)
+    shards = KeyShards.prepare(datastore, sequences * length, scratch, search, mesh)
+    sample = quality.Sample.draw(shards, queries, "self", k)
+    temperature = 0.15 * float(np.median(sample.true_neighbors[0][0]))
     recall, packed_QxK = sample.search()
     return row(
-        f"{search.backend}, {search.search_dimensions or width} of {width} dimensions, k {search.k}",
+        f"{name}, {dimensions or width} of {width} dimensions, k {k}",
         recall,
-        f"recall@{search.k}",
+        f"recall@{k}",
         f"total variation {sample.total_variation(packed_QxK, temperature):.4f}; "
         f"variance kept {shards.variance_kept:.3f}; {sequences * length:,} keys, {len(queries)} queries",
     )
@@ -211,8 +214,8 @@ def _quality_row(datastore: Artifact, queries, scratch: epath.Path, search: Sear
 
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
     """Measures; each row has name, value, unit and detail."""
-    if resolve_backend(config.targets.backend) != "scann":
-        say("search: no rows, ScaNN is not the backend here")
+    if reason := scann_backend.unavailable():
+        say(f"search: no rows, ScaNN {reason}")
         return []
     measured = []
     for width in WIDTHS:

@@ -15,7 +15,8 @@ from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.models import flops, language_model
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
-from mlpmem_jax.retrieval import scann_index
+from mlpmem_jax.retrieval import backends
+from mlpmem_jax.retrieval.key_shards import Search
 from mlpmem_jax.training import memory
 
 COUNTED = ("training", "training and targets")
@@ -89,8 +90,7 @@ def planned_construction(config: ml_collections.ConfigDict, positions: int) -> f
     key_model = None
     if config.datastore.key_model:
         key_model = _published(config.datastore.key_model, "datastore.key_model")
-    backend = "exact" if config.targets.backend == "exact" else "scann"
-    targets = config.targets.to_dict()
+    backend, targets = config.targets.backend, config.targets.to_dict()
     return construction(base_model(config), key_model, config.base.context_length, positions, backend, targets)
 
 
@@ -109,7 +109,7 @@ def construction(
       key_model: dimensions of the model of the keys; None where it is the base.
       length: positions of a sequence.
       positions: N, keys and queries both.
-      backend: "scann" or "exact".
+      backend: as of config.targets.
       targets: the settings `config.targets`.
     """
     models = [base] if key_model is None else [base, key_model]
@@ -118,22 +118,7 @@ def construction(
 
 
 def _search(width: int, positions: int, backend: str, targets: dict) -> float:
-    """FLOPs of the index and of one query for each of N keys of a width.
-
-    Exact search is one product of all queries with all keys. ScaNN compares each key and query with the centers of
-    all leaves, adds one number from a table for each dimension of each key in the leaves searched, and computes the
-    distances of the candidates that it reorders. Finding the centers, from a sample, is left out.
-    """
-    if backend == "exact":
-        return 2.0 * width * positions**2
-    keys = min(positions, targets["key_shard_rows"])
-    options = scann_index.Options.derive(
-        keys,
-        targets["k"],
-        **{name: targets[name] for name in ("leaves", "leaves_to_search", "reorder", "training_sample")},
-    )
-    shards = math.ceil(positions / keys)
-    filling = keys * options.leaves * 2.0 * width
-    scanned = keys * options.leaves_to_search / options.leaves
-    query = options.leaves * 2.0 * width + scanned * width + targets["k"] * options.reorder * 2.0 * width
-    return shards * (filling + positions * query)
+    """FLOPs of the indices of N keys of a width, and of one query in each for every key."""
+    shards = math.ceil(positions / targets["key_shard_rows"])
+    search = Search.create(backends.planned(backend), targets)
+    return shards * search.flops(math.ceil(positions / shards), width, positions)

@@ -1,0 +1,127 @@
+"""What stage `targets` needs of a host, told before it computes anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import socket
+import tempfile
+import zlib
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mlpmem_jax.core import runtime
+from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.retrieval import tiles
+from mlpmem_jax.retrieval.key_shards import Search
+from mlpmem_jax.retrieval.scratch import is_remote
+
+_RUNTIME_BYTES = 600 << 20  # Python, JAX, ScaNN and compiled programs
+_BLOCK_BYTES = 800 << 20  # blocks of distances and of keys of an exact search, the sample's included
+_PIECE_BYTES = 48  # of a neighbor that is being turned into a distribution, in each thread
+_ENTRY_BYTES = 24  # of an entry of a distribution until its shard is written
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a process holds of the positions that it looks neighbors up for.
+
+    Attributes:
+      positions: of a shard of the datastore.
+      k: neighbors.
+      entries: the most that a distribution can have.
+    """
+
+    positions: int
+    k: int
+    entries: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessNeeds:
+    """What a process needs at most, in bytes.
+
+    Attributes:
+      fixed: memory, however many keys a shard has.
+      shard: memory for the keys of a shard and their index.
+      disk: see `backends.Needs`.
+    """
+
+    fixed: int
+    shard: int
+    disk: int
+
+    @property
+    def memory(self) -> int:
+        return self.fixed + self.shard
+
+
+def of_process(
+    search: Search, rows: int, width: int, key_bytes: int, load: Workload, processes: int = 1
+) -> ProcessNeeds:
+    """What a process needs at most; docs/neighbors.md has what was measured.
+
+    Args:
+      search: how shards are searched.
+      rows: keys of a shard.
+      width: numbers in a key.
+      key_bytes: bytes of one number in the datastore.
+      load: the queries.
+      processes: of the job.
+    """
+    index = search.backend.needs(rows, search.dimensions or width, key_bytes, processes)
+    whole = rows * width * key_bytes if search.dimensions else 0
+    queries = load.positions * (width * (key_bytes + 4) + _ENTRY_BYTES * load.entries)
+    pieces = _PIECE_BYTES * tiles.NEIGHBORS_PER_THREAD * runtime.cpu_count()
+    return ProcessNeeds(_RUNTIME_BYTES + max(_BLOCK_BYTES, queries + pieces), index.memory + whole, index.disk)
+
+
+def check(needs: ProcessNeeds, rows: int, scratch: epath.Path) -> None:
+    """Compares the needs of all processes of this host with what it has.
+
+    Args:
+      needs: of each process.
+      rows: keys of a shard.
+      scratch: where indices are kept.
+
+    Raises:
+      ConfigError: there is less memory, or less room for temporary files.
+    """
+    processes, memory = processes_of_host(), runtime.memory_bytes()
+    where = "in a process" if processes == 1 else f"in each of {processes} processes of this host"
+    say(f"targets: shards of up to {rows:,} keys take at most {_gib(needs.memory)} of memory {where}")
+    if processes * needs.memory > memory:
+        fitting = int(rows * (memory / processes - needs.fixed) / needs.shard)
+        remedy = "use a machine with more"
+        if fitting > 0:
+            remedy = f"lower it to {fitting:,} or less, or set config.targets.search_dimensions"
+        raise ConfigError(
+            f"config.targets.key_shard_rows: a shard of {rows:,} keys takes {_gib(needs.memory)} of memory {where}, "
+            f"this machine has {_gib(memory)}; {remedy}"
+        )
+    if needs.disk and is_remote(scratch):
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+        if processes * needs.disk > free:
+            raise ConfigError(
+                f"config.targets.key_shard_rows: {scratch} is no local folder, so the index of a shard of {rows:,} "
+                f"keys takes {_gib(needs.disk)} of temporary files {where}, {folder} has {_gib(free)} free; lower "
+                f"it to {int(rows * free / (processes * needs.disk)):,} or less, set config.targets.search_dimensions, "
+                "or name a larger disk in the environment variable TMPDIR"
+            )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
+
+
+def processes_of_host() -> int:
+    """How many processes of the job run on this host; all processes call it together."""
+    if jax.process_count() == 1:
+        return 1
+    own = zlib.crc32(socket.gethostname().encode())
+    return int((multihost_utils.process_allgather(np.uint32(own)) == own).sum())

@@ -1,0 +1,205 @@
+"""Approximate nearest neighbors with ScaNN: a tree of clusters, asymmetric hashing, exact reordering in float32.
+
+How an index is built: `scann_index`. Searches may use any number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.runtime import no_native_log
+from mlpmem_jax.retrieval import neighbors, scann_index
+from mlpmem_jax.retrieval.backends import KeySource, Needs
+from mlpmem_jax.retrieval.scann_index import Options
+from mlpmem_jax.retrieval.scratch import is_remote, writing
+
+_EFFORTS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # leaves searched, in multiples of those that are derived
+_REORDERS = (1, 2, 4)  # candidates reordered, likewise
+_ROWS_PER_CALL = 256
+_RETRIED_NEIGHBORS = 1 << 22  # of one call: 32 MiB of ids and distances
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """ScaNN on the processors of the hosts.
+
+    Attributes:
+      k: neighbors that an index is asked for.
+      training_sample, leaves, leaves_to_search, reorder: as of `Options.derive`.
+    """
+
+    k: int
+    training_sample: int = 100_000
+    leaves: int = 0
+    leaves_to_search: int = 0
+    reorder: int = 0
+
+    is_collective = False
+    is_exact = False
+    is_rotated = True
+    remedies = "a larger config.targets.training_sample, other config.targets.leaves, backend=exact"
+
+    @classmethod
+    def unavailable(cls) -> str:
+        return unavailable()
+
+    @classmethod
+    def create(cls, settings: Mapping, k: int, mesh: Mesh | None = None) -> Backend:
+        names = {field.name for field in dataclasses.fields(cls)} - {"k"}
+        return cls(k, **{name: settings[name] for name in names & set(settings)})
+
+    def options(self, rows: int) -> Options:
+        """How an index of so many keys is built, and searched at first."""
+        return Options.derive(rows, self.k, self.leaves, self.leaves_to_search, self.reorder, self.training_sample)
+
+    def needs(self, rows: int, width: int, key_bytes: int, processes: int) -> Needs:
+        # Measured (docs/neighbors.md). An index that is loaded: keys in float32, one and a half bytes of hashes for
+        # each number, and 96 bytes more a key. While it is trained: 50 bytes for each number of the sample, and 1,200
+        # more a key.
+        sample = min(self.training_sample, rows)
+        memory = max(int(rows * (5.5 * width + 96)), sample * (50 * width + 1200))
+        return Needs(memory, disk=rows * (5 * width + 4) + 5 * sample * width)
+
+    def flops(self, rows: int, width: int, queries: int) -> float:
+        """Each key and query is compared with the centers of all leaves; one number from a table is added for each
+        dimension of each key in the leaves searched; the distances of the candidates that are reordered are computed.
+        Finding the centers, from a sample, is left out."""
+        options = self.options(rows)
+        scanned = rows * options.leaves_to_search / options.leaves
+        query = options.leaves * 2.0 * width + scanned * width + self.k * options.reorder * 2.0 * width
+        return rows * options.leaves * 2.0 * width + queries * query
+
+    def efforts(self, rows: int, width: int) -> tuple[list[Options], int]:
+        """Searches with more leaves and more candidates than those that are derived; those given stand."""
+        first = self.options(rows)
+        choices = {
+            dataclasses.replace(
+                first,
+                leaves_to_search=min(math.ceil(first.leaves_to_search * more_leaves), first.leaves),
+                reorder=round(first.reorder * more_candidates, 2),
+            )
+            for more_leaves in ((1,) if self.leaves_to_search else _EFFORTS)
+            for more_candidates in ((1,) if self.reorder else _REORDERS)
+        }
+        efforts = sorted(choices, key=lambda options: (options.cost(rows, width, self.k), options.leaves_to_search))
+        return efforts, efforts.index(first)
+
+    def open(self, keys: KeySource, folder: epath.Path) -> ScannIndex:
+        options = self.options(keys.size)
+        complete = folder.parent / f"{folder.name}.complete"
+        with _local_folder(folder) as local:
+            if not complete.exists():
+                say(f"targets: building {folder.name}: {keys.size:,} keys, {options}")
+                if folder.exists():
+                    folder.rmtree()
+                with writing(folder):
+                    folder.mkdir(parents=True)
+                    scann_index.write(local, keys.size, keys.width, keys.read, options)
+                    if is_remote(folder):
+                        for file in local.iterdir():
+                            file.copy(folder / file.name)
+                    complete.write_text("")
+            elif is_remote(folder):
+                for file in folder.iterdir():
+                    file.copy(local / file.name)
+            return ScannIndex.load(local, keys.size, options)
+
+
+@contextlib.contextmanager
+def _local_folder(folder: epath.Path) -> Iterator[epath.Path]:
+    """The folder itself where it is local, else a temporary one: ScaNN reads and writes local files alone."""
+    if not is_remote(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as local:
+        yield epath.Path(local)
+
+
+@functools.cache
+def unavailable() -> str:
+    """Why ScaNN cannot be used, "" where it can; its wheels are for Linux on x86-64 alone."""
+    if importlib.util.find_spec("scann") is None:
+        return "is not installed (its wheels are for Linux on x86-64)"
+    try:
+        scann_index.scann()
+    except Exception as error:  # a native library that does not fit raises what it likes
+        return f"is installed but cannot be imported ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    return ""
+
+
+class ScannIndex:
+    """A ScaNN searcher over N keys."""
+
+    def __init__(self, searcher, size: int, options: Options):
+        self._searcher, self.size, self._options = searcher, size, options
+
+    @classmethod
+    def build(cls, keys_NxD: np.ndarray, options: Options) -> ScannIndex:
+        """The index of keys that are in memory, float32 [N, D]."""
+        with tempfile.TemporaryDirectory() as folder:
+            scann_index.write(folder, *keys_NxD.shape, lambda start, stop: keys_NxD[start:stop], options)
+            return cls.load(folder, len(keys_NxD), options)
+
+    @classmethod
+    def load(cls, folder, size: int, options: Options) -> ScannIndex:
+        """Reads what `scann_index.write` wrote."""
+        with no_native_log():
+            return cls(scann_index.scann().load_searcher(str(folder)), size, options)
+
+    def search(
+        self,
+        queries_QxD: np.ndarray,
+        k: int,
+        excluded_Qx2: np.ndarray | None = None,
+        effort: Options | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """About the k nearest keys of each query, as `backends.Index.search`. Other Python threads run meanwhile."""
+        options = effort or self._options
+        count = len(queries_QxD)
+        if excluded_Qx2 is None:
+            excluded_Qx2 = np.zeros((count, 2), np.int32)
+        longest = int(np.max(excluded_Qx2[:, 1] - excluded_Qx2[:, 0], initial=0))
+        distances_QxK = np.empty((count, k), np.float32)
+        ids_QxK = np.empty((count, k), np.int32)
+        rows, extra, leaves = np.arange(count), min(longest, max(1, k // 8)), options.leaves_to_search
+        while True:
+            step = max(1, min(_ROWS_PER_CALL, _RETRIED_NEIGHBORS // (k + extra)))
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step]
+                distances_QxK[part], ids_QxK[part] = self._search_once(
+                    queries_QxD[part], k, extra, leaves, options.reorder, excluded_Qx2[part]
+                )
+            rows = rows[np.isinf(distances_QxK[rows, -1])]
+            if not len(rows) or (leaves == options.leaves and extra == longest):
+                return distances_QxK, ids_QxK
+            extra, leaves = min(longest, 4 * extra), min(options.leaves, 4 * leaves)
+
+    def _search_once(self, queries_QxD, k: int, extra: int, leaves: int, reorder: float, excluded_Qx2):
+        wanted = min(k + extra, self.size)
+        ids_QxM, distances_QxM = self._searcher.search_batched(
+            np.ascontiguousarray(queries_QxD, np.float32),
+            final_num_neighbors=wanted,
+            pre_reorder_num_neighbors=round(wanted * reorder),
+            leaves_to_search=leaves,
+        )
+        ids_QxM = ids_QxM.view(np.int32)
+        usable_QxM = np.isfinite(distances_QxM)  # ScaNN puts NaN in places that it could not fill
+        usable_QxM &= (ids_QxM < excluded_Qx2[:, :1]) | (ids_QxM >= excluded_Qx2[:, 1:])
+        usable_QxM &= np.cumsum(usable_QxM, axis=1, dtype=np.int32) <= k
+        if np.count_nonzero(usable_QxM) == len(ids_QxM) * k:
+            return distances_QxM[usable_QxM].reshape(-1, k), ids_QxM[usable_QxM].reshape(-1, k)
+        padding = ((0, 0), (0, max(0, k - wanted)))
+        distances_QxM = np.pad(np.where(usable_QxM, distances_QxM, np.inf), padding, constant_values=np.inf)
+        packed_QxM = neighbors.pack(distances_QxM, np.pad(ids_QxM, padding))
+        return neighbors.unpack(neighbors.smallest(packed_QxM, k))

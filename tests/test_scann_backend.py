@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+from retrieval_data import brute_force, forbidden, mixture
+
+from mlpmem_jax.retrieval import neighbors, scann_backend
+from mlpmem_jax.retrieval.scann_backend import ScannIndex
+from mlpmem_jax.retrieval.scann_index import Options
+
+pytestmark = pytest.mark.skipif(bool(scann_backend.unavailable()), reason="ScaNN has no wheel for this machine")
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return mixture(np.random.default_rng(0), 6000, clusters=60).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def index(keys):
+    return ScannIndex.build(keys, Options.derive(len(keys), 20, leaves_to_search=20))
+
+
+def test_scann_finds_nearly_all_and_gives_true_distances(keys, index):
+    queries = keys[:100]
+    excluded = np.stack([np.arange(100), np.arange(1, 101)], axis=1)
+    distances, ids = index.search(queries, 20, excluded)
+    _, true_ids = brute_force(queries, keys, 20, forbidden(excluded, len(keys)))
+    recall = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(ids, true_ids, strict=True)])
+    assert recall > 0.95
+    assert not (ids == np.arange(100)[:, None]).any()
+    np.testing.assert_allclose(distances, ((keys[ids] - queries[:, None]) ** 2).sum(axis=2), rtol=1e-4)
+    assert (np.diff(distances, axis=1) >= 0).all()
+
+
+def test_scann_asks_again_until_a_long_exclusion_is_passed(keys, index):
+    # Everything near query 0 is excluded: what is left lies in other leaves.
+    order = np.argsort(((keys - keys[0]) ** 2).sum(axis=1))
+    sorted_keys = np.ascontiguousarray(keys[order])
+    sorted_index = ScannIndex.build(sorted_keys, Options.derive(len(keys), 20))
+    distances, ids = sorted_index.search(sorted_keys[:3], 20, np.array([[0, 3000], [0, 0], [10, 20]]))
+    assert np.isfinite(distances).all()
+    assert ids[0].min() >= 3000
+
+
+def test_scann_without_enough_keys_says_so():
+    keys = mixture(np.random.default_rng(0), 30).astype(np.float32)
+    distances, ids = ScannIndex.build(keys, Options.derive(30, 40)).search(keys, 40, np.tile([[0, 10]], (30, 1)))
+    assert (np.isfinite(distances).sum(axis=1) == 20).all()
+    assert (ids[np.isinf(distances)] == neighbors.MISSING).all()
