@@ -159,10 +159,29 @@ def test_the_automatic_temperature_is_near_the_best(workdir):
         ]
         return min(-np.mean(np.log(w * np.array(p) + (1 - w) * np.exp(base))) for w in np.linspace(0, 0.99, 100))
 
-    choice = temperature.choose(distances.astype(np.float32), label(keys)[ids], label(queries), base)
+    is_label = label(keys)[ids] == label(queries)[:, None]
+    choice = temperature.HeldOut(distances.astype(np.float32), is_label, base).best()
     others = [best_mixture(choice.temperature * 2.0**octave) for octave in np.arange(-6, 6.5, 0.5)]
     assert best_mixture(choice.temperature) <= min(others) + 1e-3
     assert np.log(choice.perplexity) == pytest.approx(best_mixture(choice.temperature), abs=1e-3)
+
+
+@pytest.mark.parametrize(("given", "is_useless"), [(1e-40, True), (0.001, True), (1e6, True), (None, False)])
+def test_a_temperature_that_loses_the_gain_is_told(given, is_useless):
+    """Distances of 1 to neighbors with the right token and of 3 to others: the best temperature is below 3."""
+    rng = np.random.default_rng(0)
+    is_label = rng.random((300, 16)) < 0.1
+    # The nearest neighbor is a wrong one half of the time, so that trusting it alone loses.
+    distances = np.where(is_label, 1.0, 3.0) + rng.normal(size=is_label.shape) * 0.1
+    distances[:150, 0], is_label[:150, 0] = 0.8, False
+    distances = distances.astype(np.float32)
+    held_out = temperature.HeldOut(distances, is_label, np.log(rng.uniform(0.01, 0.2, 300)))
+    best = held_out.best()
+    given = held_out.mixture(best.temperature * 1.1 if given is None else given)
+    said = temperature.compared(given, best, held_out.base_perplexity)
+    assert f"{given.perplexity:.3f} at config.targets.temperature" in said
+    assert f"{best.perplexity:.3f} at the best" in said
+    assert ("set it to 0" in said) == is_useless
 
 
 def test_automatic_temperature_is_recorded(workdir):
@@ -311,10 +330,8 @@ def test_scann_that_cannot_be_imported_is_told(monkeypatch):
         scann_backend.unavailable.cache_clear()
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 1e-40}, {"minimum_probability": 1.0}])
-@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
-def test_distributions_that_are_empty_or_not_finite_are_not_sealed(workdir, settings):
+def test_distributions_that_are_empty_are_not_sealed(workdir):
     folder, _ = workdir
     with pytest.raises(UserError, match="targets/train: the distributions of shard 0 are empty or not finite; set"):
-        targets.run(config_for(folder, backend="exact", **settings))
+        targets.run(config_for(folder, backend="exact", minimum_probability=1.0))
     assert not (folder / "targets" / "train" / "shards" / "000000.json").exists()

@@ -60,17 +60,32 @@ def test_keys_as_they_are_are_lost_to_one_large_number(datastore):
 
 def test_the_prepared_search_reaches_the_recall_at_the_least_cost(datastore, tmp_path):
     key_shards, sample = shards_and_sample(datastore, tmp_path)
-    trials = tuning.reach(key_shards, sample, 0.97)
-    assert trials[-1].recall >= 0.97
-    assert all(trial.recall < 0.97 for trial in trials[:-1])
+    trials, place = tuning.reach(key_shards, sample, 0.97)
+    assert trials[place].recall >= 0.97
+    assert all(trial.recall < 0.97 for trial in trials[:place])
     costs = [trial.bytes_read for trial in trials]
     assert costs == sorted(costs)
     # The distances are those of the keys themselves.
-    assert sample.search(trials[-1].effort)[0] == trials[-1].recall
+    assert sample.search(trials[place].effort)[0] == trials[place].recall
     queries = sample_queries(datastore, 50)
-    distances, ids = key_shards.open(0).search(queries, K, None, trials[-1].effort)
+    distances, ids = key_shards.open(0).search(queries, K, None, trials[place].effort)
     truth = ((key_shards.keys(0).read(0, 6400)[ids].astype(np.float64) - queries.keys_QxD[:, None]) ** 2).sum(axis=2)
     np.testing.assert_allclose(distances, truth, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("recalls", "first", "expected"),
+    [
+        ([0.2, 0.5, 0.8, 0.96, 0.99], 2, 3),  # up
+        ([0.2, 0.5, 0.96, 0.97, 0.99], 3, 3),  # reached, but not by far
+        ([0.2, 0.96, 0.97, 0.98, 0.99], 3, 1),  # by far: down to the last that reaches it
+        ([0.96, 0.97, 0.98, 0.98, 0.99], 4, 0),
+        ([0.2, 0.5, 0.8, 0.8, 0.9], 2, 4),  # out of reach
+        ([0.2], 0, 0),
+    ],
+)
+def test_efforts_are_searched_up_or_down(recalls, first, expected):
+    assert tuning._cheapest(lambda place: recalls[place], len(recalls), first, 0.95) == expected
 
 
 def test_total_variation_falls_as_the_search_looks_harder(datastore, tmp_path):

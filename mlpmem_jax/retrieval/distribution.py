@@ -44,7 +44,9 @@ def neighbor_weights(distances_QxK: np.ndarray, temperature: float) -> np.ndarra
     nearest_Qx1 = distances_QxK.min(axis=1, keepdims=True)
     nearest_Qx1 = np.where(np.isfinite(nearest_Qx1), nearest_Qx1, 0)
     exponents_QxK = (nearest_Qx1 - distances_QxK).astype(np.float32, copy=False)
-    exponents_QxK *= np.float32(1 / temperature)
+    # However small the temperature, the exponent of the nearest neighbor stays 0.
+    with np.errstate(over="ignore"):
+        exponents_QxK *= np.float32(min(1 / temperature, float(np.finfo(np.float32).max)))
     return np.exp(exponents_QxK, out=exponents_QxK)
 
 

@@ -24,7 +24,22 @@ from mlpmem_jax.retrieval.backends import KeySource, Needs
 from mlpmem_jax.retrieval.scann_index import Options
 from mlpmem_jax.retrieval.scratch import is_remote, writing
 
-_EFFORTS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # leaves searched, in multiples of those that are derived
+_EFFORTS = (
+    0.125,
+    0.25,
+    0.5,
+    1,
+    1.5,
+    2,
+    3,
+    4,
+    6,
+    8,
+    12,
+    16,
+    24,
+    32,
+)  # leaves searched, in multiples of those that are derived
 _REORDERS = (1, 2, 4)  # candidates reordered, likewise
 _ROWS_PER_CALL = 256
 _RETRIED_NEIGHBORS = 1 << 22  # of one call: 32 MiB of ids and distances

@@ -136,15 +136,15 @@ def _measure(settings: dict, datastores: dict[str, Artifact], key_shards: KeySha
     k, measured = settings["k"], {"backend": settings["backend"], "k": settings["k"]}
     if key_shards.search.dimensions:
         measured["search_variance_kept"] = key_shards.variance_kept
-    sample, trials = None, []
+    trials, place = [], 0
     if not key_shards.search.is_exact:
         queries = sample_queries(datastores["train"], settings["quality_positions"])
         sample = Sample.draw(key_shards, queries, settings["exclude"], k)
-        trials = tuning.reach(key_shards, sample, settings["recall"])
-    effort = trials[-1].effort if trials else None
+        trials, place = tuning.reach(key_shards, sample, settings["recall"])
+    effort = trials[place].effort if trials else None
     measured |= _temperature(settings, datastores["validation"], key_shards, effort)
     curve = [trial.summary(measured["temperature"], sample) for trial in trials]
-    reached = curve[-1] if curve else {"recall": 1.0, "total_variation": 0.0}
+    reached = curve[place] if trials else {"recall": 1.0, "total_variation": 0.0}
     measured |= {"recall_at_k": reached["recall"], "total_variation": reached["total_variation"]}
     measured["search_curve"] = curve
     if effort is not None:
@@ -165,15 +165,23 @@ def _effort(key_shards: KeyShards, fields: dict | None) -> backends.Effort | Non
 def _temperature(
     settings: dict, datastore: Artifact, key_shards: KeyShards, effort: backends.Effort | None
 ) -> dict[str, float]:
-    """The temperature that the config gives, or the best one for the validation split."""
-    if settings["temperature"]:
-        return {"temperature": settings["temperature"]}
+    """The temperature that the config gives, or the best one for a sample of the validation split."""
     queries, packed_QxK = sample_queries(datastore, settings["quality_positions"]), None
     for number in range(len(key_shards)):
         nearest_QxK = key_shards.open(number).nearest(queries, settings["k"], None, effort)
         packed_QxK = neighbors.merge(packed_QxK, nearest_QxK)
-    choice = temperature.choose(*neighbors.unpack(packed_QxK), queries.next_tokens_Q, queries.base_log_probabilities_Q)
-    return {"temperature": choice.temperature, "sample_interpolation_weight": choice.interpolation_weight}
+    distances_QxK, tokens_QxK = neighbors.unpack(packed_QxK)
+    is_label_QxK = tokens_QxK == queries.next_tokens_Q[:, None]
+    held_out = temperature.HeldOut(distances_QxK, is_label_QxK, queries.base_log_probabilities_Q)
+    choice = best = held_out.best()
+    if settings["temperature"]:
+        choice = held_out.mixture(settings["temperature"])
+        say(f"targets: {temperature.compared(choice, best, held_out.base_perplexity)}")
+    return {
+        "temperature": choice.temperature,
+        "best_temperature": best.temperature,
+        "sample_interpolation_weight": choice.interpolation_weight,
+    }
 
 
 def _check(settings: dict, search: Search, datastore: Artifact, entries: int, scratch: epath.Path) -> None:

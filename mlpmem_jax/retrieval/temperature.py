@@ -13,6 +13,7 @@ from mlpmem_jax.retrieval.distribution import neighbor_weights
 
 _GRID = 2.0 ** np.arange(-8, 5)  # multiples of the median distance
 _TOLERANCE = 0.01  # of log2(temperature)
+_USEFUL_SHARE = 0.5  # of the best temperature's gain, in nats; below it the user is told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,34 +40,61 @@ def label_log_probabilities(distances_QxK, is_label_QxK, temperature: float) -> 
         return np.log(label_Q / np.where(total_Q > 0, total_Q, 1))
 
 
-def choose(distances_QxK, neighbor_tokens_QxK, next_tokens_Q, base_log_probabilities_Q) -> Choice:
-    """The temperature at which lambda * p_kNN + (1 - lambda) * p_LM, with the best lambda, is likeliest.
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Held-out positions with their neighbors, on which temperatures are compared.
 
-    A grid in octaves around the median distance, then a golden-section search between the neighbors of its best point.
-
-    Args:
-      distances_QxK: squared L2 distances of held-out positions to their neighbors.
-      neighbor_tokens_QxK: the token that followed each neighbor.
-      next_tokens_Q: the token that followed each position.
+    Attributes:
+      distances_QxK: squared L2 distances, infinite where there is no neighbor.
+      is_label_QxK: whether the neighbor was followed by the token that followed the position.
       base_log_probabilities_Q: log p_LM of that token.
     """
-    is_label_QxK = neighbor_tokens_QxK == next_tokens_Q[:, None]
-    median = float(np.median(distances_QxK[np.isfinite(distances_QxK)]))
-    median = median if median > 0 else 1.0
 
-    def mixture(log2_multiple: float) -> Choice:
-        temperature = float(median * 2.0**log2_multiple)
-        log_probabilities_Q = label_log_probabilities(distances_QxK, is_label_QxK, temperature)
-        return Choice(temperature, *tune_weight(base_log_probabilities_Q, log_probabilities_Q))
+    distances_QxK: np.ndarray
+    is_label_QxK: np.ndarray
+    base_log_probabilities_Q: np.ndarray
 
-    octaves = np.log2(_GRID)
-    losses = [math.log(mixture(octave).perplexity) for octave in octaves]
-    best = int(np.argmin(losses))
-    bounds = octaves[max(best - 1, 0)], octaves[min(best + 1, len(octaves) - 1)]
-    found = scipy.optimize.minimize_scalar(
-        lambda octave: math.log(mixture(octave).perplexity),
-        bounds=bounds,
-        method="bounded",
-        options={"xatol": _TOLERANCE},
+    @property
+    def base_perplexity(self) -> float:
+        """Of the base alone."""
+        return float(np.exp(-self.base_log_probabilities_Q.mean(dtype=np.float64)))
+
+    def mixture(self, temperature: float) -> Choice:
+        """lambda * p_kNN + (1 - lambda) * p_LM at a temperature, with the best lambda."""
+        log_probabilities_Q = label_log_probabilities(self.distances_QxK, self.is_label_QxK, temperature)
+        return Choice(temperature, *tune_weight(self.base_log_probabilities_Q, log_probabilities_Q))
+
+    def best(self) -> Choice:
+        """The temperature at which the mixture is likeliest.
+
+        A grid in octaves around the median distance, then a bounded search between the neighbors of its best point.
+        """
+        median = float(np.median(self.distances_QxK[np.isfinite(self.distances_QxK)]))
+        median = median if median > 0 else 1.0
+
+        def loss(log2_multiple: float) -> float:
+            return math.log(self.mixture(float(median * 2.0**log2_multiple)).perplexity)
+
+        octaves = np.log2(_GRID)
+        losses = [loss(octave) for octave in octaves]
+        place = int(np.argmin(losses))
+        bounds = octaves[max(place - 1, 0)], octaves[min(place + 1, len(octaves) - 1)]
+        refined = scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": _TOLERANCE})
+        octave = refined.x if refined.fun <= losses[place] else octaves[place]
+        return self.mixture(float(median * 2.0**octave))
+
+
+def compared(given: Choice, best: Choice, base_perplexity: float) -> str:
+    """What a temperature that the config gives is worth beside the best one, in a sentence or two."""
+    text = (
+        f"perplexity of the base with the neighbors, on a sample of the validation split: {given.perplexity:.3f} at "
+        f"config.targets.temperature {given.temperature:.4g}, {best.perplexity:.3f} at the best, {best.temperature:.4g}"
+        f"; of the base alone {base_perplexity:.3f}"
     )
-    return mixture(found.x if found.fun <= losses[best] else octaves[best])
+    gain, best_gain = (math.log(base_perplexity / choice.perplexity) for choice in (given, best))
+    if gain < _USEFUL_SHARE * best_gain:
+        text += (
+            f". The temperature that is set keeps {max(gain / best_gain, 0):.0%} of what the neighbors gain; set it to "
+            "0, and the best one is taken"
+        )
+    return text

@@ -6,7 +6,7 @@ Costs are bytes read for a query, not seconds: a build ends with the same bytes 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -42,8 +42,8 @@ class Trial:
         return f"{self.recall:.3f}" + (f" with {self.effort}" if self.effort else "")
 
 
-def reach(key_shards: KeyShards, sample: Sample, recall: float) -> list[Trial]:
-    """Tries searches, the cheapest first, up to one that reaches a recall.
+def reach(key_shards: KeyShards, sample: Sample, recall: float) -> tuple[list[Trial], int]:
+    """Tries searches up to one that reaches a recall, or, where the first one exceeds it by far, down to the last one.
 
     Args:
       key_shards: with an index each.
@@ -51,38 +51,51 @@ def reach(key_shards: KeyShards, sample: Sample, recall: float) -> list[Trial]:
       recall: wanted, from 0 to 1.
 
     Returns:
-      What was tried; the last one reached the recall.
+      (what was tried, the cheapest first; the place among them of the one that is chosen).
 
     Raises:
-      UserError: none does.
+      UserError: none reaches the recall.
     """
-    efforts, first = key_shards.efforts()
-    if len(key_shards) > 1:
-        # Indices are large: one shard alone tells which efforts need not be tried on all of them.
-        first = _enough_for_one(sample, recall, efforts, first)
-    trials = []
-    for effort in efforts[first:] or [None]:
-        trials.append(_trial(key_shards, sample, effort))
-        if trials[-1].recall >= recall:
-            return trials
-        say(f"targets: recall {trials[-1]}, {recall:g} is asked for")
-    best = max(trials, key=lambda trial: trial.recall)
+    efforts, place = key_shards.efforts()
+    trials: dict[int, Trial] = {}
+    if not efforts:
+        trials[0] = Trial(None, 0, *sample.search())
+    else:
+        if len(key_shards) > 1:
+            # Indices are large: one shard alone tells which efforts need not be tried on all of them.
+            place = _cheapest(lambda place: sample.search(efforts[place], range(1))[0], len(efforts), place, recall)
+
+        def recall_of(place: int) -> float:
+            if place not in trials:
+                effort = efforts[place]
+                bytes_read = effort.cost(key_shards.rows(0), key_shards.searched_width, key_shards.search.backend.k)
+                trials[place] = Trial(effort, bytes_read, *sample.search(effort))
+                if trials[place].recall < recall:
+                    say(f"targets: recall {trials[place]}, {recall:g} is asked for")
+            return trials[place].recall
+
+        place = _cheapest(recall_of, len(efforts), place, recall)
+    tried = [trials[number] for number in sorted(trials)]
+    chosen = sorted(trials).index(place if efforts else 0)
+    if tried[chosen].recall >= recall:
+        return tried, chosen
+    best = max(tried, key=lambda trial: trial.recall)
     raise UserError(
-        f"config.targets.recall: {recall:g} is asked for, the most of {len(trials)} ways to search was {best}. "
+        f"config.targets.recall: {recall:g} is asked for, the most of {len(tried)} ways to search was {best}. "
         f"What may help: {key_shards.search.backend.remedies}. To build targets from worse neighbors all the same, "
         f"set config.targets.recall to {np.floor(100 * best.recall) / 100:g}"
     )
 
 
-def _trial(key_shards: KeyShards, sample: Sample, effort: Effort | None) -> Trial:
-    backend = key_shards.search.backend
-    bytes_read = effort.cost(key_shards.rows(0), key_shards.searched_width, backend.k) if effort else 0
-    return Trial(effort, bytes_read, *sample.search(effort))
+def _cheapest(recall_of: Callable[[int], float], count: int, first: int, recall: float) -> int:
+    """The place of an effort that reaches the recall; of the greatest one where none from the first on does.
 
-
-def _enough_for_one(sample: Sample, recall: float, efforts: Sequence[Effort], first: int) -> int:
-    """The place of the first effort that reaches the recall in the first shard, or of the last one."""
-    for place in range(first, len(efforts)):
-        if sample.search(efforts[place], range(1))[0] >= recall:
-            return place
-    return len(efforts) - 1 if efforts else 0
+    From the first one upwards; downwards where the first one misses less than half of what may be missed.
+    """
+    if recall_of(first) < recall:
+        return next((place for place in range(first + 1, count) if recall_of(place) >= recall), count - 1)
+    place = first
+    if recall_of(first) >= (1 + recall) / 2:
+        while place > 0 and recall_of(place - 1) >= recall:
+            place -= 1
+    return place
