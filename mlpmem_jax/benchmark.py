@@ -20,8 +20,10 @@ from mlpmem_jax.core.progress import say
 PARTS = {
     "train": "mlpmem_jax.training.benchmark",
     "generate": "mlpmem_jax.inference.benchmark",
-    "targets": "mlpmem_jax.retrieval.benchmark",
+    "forward": "mlpmem_jax.retrieval.forward_benchmark",
+    "targets": "mlpmem_jax.retrieval.targets_benchmark",
     "search": "mlpmem_jax.retrieval.search_benchmark",
+    "scann": "mlpmem_jax.retrieval.scann_benchmark",
     "processes": "mlpmem_jax.training.process_benchmark",
 }
 

@@ -41,6 +41,31 @@ def test_scann_asks_again_until_a_long_exclusion_is_passed(keys, index):
     assert ids[0].min() >= 3000
 
 
+def test_long_documents_are_passed_without_looking_harder(keys, index, monkeypatch):
+    """A quarter of all keys is excluded: as many more neighbors are asked for as it takes, in no more leaves."""
+    asked, leaves = [], []
+
+    class Spy:
+        def search_batched(self, queries_QxD, *, final_num_neighbors, leaves_to_search, **options):
+            asked.append(len(queries_QxD) * final_num_neighbors)
+            leaves.append(leaves_to_search)
+            return searcher.search_batched(
+                queries_QxD, final_num_neighbors=final_num_neighbors, leaves_to_search=leaves_to_search, **options
+            )
+
+    searcher = index._searcher
+    monkeypatch.setattr(index, "_searcher", Spy())
+    positions = np.arange(0, 6000, 40)
+    excluded = np.stack([positions // 1500 * 1500, positions // 1500 * 1500 + 1500], axis=1)
+    distances, ids = index.search(keys[positions], 20, excluded)
+    _, true_ids = brute_force(keys[positions], keys, 20, forbidden(excluded, len(keys)))
+    recall = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(ids, true_ids, strict=True)])
+    assert recall > 0.95
+    assert np.isfinite(distances).all()
+    assert sum(asked) < 3 * 20 * len(positions)
+    assert set(leaves) == {20}
+
+
 def test_scann_without_enough_keys_says_so():
     keys = mixture(np.random.default_rng(0), 30).astype(np.float32)
     distances, ids = ScannIndex.build(keys, Options.derive(30, 40)).search(keys, 40, np.tile([[0, 10]], (30, 1)))

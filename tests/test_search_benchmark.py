@@ -1,31 +1,47 @@
-import pytest
+import numpy as np
 from retrieval_data import config_for, write_workdir
 
 from mlpmem_jax.retrieval import scann_backend, search_benchmark
 
 
-@pytest.mark.skipif(bool(scann_backend.unavailable()), reason="ScaNN has no wheel for this machine")
-def test_rows(tmp_path, monkeypatch):
-    for name, value in (("KEYS", 8000), ("TRAINED_ON", 5000), ("WIDTHS", (16,)), ("NEIGHBORS", 32), ("QUERIES", 64)):
-        monkeypatch.setattr(search_benchmark, name, value)
+def test_rows_on_stored_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr(search_benchmark, "KEYS", 400)  # of 640
+    monkeypatch.setattr(search_benchmark, "RECALL_POSITIONS", 64)
+    monkeypatch.setattr(search_benchmark, "_reference_row", lambda sample, timed: {"name": "reference"})
     write_workdir(tmp_path)
-    rows = {row["name"]: row for row in search_benchmark.rows(config_for(tmp_path))}
-    assert all(set(row) == {"name", "value", "unit", "detail"} for row in rows.values())
-    assert rows["ScaNN, 8,000 keys of width 16: build"]["value"] > 0
-    assert rows["ScaNN, width 16: a query"]["value"] > 0
-    for k in (64, 32):
-        recalls = [rows[f"exact, {dimensions} of 8 dimensions, k {k}"]["value"] for dimensions in (4, 2, 1)]
-        assert 1 > recalls[0] > recalls[1] > recalls[2] > 0
+    rows = search_benchmark.rows(config_for(tmp_path))
+    assert rows.pop() == {"name": "reference"}
+    recalls = {row["name"]: float(row["detail"].split()[1].rstrip(";,")) for row in rows}
+    assert recalls["search, exact, 8 of 8 dimensions"] == 1
+    assert 1 > recalls["search, exact, 4 of 8 dimensions"] > recalls["search, exact, 2 of 8 dimensions"] > 0
+    assert len(recalls) == (3 if scann_backend.unavailable() else 6)
+    assert all(row["value"] > 0 and "; 320 keys;" in row["detail"] for row in rows)
 
 
-def test_hours_follow_from_the_rates():
-    rates = search_benchmark.Rates(scanned=2e-12, reordered=3e-9, whole=5e-9)
-    hours, detail = search_benchmark.core_hours(1_000_000, 100, 500_000, 0, rates)
-    # Two shards of 500,000 keys: 707 leaves; ceil(40 (1024 x 707 / 500000)^0.4) = 47 searched; 1.28 x 1,024 reordered.
-    seconds = 47 * 500_000 / 707 * 100 * 2e-12 + 1311 * 100 * 3e-9
-    assert hours == pytest.approx(2 * 1_000_000 * seconds / 3600)
-    assert detail.startswith("2 shards")
-    reduced, _ = search_benchmark.core_hours(1_000_000, 100, 500_000, 10, rates)
-    # 1,536 candidates wanted: ceil(40 (1536 x 707 / 500000)^0.4) = 55 searched; 1.23 x 1,536 reordered.
-    seconds = 55 * 500_000 / 707 * 10 * 2e-12 + 1889 * 10 * 3e-9 + 1536 * 100 * 5e-9
-    assert reduced == pytest.approx(2 * 1_000_000 * seconds / 3600)
+def test_the_reference_is_compared_on_the_same_neighbors(monkeypatch):
+    """FAISS's place is taken by a brute force, whose recall is 1."""
+    random = np.random.default_rng(0)
+    keys = random.standard_normal((500, 8)).astype(np.float32)
+
+    class BruteForce:
+        def search(self, queries_QxD, k):
+            distances = ((queries_QxD[:, None] - keys[None]) ** 2).sum(axis=2)
+            return None, np.argsort(distances, axis=1)[:, :k]
+
+    from mlpmem_jax.retrieval.backends import KeySource
+    from mlpmem_jax.retrieval.exact_backend import search_in_blocks
+    from mlpmem_jax.retrieval.quality import Sample
+    from mlpmem_jax.retrieval.queries import Queries
+
+    monkeypatch.setattr(search_benchmark, "reference_index", lambda keys_NxD: (BruteForce(), "brute force"))
+    positions = np.arange(100, 150)
+    queries = Queries(keys[positions], positions, positions, positions)
+    source = KeySource(500, 8, np.dtype("float32"), lambda start, stop: keys[start:stop])
+    truth = search_in_blocks(source, None, queries.keys_QxD, 5, np.stack([positions, positions + 1], axis=1))
+
+    class Shards:
+        def keys(self, shard):
+            return source
+
+    row = search_benchmark._reference_row(Sample(Shards(), queries, "self", 5, [truth], None), queries)
+    assert row["detail"].startswith("recall@5 1.000 with brute force; 500 keys")

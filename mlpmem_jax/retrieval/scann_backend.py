@@ -24,25 +24,12 @@ from mlpmem_jax.retrieval.backends import KeySource, Needs
 from mlpmem_jax.retrieval.scann_index import Options
 from mlpmem_jax.retrieval.scratch import is_remote, writing
 
-_EFFORTS = (
-    0.125,
-    0.25,
-    0.5,
-    1,
-    1.5,
-    2,
-    3,
-    4,
-    6,
-    8,
-    12,
-    16,
-    24,
-    32,
-)  # leaves searched, in multiples of those that are derived
-_REORDERS = (1, 2, 4)  # candidates reordered, likewise
+# In multiples of those that are derived.
+_LEAF_FACTORS = (0.125, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_REORDER_FACTORS = (1, 2, 4)
 _ROWS_PER_CALL = 256
 _RETRIED_NEIGHBORS = 1 << 22  # of one call: 32 MiB of ids and distances
+_GROWTH = 4  # of what is asked for where neighbors lack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +91,8 @@ class Backend:
                 leaves_to_search=min(math.ceil(first.leaves_to_search * more_leaves), first.leaves),
                 reorder=round(first.reorder * more_candidates, 2),
             )
-            for more_leaves in ((1,) if self.leaves_to_search else _EFFORTS)
-            for more_candidates in ((1,) if self.reorder else _REORDERS)
+            for more_leaves in ((1,) if self.leaves_to_search else _LEAF_FACTORS)
+            for more_candidates in ((1,) if self.reorder else _REORDER_FACTORS)
         }
         efforts = sorted(choices, key=lambda options: (options.cost(rows, width, self.k), options.leaves_to_search))
         return efforts, efforts.index(first)
@@ -181,26 +168,32 @@ class ScannIndex:
     ) -> tuple[np.ndarray, np.ndarray]:
         """About the k nearest keys of each query, as `backends.Index.search`. Other Python threads run meanwhile."""
         options = effort or self._options
-        count = len(queries_QxD)
         if excluded_Qx2 is None:
-            excluded_Qx2 = np.zeros((count, 2), np.int32)
+            excluded_Qx2 = np.zeros((len(queries_QxD), 2), np.int32)
         longest = int(np.max(excluded_Qx2[:, 1] - excluded_Qx2[:, 0], initial=0))
-        distances_QxK = np.empty((count, k), np.float32)
-        ids_QxK = np.empty((count, k), np.int32)
-        rows, extra, leaves = np.arange(count), min(longest, max(1, k // 8)), options.leaves_to_search
-        while True:
+        distances_QxK = np.empty((len(queries_QxD), k), np.float32)
+        ids_QxK = np.empty((len(queries_QxD), k), np.int32)
+        # Most queries have few of their k nearest excluded. Those that lack neighbors are searched again: for more of
+        # them, or, where the leaves held no more, in more leaves.
+        pending = [(np.arange(len(queries_QxD)), min(longest, k), options.leaves_to_search)]
+        while pending:
+            rows, extra, leaves = pending.pop()
             step = max(1, min(_ROWS_PER_CALL, _RETRIED_NEIGHBORS // (k + extra)))
+            has_ended_Q = np.empty(len(rows), bool)
             for start in range(0, len(rows), step):
-                part = rows[start : start + step]
-                distances_QxK[part], ids_QxK[part] = self._search_once(
-                    queries_QxD[part], k, extra, leaves, options.reorder, excluded_Qx2[part]
+                part = slice(start, start + step)
+                distances_QxK[rows[part]], ids_QxK[rows[part]], has_ended_Q[part] = self._search_once(
+                    queries_QxD[rows[part]], k, extra, leaves, options.reorder, excluded_Qx2[rows[part]]
                 )
-            rows = rows[np.isinf(distances_QxK[rows, -1])]
-            if not len(rows) or (leaves == options.leaves and extra == longest):
-                return distances_QxK, ids_QxK
-            extra, leaves = min(longest, 4 * extra), min(options.leaves, 4 * leaves)
+            lacks_Q = np.isinf(distances_QxK[rows, -1])
+            if leaves < options.leaves and (lacks_Q & has_ended_Q).any():
+                pending.append((rows[lacks_Q & has_ended_Q], extra, min(options.leaves, _GROWTH * leaves)))
+            if extra < longest and (lacks_Q & ~has_ended_Q).any():
+                pending.append((rows[lacks_Q & ~has_ended_Q], min(longest, _GROWTH * extra), leaves))
+        return distances_QxK, ids_QxK
 
     def _search_once(self, queries_QxD, k: int, extra: int, leaves: int, reorder: float, excluded_Qx2):
+        """(distances [Q, k], ids [Q, k], whether the leaves held fewer than k + extra keys, bool [Q])."""
         wanted = min(k + extra, self.size)
         ids_QxM, distances_QxM = self._searcher.search_batched(
             np.ascontiguousarray(queries_QxD, np.float32),
@@ -210,11 +203,12 @@ class ScannIndex:
         )
         ids_QxM = ids_QxM.view(np.int32)
         usable_QxM = np.isfinite(distances_QxM)  # ScaNN puts NaN in places that it could not fill
+        has_ended_Q = ~usable_QxM.all(axis=1)
         usable_QxM &= (ids_QxM < excluded_Qx2[:, :1]) | (ids_QxM >= excluded_Qx2[:, 1:])
         usable_QxM &= np.cumsum(usable_QxM, axis=1, dtype=np.int32) <= k
         if np.count_nonzero(usable_QxM) == len(ids_QxM) * k:
-            return distances_QxM[usable_QxM].reshape(-1, k), ids_QxM[usable_QxM].reshape(-1, k)
+            return distances_QxM[usable_QxM].reshape(-1, k), ids_QxM[usable_QxM].reshape(-1, k), has_ended_Q
         padding = ((0, 0), (0, max(0, k - wanted)))
         distances_QxM = np.pad(np.where(usable_QxM, distances_QxM, np.inf), padding, constant_values=np.inf)
         packed_QxM = neighbors.pack(distances_QxM, np.pad(ids_QxM, padding))
-        return neighbors.unpack(neighbors.smallest(packed_QxM, k))
+        return *neighbors.unpack(neighbors.smallest(packed_QxM, k)), has_ended_Q

@@ -1,18 +1,13 @@
-"""What ScaNN costs on this machine, in processor time and memory, and what searching in fewer dimensions loses.
+"""Searches side by side on the stored keys of a finished datastore: recall, distributions and rate of each.
 
-Costs are measured on clustered keys, and the hours of searches too large for a desk are computed from them. The loss is
-measured where the config's working directory has a datastore. An index is built and loaded by a process of its own:
-this module run as a program, which then knows what its memory went into.
+The very code of stage `targets` on one shard of keys: both backends in all dimensions and in fewer, ScaNN at the effort
+that reaches `config.targets.recall`. Beside them FAISS as the reference implementation sets it (extra `bench`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import json
-import pathlib
-import subprocess
-import sys
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,237 +17,124 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import runtime
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
-from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.config import SEARCH_BACKENDS
+from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.retrieval import backends, needs, quality, reduction, scann_backend
-from mlpmem_jax.retrieval.benchmark import clustered_keys, row
+from mlpmem_jax.retrieval import backends, tiles, tuning
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search
-from mlpmem_jax.retrieval.queries import Queries, sample_queries
-from mlpmem_jax.retrieval.scann_backend import ScannIndex
-from mlpmem_jax.retrieval.scann_index import Options, write
+from mlpmem_jax.retrieval.quality import Sample, contains
+from mlpmem_jax.retrieval.queries import Queries, read_queries, sample_queries
+from mlpmem_jax.retrieval.targets_benchmark import reference_index, row
 
-KEYS, TRAINED_ON, WIDTHS, NEIGHBORS = 800_000, 100_000, (32, 128), 1024
-QUERIES, QUALITY_POSITIONS = 1024, 512
-_LARGE = (  # (positions, width of a key, keys of a shard, dimensions that are searched)
-    (1_000_000, 128, 2_000_000, 0),
-    (100_000_000, 1280, 16_000_000, 0),
-    (100_000_000, 1280, 16_000_000, 256),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """Seconds of one core for each number of a key.
-
-    Attributes:
-      scanned: of the keys in the leaves that are searched; the search's other costs are spread over them.
-      reordered: of the candidates whose distance ScaNN computes exactly.
-      whole: of the candidates whose distance in all dimensions is computed where fewer are searched.
-    """
-
-    scanned: float
-    reordered: float
-    whole: float
-
-
-def core_hours(positions: int, width: int, shard_rows: int, dimensions: int, rates: Rates) -> tuple[float, str]:
-    """Hours of one core that the neighbors of all positions take, and what they consist of, in words.
-
-    Args:
-      positions: N, each of them a key and a query.
-      width: numbers in a key.
-      shard_rows: most keys in an index.
-      dimensions: principal components that are searched; 0 for all.
-      rates: of the machine.
-    """
-    shards = -(-positions // shard_rows)
-    rows = positions // shards
-    searched = dimensions or width
-    wanted = reduction.candidates(NEIGHBORS) if dimensions else NEIGHBORS
-    options = Options.derive(rows, wanted)
-    reordered = round(options.reorder * wanted)
-    scan = options.leaves_to_search * rows / options.leaves * searched * rates.scanned
-    reorder = reordered * searched * rates.reordered
-    whole = wanted * width * rates.whole if dimensions else 0.0
-    detail = (
-        f"{shards} shards; a query in each: {1e3 * scan:.2f} ms for {options.leaves_to_search} of {options.leaves} "
-        f"leaves, {1e3 * reorder:.2f} ms for {reordered} candidates, {1e3 * whole:.2f} ms for whole distances"
-    )
-    return positions * shards * (scan + reorder + whole) / 3600, detail
-
-
-def _processor_seconds(work: Callable[[], object]) -> float:
-    """Of all cores; the least of three times."""
-    seconds = []
-    for _ in range(3):
-        start = time.process_time()
-        work()
-        seconds.append(time.process_time() - start)
-    return min(seconds)
-
-
-def _build_and_load(folder: str, size: int, leaves: int) -> dict[str, float]:
-    """What an index of the first `size` of FOLDER/keys.npy costs a process: seconds, and bytes beside those keys."""
-    command = [sys.executable, "-m", __name__, folder, str(size), str(leaves)]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if child.returncode:
-        raise UserError(
-            f"benchmark of search: the process that builds an index ended with exit code {child.returncode}"
-        )
-    return json.loads(child.stdout.splitlines()[-1])
-
-
-def _index_rows(width: int) -> tuple[list[dict], Rates]:
-    """Costs of building an index and of searching it, at one width."""
-    keys_NxD = clustered_keys(KEYS, width)
-    leaves = Options.derive(KEYS, NEIGHBORS).leaves
-    backend = scann_backend.Backend(NEIGHBORS, training_sample=TRAINED_ON)
-    measured = []
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(f"{folder}/keys.npy", keys_NxD)
-        trained, built = (_build_and_load(folder, size, leaves) for size in (TRAINED_ON, KEYS))
-        for size, cost in ((TRAINED_ON, trained), (KEYS, built)):
-            measured.append(
-                row(
-                    f"ScaNN, {size:,} keys of width {width}: build",
-                    cost["seconds"],
-                    "s of processor time",
-                    f"{leaves} leaves, trained on {TRAINED_ON:,} keys; memory {cost['built'] / 1e9:.3f} GB while it is "
-                    f"built, {cost['loading'] / 1e9:.3f} GB while it is loaded, {cost['loaded'] / 1e9:.3f} GB then; "
-                    f"stated {backend.needs(size, width, 4, 1).memory / 1e9:.3f} GB",
-                )
-            )
-        filled = (built["seconds"] - trained["seconds"]) / (KEYS - TRAINED_ON)
-        measured.append(row(f"ScaNN, width {width}: to fill in a key", 1e6 * filled, "us", f"{leaves} leaves"))
-        searching, rates = _search_rows(pathlib.Path(folder) / str(KEYS), keys_NxD)
-    return measured + searching, rates
-
-
-def _search_rows(folder: pathlib.Path, keys_NxD: np.ndarray) -> tuple[list[dict], Rates]:
-    """Costs of a candidate, from what twice as many add to the time of a search, and of a leaf, from all the rest."""
-    size, width = keys_NxD.shape
-    queries_QxD = keys_NxD[size // 2 :][:QUERIES]
-    options = Options.derive(size, NEIGHBORS)
-
-    def seconds(**changed) -> float:
-        """Of one query, with other options."""
-        index = ScannIndex.load(folder, size, dataclasses.replace(options, **changed))
-        return _processor_seconds(lambda: index.search(queries_QxD, NEIGHBORS)) / len(queries_QxD)
-
-    query = seconds()
-    candidate = (seconds(reorder=2 * options.reorder) - query) / (options.reorder * NEIGHBORS)
-    leaf = (query - candidate * options.reorder * NEIGHBORS) / options.leaves_to_search
-    ids_QxC = np.random.default_rng(0).integers(0, size, (QUERIES // 8, NEIGHBORS))
-    stored_NxD = keys_NxD.astype(np.float16)
-    whole = _processor_seconds(lambda: reduction.squared_distances(queries_QxD[: len(ids_QxC)], stored_NxD, ids_QxC))
-    whole /= ids_QxC.size
-    rates = Rates(leaf * options.leaves / size / width, candidate / width, whole / width)
-    name = f"ScaNN, width {width}"
-    return [
-        row(
-            f"{name}: a query",
-            1e6 * query,
-            "us",
-            f"k {NEIGHBORS}, {options.leaves_to_search} of {options.leaves} leaves, {options.reorder} x k candidates",
-        ),
-        row(f"{name}: a leaf", 1e6 * leaf, "us", f"{1e12 * rates.scanned:.1f} ps for each number of its keys"),
-        row(f"{name}: a candidate", 1e6 * candidate, "us", f"{1e9 * rates.reordered:.2f} ns for each of its numbers"),
-        row(f"whole distance, width {width}", 1e6 * whole, "us", f"{1e9 * rates.whole:.2f} ns for each of its numbers"),
-    ], rates
-
-
-def _large_rows(rates: Rates) -> list[dict]:
-    """What no desk can measure, computed from the rates."""
-    computed = []
-    for positions, width, shard_rows, dimensions in _LARGE:
-        hours, detail = core_hours(positions, width, shard_rows, dimensions, rates)
-        rows_of_shard = positions // -(-positions // shard_rows)
-        search = Search.create(scann_backend.Backend, {"k": NEIGHBORS, "search_dimensions": dimensions})
-        memory = needs.of_process(search, rows_of_shard, width, 2, needs.Workload(1 << 17, NEIGHBORS, 256)).memory
-        where = f"in {dimensions} of {width:,}" if dimensions else f"in {width:,}"
-        name = f"computed: {positions:,} positions, k {NEIGHBORS}, {where} dimensions"
-        computed.append(row(name, hours, "hours of a core", f"{detail}; {memory / 1e9:.2f} GB of memory"))
-    return computed
-
-
-def _fewer_dimensions_rows(datastore: Artifact) -> list[dict]:
-    """Recall and total variation of both backends in all, half, a quarter and an eighth of the dimensions."""
-    width = datastore.arrays["keys"].shape[2]
-    queries = sample_queries(datastore, QUALITY_POSITIONS)
-    measured = []
-    with tempfile.TemporaryDirectory() as folder:
-        for k in (64, NEIGHBORS):
-            for dimensions in (0, width // 2, width // 4, width // 8):
-                scratch = epath.Path(folder) / str(dimensions)
-                scratch.mkdir(exist_ok=True)
-                for backend in ("scann", "exact") if dimensions else ("scann",):
-                    measured.append(_quality_row(datastore, queries, scratch, backend, k, dimensions))
-    return measured
-
-
-def _quality_row(
-    datastore: Artifact, queries: Queries, scratch: epath.Path, name: str, k: int, dimensions: int
-) -> dict:
-    sequences, length, width = datastore.arrays["keys"].shape
-    mesh = make_mesh(devices=jax.devices()[:1])
-    search = Search.create(backends.chosen(name)[1], {"k": k, "search_dimensions": dimensions}, mesh)
-    shards = KeyShards.prepare(datastore, sequences * length, scratch, search, mesh)
-    sample = quality.Sample.draw(shards, queries, "self", k)
-    temperature = 0.15 * float(np.median(sample.true_neighbors[0][0]))
-    recall, packed_QxK = sample.search()
-    return row(
-        f"{name}, {dimensions or width} of {width} dimensions, k {k}",
-        recall,
-        f"recall@{k}",
-        f"total variation {sample.total_variation(packed_QxK, temperature):.4f}; "
-        f"variance kept {shards.variance_kept:.3f}; {sequences * length:,} keys, {len(queries)} queries",
-    )
+KEYS = 131_072  # at most, the first of the training split
+RECALL_POSITIONS, TIMED_POSITIONS = 512, 4096
+_FEWER_DIMENSIONS = (2, 4)  # divisors of the keys' width
+_TEMPERATURE = 0.15  # in median distances to the k neighbors
 
 
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
-    """Measures; each row has name, value, unit and detail."""
-    if reason := scann_backend.unavailable():
-        say(f"search: no rows, ScaNN {reason}")
-        return []
-    measured = []
-    for width in WIDTHS:
-        of_width, rates = _index_rows(width)
-        measured += of_width
-    measured += _large_rows(rates)  # those of the widest keys
+    """Measures; each row has name, value, unit and detail. Of a workdir without a datastore there are none."""
     folder = epath.Path(config.workdir) / "datastore" / "train"
-    if folder.exists():
-        measured += _fewer_dimensions_rows(open_artifact(folder, "datastore"))
+    if not folder.exists():
+        say(f"search: no rows, {folder} does not exist; set --config.workdir to one with a finished datastore")
+        return []
+    datastore, k = open_artifact(folder, "datastore"), config.targets.k
+    sequences, length, width = datastore.arrays["keys"].shape
+    queries = sample_queries(datastore, RECALL_POSITIONS)
+    timed = read_queries(datastore, 0, min(sequences, -(-TIMED_POSITIONS // length)))
+    measured, sample = [], None
+    with tempfile.TemporaryDirectory() as scratch:
+        for dimensions in (0, *(width // divisor for divisor in _FEWER_DIMENSIONS)):
+            for name in SEARCH_BACKENDS:
+                settings = {**config.targets, "search_dimensions": dimensions}
+                try:
+                    key_shards = _prepare(datastore, name, settings, epath.Path(scratch) / f"{name}_{dimensions}")
+                except ConfigError as error:
+                    say(f"search: without {name}: {error}")
+                    continue
+                if sample is None:
+                    sample = Sample.draw(key_shards, queries, "self", k)
+                of_backend = dataclasses.replace(sample, key_shards=key_shards)
+                measured.append(_row(name, of_backend, timed, config.targets.recall))
+    try:
+        measured.append(_reference_row(sample, timed))
+    except UserError as error:
+        say(f"search: without the reference's row: {error}")
     return measured
 
 
-def _resident_bytes() -> int:
-    """Of this process, now. What its allocator only keeps goes back before, and the peak starts anew from here."""
-    ctypes.CDLL(None).malloc_trim(0)
-    runtime.reset_peak()
-    return runtime.peak_rss_bytes()
+def _prepare(datastore: Artifact, name: str, settings: dict, scratch: epath.Path) -> KeyShards:
+    """The first `KEYS` of a training split as the only shard, on one device.
+
+    Raises:
+      ConfigError: the backend cannot run here.
+    """
+    mesh = make_mesh(devices=jax.devices()[:1])
+    search = Search.create(backends.chosen(name)[1], settings, mesh)
+    scratch.mkdir()
+    key_shards = KeyShards.prepare(datastore, KEYS, scratch, search, mesh)
+    key_shards.bounds = key_shards.bounds[:2]
+    return key_shards
 
 
-def _main(folder: str, size: int, leaves: int) -> None:
-    keys_NxD = np.array(np.load(f"{folder}/keys.npy", mmap_mode="r")[:size])
-    options = Options.derive(size, NEIGHBORS, leaves=leaves, training_sample=TRAINED_ON)
-    index_folder = pathlib.Path(folder) / str(size)
-    index_folder.mkdir(exist_ok=True)
-    before, start = _resident_bytes(), time.process_time()
-    write(index_folder, *keys_NxD.shape, lambda start, stop: keys_NxD[start:stop], options)
-    cost = {"seconds": time.process_time() - start}
-    cost["built"] = (
-        runtime.peak_rss_bytes() - before - keys_NxD.nbytes
-    )  # the keys in the index are mapped from its file
-    before = _resident_bytes()
-    index = ScannIndex.load(index_folder, size, options)
-    cost["loading"] = runtime.peak_rss_bytes() - before
-    cost["loaded"] = _resident_bytes() - before
-    del index
-    print(json.dumps(cost))
+def _row(name: str, sample: Sample, timed: Queries, recall: float) -> dict:
+    """One backend, as hard as it has to search for the recall, or as hard as it can."""
+    key_shards = sample.key_shards
+    start = time.perf_counter()
+    key_shard = key_shards.open(0)
+    built = time.perf_counter() - start
+    efforts = key_shards.efforts()[0]
+    try:
+        trials, place = tuning.reach(key_shards, sample, recall)
+        trial = trials[place]
+    except UserError:
+        effort = efforts[-1] if efforts else None
+        trial = tuning.Trial(effort, 0, *sample.search(effort))
+    seconds, cpu = _timed(lambda queries: key_shard.search(queries, sample.k, "self", trial.effort), timed, sample.k)
+    temperature = _TEMPERATURE * float(np.median(sample.true_neighbors[0][0]))
+    variance = f", {key_shards.variance_kept:.3f} of the variance" if key_shards.search.dimensions else ""
+    return row(
+        f"search, {name}, {key_shards.searched_width} of {key_shards.width} dimensions",
+        len(timed) / seconds,
+        "positions/s",
+        f"recall@{sample.k} {trial}{variance}; total variation "
+        f"{sample.total_variation(trial.packed_QxK, temperature):.4f}; {key_shards.rows(0):,} keys; "
+        f"{1e6 * cpu / len(timed):.0f} us of CPU time a position; {built:.0f} s to build",
+    )
 
 
-if __name__ == "__main__":
-    _main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+def _reference_row(sample: Sample, timed: Queries) -> dict:
+    """FAISS over the same keys, as they are; the nearest neighbor of each query is dropped, being itself.
+
+    Raises:
+      UserError: FAISS is not installed.
+    """
+    start = time.perf_counter()
+    keys = sample.key_shards.keys(0)
+    index, described = reference_index(keys.read(0, keys.size).astype(np.float32))
+    built = time.perf_counter() - start
+    ids_QxK1 = index.search(sample.queries.keys_QxD, sample.k + 1)[1]
+    own_Q = sample.queries.positions_Q
+    ids_QxK = np.stack([ids_K1[ids_K1 != own][: sample.k] for ids_K1, own in zip(ids_QxK1, own_Q, strict=True)])
+    true_ids_QxK = sample.true_neighbors[0][1]
+    start, cpu = time.perf_counter(), time.process_time()
+    index.search(timed.keys_QxD, sample.k + 1)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return row(
+        "search, the reference's way",
+        len(timed) / seconds,
+        "positions/s",
+        f"recall@{sample.k} {contains(ids_QxK.astype(np.int32), true_ids_QxK).mean():.3f} with {described}; "
+        f"{keys.size:,} keys; {1e6 * cpu / len(timed):.0f} us of CPU time a position; {built:.0f} s to build, "
+        f"{os.cpu_count()} cores",
+    )
+
+
+def _timed(search: Callable[[Queries], object], queries: Queries, k: int) -> tuple[float, float]:
+    """(seconds, processor seconds of all cores) of a search in pieces, as the stage makes them, compiled before."""
+    search(queries)
+    start, cpu = time.perf_counter(), time.process_time()
+    tiles.in_pieces(lambda part: search(queries[part]), len(queries), k)
+    return time.perf_counter() - start, time.process_time() - cpu
