@@ -1,0 +1,148 @@
+"""The datastore's forward pass beside transformers' on the same machine, at random weights in float32.
+
+GPT-2 small and a Llama of SmolLM2-135M's dimensions, 2,048 positions in sequences of three lengths. transformers
+(extra `torch`) runs with sdpa attention and without an output projection, which the training split does not need
+either, on as many threads as JAX has cores. Both are called in alternation, so that other load meets both.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from mlpmem_jax.core import runtime
+from mlpmem_jax.core.errors import UserError, require
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.models import flops, language_model
+from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.models.llama import LlamaConfig
+from mlpmem_jax.models.rotary import Rotary
+from mlpmem_jax.retrieval import datastore
+from mlpmem_jax.retrieval.targets_benchmark import row
+
+MODELS = {
+    "GPT-2 small": GPT2Config(vocab_size=50_257, context_length=2048, width=768, blocks=12, heads=12),
+    "SmolLM2-135M": LlamaConfig(
+        vocab_size=49_152,
+        context_length=2048,
+        width=576,
+        blocks=30,
+        heads=9,
+        key_value_heads=3,
+        head_width=64,
+        feed_forward_width=1536,
+        norm_epsilon=1e-5,
+        tied=True,
+        rotary=Rotary(theta=100_000.0),
+    ),
+}
+POSITIONS, LENGTHS = 2048, (128, 512, 2048)
+ROUNDS = 5
+
+
+def rows(config: ml_collections.ConfigDict) -> list[dict]:
+    """Measures; each row has name, value, unit and detail. Rows with PyTorch need the extra `torch`."""
+    del config
+    try:
+        torch, transformers = (require(name, extra="torch") for name in ("torch", "transformers"))
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(runtime.cpu_count())
+    except UserError as error:
+        say(f"forward: without PyTorch: {error}")
+        torch = transformers = None
+    best, measured = _product_rows(torch)
+    for name, model in MODELS.items():
+        parameters = language_model.init(model, jax.random.key(0))
+        theirs = _torch_model(transformers, model) if torch else None
+        for length in LENGTHS:
+            tokens_BxT = np.random.default_rng(0).integers(0, model.vocab_size, (POSITIONS // length, length))
+            calls = {"JAX": _our_pass(model, parameters, tokens_BxT)}
+            if theirs is not None:
+                calls["PyTorch"] = _their_pass(torch, theirs, tokens_BxT)
+            seconds = _alternated(calls)
+            of_position = flops.language_model_forward(model, length, output_projection=False)
+            for library, seconds_R in seconds.items():
+                rate = POSITIONS / float(np.median(seconds_R))
+                detail = f"{rate * of_position / best:.2f} of the best product's rate; median of {ROUNDS}"
+                if library == "JAX" and "PyTorch" in seconds:
+                    ratio = float(np.median(seconds["PyTorch"] / seconds_R))
+                    detail += f"; {ratio:.2f} times PyTorch's rate, median of the rounds' ratios"
+                title = f"forward, {name}, {POSITIONS // length} x {length}, {library}"
+                measured.append(row(title, rate, "positions/s", detail))
+    return measured
+
+
+def _product_rows(torch) -> tuple[float, list[dict]]:
+    """FLOP/s of the best library's product of a feed-forward layer, and a row for each library."""
+    random = np.random.default_rng(0)
+    left_NxD, right_DxF = (random.standard_normal(shape, np.float32) for shape in ((POSITIONS, 768), (768, 3072)))
+    calls = {
+        "JAX": functools.partial(jax.jit(jnp.dot), jnp.asarray(left_NxD), jnp.asarray(right_DxF)),
+        "NumPy": functools.partial(np.dot, left_NxD, right_DxF),
+    }
+    if torch:
+        calls["PyTorch"] = functools.partial(torch.matmul, torch.from_numpy(left_NxD), torch.from_numpy(right_DxF))
+    operations = 2.0 * left_NxD.size * right_DxF.shape[1]
+    rates = {name: operations / float(np.min(seconds_R)) for name, seconds_R in _alternated(calls).items()}
+    detail = f"[{POSITIONS}, 768] x [768, 3072], float32, {runtime.cpu_count()} threads, best of {ROUNDS}"
+    return max(rates.values()), [
+        row(f"forward, a product in {name}", rate / 1e9, "GFLOP/s", detail) for name, rate in rates.items()
+    ]
+
+
+def _our_pass(model: language_model.Config, parameters: dict, tokens_BxT: np.ndarray) -> Callable[[], object]:
+    """The program of stage `datastore` for the training split, on one device."""
+    tokens_BxT = jnp.asarray(tokens_BxT, jnp.int32)
+    return functools.partial(
+        datastore.forward,
+        parameters,
+        tokens_BxT,
+        tokens_BxT,
+        config=model,
+        taps=(model.blocks,),
+        dtype=jnp.dtype("float16"),
+        compute_dtype=jnp.dtype("float32"),
+        sharding=Sharding(make_mesh(devices=jax.devices()[:1])),
+        scored=False,
+    )
+
+
+def _their_pass(torch, model, tokens_BxT: np.ndarray) -> Callable[[], object]:
+    tokens = torch.from_numpy(tokens_BxT)
+    return lambda: model(tokens, use_cache=False).last_hidden_state.half()
+
+
+def _torch_model(transformers, model: language_model.Config):
+    """A model of transformers with the same dimensions, without an output projection."""
+    fields = {"vocab_size": model.vocab_size, "attn_implementation": "sdpa"}
+    if isinstance(model, GPT2Config):
+        fields |= {"n_positions": model.context_length, "n_embd": model.width}
+        fields |= {"n_layer": model.blocks, "n_head": model.heads}
+        return transformers.GPT2Model(transformers.GPT2Config(**fields)).eval()
+    fields |= {"max_position_embeddings": model.context_length, "hidden_size": model.width}
+    fields |= {"num_hidden_layers": model.blocks, "num_attention_heads": model.heads}
+    fields |= {"num_key_value_heads": model.key_value_heads, "head_dim": model.head_width}
+    fields |= {"intermediate_size": model.feed_forward_width, "rms_norm_eps": model.norm_epsilon}
+    fields |= {"rope_theta": model.rotary.theta}
+    return transformers.LlamaModel(transformers.LlamaConfig(**fields)).eval()
+
+
+def _alternated(calls: Mapping[str, Callable[[], object]]) -> dict[str, np.ndarray]:
+    """Seconds of each call in every round [R], all calls once a round; each is called once before, to compile."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    seconds = {name: np.zeros(ROUNDS) for name in calls}
+    for round_ in range(ROUNDS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name][round_] = time.perf_counter() - start
+    return seconds
