@@ -26,12 +26,14 @@ def get_config():
     config.base.path = "mistralai/Mistral-7B-v0.3"
     config.base.context_length = 128
     config.datastore.compute_dtype = "bfloat16"
+    config.datastore.dtype = "bfloat16"  # products of the exact search in one pass
     config.datastore.input_depth = 0.7
     config.datastore.batch_sequences = 256
     config.datastore.sequences_per_shard = 256
     config.targets.k = 1024
-    config.targets.key_shard_rows = 16_000_000
-    config.targets.training_sample = 1_000_000
+    config.targets.backend = "exact"  # of billions of keys the devices hold more at once than a host's memory and disk
+    config.targets.recall_target = 0.95
+    config.targets.key_shard_rows = 16_000_000  # a hundred times more on a large slice (docs/neighbors.md)
     config.memory.family = "llama"
     config.memory.width = 4096
     config.memory.blocks = 8

@@ -26,7 +26,7 @@ def get_config():
     config.datastore.sequences_per_shard = 64
     config.targets.k = 1024
     config.targets.temperature = 16.0
-    config.targets.key_shard_rows = 16_000_000
+    config.targets.key_shard_rows = 8_000_000  # an index of 72 GB: a TPU VM has 100 GB of disk
     config.targets.training_sample = 1_000_000
     config.memory.family = "gpt2"
     config.memory.width = 768

@@ -17,6 +17,28 @@ def mixture(rng, count, clusters=20, spread=0.3):
     return centers_CxD[rng.integers(clusters, size=count)] + spread * rng.normal(size=(count, WIDTH))
 
 
+def write_arrays(path, arrays):
+    """A sealed datastore of arrays [sequences, LENGTH, ...] that are in memory."""
+    specs = {
+        name: ArraySpec(array.shape, str(array.dtype), PER_SHARD, (1, *array.shape[1:]))
+        for name, array in arrays.items()
+    }
+    writer = ArtifactWriter.create(path, "datastore", {}, {}, specs)
+    for shard in writer.incomplete_shards():
+        part = slice(shard * PER_SHARD, (shard + 1) * PER_SHARD)
+        writer.write_shard(shard, {name: array[part] for name, array in arrays.items()})
+    writer.seal({})
+
+
+def write_tokens(workdir):
+    """Tokens of which only the dtype is read."""
+    writer = ArtifactWriter.create(
+        workdir / "tokens", "tokens", {}, {}, {"train": ArraySpec((1, 8), "uint16", 1, (1, 8))}
+    )
+    writer.write_shard(0, {"train": np.zeros((1, 0), np.uint16)})
+    writer.seal({})
+
+
 def write_datastore(path, rng, sequences, scored, document_length=23):
     """A sealed datastore; documents of `document_length` positions."""
     positions = sequences * LENGTH
@@ -29,25 +51,13 @@ def write_datastore(path, rng, sequences, scored, document_length=23):
     }
     if scored:
         arrays["base_log_probabilities"] = np.log(rng.uniform(0.01, 0.5, (sequences, LENGTH))).astype(np.float32)
-    specs = {
-        name: ArraySpec(array.shape, str(array.dtype), PER_SHARD, (1, *array.shape[1:]))
-        for name, array in arrays.items()
-    }
-    writer = ArtifactWriter.create(path, "datastore", {}, {}, specs)
-    for shard in writer.incomplete_shards():
-        part = slice(shard * PER_SHARD, (shard + 1) * PER_SHARD)
-        writer.write_shard(shard, {name: array[part] for name, array in arrays.items()})
-    writer.seal({})
+    write_arrays(path, arrays)
     return arrays
 
 
 def write_workdir(workdir, sequences=40, document_length=23):
     """Tokens (empty) and the datastores of all splits; returns their arrays by split."""
-    writer = ArtifactWriter.create(
-        workdir / "tokens", "tokens", {}, {}, {"train": ArraySpec((1, 8), "uint16", 1, (1, 8))}
-    )
-    writer.write_shard(0, {"train": np.zeros((1, 0), np.uint16)})
-    writer.seal({})
+    write_tokens(workdir)
     rng = np.random.default_rng(0)
     return {
         "train": write_datastore(workdir / "datastore" / "train", rng, sequences, False, document_length),

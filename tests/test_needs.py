@@ -1,15 +1,23 @@
 """What the stage says it needs, and what it does where a host has less."""
 
+import pathlib
+import re
 import shutil
+import subprocess
+import sys
 import types
 
+import numpy as np
 import pytest
 from etils import epath
-from retrieval_data import config_for, write_workdir
+from retrieval_data import LENGTH, config_for, write_arrays, write_tokens, write_workdir
 
+from configs import llama2_7b, mistral_7b, wikitext103_gpt2_large, wikitext103_gpt2_small
 from mlpmem_jax.core import runtime
 from mlpmem_jax.core.errors import ConfigError
-from mlpmem_jax.retrieval import needs, targets
+from mlpmem_jax.planning import cost, programs
+from mlpmem_jax.retrieval import backends, needs, targets
+from mlpmem_jax.retrieval.key_shards import Search
 
 GIB = 2**30
 NEEDS = needs.ProcessNeeds(fixed=1 * GIB, shard=4 * GIB, disk=3 * GIB)
@@ -46,3 +54,46 @@ def test_the_stage_refuses_before_it_writes(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="a shard of 640 keys takes"):
         targets.run(config_for(tmp_path, backend="exact", search_dimensions=4, key_shard_rows=10**6))
     assert not (tmp_path / "targets").exists()
+
+
+@pytest.mark.parametrize("module", [wikitext103_gpt2_small, wikitext103_gpt2_large, mistral_7b, llama2_7b])
+def test_ready_configs_fit_a_tpu_vm(module):
+    """A host of v5e: 192 GB of memory, 100 GB of disk, some of both taken."""
+    config = module.get_config()
+    width = programs.models_of(config, 1).keys.width
+    search = Search.create(backends.planned(config.targets.backend), config.targets)
+    assert search.backend.needs(config.targets.key_shard_rows, width, 2, 16).disk < 85e9
+    memory = {artifact.name: artifact.host for artifact in cost.artifacts(config, 100_000_000, 16)}
+    assert memory["targets"] < 170e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "rows"), [(576, 60_000), (1280, 30_000), (4096, 12_000)])
+def test_the_stage_takes_about_what_it_says(tmp_path, width, rows):
+    """Within a fifth: the resident memory of a process of its own, at its highest."""
+    rng = np.random.default_rng(0)
+    centers = rng.standard_normal((500, width), np.float32)
+    write_tokens(tmp_path)
+    for split, positions in (("train", rows), ("validation", 1600), ("test", 1600)):
+        shape = positions // LENGTH, LENGTH
+        keys = centers[rng.integers(500, size=shape)]
+        keys += 0.5 * rng.standard_normal(keys.shape, np.float32)
+        arrays = {
+            "keys": keys.astype(np.float16),
+            "next_tokens": rng.integers(50, size=shape, dtype=np.int32),
+            "documents": (np.arange(positions, dtype=np.int32) // 500).reshape(shape),
+        }
+        if split != "train":
+            arrays["base_log_probabilities"] = np.full(shape, -3, np.float32)
+        write_arrays(tmp_path / "datastore" / split, arrays)
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); from retrieval_data import config_for; "
+        "from mlpmem_jax.core import runtime; from mlpmem_jax.retrieval import targets; "
+        f"targets.run(config_for({str(tmp_path)!r}, k=64, recall=0.5, quality_positions=2048)); "
+        "print('peak', runtime.peak_rss_bytes())"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    child = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, check=True, text=True)
+    stated = float(re.search(r"take at most ([\d.]+) GiB", child.stdout + child.stderr)[1]) * GIB
+    peak = int(child.stdout.rsplit("peak ", 1)[1])
+    assert 0.8 * stated < peak < 1.2 * stated, f"{peak / GIB:.2f} GiB taken, {stated / GIB:.2f} GiB stated"

@@ -36,7 +36,7 @@ index_of = functools.partial(exact_index, devices=8)
     ],
 )
 def test_it_agrees_with_brute_force(keys, shape, k, excluded, scores_per_block, monkeypatch):
-    monkeypatch.setattr(ring, "_SCORES_PER_BLOCK", scores_per_block)
+    monkeypatch.setattr(ring, "SCORES_PER_BLOCK", scores_per_block)
     distances, ids = index_of(keys, shape).search(keys[QUERIES], k, excluded)
     true_distances, true_ids = brute_force(keys[QUERIES], keys, k, forbidden(excluded, len(keys)))
     np.testing.assert_array_equal(ids, true_ids)
@@ -61,7 +61,7 @@ def duplicated(count=1003, different=40):
 @pytest.mark.parametrize("devices", [1, 2, 8])
 @pytest.mark.parametrize("scores_per_block", [1 << 26, 1 << 12])
 def test_of_equal_distances_the_smaller_ids_are_taken_on_every_mesh(devices, k, scores_per_block, monkeypatch):
-    monkeypatch.setattr(ring, "_SCORES_PER_BLOCK", scores_per_block)
+    monkeypatch.setattr(ring, "SCORES_PER_BLOCK", scores_per_block)
     keys = duplicated()
     distances, ids = index_of(keys, devices=devices).search(keys[QUERIES], k, SELF)
     true_distances, true_ids = brute_force(keys[QUERIES], keys, k, forbidden(SELF, len(keys)))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from etils import epath
-from retrieval_data import LENGTH, PER_SHARD
+from retrieval_data import LENGTH, write_arrays
 
-from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter, open_artifact
+from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.retrieval import quality, scann_backend, tuning
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search
@@ -32,15 +32,7 @@ def datastore(tmp_path_factory):
         "next_tokens": rng.integers(50, size=keys.shape[:2]).astype(np.int32),
         "documents": np.arange(6400, dtype=np.int32).reshape(keys.shape[:2]) // 40,
     }
-    specs = {
-        name: ArraySpec(array.shape, str(array.dtype), PER_SHARD, (1, *array.shape[1:]))
-        for name, array in arrays.items()
-    }
-    writer = ArtifactWriter.create(folder, "datastore", {}, {}, specs)
-    for shard in writer.incomplete_shards():
-        part = slice(shard * PER_SHARD, (shard + 1) * PER_SHARD)
-        writer.write_shard(shard, {name: array[part] for name, array in arrays.items()})
-    writer.seal({})
+    write_arrays(folder, arrays)
     return open_artifact(folder, "datastore")
 
 

@@ -55,8 +55,9 @@ class Backend:
         return cls(k, mesh, settings.get("recall_target", 1.0))
 
     def needs(self, rows: int, width: int, key_bytes: int, processes: int) -> Needs:
-        """Host and device count both, because they are one where the device is a CPU."""
-        return Needs(memory=2 * rows * width * key_bytes // processes)
+        # Host and device both hold the keys while these are placed, and are one where the device is a CPU.
+        rows = -(-rows // processes)
+        return Needs(2 * rows * width * key_bytes + search_bytes(rows, width, key_bytes))
 
     def flops(self, rows: int, width: int, queries: int) -> float:
         return 2.0 * width * rows * queries
@@ -155,6 +156,12 @@ def search_in_blocks(
         ids_QxK = np.where(ids_QxK == neighbors.MISSING, ids_QxK, ids_QxK + np.int32(first))
         nearest_QxK = neighbors.merge(nearest_QxK, neighbors.pack(distances_QxK, ids_QxK))
     return neighbors.unpack(nearest_QxK)
+
+
+def search_bytes(rows: int, width: int, key_bytes: int) -> int:
+    """Memory of a search in blocks besides the keys that an index holds: distances, and blocks of keys."""
+    rows = min(rows, _BLOCK_BYTES // (width * key_bytes) + 1)
+    return 12 * min(ring.SCORES_PER_BLOCK, ring.QUERIES_PER_DEVICE * rows) + 4 * _BLOCK_BYTES
 
 
 def largest(count: int) -> int:

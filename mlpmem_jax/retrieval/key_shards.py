@@ -55,6 +55,11 @@ class Search:
         return project + self.backend.flops(rows, self.dimensions, queries) + whole_distances
 
     @property
+    def is_projected(self) -> bool:
+        """Whether a projection of the keys is searched in their place."""
+        return bool(self.dimensions) or self.backend.is_rotated
+
+    @property
     def is_exact(self) -> bool:
         """Whether no neighbor is ever missed."""
         return self.backend.is_exact and not self.dimensions
@@ -147,7 +152,7 @@ class KeyShards:
         bounds = [sequences * shard // count for shard in range(count + 1)]
         shared = mesh if search.backend.is_collective else None
         key_shards = cls(datastore, bounds, search, scratch, shared)
-        if search.dimensions or search.backend.is_rotated:
+        if search.is_projected:
             key_shards.projection = _fit_projection(
                 datastore, scratch / "projection.npy", search.training_sample, key_shards.searched_width
             )

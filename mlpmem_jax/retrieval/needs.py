@@ -20,8 +20,8 @@ from mlpmem_jax.retrieval import tiles
 from mlpmem_jax.retrieval.key_shards import Search
 from mlpmem_jax.retrieval.scratch import is_remote
 
-_RUNTIME_BYTES = 600 << 20  # Python, JAX, ScaNN and compiled programs
-_BLOCK_BYTES = 800 << 20  # blocks of distances and of keys of an exact search, the sample's included
+_RUNTIME_BYTES = 512 << 20  # Python, JAX, ScaNN and compiled programs
+_PROJECTION_BYTES = 40  # of each pair of dimensions, while the rotation is drawn
 _PIECE_BYTES = 48  # of a neighbor that is being turned into a distribution, in each thread
 _ENTRY_BYTES = 24  # of an entry of a distribution until its shard is written
 
@@ -77,7 +77,8 @@ def of_process(
     whole = rows * width * key_bytes if search.dimensions else 0
     queries = load.positions * (width * (key_bytes + 4) + _ENTRY_BYTES * load.entries)
     pieces = _PIECE_BYTES * tiles.NEIGHBORS_PER_THREAD * runtime.cpu_count()
-    return ProcessNeeds(_RUNTIME_BYTES + max(_BLOCK_BYTES, queries + pieces), index.memory + whole, index.disk)
+    projection = _PROJECTION_BYTES * width**2 if search.is_projected else 0
+    return ProcessNeeds(_RUNTIME_BYTES + projection + queries + pieces, index.memory + whole, index.disk)
 
 
 def check(needs: ProcessNeeds, rows: int, scratch: epath.Path) -> None:

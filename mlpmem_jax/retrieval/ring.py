@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mlpmem_jax.retrieval import neighbors
 
 QUERIES_PER_DEVICE = 512  # with fewer, a TPU waits for keys from its memory
-_SCORES_PER_BLOCK = 1 << 26  # of one device, float32: 256 MiB
+SCORES_PER_BLOCK = 1 << 26  # of one device, float32: 256 MiB
 _NUMBERS_PER_BLOCK = 1 << 24  # of keys that are converted to float32 for their products: 64 MiB
 _LANES = 128  # width of a TPU's registers; blocks of keys are whole multiples
 
@@ -33,7 +33,7 @@ _LANES = 128  # width of a TPU's registers; blocks of keys are whole multiples
 def blocks(num_keys: int, width: int, dtype, devices: int, queries: int = QUERIES_PER_DEVICE) -> tuple[int, int]:
     """(blocks of keys on each device, keys of a block), for `queries` at once on each device."""
     keys = -(-num_keys // devices)
-    count = -(-keys * queries // _SCORES_PER_BLOCK)
+    count = -(-keys * queries // SCORES_PER_BLOCK)
     if _is_converted(dtype):
         count = max(count, -(-keys * width // _NUMBERS_PER_BLOCK))
     return count, -(-keys // (count * _LANES)) * _LANES

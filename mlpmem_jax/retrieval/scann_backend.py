@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.runtime import no_native_log
-from mlpmem_jax.retrieval import neighbors, scann_index
+from mlpmem_jax.retrieval import exact_backend, neighbors, scann_index
 from mlpmem_jax.retrieval.backends import KeySource, Needs
 from mlpmem_jax.retrieval.scann_index import Options
 from mlpmem_jax.retrieval.scratch import is_remote, writing
@@ -67,11 +67,16 @@ class Backend:
 
     def needs(self, rows: int, width: int, key_bytes: int, processes: int) -> Needs:
         # Measured (docs/neighbors.md). An index that is loaded: keys in float32, one and a half bytes of hashes for
-        # each number, and 96 bytes more a key. While it is trained: 50 bytes for each number of the sample, and 1,200
-        # more a key.
+        # each number, and 96 bytes more a key. While it is trained: 18 bytes for each number of the sample, 27 for
+        # each that hashes are trained on, and 1,200 a key.
         sample = min(self.training_sample, rows)
-        memory = max(int(rows * (5.5 * width + 96)), sample * (50 * width + 1200))
-        return Needs(memory, disk=rows * (5 * width + 4) + 5 * sample * width)
+        hashed = min(sample, scann_index.HASHING_SAMPLE)
+        trained = sample * (18 * width + 1200) + 27 * hashed * width
+        loaded = int(rows * (5.5 * width + 96))
+        return Needs(
+            max(trained, loaded + exact_backend.search_bytes(rows, width, key_bytes)),
+            disk=rows * (5 * width + 4) + 5 * sample * width,
+        )
 
     def flops(self, rows: int, width: int, queries: int) -> float:
         """Each key and query is compared with the centers of all leaves; one number from a table is added for each

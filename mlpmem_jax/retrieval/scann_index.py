@@ -29,7 +29,7 @@ from mlpmem_jax.core.runtime import no_native_log
 
 _BRUTE_FORCE_BELOW = 4096  # too few keys to cluster and hash well
 # More than these of ScaNN's trainings made no difference to the recall.
-_TREE_ITERATIONS, _HASHING_ITERATIONS, _HASHING_SAMPLE = 6, 5, 25_000
+_TREE_ITERATIONS, _HASHING_ITERATIONS, HASHING_SAMPLE = 6, 5, 25_000
 _CAP = 2.0  # largest norm that is clustered and hashed as it is, in medians of the sample's norms
 _SMALLEST_LEAF = 4  # of the sample; ScaNN's 50 dissolves leaves when the sample has fewer than about 100 keys a leaf
 _KEYS_PER_BLOCK = 8192
@@ -170,7 +170,7 @@ def _train(keys_SxD: np.ndarray, options: Options, folder: pathlib.Path) -> None
     )
     # One dimension a block: more bytes to scan than two, far fewer candidates to reorder for the same recall.
     builder = builder.score_ah(
-        1, training_sample_size=min(_HASHING_SAMPLE, len(keys_SxD)), training_iterations=_HASHING_ITERATIONS
+        1, training_sample_size=min(HASHING_SAMPLE, len(keys_SxD)), training_iterations=_HASHING_ITERATIONS
     )
     _save(builder.reorder(1), folder)
 
