@@ -92,7 +92,7 @@ def test_what_is_cut_is_reported_and_the_rest_scaled(minimum, keep):
         mass = sum(expected.values())
         assert list(row) == list(expected)
         assert row == pytest.approx({token: p / mass for token, p in expected.items()}, rel=1e-5)
-        assert found.cut_mass_Q[q] == pytest.approx(1 - mass, abs=1e-5)
+        assert found.dropped_mass_Q[q] == pytest.approx(1 - mass, abs=1e-5)
     uncut = sparse_distributions(distances, tokens, labels, 4.0)
     np.testing.assert_array_equal(found.label_probabilities_Q, uncut.label_probabilities_Q)
 

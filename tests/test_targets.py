@@ -102,7 +102,7 @@ def test_a_key_belongs_to_the_token_after_it(workdir):
     assert max(agreements[-1], agreements[1]) < len(rows) / 5
 
 
-def test_keep_cuts_and_reports(workdir):
+def test_keep_drops_the_least_probable_and_reports(workdir):
     folder, arrays = workdir
     artifact = targets.run(config_for(folder, keep=2, backend="exact"))["train"]
     expected, _ = expected_rows(arrays, "train", 12, 0.5)
@@ -111,7 +111,7 @@ def test_keep_cuts_and_reports(workdir):
         kept = sorted(truth.values(), reverse=True)[:2]
         assert list(row.values()) == pytest.approx([p / sum(kept) for p in kept], rel=2e-3)
         lost.append(1 - sum(kept))
-    assert artifact.summary["cut_mass"] == pytest.approx(np.mean(lost), abs=1e-4)
+    assert artifact.summary["dropped_mass"] == pytest.approx(np.mean(lost), abs=1e-4)
     assert artifact.summary["max_entries"] == 2
 
 

@@ -25,7 +25,7 @@ def distributions(rng, positions):
         token_ids_M=rng.integers(0, 50, counts_N.sum(), np.int32),
         probabilities_M=rng.integers(1, 64, counts_N.sum()).astype(np.float32) / 64,  # float16 holds them
         label_probabilities_Q=rng.random(positions, np.float32),
-        cut_mass_Q=np.full(positions, 0.25, np.float32),
+        dropped_mass_Q=np.full(positions, 0.25, np.float32),
     )
 
 
@@ -57,7 +57,7 @@ def test_what_is_written_is_read_position_by_position(datastore, tmp_path):
     summary = reader.artifact.summary
     assert reader.max_entries == max(len(tokens) for tokens, _ in written)
     assert summary["mean_entries"] == pytest.approx(np.mean([len(tokens) for tokens, _ in written]))
-    assert (summary["positions_lacking_k"], summary["cut_mass"]) == (1, 0.25)
+    assert (summary["positions_lacking_k"], summary["dropped_mass"]) == (1, 0.25)
 
 
 def test_more_entries_than_an_offset_can_count_are_refused(datastore):

@@ -310,7 +310,7 @@ def _targets_section(metrics: dict) -> str:
         "recall_at_k": "recall@k against exact search",
         "total_variation": "total variation from exact targets",
         "mean_entries": "tokens per position, mean",
-        "cut_mass": "probability cut, mean",
+        "dropped_mass": "probability dropped, mean",
         "bytes_per_position": "bytes per position",
         "positions_lacking_k": "positions with fewer than k neighbors",
     }

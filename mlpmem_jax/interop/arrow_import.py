@@ -118,7 +118,7 @@ def _distributions(
         label_probabilities_Q=np.bincount(
             rows_M, weights=np.where(is_label_M, probabilities_M, 0), minlength=len(counts_N)
         ).astype(np.float32),
-        cut_mass_Q=np.zeros(len(counts_N), np.float32),
+        dropped_mass_Q=np.zeros(len(counts_N), np.float32),
     )
 
 

@@ -24,15 +24,15 @@ class SparseDistributions:
       offsets_Q1: int64 [Q + 1].
       token_ids_M: int32 [M].
       probabilities_M: float32 [M]; the entries of one position sum to 1. A position without neighbors has none.
-      label_probabilities_Q: float32 [Q], p_kNN(next token) before anything was cut.
-      cut_mass_Q: float32 [Q], probability of the entries that were cut.
+      label_probabilities_Q: float32 [Q], p_kNN(next token) before entries were dropped.
+      dropped_mass_Q: float32 [Q], probability of the entries that were dropped.
     """
 
     offsets_Q1: np.ndarray
     token_ids_M: np.ndarray
     probabilities_M: np.ndarray
     label_probabilities_Q: np.ndarray
-    cut_mass_Q: np.ndarray
+    dropped_mass_Q: np.ndarray
 
     def rows(self) -> np.ndarray:
         """The position that each entry belongs to, int64 [M]."""
@@ -65,11 +65,11 @@ def sparse_distributions(
       neighbor_tokens_QxK: the token that followed each neighbor, int; any value where there is no neighbor.
       next_tokens_Q: the token that followed each query, int.
       temperature: T > 0, in units of squared distance.
-      minimum_probability: entries of this probability or less are cut.
+      minimum_probability: entries of this probability or less are dropped.
       keep: only so many of the most probable entries are kept; 0 keeps all.
 
     Returns:
-      The distributions. What is left after cutting is scaled to sum to 1 again.
+      The distributions. What is left is scaled to sum to 1 again.
     """
     weights_QxK = neighbor_weights(distances_QxK, temperature)
     # One integer sorts by token and carries the weight along: non-negative floats order like their bits.
@@ -92,22 +92,24 @@ def sparse_distributions(
     labels_Q = np.zeros(len(counts_Q), np.float32)
     is_label_M = token_ids_M == next_tokens_Q[rows_M]
     labels_Q[rows_M[is_label_M]] = probabilities_M[is_label_M]
-    return _cut(rows_M, token_ids_M, probabilities_M.astype(np.float32), labels_Q, minimum_probability, keep)
+    return _trimmed(rows_M, token_ids_M, probabilities_M.astype(np.float32), labels_Q, minimum_probability, keep)
 
 
 def _row_sums(values_M: np.ndarray, rows_M: np.ndarray, count: int) -> np.ndarray:
     return np.bincount(rows_M, weights=values_M, minlength=count)  # adds up in float64
 
 
-def _cut(rows_M, token_ids_M, probabilities_M, labels_Q, minimum_probability: float, keep: int) -> SparseDistributions:
-    """Orders the entries of each row by falling probability, and cuts."""
+def _trimmed(
+    rows_M, token_ids_M, probabilities_M, labels_Q, minimum_probability: float, keep: int
+) -> SparseDistributions:
+    """Orders the entries of each row by descending probability, and drops the least probable."""
     kept_M = probabilities_M > minimum_probability
     rows_M, token_ids_M, probabilities_M = rows_M[kept_M], token_ids_M[kept_M], probabilities_M[kept_M]
     counts_Q = np.bincount(rows_M, minlength=len(labels_Q))
     columns_M = _columns(rows_M, counts_Q)
-    # Rows side by side in a rectangle, so that one call sorts them all: falling probability, then rising token id.
-    falling_M = ~probabilities_M.view(np.uint32)
-    packed_M = np.left_shift(falling_M, 32, dtype=np.uint64) | token_ids_M.astype(np.uint32)
+    # Rows side by side in a rectangle, so that one call sorts them all: by descending probability, then by token id.
+    descending_M = ~probabilities_M.view(np.uint32)
+    packed_M = np.left_shift(descending_M, 32, dtype=np.uint64) | token_ids_M.astype(np.uint32)
     packed_QxS = np.full((len(counts_Q), counts_Q.max(initial=0)), np.iinfo(np.uint64).max)
     packed_QxS[rows_M, columns_M] = packed_M
     packed_QxS.sort(axis=1)
@@ -125,7 +127,7 @@ def _cut(rows_M, token_ids_M, probabilities_M, labels_Q, minimum_probability: fl
         token_ids_M=token_ids_M,
         probabilities_M=(probabilities_M / kept_mass_Q[rows_M]).astype(np.float32),
         label_probabilities_Q=labels_Q,
-        cut_mass_Q=np.where(counts_Q > 0, np.maximum(1 - kept_mass_Q, 0), 0).astype(np.float32),
+        dropped_mass_Q=np.where(counts_Q > 0, np.maximum(1 - kept_mass_Q, 0), 0).astype(np.float32),
     )
 
 

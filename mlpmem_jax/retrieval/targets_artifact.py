@@ -170,7 +170,7 @@ class TargetsWriter:
         statistics = {
             "entries": len(token_ids_M),
             "max_entries": int(counts_N.max()),
-            "cut_mass": float(sum(part.cut_mass_Q.sum(dtype=np.float64) for part in parts)),
+            "dropped_mass": float(sum(part.dropped_mass_Q.sum(dtype=np.float64) for part in parts)),
             "positions_lacking_k": lacking,
         }
         self._writer.write_shard(shard, arrays, statistics)
@@ -188,7 +188,7 @@ class TargetsWriter:
                 "positions": positions,
                 "mean_entries": sum(shard["entries"] for shard in statistics) / positions,
                 "max_entries": max(shard["max_entries"] for shard in statistics),
-                "cut_mass": sum(shard["cut_mass"] for shard in statistics) / positions,
+                "dropped_mass": sum(shard["dropped_mass"] for shard in statistics) / positions,
                 "positions_lacking_k": sum(shard["positions_lacking_k"] for shard in statistics),
                 "bytes_per_position": stored / positions,
             }
