@@ -18,13 +18,19 @@ TOKENS = 6401  # 100 sequences of 64 positions, and the last target
 
 def write_tokens(workdir, documents=5):
     spec = ArraySpec((1, 8192), "uint16", 1, (1, 4096))
-    writer = ArtifactWriter.create(workdir / "tokens", "tokens", {}, {}, {"train": spec})
-    writer.write_shard(0, {"train": np.arange(TOKENS)[None] % 1000})
+    lengths = {"train": TOKENS, "validation": 300, "test": 200}
+    writer = ArtifactWriter.create(workdir / "tokens", "tokens", {}, {}, dict.fromkeys(lengths, spec))
+    writer.write_shard(0, {split: np.arange(length)[None] % 1000 for split, length in lengths.items()})
     writer.seal({"documents": {"train": documents}, "vocab_size": 1000})
 
 
 def write_base(workdir, width):
     ArtifactWriter.create(workdir / "base", "base", {}, {}, {}).seal({"model": {"width": width}})
+
+
+def write_memory(folder):
+    model = {"family": "gpt2", "width": 64, "blocks": 2, "feed_forward_width": 256}
+    ArtifactWriter.create(folder, "memory", {}, {}, {}).seal({"model": model})
 
 
 @pytest.mark.parametrize(
@@ -49,17 +55,64 @@ def write_base(workdir, width):
             5,
             r"config.targets.search_dimensions: expected fewer than the 48 dimensions",
         ),
+        ({"base.context_length": 200}, 5, r"config.base.context_length: 200 .* the 200 tokens of the test split"),
+        ({"training.start": "HERE/none"}, 5, r"config.training.start: expected .* a finished memory, found none at"),
+        ({"training.start": "HERE/base"}, 5, r"config.training.start: expected .* a finished memory, found none at"),
+        (
+            {"training.start": "HERE/memory", "memory.blocks": 3},
+            5,
+            r"config.training.start: .*/memory has blocks 2, the config asks for 3; set config.memory.blocks",
+        ),
+        (
+            {"training.start": "HERE/memory", "memory.feed_forward_width": 128},
+            5,
+            r"has feed_forward_width 256, the config asks for 128",
+        ),
     ],
 )
 def test_artifacts_that_the_config_contradicts(tmp_path, changes, documents, message):
     write_tokens(tmp_path, documents)
     write_base(tmp_path, 48)
+    write_memory(tmp_path / "memory")
+    changes = {
+        key: value.replace("HERE", str(tmp_path)) if key == "training.start" else value
+        for key, value in changes.items()
+    }
     config = smoke.get_config()
     config.workdir = str(tmp_path)
+    config.training.start = str(tmp_path / "memory")
     preflight.check_artifacts(config)
     config.update_from_flattened_dict(changes)
     with pytest.raises(ConfigError, match=message):
         preflight.check_artifacts(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"memory.width": 68},
+            r"config.memory.width: 68 cannot be divided into 8 equal shards, over the mesh axes fsdp",
+        ),
+        ({"base.width": 68}, r"config.base.width: 68 cannot be divided into 8 equal shards"),
+        (
+            {"mesh.tensor": 8, "memory.feed_forward_width": 100},
+            r"config.memory.feed_forward_width: 100 cannot .* tensor",
+        ),
+        (
+            {"mesh.tensor": 4},
+            r"config.base.heads: 2 cannot be divided into 4 equal shards, over .* tensor .*rules.heads",
+        ),
+        ({"mesh.rules.embed": "tensor"}, r"config.mesh.rules: the axes of 'embed' \('tensor',\) must be among"),
+        ({"mesh.rules.vocab": "fsdp"}, r"config.mesh.rules: .* and 'vocab' \('fsdp',\) must not"),
+    ],
+)
+def test_dimensions_and_rules_that_the_mesh_contradicts(changes, message):
+    config = smoke.get_config()
+    preflight.check_devices(config, 8, 2)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=message):
+        preflight.check_devices(config, 8, 2)
 
 
 def test_an_empty_workdir_contradicts_nothing(tmp_path):

@@ -31,52 +31,98 @@ def mesh_sizes(config: ml_collections.ConfigDict, devices: int) -> dict[str, int
 
 
 def check_devices(config: ml_collections.ConfigDict, devices: int, processes: int) -> None:
-    """Checks that mesh and batches divide over the devices and processes that they will meet.
+    """Checks that batches and parameters divide over the devices and processes that they will meet.
 
     Raises:
-      ConfigError: naming every batch that does not.
+      ConfigError: naming every batch or dimension that does not, or sharding rules that training cannot follow.
     """
-    sizes = mesh_sizes(config, devices)
-    axes = configs.mesh_rules(config)["batch"] or ()
-    shards = math.prod(sizes[axis] for axis in ([axes] if isinstance(axes, str) else axes))
+    sizes, rules = mesh_sizes(config, devices), configs.mesh_rules(config)
+    axes = {name: (rule,) if isinstance(rule, str) else rule or () for name, rule in rules.items()}
+    shards = {name: math.prod(sizes[axis] for axis in found) for name, found in axes.items()}
+    _check_rules(axes, devices)
     groups = {"datastore": config.datastore, "training": config.training}
     if config.base.source == "train":
         groups["base.training"] = config.base.training
     wrong = []
     for name, group in groups.items():
-        unit = math.lcm(shards * group.get("accumulation_steps", 1), processes)
+        unit = math.lcm(shards["batch"] * group.get("accumulation_steps", 1), processes)
         if group.batch_sequences % unit:
             wrong.append(
                 f"config.{name}.batch_sequences: expected a multiple of {unit}, found {group.batch_sequences}; "
             )
     if wrong:
         raise ConfigError(
-            f"{''.join(wrong)}an accumulation step is shared out evenly over {shards} batch shards of "
+            f"{''.join(wrong)}an accumulation step is shared out evenly over {shards['batch']} batch shards of "
             f"the mesh, a whole step over {processes} processes"
+        )
+    for key, axis, size in _dimensions(config):
+        if size % shards[axis]:
+            raise ConfigError(
+                f"config.{key}: {size} cannot be divided into {shards[axis]} equal shards, over the mesh axes "
+                f"{'+'.join(axes[axis])} of config.mesh.rules.{axis}; take a multiple, other sizes of config.mesh, or "
+                f"another rule"
+            )
+
+
+def _check_rules(axes: dict[str, tuple[str, ...]], devices: int) -> None:
+    """As `core.sharding.Sharding.check_collectives`, which training asks when it starts."""
+    batch, embed, mlp, vocab = (set(axes[name]) for name in ("batch", "embed", "mlp", "vocab"))
+    if devices > 1 and (not embed <= batch or (mlp | vocab) & batch):
+        raise ConfigError(
+            f"config.mesh.rules: the axes of 'embed' {axes['embed']} must be among those of 'batch' {axes['batch']}, "
+            f"and those of 'mlp' {axes['mlp']} and 'vocab' {axes['vocab']} must not"
         )
 
 
+def _dimensions(config: ml_collections.ConfigDict) -> list[tuple[str, str, int]]:
+    """(key, logical axis, size) of each dimension that the config gives and the mesh has to divide."""
+    memory, base = config.memory, config.base
+    feed_forward = ("memory.feed_forward_width", memory.feed_forward_width)
+    if not memory.feed_forward_width:
+        feed_forward = ("memory.width, times 4", 4 * memory.width)
+    found = [("memory.width", "embed", memory.width), (feed_forward[0], "mlp", feed_forward[1])]
+    if base.source == "train":
+        found += [
+            ("base.width", "embed", base.width),
+            ("base.width, times 4", "mlp", 4 * base.width),
+            ("base.heads", "heads", base.heads),
+        ]
+    return found
+
+
 def check_artifacts(config: ml_collections.ConfigDict) -> None:
-    """Checks the config against what the finished artifacts of its workdir say.
+    """Checks the config against what finished artifacts say: those of its workdir, and the memory to start from.
 
     Raises:
-      ConfigError: a key does not fit the tokens or the base, or an artifact is no artifact.
+      ConfigError: a key does not fit the tokens, the base or that memory.
+      ArtifactError: an artifact is no artifact.
     """
-    tokens, base = (_finished(config, folder) for folder in ("tokens", "base"))
+    tokens, base = (_finished(f"{config.workdir}/{folder}") for folder in ("tokens", "base"))
     if tokens is not None:
         _check_tokens(config, tokens)
     if base is not None and config.base.source != "train":  # of a trained base the config says its width
         _check_width(config, base["summary"]["model"]["width"])
+    if config.training.start:
+        _check_start(config, _finished(config.training.start))
 
 
-def _finished(config: ml_collections.ConfigDict, folder: str) -> dict | None:
-    manifest = read_manifest(located(f"{config.workdir}/{folder}"))
+def _finished(path: str) -> dict | None:
+    manifest = read_manifest(located(path))
     return manifest if manifest is not None and manifest["sealed"] else None
 
 
 def _check_tokens(config: ml_collections.ConfigDict, manifest: dict) -> None:
-    tokens = sum(shard["arrays"]["train"]["shape"][-1] for shard in manifest["shards"])
-    sequences = max(tokens - 1, 0) // config.base.context_length
+    tokens = {
+        split: sum(shard["arrays"][split]["shape"][-1] for shard in manifest["shards"])
+        for split in ("train", "validation", "test")
+    }
+    for split, count in tokens.items():
+        if count <= config.base.context_length:
+            raise ConfigError(
+                f"config.base.context_length: {config.base.context_length} positions and their last target are more "
+                f"than the {count:,} tokens of the {split} split; lower it, or give more text"
+            )
+    sequences = (tokens["train"] - 1) // config.base.context_length
     positions = sequences * config.base.context_length
     there = f"the training split has {positions:,} positions in {sequences:,} sequences"
     if config.targets.k >= positions:
@@ -121,3 +167,17 @@ def _check_width(config: ml_collections.ConfigDict, width: int) -> None:
             f"config.targets.search_dimensions: expected fewer than the {width} dimensions of the keys, or 0 for all, "
             f"found {config.targets.search_dimensions}"
         )
+
+
+def _check_start(config: ml_collections.ConfigDict, manifest: dict | None) -> None:
+    start = config.training.start
+    if manifest is None or manifest["kind"] != "memory":
+        raise ConfigError(f"config.training.start: expected a folder with a finished memory, found none at {start}")
+    found, memory = manifest["summary"]["model"], config.memory
+    wanted = {"feed_forward_width": memory.feed_forward_width or 4 * memory.width}
+    for name in ("family", "width", "blocks", "feed_forward_width"):
+        if found[name] != (asked := wanted.get(name, memory[name])):
+            raise ConfigError(
+                f"config.training.start: {start} has {name} {found[name]}, the config asks for {asked}; set "
+                f"config.memory.{name} to what is there"
+            )
