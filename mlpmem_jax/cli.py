@@ -209,7 +209,7 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
 
     from mlpmem_jax.core import runtime
 
-    logging.set_verbosity(logging.ERROR)  # libraries' notes on their own doings are no news to the user
+    logging.set_verbosity(logging.FATAL)  # libraries log what they raise as well; what is raised is told once
     runtime.keep_freed_memory()
     if options.verb == "run":
         preflight.check_devices(config, jax.device_count(), jax.process_count())

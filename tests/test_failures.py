@@ -71,6 +71,26 @@ def test_the_last_line_and_the_exit_code(error, code, line, capsys, monkeypatch)
         assert "jax 0." in lines[-1]
 
 
+class Raising:
+    """Raises where nobody can catch it."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __del__(self):
+        raise self.error
+
+
+def test_reads_that_were_given_up_end_in_silence(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with failures.told("mlpmem run"):
+        pass
+    Raising(RuntimeError("Event loop is closed"))
+    assert capsys.readouterr().err == ""
+    Raising(ValueError("another"))
+    assert "ValueError: another" in capsys.readouterr().err
+
+
 def test_a_terminal_that_knows_ascii_alone_is_no_reason_to_stop(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)

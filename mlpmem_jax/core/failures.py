@@ -59,6 +59,7 @@ def told(program: str) -> Iterator[None]:
       SystemExit: with the code of the `UserError`; 2 of the file system's refusals and of too little memory, 130 after
         Ctrl-C, and 1, below a traceback, of everything else.
     """
+    sys.unraisablehook = _print_unraisable  # for good: reads that were given up may end after this
     try:
         yield
     except KeyboardInterrupt:
@@ -74,6 +75,15 @@ def told(program: str) -> Iterator[None]:
             traceback.print_exception(error)
             _end(program, bug(), BUG)
         _end(program, text, UserError.exit_code)
+
+
+def _print_unraisable(event) -> None:
+    """Prints errors that nobody can catch, but for those of reads that end when nobody waits for them any more.
+
+    When one of the reads of a checkpoint fails, Orbax closes the asyncio loop that all of them report to.
+    """
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
 
 
 def _end(program: str, text: str, code: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from mlpmem_jax.core import storage
 from mlpmem_jax.core.artifacts import Artifact
-from mlpmem_jax.core.errors import ArtifactError
+from mlpmem_jax.core.errors import ArtifactError, UserError
 
 _FOLDER = "parameters"
 
@@ -45,6 +47,26 @@ def write(path, parameters) -> None:
         checkpointer.save(folder, parameters, force=True)
 
 
+@contextlib.contextmanager
+def reading(path, remedy: str) -> Iterator[None]:
+    """While inside, what Orbax cannot read is an ArtifactError: of damaged files it raises errors of many kinds.
+
+    Args:
+      path: what is read.
+      remedy: what the user can do about it.
+
+    Raises:
+      ArtifactError: naming path, cause and remedy.
+    """
+    try:
+        yield
+    except (UserError, jax.errors.JaxRuntimeError):  # too little memory, or another process was lost
+        raise
+    except Exception as error:
+        cause = str(error).split(" [source locations")[0].strip().partition("\n")[0][:300] or type(error).__name__
+        raise ArtifactError(f"{path}: could not be read: {cause}; {remedy}") from error
+
+
 def read(artifact: Artifact, abstract, shardings):
     """Reads the parameters of a sealed artifact straight into sharded arrays.
 
@@ -60,16 +82,9 @@ def read(artifact: Artifact, abstract, shardings):
         lambda array, placed: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed), abstract, shardings
     )
     folder = storage.literal(artifact.path) / _FOLDER
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            parameters = checkpointer.restore(folder, wanted)
-    except (ValueError, OSError, KeyError) as error:
-        raise ArtifactError(
-            f"{folder}: parameters could not be read: {str(error)[:300]}; "
-            f"delete {artifact.path} and run its stage again"
-        ) from error
+    remedy = f"delete {artifact.path} and run its stage again"
+    with reading(folder, remedy), ocp.StandardCheckpointer() as checkpointer:
+        parameters = checkpointer.restore(folder, wanted)
     if fingerprint(parameters) != artifact.summary["parameters_fingerprint"]:
-        raise ArtifactError(
-            f"{folder}: parameters are not those that were sealed; delete {artifact.path} and run its stage again"
-        )
+        raise ArtifactError(f"{folder}: parameters are not those that were sealed; {remedy}")
     return parameters

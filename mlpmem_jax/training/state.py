@@ -8,7 +8,9 @@ import optax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from mlpmem_jax.core import parameters as stored
 from mlpmem_jax.core import storage
+from mlpmem_jax.core.errors import ArtifactError
 from mlpmem_jax.core.sharding import Sharding
 
 METRIC = "perplexity"
@@ -54,6 +56,12 @@ class Checkpoints:
     """The checkpoints of one run: the latest, to go on from, and the best by validation perplexity, to keep."""
 
     def __init__(self, folder):
+        """Opens those in FOLDER/checkpoints.
+
+        Raises:
+          ArtifactError: what is there cannot be read.
+        """
+        self._folder = storage.literal(folder) / "checkpoints"
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(n=1),
@@ -65,15 +73,14 @@ class Checkpoints:
                 ),
             ]
         )
-        self._manager = ocp.CheckpointManager(
-            storage.literal(folder) / "checkpoints",
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy,
-                best_fn=lambda metrics: metrics[METRIC],
-                best_mode="min",
-                cleanup_tmp_directories=True,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            best_fn=lambda metrics: metrics[METRIC],
+            best_mode="min",
+            cleanup_tmp_directories=True,
         )
+        with stored.reading(self._folder, "delete that folder to train from the start"):
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -82,18 +89,25 @@ class Checkpoints:
         """Starts an asynchronous save; `validation` is what `METRIC` is read from, None where it was not measured."""
         if step in self._manager.all_steps():
             return
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_sequence": next_sequence})
-        )
+        data = {"next_sequence": next_sequence, "fingerprint": stored.fingerprint(state)}
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         self._manager.save(step, args=arguments, metrics=validation, force=True)
 
     def restore(self, step: int, abstract_state) -> tuple[dict, int]:
-        """The state at `step`, laid out as `abstract_state` says (with shardings), and the data position."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()),
-        )
-        return restored["state"], restored["data"]["next_sequence"]
+        """The state at `step`, laid out as `abstract_state` says (with shardings), and the data position.
+
+        Raises:
+          ArtifactError: it cannot be read, or is not what was saved.
+        """
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+        folder = self._folder / str(step)
+        remedy = f"delete {folder} to resume from the checkpoint before, or from the start"
+        with stored.reading(folder, remedy):
+            restored = self._manager.restore(step, args=arguments)
+            state, data = restored["state"], restored["data"]
+            if stored.fingerprint(state) != data["fingerprint"]:
+                raise ArtifactError(f"{folder}: the state is not the one that was saved; {remedy}")
+            return state, data["next_sequence"]
 
     def best_step(self) -> int | None:
         """The step with the lowest validation perplexity."""
