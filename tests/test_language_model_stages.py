@@ -14,6 +14,7 @@ from mlpmem_jax.cli import _run_stage
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.parameters import fingerprint as parameters_fingerprint
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
 from mlpmem_jax.inference import compare
@@ -204,6 +205,38 @@ def test_a_base_that_training_only_harms_is_its_own_control(config, base, monkey
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     parameters, _, _ = load(kept.path, Sharding(mesh))
     np.testing.assert_array_equal(parameters["lm_head"]["kernel"], base["lm_head"]["kernel"])
+
+
+def test_an_imported_base_is_fine_tuned_before_its_keys_are_taken(config, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(continued, "RATES", (0.003,))
+    own = config.copy_and_resolve_references()
+    own.workdir = str(tmp_path)
+    (tmp_path / "tokens").symlink_to(pathlib.Path(config.workdir) / "tokens")
+    own.base.finetune_steps = 8
+    own.base.training.update({"batch_sequences": 8, "evaluate_every": 8, "evaluation_sequences": 8, "warmup_steps": 50})
+    _run_stage("base", own)
+    artifact = open_artifact(tmp_path / "base", "base")
+    tokens, pretrained = (
+        open_artifact(tmp_path / name, kind) for name, kind in (("tokens", "tokens"), ("pretrained", "base"))
+    )
+    assert artifact.inputs == {"pretrained": pretrained.fingerprint, "tokens": tokens.fingerprint}
+    assert pretrained.summary["parameters_fingerprint"] == parameters_fingerprint(base)
+    found = artifact.summary
+    assert found["rate_search"].keys() == {"0.003"}
+    assert (found["learning_rate"], found["steps"]) == (0.003, 8)
+    stream = TokenStream(tokens, "validation")
+    before, after = (
+        continued._perplexity(parameters, MISTRAL, stream, 16, sharding)
+        for sharding in [Sharding(make_mesh(1, 1, 1, jax.devices()[:1]))]
+        for parameters in (base, saved.load_language_model(artifact.path, sharding)[0])
+    )
+    assert found["perplexity"]["validation"] == pytest.approx(after)
+    assert after < 0.9 * before
+    monkeypatch.setattr(continued.base, "train", lambda *_: pytest.fail("trained again"))
+    _run_stage("base", own)
+    own.base.finetune_steps = 9
+    with pytest.raises(ArtifactError, match=r"config.training.steps: 8 there, 9 now"):
+        _run_stage("base", own)
 
 
 def test_what_saves_memory_or_time_may_change_when_a_training_resumes(config):

@@ -113,6 +113,7 @@ SCHEMA: dict[str, Any] = {
     "base": {
         "source": _one_of("train", "huggingface", "gguf"),
         "path": _TEXT,
+        "finetune_steps": _COUNT,
         "context_length": _POSITIVE,
         "width": _POSITIVE,
         "blocks": _POSITIVE,
@@ -204,6 +205,7 @@ USED_WITH: dict[str, tuple[str, tuple]] = {
     "tokenizer.end_of_text": ("tokenizer.source", ("file", "hub", "gguf")),
     "tokenizer.vocab_size": ("tokenizer.source", ("train",)),
     "base.path": ("base.source", ("huggingface", "gguf")),
+    "base.finetune_steps": ("base.source", ("huggingface", "gguf")),
     "base.width": ("base.source", ("train",)),
     "base.blocks": ("base.source", ("train",)),
     "base.heads": ("base.source", ("train",)),

@@ -41,7 +41,7 @@ def check_devices(config: ml_collections.ConfigDict, devices: int, processes: in
     shards = {name: math.prod(sizes[axis] for axis in found) for name, found in axes.items()}
     _check_rules(axes, devices)
     groups = {"datastore": config.datastore, "training": config.training}
-    if config.base.source == "train":
+    if config.base.source == "train" or config.base.finetune_steps:
         groups["base.training"] = config.base.training
     wrong = []
     for name, group in groups.items():
@@ -139,7 +139,7 @@ def _check_tokens(config: ml_collections.ConfigDict, manifest: dict) -> None:
             f"{sample} keys; lower it, or raise config.targets.training_sample"
         )
     trainings = {"training": config.training}
-    if config.base.source == "train":
+    if config.base.source == "train" or config.base.finetune_steps:
         trainings["base.training"] = config.base.training
     for name, settings in trainings.items():
         if sequences < settings.batch_sequences:
@@ -147,6 +147,8 @@ def _check_tokens(config: ml_collections.ConfigDict, manifest: dict) -> None:
                 f"config.{name}.batch_sequences: {settings.batch_sequences} sequences in a step, but {there}; lower "
                 "it, or give more text"
             )
+        if name == "base.training" and config.base.finetune_steps:
+            continue  # its warmup is a tenth at most
         steps = settings.steps or round(settings.epochs * sequences / settings.batch_sequences)
         if steps <= settings.warmup_steps:
             raise ConfigError(

@@ -60,7 +60,8 @@ def page(metrics: dict) -> str:
     source = epath.Path(corpus["path"]).name or corpus["name"] or corpus["source"].replace("_", " ")
     size = {name: wording.magnitude(count) for name, count in counts["parameters"].items()}
     about = (
-        f"MLP Memory on {source}: {counts['tokens']['train']:,} training tokens, base LM of {size['base']} parameters, "
+        f"MLP Memory on {source}: {counts['tokens']['train']:,} training tokens, base LM of {size['base']} parameters"
+        f"{_finetuned(metrics['training_runs']['base'])}, "
         f"memory of {size['memory']}"
     )
     first, *others = wording.verdict(metrics)
@@ -83,6 +84,13 @@ def page(metrics: dict) -> str:
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
+
+
+def _finetuned(base: dict) -> str:
+    """Of a base that was imported and then trained on the corpus."""
+    if "rate_search_flops" not in base:
+        return ""
+    return f", fine-tuned on this text (step {base['step']} of {base['steps']} kept)"
 
 
 def _tiles(metrics: dict) -> str:

@@ -12,6 +12,9 @@ from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import gguf_model, huggingface, sources
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.training import base as training
+from mlpmem_jax.training import continued
+
+PRETRAINED = "pretrained"
 
 
 def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: str, load) -> Artifact:
@@ -34,6 +37,8 @@ def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: 
 def run(config: ml_collections.ConfigDict) -> Artifact:
     """Makes the base LM, and imports the model of the keys where it is another one.
 
+    An imported base that is to be fine-tuned is kept as it was as well, in `pretrained`.
+
     Raises:
       UserError: the config, the tokens, or the folder or file of the model do not fit.
     """
@@ -43,7 +48,9 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     if config.base.source == "train":
         return training.run(config)
     loaders = {"huggingface": huggingface.load_language_model, "gguf": gguf_model.load_language_model}
-    return _imported(config, config.base.path, "base", "base.path", loaders[config.base.source])
+    folder = PRETRAINED if config.base.finetune_steps else "base"
+    imported = _imported(config, config.base.path, folder, "base.path", loaders[config.base.source])
+    return continued.finetune(config, folder) if config.base.finetune_steps else imported
 
 
 def check_fits(source, model: language_model.Config, tokens: Artifact, context_length: int) -> None:

@@ -87,7 +87,11 @@ def _products(verb: str, config: ml_collections.ConfigDict) -> list[str]:
     if verb == "tokens":
         return ["tokens"]
     if verb == "base":
-        return ["base", "key_model"] if config.datastore.key_model else ["base"]
+        return [
+            "base",
+            *(["pretrained"] if config.base.finetune_steps else []),
+            *(["key_model"] if config.datastore.key_model else []),
+        ]
     return [f"{verb}/{split}" for split in SPLITS]
 
 

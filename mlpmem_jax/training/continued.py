@@ -1,6 +1,7 @@
 """The base LM trained on, without a memory: what the same compute gives by itself (GPT2-ConTrain of the paper).
 
-It stands beside a memory in two places: as a control of one run, and as the arm `continued` of a scaling sweep.
+It stands beside a memory in two places: as a control of one run, and as the arm `continued` of a scaling sweep. An
+imported base is fine-tuned the same way before anything else is made of it.
 """
 
 from __future__ import annotations
@@ -43,14 +44,27 @@ def settings_of(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({key: value for key, value in config.training.items() if key not in of_a_memory})
 
 
-def settings_of_imported(config: ml_collections.ConfigDict, steps: int) -> ml_collections.ConfigDict:
-    """To train a base on that was imported: as the memory is trained, with AdamW and at most a tenth of warmup.
-
-    The learning rate is to be found, see RATES.
-    """
-    settings = settings_of(config)
+def small_steps(settings: ml_collections.ConfigDict, steps: int) -> ml_collections.ConfigDict:
+    """Settings to train a base on that was imported: with AdamW, at most a tenth of warmup, and a rate of RATES."""
+    settings = ml_collections.ConfigDict(settings)
     settings.update({"optimizer": "adamw", "steps": steps, "warmup_steps": min(settings.warmup_steps, steps // 10)})
     return settings
+
+
+def finetune(config: ml_collections.ConfigDict, source: str) -> Artifact:
+    """Trains an imported base on the corpus, into `base`, for `config.base.finetune_steps`.
+
+    Args:
+      config: the whole config.
+      source: folder of `config.workdir` with the base as it was imported.
+
+    Raises:
+      UserError: it is not finished, or the config does not fit.
+    """
+    settings = small_steps(config.base.training, config.base.finetune_steps)
+    tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
+    inputs = {"tokens": tokens.fingerprint}
+    return train_on(config, settings, "base", inputs, "base.training", source=source, rates=RATES)
 
 
 def flops_per_step(model: language_model.Config, length: int, settings: ml_collections.ConfigDict) -> int:
@@ -65,9 +79,10 @@ def train_on(
     inputs: dict[str, str],
     group: str,
     *,
+    source: str = "base",
     rates: tuple[float, ...] = (),
 ) -> Artifact:
-    """Trains the finished base on, from its best parameters, with a fresh optimizer and schedule.
+    """Trains a finished base on, from its best parameters, with a fresh optimizer and schedule.
 
     What is kept is the best on validation, the base itself included.
 
@@ -77,6 +92,7 @@ def train_on(
       name: folder of `config.workdir` that it goes to.
       inputs: fingerprints of artifacts that the settings follow from.
       group: the config's name for `settings`.
+      source: folder of `config.workdir` with the finished base.
       rates: peak learning rates to choose from by short runs, in place of that of `settings`.
 
     Returns:
@@ -86,9 +102,9 @@ def train_on(
     """
     workdir = epath.Path(config.workdir)
     sharding = Sharding.of(config)
-    artifact = open_artifact(workdir / "base", "base")
+    artifact = open_artifact(workdir / source, "base")
     model, length = saved.language_model_config(artifact), config.base.context_length
-    kept, inputs = {"training": loop.origin(settings)}, {"base": artifact.fingerprint, **inputs}
+    kept, inputs = {"training": loop.origin(settings)}, {source: artifact.fingerprint, **inputs}
     if rates:
         kept["training"]["learning_rate"] = list(rates)
     if finished := find_finished(workdir / name, "base", kept, inputs):

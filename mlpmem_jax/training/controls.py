@@ -38,7 +38,7 @@ def continued(config: ml_collections.ConfigDict) -> Artifact:
     steps = max(1, round(trained.summary["training_flops"] / per_step))
     group, rates = "base.training", ()
     if is_imported:
-        settings = continued_training.settings_of_imported(config, steps)
+        settings = continued_training.small_steps(continued_training.settings_of(config), steps)
         group, rates = "training", continued_training.RATES
     else:
         settings.update({"steps": steps, "warmup_steps": min(settings.warmup_steps, steps // 10)})
