@@ -27,6 +27,7 @@ _OTHER = {
     "controls": "train the controls (base trained on; memory without targets) and report them beside",
     "continued": "train the base on with the settings config.training, and score it: an arm of sweeps",
     "compare": "base, memory, kNN-LM, RAG, further training and LoRA on the same questions -> one page",
+    "score": "tasks of lm-evaluation-harness for these systems, e.g. --tasks=lm_eval:hellaswag (extra: lm_eval)",
     "generate": "continue a prompt with the base LM alone and with the memory",
     "benchmark": "measure the rates of this machine",
     "export": "write the memory for PyTorch, or targets and datastores as Arrow streams",
@@ -96,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 = all")
             verb.add_argument("--top_p", type=float, default=1.0, help="sample within this share of the mass")
             verb.add_argument("--seed", type=int, default=0, help="of the sampling")
+        if name == "score":
+            verb.add_argument("--systems", default="base,memory", metavar="A,B", help="default base,memory")
+            verb.add_argument("--tasks", required=True, metavar="A,B", help="lm_eval:NAME or lm_eval:PATH/task.yaml")
+            verb.add_argument("--limit", type=int, metavar="N", help="examples of each task; all by default")
         if name == "compare":
             verb.add_argument("--systems", metavar="A,B", help="instead of config.comparison.systems")
             verb.add_argument("--tasks", metavar="A,B", help="instead of config.comparison.tasks")
@@ -227,6 +232,10 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
 
         with runtime.measured_stage(config.workdir, "compare"):
             comparison.run(config)
+    elif options.verb == "score":
+        from mlpmem_jax.comparison import harness
+
+        harness.run(config, options.systems, options.tasks, options.limit)
     elif options.verb in ("export", "import"):
         from mlpmem_jax.interop import commands
 

@@ -87,14 +87,14 @@ def read(
     found = {source: [np.zeros(0)] * len(rows) for source in ("model", *sides)}
     with progress(len(rows), name, "texts") as bar:
         for chosen, tokens_BxT, positions_BxP, ids_BxPxC in _batches(rows, sharding.shards("batch")):
-            placed = [
-                jax.make_array_from_callback(array.shape, sharding.rows(array.ndim), lambda index, a=array: a[index])
-                for array in (tokens_BxT, positions_BxP, ids_BxPxC)
-            ]
             log_BxPxC, tapped = _read(
-                model.parameters, *placed, config=model.config, taps=taps,
-                compute_dtype=jnp.dtype(model.compute_dtype), sharding=sharding,
-            )  # fmt: skip
+                model.parameters,
+                *_placed(sharding, tokens_BxT, positions_BxP, ids_BxPxC),
+                config=model.config,
+                taps=taps,
+                compute_dtype=jnp.dtype(model.compute_dtype),
+                sharding=sharding,
+            )
             computed = {"model": log_BxPxC}
             for source, side in sides.items():
                 computed[source] = side.log_probabilities(tapped[side.block], ids_BxPxC)
@@ -107,23 +107,84 @@ def read(
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("config", "taps", "compute_dtype", "sharding"))
-def _read(parameters, tokens_BxT, positions_BxP, ids_BxPxC, *, config, taps, compute_dtype, sharding):
-    """(log-probabilities [B, P, C], {tap: hidden states [B, P, D]}), both on every device."""
+def read_mixture(
+    model: Model, rows: Sequence[Row], side: Side | None, weight: float, sharding: Sharding, name: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Log-probabilities of a mixture, float [P, C] of each row, and whether each is the likeliest token, bool [P, C].
+
+    Whole distributions are computed, which `read` does without.
+
+    Args:
+      model: what reads.
+      rows: in any order; none longer than the model's context.
+      side: what is mixed in; None = nothing.
+      weight: lambda of the side.
+      sharding: of the model.
+      name: what the user is told is being read.
+    """
+    taps = (side.block,) if side else ()
+    found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0, bool))] * len(rows)
+    with progress(len(rows), name, "texts") as bar:
+        for chosen, tokens_BxT, positions_BxP, ids_BxPxC in _batches(rows, sharding.shards("batch")):
+            log_BxPxV, tapped = _distributions(
+                model.parameters,
+                *_placed(sharding, tokens_BxT, positions_BxP),
+                config=model.config,
+                taps=taps,
+                compute_dtype=jnp.dtype(model.compute_dtype),
+                sharding=sharding,
+            )
+            if side and weight:
+                states_BxPxD = tapped[side.block]
+                side_QxV = side.distributions(states_BxPxD.reshape(-1, states_BxPxD.shape[-1]), log_BxPxV.shape[-1])
+                side_BxPxV = jnp.asarray(side_QxV, jnp.float32).reshape(log_BxPxV.shape)
+                log_BxPxV = jnp.logaddexp(jnp.log(weight) + side_BxPxV, jnp.log1p(-weight) + log_BxPxV)
+            chosen_BxPxC = np.asarray(jnp.take_along_axis(log_BxPxV, jnp.asarray(ids_BxPxC), axis=2))
+            likeliest_BxPx1 = np.asarray(jnp.argmax(log_BxPxV, axis=2))[..., None]
+            for place, row in enumerate(chosen):
+                size = len(rows[row].ids_PxC), len(rows[row].ids_PxC[0]) if rows[row].ids_PxC else 0
+                part = place, slice(size[0]), slice(size[1])
+                found[row] = chosen_BxPxC[part], (ids_BxPxC == likeliest_BxPx1)[part]
+            bar.advance(len(chosen))
+    return found
+
+
+def _placed(sharding: Sharding, *arrays: np.ndarray) -> list[jax.Array]:
+    """On the mesh, from arrays that every process holds whole."""
+    return [
+        jax.make_array_from_callback(array.shape, sharding.rows(array.ndim), lambda index, a=array: a[index])
+        for array in arrays
+    ]
+
+
+def _at_positions(parameters, tokens_BxT, positions_BxP, config, taps, compute_dtype):
+    """(logits [B, P, V], {tap: hidden states [B, P, D]}) at the positions that are read."""
     final_BxTxD, tapped = language_model.features(
         parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype
     )
 
-    def at_positions(states_BxTxD):
+    def taken(states_BxTxD):
         return jnp.take_along_axis(states_BxTxD, positions_BxP[:, :, None], axis=1)
 
-    final_BxPxD = at_positions(final_BxTxD).astype(compute_dtype)
     kernel_DxV = language_model.output_kernel(parameters).astype(compute_dtype)
-    logits_BxPxV = jnp.dot(final_BxPxD, kernel_DxV, preferred_element_type=jnp.float32)
+    logits_BxPxV = jnp.dot(taken(final_BxTxD).astype(compute_dtype), kernel_DxV, preferred_element_type=jnp.float32)
+    return logits_BxPxV, {tap: taken(states) for tap, states in tapped.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "taps", "compute_dtype", "sharding"))
+def _read(parameters, tokens_BxT, positions_BxP, ids_BxPxC, *, config, taps, compute_dtype, sharding):
+    """(log-probabilities [B, P, C], {tap: hidden states [B, P, D]}), both on every device."""
+    logits_BxPxV, tapped = _at_positions(parameters, tokens_BxT, positions_BxP, config, taps, compute_dtype)
     chosen_BxPxC = jnp.take_along_axis(logits_BxPxV, ids_BxPxC, axis=2)
     log_BxPxC = chosen_BxPxC - jax.nn.logsumexp(logits_BxPxV, axis=2, keepdims=True)
-    outputs = log_BxPxC, {tap: at_positions(states) for tap, states in tapped.items()}
-    return jax.lax.with_sharding_constraint(outputs, sharding.named())
+    return jax.lax.with_sharding_constraint((log_BxPxC, tapped), sharding.named())
+
+
+@functools.partial(jax.jit, static_argnames=("config", "taps", "compute_dtype", "sharding"))
+def _distributions(parameters, tokens_BxT, positions_BxP, *, config, taps, compute_dtype, sharding):
+    """(log-probabilities [B, P, V], {tap: hidden states [B, P, D]}), both on every device."""
+    logits_BxPxV, tapped = _at_positions(parameters, tokens_BxT, positions_BxP, config, taps, compute_dtype)
+    return jax.lax.with_sharding_constraint((jax.nn.log_softmax(logits_BxPxV), tapped), sharding.named())
 
 
 def _batches(rows: Sequence[Row], shards: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:

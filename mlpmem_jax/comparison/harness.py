@@ -1,0 +1,193 @@
+"""`mlpmem score`: any task of lm-evaluation-harness for the systems of a working directory (extra `lm_eval`).
+
+The harness asks and judges; here is what answers. Systems with passages in their prompts are not among those it can
+ask: it hands over prompts, not the questions to search with.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import rich.console
+import rich.table
+
+from mlpmem_jax.comparison import greedy, systems
+from mlpmem_jax.comparison.reading import Row, read_mixture
+from mlpmem_jax.comparison.systems import SIDE_MODEL, SYSTEMS, Workdir
+from mlpmem_jax.core.errors import ConfigError, UserError, require
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.corpus.tokens import encode_prompts, read_tokenizer
+from mlpmem_jax.inference.weight import find_weight, read_report
+
+PREFIX = "lm_eval:"
+FOLDER = "comparison"
+_MOST_NEW_TOKENS = 256  # where a task does not say
+
+
+class Answering:
+    """A system, at one interpolation weight, as the harness asks language models."""
+
+    def __init__(self, workdir: Workdir, name: str, weight: float):
+        system = SYSTEMS[name]
+        self.name, self._workdir, self._weight = name, workdir, weight
+        self._model = workdir.model(system.model)
+        self._side = workdir.side(system.side) if system.side else None
+        self._tokenizer = read_tokenizer(workdir.tokens)
+        self.end = workdir.tokens.summary["end_of_text_id"]
+        self.context_length = self._model.config.context_length
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, behind what the tokenizer puts in front of a text."""
+        return encode_prompts(self._workdir.tokens, [text])[0] if text else []
+
+    def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding would give it) of each (context, continuation), in token ids."""
+        rows = [
+            Row.of_continuation(context, [*context, *continuation]).truncated(self.context_length)
+            for context, continuation in pairs
+        ]
+        found = read_mixture(self._model, rows, self._side, self._weight, self._workdir.sharding, self.name)
+        return [(float(values.sum()), bool(likeliest.all())) for values, likeliest in found]
+
+    def write(self, prompts: Sequence[str], stops: Sequence[str], count: int) -> list[str]:
+        """Greedy continuations of texts, up to and without the first of `stops`."""
+
+        def is_finished(ids: list[int]) -> bool:
+            return ids[-1] == self.end or any(stop in self._tokenizer.decode(ids) for stop in stops)
+
+        decoder = greedy.Decoder(self._model, self._side)
+        ids = [(self.encode(prompt) or [self.end])[-(self.context_length - count) :] for prompt in prompts]
+        side = decoder if self._side and self._weight else None
+        texts = []
+        for new in greedy.generate(decoder, side, self._weight, ids, count, is_finished, self.name):
+            text = self._tokenizer.decode([token for token in new if token != self.end])
+            texts.append(text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))])
+        return texts
+
+
+def _harness_model(answering: Answering):
+    """The harness's own class over `answering`; it is made here, since its base class comes with the extra."""
+    api = require("lm_eval.api.model", extra="lm_eval")
+    utils = require("lm_eval.utils", extra="lm_eval")
+
+    class Model(api.TemplateLM):
+        @property
+        def eot_token_id(self) -> int:
+            return answering.end
+
+        @property
+        def tokenizer_name(self) -> str:
+            return "mlpmem"
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options) -> list[int]:
+            return answering.encode(string)
+
+        def _loglikelihood_tokens(self, requests, **options) -> list[tuple[float, bool]]:
+            return answering.score([(context, continuation) for _, context, continuation in requests])
+
+        def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+            sums = []
+            for request in requests:
+                windows = utils.get_rolling_token_windows(
+                    token_list=answering.encode(request.args[0]),
+                    prefix_token=answering.end,
+                    max_seq_len=answering.context_length,
+                    context_len=1,
+                )
+                pairs = [utils.make_disjoint_window(window) for window in windows]
+                sums.append(sum(value for value, _ in answering.score(pairs)))
+            return sums
+
+        def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+            texts = []
+            for request in requests:
+                context, options = request.args
+                if options.get("do_sample"):
+                    raise UserError(f"{answering.name}: a task asks for sampled texts; greedy ones are written here")
+                stops = options.get("until") or []
+                count = options.get("max_gen_toks", _MOST_NEW_TOKENS)
+                texts += answering.write([context], [stops] if isinstance(stops, str) else stops, count)
+            return texts
+
+    return Model()
+
+
+def weight_of(workdir: Workdir, name: str) -> float:
+    """The lambda of a system that was tuned on the validation split of the corpus; 0 without a side.
+
+    Raises:
+      UserError: kNN-LM's was not tuned yet.
+    """
+    side = SYSTEMS[name].side
+    if not side:
+        return 0.0
+    memory = workdir.artifact("memory", "memory")
+    if side == "memory":
+        return find_weight(workdir.path, memory).value
+    report = read_report(workdir.path, memory)
+    if report is None:
+        raise UserError(f"{workdir.path}: the lambda of kNN-LM is tuned by `evaluate`; run it first")
+    return report["interpolation_weight"]["knn_lm"]
+
+
+def run(config: ml_collections.ConfigDict, names: str, wanted: str, limit: int | None) -> dict:
+    """Scores systems on tasks of the harness and prints a table.
+
+    Args:
+      config: of a finished working directory.
+      names: of systems, with commas between; those with passages in their prompts are refused.
+      wanted: tasks with commas between: `lm_eval:NAME`, or `lm_eval:PATH/task.yaml` of a file with local data.
+      limit: examples of each task; None = all.
+
+    Returns:
+      {system: the harness's results}, as in WORKDIR/comparison/lm_eval.json.
+
+    Raises:
+      UserError: a system or a task cannot be asked.
+    """
+    chosen, workdir = systems.parse(names), Workdir(config)
+    tasks, folders = [], set()
+    for task in wanted.split(","):
+        if not task.startswith(PREFIX):
+            raise ConfigError(f"task {task!r}: expected {PREFIX}NAME or {PREFIX}PATH.yaml; `mlpmem compare` has others")
+        place = pathlib.Path(task.removeprefix(PREFIX))
+        if place.suffix in (".yaml", ".yml"):
+            if not place.exists():
+                raise ConfigError(f"task {task!r}: {place} does not exist")
+            folders.add(str(place.parent))
+        tasks.append(place.stem if place.suffix in (".yaml", ".yml") else str(place))
+    for name in chosen:
+        if SYSTEMS[name].retrieves:
+            raise ConfigError(f"comparison system {name!r}: the harness has no questions to search with; see `compare`")
+        if SYSTEMS[name].side and SYSTEMS[name].model != SIDE_MODEL:
+            raise ConfigError(f"comparison system {name!r}: mixes two language models, which `compare` alone can ask")
+    lm_eval = require("lm_eval", extra="lm_eval")
+    manager = require("lm_eval.tasks", extra="lm_eval").TaskManager(include_path=sorted(folders) or None)
+    found = {}
+    for name in chosen:
+        weight = weight_of(workdir, name)
+        say(f"== {name}" + (f" (lambda {weight:.2f})" if SYSTEMS[name].side else ""))
+        model = _harness_model(Answering(workdir, name, weight))
+        done = lm_eval.simple_evaluate(model=model, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0)
+        found[name] = {"weight": weight, "results": done["results"]}
+    if jax.process_index() == 0:
+        file = workdir.path / FOLDER / "lm_eval.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found, indent=1, default=str) + "\n")
+        _show(found)
+    return found
+
+
+def _show(found: dict) -> None:
+    table = rich.table.Table("task", "measure", *found)
+    first = next(iter(found.values()))["results"]
+    for task, values in first.items():
+        for measure, value in values.items():
+            if isinstance(value, float) and "stderr" not in measure:
+                row = [f"{of['results'][task][measure]:.4f}" for of in found.values()]
+                table.add_row(task, measure.removesuffix(",none"), *row)
+    rich.console.Console().print(table)

@@ -1,0 +1,102 @@
+"""lm-evaluation-harness over our systems, against its own `hf` model on the folder that we export."""
+
+import json
+
+import lm_eval.models.huggingface
+import numpy as np
+import pytest
+from comparison_data import small_run
+from lm_eval.api.instance import Instance
+
+from mlpmem_jax.comparison import harness, systems
+from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.inference.weight import find_weight
+from mlpmem_jax.interop import export_model
+
+TEXTS = [
+    "Aldford is a town on the river Arrow.",
+    "Its 7 mills were built long ago. Brenham is",
+    "which river is Corwick on",
+    "the",
+]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    with small_run(tmp_path_factory.mktemp("harness")) as config:
+        yield config
+
+
+@pytest.fixture(scope="module")
+def workdir(config):
+    return systems.Workdir(config)
+
+
+@pytest.fixture(scope="module")
+def ours(config, workdir):
+    weight = find_weight(workdir.path, workdir.artifact("memory", "memory")).value
+    return harness._harness_model(harness.Answering(workdir, "memory", weight))
+
+
+@pytest.fixture(scope="module")
+def theirs(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export_model.transformers_folder(config, str(folder))
+    return lm_eval.models.huggingface.HFLM(
+        pretrained=str(folder), trust_remote_code=True, device="cpu", dtype="float32", batch_size=1
+    )
+
+
+def requests(kind, *arguments):
+    return [Instance(request_type=kind, doc={}, arguments=one, idx=index) for index, one in enumerate(arguments)]
+
+
+def test_log_likelihoods(ours, theirs):
+    pairs = [(text[:cut], text[cut:]) for text in TEXTS[:3] for cut in (2, len(text) // 2)]
+    asked = requests("loglikelihood", *pairs, ("", "Aldford"))
+    expected, found = (model.loglikelihood(asked, disable_tqdm=True) for model in (theirs, ours))
+    np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], rtol=1e-3, atol=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_rolling_log_likelihoods(ours, theirs):
+    asked = requests("loglikelihood_rolling", *[(text,) for text in TEXTS])
+    expected, found = (model.loglikelihood_rolling(asked, disable_tqdm=True) for model in (theirs, ours))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_greedy_texts(ours, theirs):
+    options = {"until": ["\n", "."], "max_gen_toks": 12, "do_sample": False}
+    asked = requests("generate_until", *[(text, options) for text in TEXTS])
+    expected, found = (model.generate_until(asked, disable_tqdm=True) for model in (theirs, ours))
+    assert found == expected
+
+
+def test_a_task_of_a_local_file(config, tmp_path, capsys):
+    rows = [{"question": f"{text} a or b", "gold": index % 2} for index, text in enumerate(TEXTS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "two_letters", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "doc_to_text": "{{question}}", "doc_to_target": "gold", "doc_to_choice": ["a", "b"],
+        "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "two_letters.yaml").write_text(json.dumps(task))  # JSON is YAML
+    found = harness.run(config, "base,memory", f"lm_eval:{tmp_path / 'two_letters.yaml'}", None)
+    assert set(found) == {"base", "memory"}
+    assert 0 <= found["memory"]["results"]["two_letters"]["acc,none"] <= 1
+    assert "two_letters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "tasks", "message"),
+    [
+        ("base", "hellaswag", "task 'hellaswag': expected lm_eval:NAME"),
+        ("base", "lm_eval:no/such.yaml", r"no/such.yaml does not exist"),
+        ("rag", "lm_eval:hellaswag", "comparison system 'rag': the harness has no questions"),
+        ("cpt+memory", "lm_eval:hellaswag", "comparison system 'cpt.memory': mixes two language models"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(config, names, tasks, message):
+    with pytest.raises(ConfigError, match=message):
+        harness.run(config, names, tasks, None)
