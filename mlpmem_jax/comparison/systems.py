@@ -20,7 +20,8 @@ from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import saved
-from mlpmem_jax.retrieval.exact import ExactIndex
+from mlpmem_jax.retrieval.backends import KeySource
+from mlpmem_jax.retrieval.exact_backend import ExactIndex
 from mlpmem_jax.training import controls, lora
 
 
@@ -121,15 +122,18 @@ class Workdir:
                 "config.datastore.key_model: kNN-LM needs the keys of the base itself, not another model's"
             )
         sequences = datastore.arrays["keys"].shape[0]
-        keys_NxD = np.asarray(datastore.read("keys", 0, sequences), np.float32)
+        keys_NxD = datastore.read("keys", 0, sequences)
         keys_NxD = keys_NxD.reshape(-1, keys_NxD.shape[-1])
+        source = KeySource(*keys_NxD.shape, keys_NxD.dtype, lambda start, stop: keys_NxD[start:stop])
         next_tokens_N = datastore.read("next_tokens", 0, sequences).reshape(-1).astype(np.int32)
         k = self.config.comparison.k or self.config.targets.k
         temperature = targets.summary.get("temperature") or self.config.targets.temperature
         if not temperature:
             raise ArtifactError(f"{targets.path}: does not say its temperature; set config.targets.temperature")
         block = self.model(SIDE_MODEL).config.blocks
-        return NeighborsSide(ExactIndex(keys_NxD), next_tokens_N, block, min(k, len(keys_NxD)), temperature)
+        return NeighborsSide(
+            ExactIndex(source, self.sharding.mesh), next_tokens_N, block, min(k, len(keys_NxD)), temperature
+        )
 
     @functools.cached_property
     def retriever(self) -> Retriever:
