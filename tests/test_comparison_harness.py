@@ -17,7 +17,7 @@ TEXTS = [
     "Aldford is a town on the river Arrow.",
     "Its 7 mills were built long ago. Brenham is",
     "which river is Corwick on",
-    "the",
+    "Eldton, a town",
 ]
 
 
@@ -52,7 +52,8 @@ def requests(kind, *arguments):
 
 
 def test_log_likelihoods(ours, theirs):
-    pairs = [(text[:cut], text[cut:]) for text in TEXTS[:3] for cut in (2, len(text) // 2)]
+    # Texts differ: of one text in two places the harness's own model would read the first place twice.
+    pairs = [(text[:place], text[place:]) for text, place in zip(TEXTS, (12, 9, 2, 1), strict=True)]
     asked = requests("loglikelihood", *pairs, ("", "Aldford"))
     expected, found = (model.loglikelihood(asked, disable_tqdm=True) for model in (theirs, ours))
     np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], rtol=1e-3, atol=1e-3)
