@@ -76,6 +76,7 @@ def read_config(
             f"found {sizes['slice']}; add --config.mesh.slice={slices}"
         )
     preflight.check_devices(config, devices, processes)
+    preflight.check_models(config, devices)
     if "://" not in config.workdir:  # what is in a bucket the job itself looks at: this machine need not reach it
         preflight.check_artifacts(config)
     return config

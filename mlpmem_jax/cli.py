@@ -218,6 +218,7 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
     runtime.keep_freed_memory()
     if options.verb == "run":
         preflight.check_devices(config, jax.device_count(), jax.process_count())
+        preflight.check_models(config, jax.device_count())
         for name in STAGES:
             preflight.check_artifacts(config)
             _run_stage(name, config)

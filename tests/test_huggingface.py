@@ -16,11 +16,11 @@ import torch
 import transformers
 
 from launch import local
-from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import huggingface
-from mlpmem_jax.models import gpt2
+from mlpmem_jax.models import gpt2, language_model
 
 CONFIG = {"model_type": "gpt2", "vocab_size": 61, "n_positions": 24, "n_embd": 16, "n_layer": 3, "n_head": 2}
 
@@ -268,14 +268,22 @@ def test_a_truncated_or_missing_shard_is_named(tmp_path):
         load(source)
 
 
-def test_a_mesh_that_does_not_divide_the_heads_is_refused(tmp_path):
+def test_what_the_mesh_does_not_divide_is_held_whole_by_every_device(tmp_path):
+    """Two heads of keys over four devices; the width of 16 over four, and 20 inner numbers over four, are divided."""
     if jax.device_count() < 4:
         pytest.skip("needs four devices")
     source = write_llama(tmp_path / "model", llama_tensors())
-    with pytest.raises(
-        ConfigError, match=r"tensor makes 4 shards, which do not divide an axis of 2 of h/self_attn/k_proj"
-    ):
-        huggingface.load_language_model(source, Sharding(make_mesh(1, 1, 4, jax.devices()[:4])))
+    whole, config = load(source)
+    tokens_BxT = np.random.default_rng(0).integers(0, 61, (2, 12))
+    expected = language_model.logits(whole, config, tokens_BxT)
+    for sizes, divided, replicated in (((1, 1, 4), "q_proj", "k_proj"), ((1, 4, 1), "k_proj", None)):
+        parameters, _ = huggingface.load_language_model(source, Sharding(make_mesh(*sizes, jax.devices()[:4])))
+        attention = parameters["h"]["self_attn"]
+        assert not attention[divided]["kernel"].is_fully_replicated
+        assert replicated is None or attention[replicated]["kernel"].is_fully_replicated
+        jax.tree.map(np.testing.assert_array_equal, whole, parameters)
+        found = jax.jit(language_model.logits, static_argnums=1)(parameters, config, tokens_BxT)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 # One of two processes: reads a folder, prints how many numbers of it, and writes the model as another folder.

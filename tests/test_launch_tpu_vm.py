@@ -58,7 +58,7 @@ def test_one_slice(capsys):
 
 def test_several_slices_of_a_chosen_topology(capsys):
     arguments = ["--accelerator=v5p:4x4x16", "--slices=4", "--image=I", "--config.mesh.slice=4"]
-    batches = [word.replace("256", "1024") for word in BATCH]
+    batches = [word.replace("=256", "=1024") for word in BATCH]
     command, _ = printed(capsys, *arguments, *batches)
     assert command[:3] == ["gcloud", "alpha", "compute"]
     assert {"--type=v5p", "--topology=4x4x16", "--node-count=4", "--node-prefix=memory"} <= set(command)

@@ -103,7 +103,7 @@ def test_costs_of_the_papers_runs():
 
 def test_dimensions_of_published_models(tmp_path):
     assert published.dimensions("openai-community/gpt2-xl").width == 1600
-    with pytest.raises(UserError, match="local folder with its config"):
+    with pytest.raises(UserError, match="a folder with its config"):
         published.dimensions("someone/unheard-of")
     values = {"model_type": "gpt2", "vocab_size": 64, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4}
     (tmp_path / "config.json").write_text(json.dumps(values))

@@ -1,17 +1,24 @@
 """What config, devices and finished artifacts contradict is told before any compute, by `run` and by launchers."""
 
+import functools
+import importlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from configs import smoke
+from configs import smoke, wikitext103_gpt2_large
 from launch import job
 from mlpmem_jax import cli
+from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import preflight
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
 from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.interop import published
+from mlpmem_jax.models import language_model
 
 TOKENS = 6401  # 100 sequences of 64 positions, and the last target
 
@@ -119,6 +126,37 @@ def test_an_empty_workdir_contradicts_nothing(tmp_path):
     config = smoke.get_config()
     config.workdir = str(tmp_path / "none")
     preflight.check_artifacts(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base.context_length": 1025}, "config.base.context_length: 1025 is longer than the 1024 positions of"),
+        ({"memory.output_from_base": True, "memory.width": 768}, r"config.memory.output_from_base: .* width \(1280\)"),
+        ({"datastore.key_model": "mistralai/Mistral-7B-v0.3"}, "config.datastore.key_model: .* vocabulary of 32768"),
+        ({"memory.width": 512}, "the memory reads its width, 1280, which cannot be divided into 512 equal shards"),
+    ],
+)
+def test_what_is_known_of_the_models_is_checked_before_any_of_them_is_there(changes, message):
+    config = wikitext103_gpt2_large.get_config()
+    preflight.check_models(config, 256)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=message):
+        preflight.check_models(config, 512 if list(changes.values()) == [512] else 256)
+
+
+@pytest.mark.parametrize(("name", "devices", "tensor"), [("large", 256, 2), ("large", 128, 1), ("medium", 512, 4)])
+def test_the_ready_configs_run_on_the_slices_that_are_priced(name, devices, tensor):
+    """Targets come from GPT-2 xl, whose 25 heads and width of 1600 no such mesh divides."""
+    config = importlib.import_module(f"configs.wikitext103_gpt2_{name}").get_config()
+    config.mesh.tensor = tensor
+    preflight.check_models(config, devices)
+    sizes = (1, devices // tensor, tensor)
+    sharding = Sharding(jax.sharding.AbstractMesh(sizes, ("slice", "fsdp", "tensor")), configs.mesh_rules(config))
+    model = published.dimensions(config.datastore.key_model)
+    abstract = jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0))
+    placed = sharding.tree(language_model.logical_axes(model), abstract)
+    jax.tree.map(lambda array, named: named.shard_shape(array.shape), abstract, placed)  # raises where uneven
 
 
 def test_run_and_launchers_ask_before_the_first_stage(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import math
 import ml_collections
 
 from mlpmem_jax.core import config as configs
+from mlpmem_jax.core import published
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.manifests import located, read_manifest
 
@@ -88,6 +89,37 @@ def _dimensions(config: ml_collections.ConfigDict) -> list[tuple[str, str, int]]
             ("base.heads", "heads", base.heads),
         ]
     return found
+
+
+def check_models(config: ml_collections.ConfigDict, devices: int) -> None:
+    """Checks the config against the published dimensions of the models that it names, before any of them is there.
+
+    Raises:
+      ConfigError: a key does not fit them, or the mesh does not divide what the memory reads.
+    """
+    if config.base.source != "huggingface" or (base := published.find(config.base.path)) is None:
+        return
+    name = f"config.base.path={config.base.path}"
+    rule = configs.mesh_rules(config)["embed"] or ()
+    sizes = mesh_sizes(config, devices)
+    shards = math.prod(sizes[axis] for axis in ((rule,) if isinstance(rule, str) else rule))
+    if config.memory.width != base["width"] and base["width"] % shards:
+        raise ConfigError(
+            f"{name}: the memory reads its width, {base['width']}, which cannot be divided into {shards} equal shards; "
+            "take other sizes of config.mesh: a larger config.mesh.tensor leaves fewer devices to fsdp"
+        )
+    if config.base.context_length > base["context_length"]:
+        raise ConfigError(
+            f"config.base.context_length: {config.base.context_length} is longer than the {base['context_length']} "
+            f"positions of {name}"
+        )
+    keys = published.find(config.datastore.key_model) or base
+    if keys["vocab_size"] != base["vocab_size"]:
+        raise ConfigError(
+            f"config.datastore.key_model: {config.datastore.key_model} has a vocabulary of {keys['vocab_size']}, {name} "
+            f"of {base['vocab_size']}; both must use the same tokenizer"
+        )
+    _check_width(config, base["width"])
 
 
 def check_artifacts(config: ml_collections.ConfigDict) -> None:

@@ -94,9 +94,27 @@ class Sharding:
         """The NamedSharding of an array of so many axes whose first is the batch."""
         return self.named("batch", *[None] * (ndim - 1))
 
-    def tree(self, logical_axes):
-        """A tree of NamedSharding from a tree whose leaves are tuples of logical axis names."""
-        return jax.tree.map(lambda axes: self.named(*axes), logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    def tree(self, logical_axes, abstract=None):
+        """A tree of NamedSharding.
+
+        Args:
+          logical_axes: tree whose leaves are tuples of logical axis names.
+          abstract: tree of arrays or shapes of the same structure, where an axis that its shards do not divide is to be
+            replicated: the 25 heads of GPT-2 xl, say.
+        """
+        trees = (logical_axes,) if abstract is None else (logical_axes, abstract)
+        return jax.tree.map(
+            lambda axes, *array: self.named(*(self._dividing(axes, array[0].shape) if array else axes)),
+            *trees,
+            is_leaf=lambda leaf: isinstance(leaf, tuple),
+        )
+
+    def _dividing(self, logical_axes: tuple[str | None, ...], shape: tuple[int, ...]) -> list[str | None]:
+        """The logical axes whose shards divide their size, None in the place of the others."""
+        return [
+            axis if axis is not None and size % self.size(_as_tuple(self.rules[axis])) == 0 else None
+            for axis, size in zip(logical_axes, shape, strict=True)
+        ]
 
     def check_divides(self, abstract, logical_axes) -> None:
         """Checks that the mesh divides every array of a tree into equal shards.

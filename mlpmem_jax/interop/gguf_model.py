@@ -50,15 +50,13 @@ def load_language_model(path: str, sharding: Sharding) -> tuple[dict, language_m
     Raises:
       UserError: no such file, another architecture or quantization, or a tensor that is missing, left over, not finite,
         or of another shape than the metadata say; the text names it.
-      ConfigError: the mesh does not divide the model.
     """
     file = GGUFFile(path)
     config = read_config(file)
     abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
     stored = layouts("llama", abstract, config.blocks)
     _check_tensors(file, jax.tree.leaves(stored))
-    placed = sharding.tree(language_model.logical_axes(config))
-    sharding.check_divides(abstract, language_model.logical_axes(config))
+    placed = sharding.tree(language_model.logical_axes(config), abstract)
     count = sum(len(layout.names) for layout in jax.tree.leaves(stored))
     read = functools.partial(_read, file, config.head_width)
     with progress(count, f"importing {path}", "tensors") as bar:

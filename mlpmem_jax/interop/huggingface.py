@@ -50,7 +50,6 @@ def load_language_model(
     Raises:
       UserError: no such folder, another architecture, or a tensor that is missing, left over, of another shape than the
         config says, not finite, or unreadable; the text names it.
-      ConfigError: the mesh does not divide the model.
     """
     folder = pathlib.Path(source)
     if not folder.is_dir():
@@ -61,8 +60,7 @@ def load_language_model(
     abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
     stored = layouts(family, abstract, config.blocks)
     _check_tensors(folder, files, jax.tree.leaves(stored), has_output="lm_head" in abstract)
-    placed = sharding.tree(language_model.logical_axes(config))
-    sharding.check_divides(abstract, language_model.logical_axes(config))
+    placed = sharding.tree(language_model.logical_axes(config), abstract)
     count = sum(len(layout.names) for layout in jax.tree.leaves(stored))
     with progress(count, f"importing {source}", "tensors") as bar:
         return jax.tree.map(functools.partial(place, functools.partial(_read, files), bar), stored, placed), config

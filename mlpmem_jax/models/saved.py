@@ -56,13 +56,11 @@ def load_language_model(path, sharding: Sharding) -> tuple[dict, language_model.
 
     Raises:
       ArtifactError: there is no finished base at `path`.
-      ConfigError: the mesh does not divide the model.
     """
     artifact = open_artifact(path, "base")
     config = language_model_config(artifact)
     abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
-    placed = sharding.tree(language_model.logical_axes(config))
-    sharding.check_divides(abstract, language_model.logical_axes(config))
+    placed = sharding.tree(language_model.logical_axes(config), abstract)
     return stored.read(artifact, abstract, placed), config, artifact
 
 

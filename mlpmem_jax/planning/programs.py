@@ -228,7 +228,7 @@ def most_entries(config: ml_collections.ConfigDict, models: Models) -> int:
 
 def _abstract_parameters(config: language_model.Config, sharding: Sharding):
     abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
-    placed = sharding.tree(language_model.logical_axes(config))
+    placed = sharding.tree(language_model.logical_axes(config), abstract)
     return jax.tree.map(
         lambda array, named: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=named), abstract, placed
     )

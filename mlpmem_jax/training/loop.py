@@ -187,15 +187,10 @@ class StepProgram(NamedTuple):
 
 
 def step_program(task: Task, sharding: Sharding, steps: int) -> StepProgram:
-    """The program of one optimizer step of a run of `steps`; `task.source`, `.validate` and `.start` are not used.
-
-    Raises:
-      ConfigError: the mesh does not divide the parameters.
-    """
+    """The program of one optimizer step of a run of `steps`; `task.source`, `.validate` and `.start` are not used."""
     optimizer = make_optimizer(task.settings, steps, task.logical_axes)
     abstract = jax.eval_shape(initial_state(lambda parameters: parameters, optimizer), task.abstract_parameters)
-    parameter_shardings = sharding.tree(task.logical_axes)
-    sharding.check_divides(abstract["parameters"], task.logical_axes)
+    parameter_shardings = sharding.tree(task.logical_axes, abstract["parameters"])
     shardings = state_shardings(sharding, abstract, parameter_shardings)
     return StepProgram(
         make_state=jax.jit(initial_state(task.initialise, optimizer), out_shardings=shardings),

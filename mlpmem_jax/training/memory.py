@@ -148,8 +148,13 @@ def make_task(
       model, base_config: dimensions of the memory and of the base LM.
       frozen: parameters of the base LM where `config.training.mode` is "online", else {}.
       name, folder, initialise, source, validate, start: as of `loop.Task`.
+
+    Raises:
+      ConfigError: the mesh does not divide the memory.
     """
     length, training = config.base.context_length, config.training
+    abstract = jax.eval_shape(functools.partial(memory.init, model), jax.random.key(0))
+    sharding.check_divides(abstract, memory.logical_axes(model))  # its programs name their own collectives
     input_tap = tapped_block(base_config.blocks, config.datastore.input_depth)
     online = training.mode == "online"
     base_flops = flops.language_model_forward(base_config, length, output_projection=False) if online else 0
