@@ -15,10 +15,13 @@ import ml_collections
 from mlpmem_jax import cli
 from mlpmem_jax.core import accelerators, config_files, failures, preflight
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 
-USER_ERROR = 2
+USER_ERROR = UserError.exit_code
 """Exit code of `mlpmem` for input that cannot work. A restart would only meet it again."""
+
+STOPPED = Stopped.exit_code
+"""Exit code of `mlpmem` where it was asked to stop, or lost another process of the job."""
 
 
 def parser(name: str, description: str, example: str) -> argparse.ArgumentParser:

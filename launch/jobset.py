@@ -18,7 +18,8 @@ _EXAMPLE = (
 _COMMAND = ["kubectl", "apply", "-f", "-"]
 _CONFIG_FOLDER = "/etc/mlpmem"
 _GRACE_SECONDS = 300  # from SIGTERM to SIGKILL: time for a checkpoint of all hosts together
-_PORTS = (8471, 8476, 8080)  # TPU runtime, coordinator of jax.distributed, transfers between slices
+_COORDINATOR_PORT = 8482  # of jax.distributed, which is told so
+_PORTS = (8471, _COORDINATOR_PORT, 8080)  # TPU runtime, coordinator, transfers between slices
 _LONGEST_POD_SUFFIX = len("-slice-999-9999-abcde")  # a pod's name must fit the 63 characters of a host name
 
 
@@ -49,13 +50,17 @@ def _failure_policy(max_restarts: int) -> dict:
 
 
 def _pod_failure_policy() -> dict:
+    """What ends the Job: a preempted pod, a user error. Pods that left because they lost another are replaced: what
+    happened to that other one decides."""
+
+    def on_exit(action: str, code: int) -> dict:
+        return {"action": action, "onExitCodes": {"containerName": "mlpmem", "operator": "In", "values": [code]}}
+
     return {
         "rules": [
             {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-            {
-                "action": "FailJob",
-                "onExitCodes": {"containerName": "mlpmem", "operator": "In", "values": [job.USER_ERROR]},
-            },
+            on_exit("FailJob", job.USER_ERROR),
+            on_exit("Ignore", job.STOPPED),
         ]
     }
 
@@ -78,6 +83,7 @@ def _pod(options: argparse.Namespace, tpu: accelerators.Slice) -> dict:
                 "env": [
                     # Hosts, ids and the coordinator come from what GKE sets (TPU_WORKER_*, MEGASCALE_*).
                     {"name": "MLPMEM_DISTRIBUTED", "value": "1"},
+                    {"name": "JAX_COORDINATOR_PORT", "value": str(_COORDINATOR_PORT)},
                     # A host whose chips cannot be opened must fail, not train on its processor.
                     {"name": "JAX_PLATFORMS", "value": "tpu,cpu"},
                 ],

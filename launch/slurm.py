@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 
@@ -21,10 +22,19 @@ _SCRIPT = """\
 export MLPMEM_DISTRIBUTED=1
 # A process whose GPU cannot be opened must fail, not train on its processor.
 export JAX_PLATFORMS=cuda
+# srun ends with the highest exit code of all processes, those that it kills after the first failure included. So a
+# process that ends with {user_error}, the user's error, says so in a file: a restart would only meet it again.
+export MLPMEM_USER_ERROR="{name}-$SLURM_JOB_ID.user_error"
 status=0
-srun --label --kill-on-bad-exit=1 {command} || status=$?
-# {user_error} is the user's error, which a restart would only meet again. Finished stages and steps are not done twice.
-if [ "$status" -ne 0 ] && [ "$status" -ne {user_error} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]; then
+srun --label --kill-on-bad-exit=1 --cpus-per-task={cpus} bash -c \
+    'trap : TERM; "$@"; code=$?; [ "$code" -ne {user_error} ] || touch "$MLPMEM_USER_ERROR"; exit "$code"' bash \
+    {command} || status=$?
+if [ -e "$MLPMEM_USER_ERROR" ]; then
+    rm "$MLPMEM_USER_ERROR"
+    exit {user_error}
+fi
+# Finished stages and steps are not done twice.
+if [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
@@ -39,6 +49,8 @@ def script(options: argparse.Namespace, overrides: list[str]) -> str:
         "nodes": options.nodes,
         "ntasks-per-node": options.gpus_per_node,
         "gpus-per-node": options.gpus_per_node,
+        "cpus-per-task": options.cpus_per_gpu,
+        "mem": options.mem,
         "time": options.time,
         "partition": options.partition,
         "account": options.account,
@@ -47,9 +59,13 @@ def script(options: argparse.Namespace, overrides: list[str]) -> str:
         "signal": f"TERM@{_WARNING_SECONDS}",
     }
     lines = [f"#SBATCH --{key}={value}" for key, value in directives.items() if value is not None]
+    if not re.fullmatch(r"[\w.-]+", options.name):
+        raise UserError(f"--name={options.name}: expected letters, digits, '.', '_' and '-'")
     words = [f"{options.venv}/bin/mlpmem", options.stage, f"--config={options.config}", *overrides]
     return _SCRIPT.format(
         directives="\n".join([*lines, "#SBATCH --requeue"]),
+        name=options.name,
+        cpus=options.cpus_per_gpu,
         command=shlex.join(words),
         user_error=job.USER_ERROR,
         max_restarts=options.max_restarts,
@@ -57,7 +73,7 @@ def script(options: argparse.Namespace, overrides: list[str]) -> str:
 
 
 def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
-    for option, least in (("nodes", 1), ("gpus_per_node", 1), ("max_restarts", 0)):
+    for option, least in (("nodes", 1), ("gpus_per_node", 1), ("cpus_per_gpu", 1), ("max_restarts", 0)):
         if getattr(options, option) < least:
             raise UserError(f"--{option}={getattr(options, option)}: expected {least} or more")
     gpus = options.nodes * options.gpus_per_node
@@ -76,6 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--name", default="mlpmem", help="of the job (default mlpmem)")
     parser.add_argument("--nodes", type=int, required=True, help="machines")
     parser.add_argument("--gpus_per_node", type=int, required=True, help="GPUs, and processes, of one machine")
+    parser.add_argument("--cpus_per_gpu", type=int, default=8, help="cores of one process, e.g. for ScaNN (default 8)")
+    parser.add_argument("--mem", default="0", help="memory of one machine, e.g. 512G (default 0: all that it has)")
     parser.add_argument("--time", required=True, metavar="HH:MM:SS", help="limit of one attempt")
     parser.add_argument("--partition", help="of the cluster (default: its own)")
     parser.add_argument("--account", help="that is charged (default: the cluster's)")

@@ -6,9 +6,11 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from jax._src import clusters
 
 from launch import jobset
 from mlpmem_jax import cli
+from mlpmem_jax.core.errors import Stopped
 
 ROOT = pathlib.Path(__file__).parents[1]
 JOBSET_CRD = ROOT.parent / "shared" / "schemas" / "jobset-crd.yaml"
@@ -109,7 +111,9 @@ def test_a_slice_is_one_indexed_job_with_a_pod_on_each_host(manifests):
     [container] = pod["containers"]
     assert container["resources"]["limits"] == container["resources"]["requests"] == {"google.com/tpu": 4}
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    port = environment.pop("JAX_COORDINATOR_PORT")  # see below
     assert environment == {"MLPMEM_DISTRIBUTED": "1", "JAX_PLATFORMS": "tpu,cpu"}
+    assert int(port) in [one["containerPort"] for one in container["ports"]]
     assert job_set["spec"]["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
     assert job_set["metadata"]["annotations"]
     assert job_set["metadata"]["namespace"] == config_map["metadata"]["namespace"] == "research"
@@ -145,6 +149,15 @@ def test_failures_restart_preemptions_are_free_and_user_errors_end(manifests):
     assert actions["rule at index 0$"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert pod_rules[1]["onExitCodes"]["values"] == [2]
     assert actions["rule at index 1$"] == "FailJobSet"
+    assert (pod_rules[2]["onExitCodes"]["values"], pod_rules[2]["action"]) == ([Stopped.exit_code], "Ignore")
+
+
+def test_jax_coordinates_on_the_port_that_it_is_told(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+    monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "localhost")
+    monkeypatch.setattr(clusters.GkeTpuCluster, "is_env_present", classmethod(lambda cls: True))
+    address, *_ = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, 2, 1, [0], None, 5)
+    assert address == "localhost:1234"
 
 
 def test_the_pods_find_the_config_that_was_checked(manifests, tmp_path):

@@ -33,6 +33,7 @@ def test_one_process_for_each_gpu_that_sees_all_of_its_node(capsys):
     assert directives >= {
         *("--job-name=memory", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=12:00:00"),
         *("--partition=a100", "--account=lab", "--requeue", "--signal=TERM@300", "--open-mode=append"),
+        *("--cpus-per-task=8", "--mem=0"),
     }
     assert "gpus-per-task" not in script
     assert "export MLPMEM_DISTRIBUTED=1" in lines
@@ -40,21 +41,41 @@ def test_one_process_for_each_gpu_that_sees_all_of_its_node(capsys):
 
 
 @pytest.mark.parametrize(
-    ("status", "restarts", "requeued"),
-    [(0, None, False), (1, None, True), (137, "2", True), (1, "3", False), (2, None, False)],
+    ("codes", "restarts", "status", "requeued"),
+    [
+        ((0, 0), None, 0, False),
+        ((0, 1), None, 1, True),
+        ((137, 75), "2", 137, True),
+        ((1, 1), "3", 1, False),
+        ((2, 2), None, 2, False),
+        ((137, 2), None, 2, False),  # the first process lingers after a user error, and srun kills it meanwhile
+    ],
 )
-def test_failures_are_requeued_until_the_limit_but_user_errors_are_not(capsys, tmp_path, status, restarts, requeued):
-    script = printed(capsys, "--max_restarts=3", "--venv=/opt/venv", "--config.workdir=/shared/a b")
-    for name, code in (("srun", status), ("scontrol", 0)):
-        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{name}.words\nexit {code}\n')
+def test_failures_are_requeued_until_the_limit_but_user_errors_are_not(
+    capsys, tmp_path, codes, restarts, status, requeued
+):
+    script = printed(capsys, "--max_restarts=3", f"--venv={tmp_path}", "--cpus_per_gpu=3", "--config.workdir=/a b")
+    words = 'printf "%s\\n" "$@" >'
+    executables = {
+        # Runs the command as two processes, and ends with the highest of their exit codes, as srun does.
+        "srun": f"{words} {tmp_path}/options; while [ $1 != bash ]; do shift; done; highest=0; for rank in 0 1; do "
+        'RANK=$rank "$@"; code=$?; [ $code -gt $highest ] && highest=$code; done; exit $highest',
+        "scontrol": f"{words} {tmp_path}/scontrol.words",
+        "bin/mlpmem": f"{words} {tmp_path}/words; [ $RANK = 0 ] && exit {codes[0]}; exit {codes[1]}",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in executables.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": str(tmp_path), "SLURM_JOB_ID": "17"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
     if restarts:
         environment["SLURM_RESTART_COUNT"] = restarts
-    done = subprocess.run(["/bin/bash"], input=script, text=True, env=environment, check=False)
+    done = subprocess.run(["/bin/bash"], input=script, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.returncode == status
-    assert (tmp_path / "srun.words").read_text().splitlines()[-4:] == [
-        *("/opt/venv/bin/mlpmem", "run", f"--config={ROOT}/configs/default.py", "--config.workdir=/shared/a b")
+    assert not list(tmp_path.glob("*.user_error"))
+    assert "--cpus-per-task=3" in (tmp_path / "options").read_text().splitlines()
+    assert (tmp_path / "words").read_text().splitlines() == [
+        *("run", f"--config={ROOT}/configs/default.py", "--config.workdir=/a b")
     ]
     assert (tmp_path / "scontrol.words").exists() == requeued
     if requeued:

@@ -25,6 +25,45 @@ def compiled(function, mesh, *shapes_and_specs):
     return hlo.parse(jax.jit(function).lower(*arguments).compile().as_text())
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "result", "attributes", "flops"),
+    [
+        # Scores of 8 x 25 heads: both batch axes are windows over a dilated input.
+        (
+            "bf16[8,25,128,64]", "bf16[8,25,896,64]", "f32[8,25,128,896]",
+            "window={size=8x25 stride=7x24 lhs_dilate=8x25}, dim_labels=01bf_01oi->01bf",
+            2 * 8 * 25 * 128 * 896 * 64,
+        ),
+        (
+            "bf16[8,25,128,64]", "bf16[8,25,64,896]", "bf16[8,25,128,896]",
+            "window={size=8x25 stride=8x25 pad=7_7x24_24 lhs_dilate=7x24 rhs_reversal=1x1}, dim_labels=01bf_01io->01bf",
+            2 * 8 * 25 * 128 * 896 * 64,
+        ),
+        # A projection into 3 x 25 heads: they are a window of which all but one element meet padding.
+        (
+            "bf16[8,1024,1600,1,1]", "bf16[1600,3,25,64,1]", "bf16[8,1024,3,25,64]",
+            "window={size=1x3x25 pad=0_0x2_2x24_24 rhs_reversal=0x1x1}, dim_labels=0bf12_i12o0->0b12f",
+            2 * 8 * 1024 * 3 * 25 * 64 * 1600,
+        ),
+        # Heads summed: each element of the window meets one of the input.
+        (
+            "bf16[8,1024,64,25]", "bf16[25,64,1600,1]", "bf16[8,1024,1600,1]",
+            "window={size=1x25}, dim_labels=0bf1_1io0->0bf1", 2 * 8 * 1024 * 1600 * 25 * 64,
+        ),
+    ],
+)  # fmt: skip
+def test_products_that_tpus_hold_as_convolutions_count_once(left, right, result, attributes, flops):
+    text = f"""HloModule products
+
+ENTRY %main (p.1: {left}, p.2: {right}) -> {result} {{
+  %p.1 = {left} parameter(0)
+  %p.2 = {right} parameter(1)
+  ROOT %convolution.1 = {result} convolution(%p.1, %p.2), {attributes}
+}}
+"""
+    assert hlo.parse(text).flops == flops
+
+
 def test_a_scanned_body_counts_as_often_as_it_runs(mesh):
     def layers(x_RxW, kernels_LxWxW):
         return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x_RxW, kernels_LxWxW)[0]

@@ -1,10 +1,45 @@
 """What this process may use of the machine."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 from mlpmem_jax.core import runtime
+from mlpmem_jax.core.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"MLPMEM_LOST_SECONDS": "abc"}, "MLPMEM_LOST_SECONDS: expected a whole number, found 'abc'"),
+        ({"MLPMEM_DISTRIBUTED": "1"}, "this process cannot join a job of several: .*unset MLPMEM_DISTRIBUTED"),
+    ],
+)
+def test_what_the_environment_says_of_the_job_is_one_clear_error(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime.jax.distributed, "initialize", _no_cluster)
+    with pytest.raises(UserError, match=message):
+        runtime.join_job()
+
+
+def _no_cluster(**_):
+    raise ValueError("coordinator_address should be defined.")
+
+
+def test_an_accelerator_that_is_not_here_is_one_clear_error():
+    code = "from mlpmem_jax.core import failures, runtime\nwith failures.told('x'), runtime.job('/nowhere'): pass"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "JAX_PLATFORMS": "cuda", "JAX_COMPILATION_CACHE_DIR": ""},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("x: error: the environment variable JAX_PLATFORMS=cuda: JAX finds no such accelerator here")
+    assert "Traceback" not in done.stderr
 
 
 def write(root, files):

@@ -46,6 +46,7 @@ def join_job() -> None:
     JAX_NUM_PROCESSES and JAX_PROCESS_ID tell. MLPMEM_DISTRIBUTED=1 asks for the former. MLPMEM_JOIN_SECONDS says how
     long processes wait for the last to start, MLPMEM_LOST_SECONDS after how long a silent one counts as lost.
     """
+    seconds, lost_seconds = _whole_number("MLPMEM_JOIN_SECONDS", 600), _whole_number("MLPMEM_LOST_SECONDS", 60)
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address is None and os.environ.get("MLPMEM_DISTRIBUTED", "0") == "0":
         return
@@ -58,7 +59,8 @@ def join_job() -> None:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         _keep_standard_output_for_python()
-    seconds = _whole_number("MLPMEM_JOIN_SECONDS", 600)
+    if address is not None:
+        _bypass_proxy(address.rpartition(":")[0])
     with _explained_abort(
         f"the processes of the job did not all find each other within {seconds} s (MLPMEM_JOIN_SECONDS), at "
         f"{address or 'the address that the cluster gives'}: is process 0 running, and can the others reach it there?"
@@ -68,7 +70,7 @@ def join_job() -> None:
                 coordinator_address=address,
                 **known,
                 initialization_timeout=seconds,
-                heartbeat_timeout_seconds=_whole_number("MLPMEM_LOST_SECONDS", 60),
+                heartbeat_timeout_seconds=lost_seconds,
             )
         except ValueError as error:  # no cluster that JAX knows
             raise UserError(
@@ -76,6 +78,31 @@ def join_job() -> None:
                 "JAX_COORDINATOR_ADDRESS to work alone, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
                 "JAX_PROCESS_ID"
             ) from error
+
+
+def _bypass_proxy(host: str) -> None:
+    """Has gRPC talk to a host directly where the environment names a proxy for http, which would not know the job."""
+    name = "no_grpc_proxy"
+    hosts = os.environ.get(name) or os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ[name] = ",".join([*filter(None, hosts.split(",")), host])
+
+
+def _open_devices() -> None:
+    """Makes JAX look for its devices.
+
+    Raises:
+      UserError: JAX_PLATFORMS names an accelerator that is not here.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        if not (wanted := os.environ.get("JAX_PLATFORMS")):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "no device of that kind"
+        raise UserError(
+            f"the environment variable JAX_PLATFORMS={wanted}: JAX finds no such accelerator here ({reason}); unset "
+            "it, or install what it names, e.g. jax[cuda13] or jax[tpu]"
+        ) from error
 
 
 def _whole_number(name: str, default: int | None = None) -> int:
@@ -125,6 +152,7 @@ def job(workdir: str, writes: bool = True) -> Iterator[None]:
     _keep_compiled(workdir)
     join_job()
     if not jax.distributed.is_initialized():
+        _open_devices()
         with _alone(workdir, writes):
             yield
         return
@@ -133,6 +161,7 @@ def job(workdir: str, writes: bool = True) -> Iterator[None]:
     watcher.start()
     with _explained_abort(_LOST):
         try:
+            _open_devices()
             with _alone(workdir, writes):
                 yield
         except UserError as error:

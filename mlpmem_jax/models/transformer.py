@@ -138,6 +138,7 @@ def run_blocks(
         x_BxTxD, tap_BxTxD = block(carry[0], attend)
         return modules.constrain(x_BxTxD, activations), tap_BxTxD
 
+    attend = attend if activations is None else _by_batch(attend, activations)
     # The carry holds the last block's tap: a scan that stops at a tapped block keeps that tap and no other.
     x_BxTxD = modules.constrain(x_BxTxD, activations)
     carry, tapped, start = (x_BxTxD, x_BxTxD), {}, 0
@@ -145,6 +146,17 @@ def run_blocks(
         carry = modules.run(call, build, blocks, carry, start=start, stop=stop, remat=remat)
         tapped[stop], start = carry[1], stop
     return carry[0], {tap: tapped[tap] for tap in taps}
+
+
+def _by_batch(attend: Attend, activations: jax.sharding.NamedSharding) -> Attend:
+    """The same, with queries, keys and values sharded along the batch as activations are; heads as it comes.
+
+    Where no mesh axis divides the heads, the compiler would else have each device attend to the whole batch.
+    """
+    free = jax.sharding.PartitionSpec.UNCONSTRAINED
+    spec = jax.sharding.PartitionSpec(activations.spec[0], free, free, free)
+    placed = jax.sharding.NamedSharding(activations.mesh, spec)
+    return lambda *arrays: modules.constrain(attend(*(modules.constrain(one, placed) for one in arrays)), placed)
 
 
 def project(hidden: jax.Array, kernel_DxV: jax.Array, compute_dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -408,14 +408,34 @@ class _Module:
         if instruction.opcode not in ("dot", "convolution"):
             return 0.0
         left, right = (self._shape_of(instruction, name)[0].sizes for name in instruction.operands[:2])
-        results = math.prod(instruction.shapes[0].sizes)
+        sizes = instruction.shapes[0].sizes
         if instruction.opcode == "dot":
             axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-            return 2.0 * results * math.prod(left[int(axis)] for axis in axes[1].split(",") if axis)
-        labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)[1]
-        # TPUs hold a batch axis as a dilated window, of which each position meets one element.
-        kept = "i" if "lhs_dilate" in instruction.attributes else labels.replace("o", "")
-        return 2.0 * results * math.prod(right[labels.index(label)] for label in kept)
+            return 2.0 * math.prod(sizes) * math.prod(left[int(axis)] for axis in axes[1].split(",") if axis)
+        of_left, of_right, of_result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+        products = 2.0 * math.prod(sizes[of_result.index(label)] for label in "bf") * right[of_right.index("i")]
+        for axis in range(len(of_result) - 2):
+            axis_sizes = (left[of_left.index(str(axis))], sizes[of_result.index(str(axis))])
+            products *= _window_products(instruction.attributes, axis, *axis_sizes)
+        return products
+
+
+def _window_products(attributes: str, axis: int, length: int, results: int) -> int:
+    """How often an element of a window meets one of the input, over all results along a spatial axis of a convolution.
+
+    TPUs hold batch axes as windows in which all but one element meet padding, or the gaps of a dilated input.
+    """
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    window = dict(word.split("=") for word in found[1].split()) if found else {}
+    size, stride, dilation, window_dilation = (
+        int(window[name].split("x")[axis]) if name in window else 1
+        for name in ("size", "stride", "lhs_dilate", "rhs_dilate")
+    )
+    before = int(window["pad"].split("x")[axis].split("_")[0]) if "pad" in window else 0
+    places = (
+        result * stride + element * window_dilation - before for result in range(results) for element in range(size)
+    )
+    return sum(0 <= place < length * dilation and place % dilation == 0 for place in places)
 
 
 def _goes_on(part: Collective, whole: Collective | None) -> bool:
