@@ -163,7 +163,7 @@ def make_task(
         folder=folder,
         settings=training,
         initialise=initialise,
-        abstract_parameters=jax.eval_shape(functools.partial(memory.init, model), jax.random.key(0)),
+        abstract_parameters=abstract,
         logical_axes=memory.logical_axes(model),
         loss=functools.partial(_loss, model, base_config, input_tap, training),
         frozen=frozen,
