@@ -1,7 +1,8 @@
 """Mistral-7B-v0.3 with the paper's 1B memory: 8 blocks of the base's feed-forward shape (extra `hub`; accelerators).
 
-The paper trains it on 33,000,000 samples of a corpus of 5 billion tokens, so a sample is about 150 of them; here it is
-a block of 128 consecutive ones. English Wikipedia is a corpus of that size.
+The paper trains it on 33,000,000 samples of a corpus of 5 billion tokens. A sample is then no position but about 150 of
+them; here it is a block of 128 consecutive ones, and every position of the corpus has targets. English Wikipedia is a
+corpus of that size.
 """
 
 from configs import default

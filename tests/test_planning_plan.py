@@ -18,6 +18,7 @@ from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import published
+from mlpmem_jax.models import flops
 from mlpmem_jax.planning import compilation, cost, hlo, mesh_choice, plan, programs
 from mlpmem_jax.planning.roofline import Roofline
 from mlpmem_jax.training import benchmark, data
@@ -99,6 +100,28 @@ def test_costs_of_the_papers_runs():
     assert run.steps == memory.training.steps
     assert run.training_flops == pytest.approx(6 * parameters * run.steps * 512 * 128, rel=0.001)
     assert run.chip_hours > run.training_flops / 0.5 / 197e12 / 3600
+
+
+def test_a_base_that_is_trained_on_needs_no_datastore():
+    config = wikitext103_gpt2_large.get_config()
+    config.training.epochs, config.datastore.key_model = 2.0, ""
+    beside = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5)
+    run = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5, arm="continued")
+    sequence = flops.language_model_forward(published.dimensions(config.base.path), 1024) * 1024
+    assert run.training_flops == pytest.approx(3 * sequence * run.steps * config.training.batch_sequences)
+    assert run.chip_hours == pytest.approx(run.training_flops / 0.5 / 197e12 / 3600)
+    tokens = 2 * 100e6 * (1 + config.corpus.validation_fraction + config.corpus.test_fraction)
+    assert run.storage == pytest.approx(tokens + 774e6 * (4 + 4 + 24), rel=0.01)
+    assert run.storage < beside.storage / 5
+
+
+def test_the_search_is_planned_with_the_candidates_that_it_asks_for():
+    config = small_config()
+    for dimensions, candidates in ((0, 8), (4, 12)):
+        config.targets.search_dimensions = dimensions
+        [search] = programs.build(config, "neighbors", Sharding.of(config), 10_000)
+        found = jax.eval_shape(search.function, *search.arguments)
+        assert {leaf.shape[-1] for leaf in jax.tree.leaves(found) if leaf.ndim > 1} == {candidates}
 
 
 def test_dimensions_of_published_models(tmp_path):

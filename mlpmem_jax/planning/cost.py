@@ -13,9 +13,13 @@ from mlpmem_jax.planning import programs
 from mlpmem_jax.planning.chips import CHIPS
 from mlpmem_jax.retrieval import backends, needs
 from mlpmem_jax.retrieval.key_shards import Search
+from mlpmem_jax.training import continued, loop
 
 MEAN_ENTRIES = 251
 """Tokens that a kNN distribution holds in the mean at k = 1024, GPT-2 large on WikiText-103 (the paper)."""
+
+_TRAINED_BYTES = 4.0 + 2 * 12.0
+"""Of a parameter that was trained: in float32, and in two checkpoints with the optimizer's moments."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,7 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
         ),
         ArtifactCost(
             "memory",
-            4.0 * parameters + 2 * 12.0 * parameters,
+            _TRAINED_BYTES * parameters,
             local_batch * sequence * 2 + 32 * sequence,
             "parameters, and two checkpoints with the optimizer's moments; two batches and 32 sequences read ahead",
         ),
@@ -83,9 +87,14 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
 
 
 def estimate(
-    config: ml_collections.ConfigDict, positions: int, topology: str, slices: int = 1, utilization: float = 0.5
+    config: ml_collections.ConfigDict,
+    positions: int,
+    topology: str,
+    slices: int = 1,
+    utilization: float = 0.5,
+    arm: str = "augmented",
 ) -> RunCost:
-    """Chip-hours of the base's and the memory's training and of the datastore, and the storage of all artifacts.
+    """Chip-hours of the base's training and of what an arm trains beside or after it, and the storage of all artifacts.
 
     Args:
       config: the whole config; `config.workdir` is not read.
@@ -93,27 +102,37 @@ def estimate(
       topology: an accelerator as `core.accelerators.resolve` takes it.
       slices: so many of it.
       utilization: model FLOPs over peak FLOPs that the programs are taken to reach.
+      arm: "augmented", a memory with its datastore, or "continued", the base trained on, which needs neither.
 
     Raises:
       UserError: unknown topology, or a base whose dimensions are not known.
     """
     tpu = resolve(topology, "--topology")
     models, length = programs.models_of(config, 1), config.base.context_length
-    steps = programs.steps_of(config, positions)
-    per_position = 3 * flops.memory_forward(models.memory)
-    if config.training.mode == "online":
-        per_position += flops.language_model_forward(models.base, length, output_projection=False)
-    training = float(steps) * config.training.batch_sequences * length * per_position
-    forward = flops.language_model_forward(models.base, length, output_projection=False)
-    if config.datastore.key_model:
-        forward += flops.language_model_forward(models.keys, length, output_projection=False)
+    stored = {one.name: one.storage for one in artifacts(config, positions, tpu.hosts * slices)}
+    if arm == "continued":
+        settings = continued.settings_of(config)
+        per_position = 3 * flops.language_model_forward(models.base, length)
+        forward = 0
+        parameters = flops.language_model_parameters(models.base)
+        stored = {"tokens": stored["tokens"], "base": 4.0 * parameters, "continued": _TRAINED_BYTES * parameters}
+    else:
+        settings = config.training
+        per_position = 3 * flops.memory_forward(models.memory)
+        forward = flops.language_model_forward(models.base, length, output_projection=False)
+        if settings.mode == "online":
+            per_position += forward
+        if config.datastore.key_model:
+            forward += flops.language_model_forward(models.keys, length, output_projection=False)
+    steps = loop.total_steps(settings, positions // length)
+    training = float(steps) * settings.batch_sequences * length * per_position
     total = training + float(positions) * forward
     if config.base.source == "train":
         passes = programs.base_positions(config, positions)
         total += 3.0 * passes * flops.language_model_forward(models.base, length)
     return RunCost(
         chip_hours=total / (CHIPS[tpu.family].flops * utilization) / 3600,
-        storage=sum(one.storage for one in artifacts(config, positions, tpu.hosts * slices)),
+        storage=sum(stored.values()),
         training_flops=training,
         steps=steps,
     )

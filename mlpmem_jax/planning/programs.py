@@ -17,6 +17,7 @@ from mlpmem_jax.models import flops, language_model, memory, scoring
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval import datastore, ring
+from mlpmem_jax.retrieval.key_shards import Search
 from mlpmem_jax.training import data, loop
 from mlpmem_jax.training import memory as training
 
@@ -205,8 +206,9 @@ def _neighbors(config, models: Models, sharding: Sharding, positions: int) -> li
     keys = min(positions, config.targets.key_shard_rows)
     queries = ring.QUERIES_PER_DEVICE * sharding.mesh.size
     width = config.targets.search_dimensions or models.keys.width
+    candidates = Search.of({**config.targets, "backend": "exact"}).candidates
     function, arguments = ring.program(
-        sharding.mesh, keys, queries, width, config.targets.k, config.datastore.dtype, config.targets.recall_target
+        sharding.mesh, keys, queries, width, candidates, config.datastore.dtype, config.targets.recall_target
     )
     search = StageProgram(
         name="exact search",
