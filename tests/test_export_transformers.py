@@ -168,6 +168,8 @@ def test_files_of_the_folder(projected):
         "README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_mlp_memory.py",
         "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+    (folder.parent / "umask").touch()
+    assert {file.stat().st_mode for file in folder.iterdir()} == {(folder.parent / "umask").stat().st_mode}
     card = (folder / "README.md").read_text()
     assert "No perplexities were measured" in card
     assert made.config.workdir not in "".join((folder / name).read_text() for name in ("README.md", "config.json"))

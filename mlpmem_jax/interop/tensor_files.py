@@ -68,7 +68,10 @@ def write(folder: pathlib.Path, tensors: Sequence[Tensor], maximum_shard_bytes: 
         # Safetensors writes memory as it lies: a transposed view would come out as its original.
         arrays = {tensor.name: np.ascontiguousarray(tensor.read(), np.float32) for tensor in shard}
         if is_first:
+            (folder / file).touch()
+            mode = (folder / file).stat().st_mode  # as the umask has it; the library lets the owner alone read
             safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(mode)
 
 
 def on_host(array: jax.Array) -> np.ndarray:
