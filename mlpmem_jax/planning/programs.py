@@ -16,8 +16,7 @@ from mlpmem_jax.interop import published
 from mlpmem_jax.models import flops, language_model, memory, scoring
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
-from mlpmem_jax.retrieval import datastore, ring
-from mlpmem_jax.retrieval.key_shards import Search
+from mlpmem_jax.retrieval import datastore, key_shards, ring
 from mlpmem_jax.training import data, loop
 from mlpmem_jax.training import memory as training
 
@@ -206,7 +205,7 @@ def _neighbors(config, models: Models, sharding: Sharding, positions: int) -> li
     keys = min(positions, config.targets.key_shard_rows)
     queries = ring.QUERIES_PER_DEVICE * sharding.mesh.size
     width = config.targets.search_dimensions or models.keys.width
-    candidates = Search.of({**config.targets, "backend": "exact"}).candidates
+    candidates = key_shards.candidates(config.targets.k, config.targets.search_dimensions)
     function, arguments = ring.program(
         sharding.mesh, keys, queries, width, candidates, config.datastore.dtype, config.targets.recall_target
     )
