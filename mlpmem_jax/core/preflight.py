@@ -116,8 +116,8 @@ def check_models(config: ml_collections.ConfigDict, devices: int) -> None:
     keys = published.find(config.datastore.key_model) or base
     if keys["vocab_size"] != base["vocab_size"]:
         raise ConfigError(
-            f"config.datastore.key_model: {config.datastore.key_model} has a vocabulary of {keys['vocab_size']}, {name} "
-            f"of {base['vocab_size']}; both must use the same tokenizer"
+            f"config.datastore.key_model: {config.datastore.key_model} has a vocabulary of {keys['vocab_size']}, "
+            f"{name} of {base['vocab_size']}; both must use the same tokenizer"
         )
     _check_width(config, base["width"])
 
