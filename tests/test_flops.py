@@ -20,8 +20,8 @@ def size(init, config):
 
 
 def test_parameter_counts_are_those_of_the_trees():
-    assert flops.gpt2_parameters(BASE) == size(gpt2.init, BASE)
-    assert flops.gpt2_parameters(BASE, embeddings=False) == size(gpt2.init, BASE) - (120 + 32) * 24
+    assert gpt2.parameter_count(BASE) == size(gpt2.init, BASE)
+    assert gpt2.parameter_count(BASE, embeddings=False) == size(gpt2.init, BASE) - (120 + 32) * 24
     for config in (GPT2_MEMORY, LLAMA_MEMORY):
         assert flops.memory_parameters(config) == size(memory.init, config)
         assert flops.memory_parameters(config, output_projection=False) == size(memory.init, config) - 24 * 128
@@ -37,14 +37,14 @@ def test_parameter_counts_are_those_of_the_trees():
     ],
 )
 def test_published_sizes_of_gpt2(width, blocks, heads, expected):
-    assert flops.gpt2_parameters(gpt2.GPT2Config(50257, 1024, width, blocks, heads)) == expected
+    assert gpt2.parameter_count(gpt2.GPT2Config(50257, 1024, width, blocks, heads)) == expected
 
 
 def test_operations_without_output_projection_are_the_papers_formulas():
     layers, width, context = 12, 768, 1024
     config = gpt2.GPT2Config(50257, context, width, layers, 12)
     expected = 4 * layers * width * (2 * width + 4 * width) + 2 * layers * context * width
-    assert flops.gpt2_forward(config, context, output_projection=False) == expected
+    assert gpt2.forward_flops(config, context, output_projection=False) == expected
     config = memory.MemoryConfig("llama", 32000, 32000, 4096, 4096, 8, 11008)
     assert flops.memory_forward(config, output_projection=False) == 6 * 8 * 4096 * 11008
 
@@ -85,12 +85,12 @@ def test_a_sliding_window_counts_the_positions_that_it_sees():
     narrow = llama.LlamaConfig(120, 64, 24, 2, 4, 2, 8, 40, sliding_window=16)
     seen = sum(min(t + 0.5, 16) for t in range(64)) / 64  # half of itself, as without a window: length / 2 in the mean
     difference = 4 * 2 * (4 * 8) * (64 / 2 - seen)
-    assert flops.llama_forward(wide, 64) - flops.llama_forward(narrow, 64) == pytest.approx(difference, rel=0.02)
+    assert llama.forward_flops(wide, 64) - llama.forward_flops(narrow, 64) == pytest.approx(difference, rel=0.02)
 
 
 def test_published_sizes_of_llama_and_mistral():
-    assert flops.llama_parameters(llama.LlamaConfig(32000, 4096, 4096, 32, 32, 32, 128, 11008)) == 6_738_415_616
-    assert flops.llama_parameters(llama.LlamaConfig(32768, 32768, 4096, 32, 32, 8, 128, 14336)) == 7_248_023_552
+    assert llama.parameter_count(llama.LlamaConfig(32000, 4096, 4096, 32, 32, 32, 128, 11008)) == 6_738_415_616
+    assert llama.parameter_count(llama.LlamaConfig(32768, 32768, 4096, 32, 32, 8, 128, 14336)) == 7_248_023_552
 
 
 def test_operations_are_those_of_the_traced_matrix_products():
@@ -99,7 +99,7 @@ def test_operations_are_those_of_the_traced_matrix_products():
     traced = operations_of_products(lambda p: gpt2.logits(p, BASE, tokens), parameters)
     # The program multiplies whole [T, T] blocks of attention; the count takes the causal half.
     masked_half = 2 * 32 * BASE.width * BASE.blocks * 32
-    assert traced == 32 * flops.gpt2_forward(BASE, 32) + masked_half
+    assert traced == 32 * gpt2.forward_flops(BASE, 32) + masked_half
     for config in (GPT2_MEMORY, LLAMA_MEMORY):
         inputs = np.zeros((5, config.input_width), np.float32)
         parameters = memory.init(config, jax.random.key(0))

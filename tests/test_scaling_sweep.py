@@ -148,7 +148,7 @@ def test_quickstart_sizes_are_five_over_one_and_a_half_decades():
         of_arm = [each for each in found.points if each.arm == arm]
         sizes = set()
         for each in of_arm:
-            parameters = flops.gpt2_parameters(budgets.base_model(each.config))
+            parameters = flops.language_model_parameters(budgets.base_model(each.config))
             if arm == "augmented":
                 parameters += flops.memory_parameters(budgets.memory_model(each.config))
             sizes.add(parameters)

@@ -50,7 +50,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
         first[name], following[name] = _programs(models, parameters, sampling)
     for name in [name for name in cases if "drawn" in name]:  # their prefill is that of greedy
         del first[name]
-    weights = {"base": flops.gpt2_parameters(BASE), "memory": flops.memory_parameters(MEMORY)}
+    weights = {"base": flops.language_model_parameters(BASE), "memory": flops.memory_parameters(MEMORY)}
     result = [
         _row("weights of the memory over those of the base", weights["memory"] / weights["base"], "ratio",
              "1 + this bounds a greedy step that waits for its weights"),

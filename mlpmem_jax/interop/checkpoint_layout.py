@@ -13,21 +13,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-Axes = tuple[tuple[int, ...], ...]
-
-PREFIXES = {"gpt2": "transformer.", "llama": "model.", "mistral": "model."}
-"""What stands before the names of all tensors but the output projection; bare models leave it out."""
-
-_BLOCKS = {"gpt2": "h", "llama": "layers", "mistral": "layers"}
-_AXES_OF_HEADS: dict[str, Axes] = {
-    "attn.c_attn.kernel": ((0,), (1, 2, 3)),  # [D, 3, H, K] -> [D, 3 H K]
-    "attn.c_attn.bias": ((0, 1, 2),),
-    "attn.c_proj.kernel": ((0, 1), (2,)),  # [H, K, D] -> [H K, D]
-    "self_attn.q_proj.kernel": ((1, 2), (0,)),  # [D, H, K] -> [H K, D]
-    "self_attn.k_proj.kernel": ((1, 2), (0,)),
-    "self_attn.v_proj.kernel": ((1, 2), (0,)),
-    "self_attn.o_proj.kernel": ((2,), (0, 1)),  # [H, K, D] -> [D, H K]
-}
+from mlpmem_jax.models import language_model
+from mlpmem_jax.models.checkpoint import Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +43,7 @@ class Layout:
 
     def from_tensor(self, index: tuple[slice, ...], read: Callable[[tuple[slice, ...]], np.ndarray]) -> np.ndarray:
         """Part `index` of our array (of one block), from a function that reads a part of its tensor."""
-        bounds = [cut.indices(size)[:2] for cut, size in zip(index, self.shape, strict=True)]
+        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
         # Of joined axes the first alone narrows what is read.
         inner = [math.prod(self.shape[axis] for axis in joined[1:]) for joined in self.axes]
         wanted = [bounds[joined[0]] for joined in self.axes]
@@ -75,10 +62,12 @@ def layouts(family: str, abstract: dict, blocks: int) -> dict:
     """A tree of Layout.
 
     Args:
-      family: a key of PREFIXES.
+      family: its name, see `language_model.FAMILIES`.
       abstract: tree of arrays or shapes as `language_model.init` makes it.
       blocks: number of blocks of the model.
     """
+
+    checkpoint = language_model.checkpoint(family)
 
     def layout(path: tuple, array) -> Layout:
         *module, leaf = (entry.key for entry in path)
@@ -88,14 +77,14 @@ def layouts(family: str, abstract: dict, blocks: int) -> dict:
         shape = array.shape[1:] if stacked else array.shape
         names = [".".join([*inside, weight])]
         if stacked:
-            names = [f"{_BLOCKS[family]}.{block}.{names[0]}" for block in range(blocks)]
-        transposed = family != "gpt2" and leaf == "kernel"
+            names = [f"{checkpoint.blocks}.{block}.{names[0]}" for block in range(blocks)]
+        transposed = checkpoint.transposed and leaf == "kernel"
         plain = ((1,), (0,)) if transposed else tuple((axis,) for axis in range(len(shape)))
-        return Layout(tuple(names), stacked, shape, _AXES_OF_HEADS.get(".".join([*inside, leaf]), plain))
+        return Layout(tuple(names), stacked, shape, checkpoint.joined_axes.get(".".join([*inside, leaf]), plain))
 
     return jax.tree_util.tree_map_with_path(layout, abstract)
 
 
 def full_name(family: str, name: str) -> str:
     """The name with the prefix that a model with an output projection gives it."""
-    return name if name.startswith("lm_head.") else PREFIXES[family] + name
+    return name if name.startswith("lm_head.") else language_model.checkpoint(family).prefix + name

@@ -21,7 +21,7 @@ from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import progress
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import huggingface_config, tensor_files
-from mlpmem_jax.interop.checkpoint_layout import PREFIXES, Layout, full_name, layouts
+from mlpmem_jax.interop.checkpoint_layout import Layout, full_name, layouts
 from mlpmem_jax.interop.tensor_files import MAXIMUM_SHARD_BYTES, Tensor
 from mlpmem_jax.models import language_model
 
@@ -56,7 +56,7 @@ def load_language_model(
         raise UserError(f"{folder}: no such folder; expected one with config.json and {tensor_files.SAFETENSORS}")
     config = huggingface_config.read_config(folder, part)
     family = language_model.family(config)
-    files = _files_of_tensors(folder, f"{part}." if part else "", PREFIXES[family])
+    files = _files_of_tensors(folder, f"{part}." if part else "", language_model.checkpoint(family).prefix)
     abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
     stored = layouts(family, abstract, config.blocks)
     _check_tensors(folder, files, jax.tree.leaves(stored), has_output="lm_head" in abstract)

@@ -12,7 +12,7 @@ from mlpmem_jax.models import language_model
 
 
 def dimensions(source: str) -> language_model.Config:
-    """Dimensions of the model of that name, of the one in a folder, or of a GGUF file.
+    """Dimensions of the model of that name, in whole or without the owner's, of one in a folder, or of a GGUF file.
 
     Raises:
       UserError: neither.
@@ -24,6 +24,9 @@ def dimensions(source: str) -> language_model.Config:
     folder = epath.Path(source)
     if folder.is_dir():
         return huggingface_config.read_config(folder)
+    for known, fields in published.DIMENSIONS.items():
+        if source.partition("@")[0].rstrip("/").split("/")[-1] == known.split("/")[-1]:
+            return language_model.from_fields(fields)
     raise UserError(
         f"{source}: dimensions are known without downloading of {', '.join(published.DIMENSIONS)}; for another "
         "model give a folder with its config.json"

@@ -7,12 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mlpmem_jax.models import layers, modules, transformer
+from mlpmem_jax.models.checkpoint import CheckpointNames
+
+NAMES = ("gpt2",)
+EMBEDDING = "wte"
+CHECKPOINT = CheckpointNames(
+    prefix="transformer.",
+    blocks="h",
+    transposed=False,
+    joined_axes={
+        "attn.c_attn.kernel": ((0,), (1, 2, 3)),  # [D, 3, H, K] -> [D, 3 H K]
+        "attn.c_attn.bias": ((0, 1, 2),),
+        "attn.c_proj.kernel": ((0, 1), (2,)),  # [H, K, D] -> [H K, D]
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +52,14 @@ class GPT2Config:
     @property
     def activation(self) -> str:
         return "gelu_new"
+
+
+Config = GPT2Config
+
+
+def from_fields(fields: Mapping) -> GPT2Config:
+    """The config whose `dataclasses.asdict` these values are."""
+    return GPT2Config(**fields)
 
 
 class Attention(nnx.Module):
@@ -130,6 +153,18 @@ def features(
     return final_norm(parameters, config, x_BxTxD), tapped
 
 
+def rotation(config: GPT2Config, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Queries and keys stay as they are: positions are part of the embedding."""
+    del config, positions_BxT
+    return lambda x: x
+
+
+def window(config: GPT2Config) -> int:
+    """Every position sees all before it."""
+    del config
+    return 0
+
+
 def embed(parameters: dict, config: GPT2Config, tokens_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:
     """The input of the first block, float32 [B, T, D]."""
     del config
@@ -163,3 +198,20 @@ def logits(
     """Logits of the next token at every position, float32 [B, T, V]."""
     hidden_BxTxD, _ = features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
     return transformer.project(hidden_BxTxD, output_kernel(parameters), compute_dtype)
+
+
+def forward_flops(config: GPT2Config, length: int, *, output_projection: bool = True) -> int:
+    """FLOPs per position of a forward pass over sequences of `length` positions.
+
+    Attention counts the positions a position may see, length / 2 in the mean, even where more are computed.
+    """
+    projections = 4 * config.blocks * config.width * (2 * config.width + 4 * config.width)
+    attention = 2 * config.blocks * length * config.width
+    return projections + attention + output_projection * 2 * config.width * config.vocab_size
+
+
+def parameter_count(config: GPT2Config, *, embeddings: bool = True) -> int:
+    """Number of parameters; without `embeddings`, those of the blocks and the final norm."""
+    width = config.width
+    blocks = config.blocks * (12 * width**2 + 13 * width) + 2 * width
+    return blocks + embeddings * (config.vocab_size + config.context_length) * width

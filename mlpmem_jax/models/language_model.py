@@ -1,7 +1,15 @@
 """Frozen language models of every family, as the stages see them: functions of a config and its parameters.
 
-Each family is a module with the functions below; the type of the config says which. Every config has vocab_size,
-context_length, width, blocks, feed_forward_width, norm_epsilon and activation.
+Each family is a module in FAMILIES with the functions below and
+
+    NAMES               what it is called outside, by the `model_type` of config.json; one module may serve several
+    Config              a dataclass of the dimensions, hashable, with the fields of `Config` here
+    EMBEDDING           key of the token embedding in the parameters, which no other family has
+    CHECKPOINT          how Hugging Face checkpoints name and lay out its tensors (`models.checkpoint`)
+    from_fields(fields) the config whose `dataclasses.asdict` these are
+    forward_flops(config, length, output_projection), parameter_count(config, embeddings)
+
+so that a new family is a new module, a line in FAMILIES, and its keys of config.json (`interop.huggingface_config`).
 
 Dimensions: B sequences, T positions, D width, H heads, K width of a head, V vocabulary.
 """
@@ -10,26 +18,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mlpmem_jax.models import gpt2, llama
-from mlpmem_jax.models.gpt2 import GPT2Config
-from mlpmem_jax.models.llama import LlamaConfig
-from mlpmem_jax.models.rotary import Rotary
+from mlpmem_jax.models.checkpoint import CheckpointNames
 
-Config = GPT2Config | LlamaConfig
+FAMILIES: tuple[ModuleType, ...] = (gpt2, llama)
+_BY_NAME = {name: module for module in FAMILIES for name in module.NAMES}
+
+
+class Config(Protocol):
+    """What every family's dimensions have."""
+
+    vocab_size: int
+    context_length: int
+    width: int
+    blocks: int
+    heads: int
+    norm_epsilon: float
+
+    @property
+    def feed_forward_width(self) -> int: ...
+
+    @property
+    def activation(self) -> str: ...
 
 
 def _module(config: Config) -> ModuleType:
-    return gpt2 if isinstance(config, GPT2Config) else llama
+    for module in FAMILIES:
+        if isinstance(config, module.Config):
+            return module
+    raise TypeError(f"{type(config).__name__} is the config of none of the families {', '.join(_BY_NAME)}")
+
+
+def _module_of(parameters: dict) -> ModuleType:
+    for module in FAMILIES:
+        if module.EMBEDDING in parameters:
+            return module
+    raise ValueError(f"parameters {sorted(parameters)} are of none of the families {', '.join(_BY_NAME)}")
 
 
 def family(config: Config) -> str:
-    """The family's name: "gpt2", "llama" or "mistral"."""
-    return "gpt2" if isinstance(config, GPT2Config) else config.family
+    """The family's name, one of its module's NAMES."""
+    return getattr(config, "family", _module(config).NAMES[0])
 
 
 def from_fields(fields: Mapping) -> Config:
@@ -38,12 +73,28 @@ def from_fields(fields: Mapping) -> Config:
     Raises:
       ValueError: a family that this version does not know.
     """
-    name = fields.get("family", "gpt2")
-    if name == "gpt2":
-        return GPT2Config(**fields)
-    if name in ("llama", "mistral"):
-        return LlamaConfig(**{**fields, "rotary": Rotary(**fields["rotary"])})
-    raise ValueError(f"language models of family {name!r} are not known; expected gpt2, llama or mistral")
+    name = fields.get("family", gpt2.NAMES[0])
+    if name not in _BY_NAME:
+        raise ValueError(f"language models of family {name!r} are not known; expected one of {', '.join(_BY_NAME)}")
+    return _BY_NAME[name].from_fields(fields)
+
+
+def checkpoint(name: str) -> CheckpointNames:
+    """How checkpoints of the family of this name are laid out."""
+    return _BY_NAME[name].CHECKPOINT
+
+
+def forward_flops(config: Config, length: int, *, output_projection: bool = True) -> int:
+    """FLOPs per position of a forward pass over sequences of `length` positions (see `models.flops`).
+
+    Attention counts the positions a position may see, half of them in the mean, even where more are computed.
+    """
+    return _module(config).forward_flops(config, length, output_projection=output_projection)
+
+
+def parameter_count(config: Config, *, embeddings: bool = True) -> int:
+    """Number of parameters; without `embeddings`, those of the blocks and the final norm."""
+    return _module(config).parameter_count(config, embeddings=embeddings)
 
 
 def init(config: Config, key: jax.Array) -> dict:
@@ -83,7 +134,7 @@ def features(
 
 def output_kernel(parameters: dict) -> jax.Array:
     """The output projection [D, V], of its own or the token embedding transposed."""
-    return (gpt2 if "wte" in parameters else llama).output_kernel(parameters)
+    return _module_of(parameters).output_kernel(parameters)
 
 
 def logits(
@@ -108,12 +159,12 @@ def build_block(config: Config, rngs: nnx.Rngs) -> nnx.Module:
 
 def rotation(config: Config, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """What turns queries and keys [B, H, T, K] by their positions; GPT-2 leaves them as they are."""
-    return (lambda x: x) if isinstance(config, GPT2Config) else llama.rotation(config, positions_BxT)
+    return _module(config).rotation(config, positions_BxT)
 
 
 def window(config: Config) -> int:
     """Positions that a position sees, itself included; 0 = all before it."""
-    return 0 if isinstance(config, GPT2Config) else config.sliding_window
+    return _module(config).window(config)
 
 
 def final_norm(parameters: dict, config: Config, x: jax.Array) -> jax.Array:

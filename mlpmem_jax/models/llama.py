@@ -8,14 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mlpmem_jax.models import layers, modules, rotary, transformer
+from mlpmem_jax.models.checkpoint import CheckpointNames
 from mlpmem_jax.models.rotary import Rotary
+
+NAMES = ("llama", "mistral")
+EMBEDDING = "embed_tokens"
+CHECKPOINT = CheckpointNames(
+    prefix="model.",
+    blocks="layers",
+    transposed=True,
+    joined_axes={
+        "self_attn.q_proj.kernel": ((1, 2), (0,)),  # [D, H, K] -> [H K, D]
+        "self_attn.k_proj.kernel": ((1, 2), (0,)),
+        "self_attn.v_proj.kernel": ((1, 2), (0,)),
+        "self_attn.o_proj.kernel": ((2,), (0, 1)),  # [H, K, D] -> [D, H K]
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +66,14 @@ class LlamaConfig:
     @property
     def activation(self) -> str:
         return "silu"
+
+
+Config = LlamaConfig
+
+
+def from_fields(fields: Mapping) -> LlamaConfig:
+    """The config whose `dataclasses.asdict` these values are."""
+    return LlamaConfig(**{**fields, "rotary": Rotary(**fields["rotary"])})
 
 
 class Attention(nnx.Module):
@@ -170,6 +193,11 @@ def rotation(config: LlamaConfig, positions_BxT: jax.Array) -> Callable[[jax.Arr
     return rotary.rotation(config.rotary, config.head_width, positions_BxT)
 
 
+def window(config: LlamaConfig) -> int:
+    """Positions that a position sees, itself included; 0 = all before it."""
+    return config.sliding_window
+
+
 def embed(parameters: dict, config: LlamaConfig, tokens_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:
     """The input of the first block, float32 [B, T, D]; positions enter in the attention."""
     del config, positions_BxT
@@ -207,3 +235,22 @@ def vocabulary_logits(parameters: dict, hidden: jax.Array) -> jax.Array:
         return jnp.dot(hidden, parameters["lm_head"]["kernel"])
     # No transpose of the embedding: in a loop over steps the compiler would make that a copy.
     return jnp.einsum("...d,vd->...v", hidden, parameters["embed_tokens"]["embedding"])
+
+
+def forward_flops(config: LlamaConfig, length: int, *, output_projection: bool = True) -> int:
+    """FLOPs per position of a forward pass over sequences of `length` positions."""
+    attention_width = config.heads * config.head_width
+    key_value_width = config.key_value_heads * config.head_width
+    projections = 4 * config.blocks * config.width * (attention_width + key_value_width)
+    feed_forward = 6 * config.blocks * config.width * config.feed_forward_width
+    window = min(config.sliding_window or length, length)
+    attention = 2 * config.blocks * attention_width * (2 * length - window) * window // length
+    return projections + feed_forward + attention + output_projection * 2 * config.width * config.vocab_size
+
+
+def parameter_count(config: LlamaConfig, *, embeddings: bool = True) -> int:
+    """Number of parameters; without `embeddings`, those of the blocks and the final norm."""
+    attention = 2 * config.width * config.head_width * (config.heads + config.key_value_heads)
+    block = attention + 3 * config.width * config.feed_forward_width + 2 * config.width
+    tables = 1 if config.tied else 2
+    return config.blocks * block + config.width + embeddings * tables * config.vocab_size * config.width

@@ -11,7 +11,8 @@ import math
 
 import ml_collections
 
-from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.interop import published
 from mlpmem_jax.models import flops, language_model
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
@@ -20,11 +21,9 @@ from mlpmem_jax.retrieval.key_shards import Search
 from mlpmem_jax.training import memory
 
 COUNTED = ("training", "training and targets")
-_GPT2 = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25)}
-"""(width, blocks, heads) of the published models that a config names instead of describing."""
 
 
-def base_model(config: ml_collections.ConfigDict) -> GPT2Config:
+def base_model(config: ml_collections.ConfigDict) -> language_model.Config:
     """Dimensions of the base that a config describes, or names."""
     if config.base.source != "train":
         return _published(config.base.path, "base.path")
@@ -37,15 +36,14 @@ def base_model(config: ml_collections.ConfigDict) -> GPT2Config:
     )
 
 
-def _published(path: str, key: str) -> GPT2Config:
-    name = path.rstrip("/").split("/")[-1]
-    if name not in _GPT2:
+def _published(path: str, key: str) -> language_model.Config:
+    try:
+        return published.dimensions(path)
+    except UserError as error:
         raise ConfigError(
             f"config.{key}: the dimensions of {path!r} are not known before it is imported, so no budget can be turned "
-            f"into steps; expected a model whose name ends in {', '.join(_GPT2)} (a folder named so will do)"
-        )
-    width, blocks, heads = _GPT2[name]
-    return GPT2Config(vocab_size=50257, context_length=1024, width=width, blocks=blocks, heads=heads)
+            f"into steps: {error}"
+        ) from error
 
 
 def memory_model(config: ml_collections.ConfigDict) -> MemoryConfig:
