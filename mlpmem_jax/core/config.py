@@ -27,6 +27,10 @@ SEARCH_BACKENDS = {
 `mlpmem_jax.retrieval.backends`. "auto" takes the first one that the machine can run."""
 
 
+OPTIMIZERS = ("adamw", "muon")
+"""Names that config.training.optimizer has for the optimizers of `mlpmem_jax.training.optimizer`."""
+
+
 def _one_of(*values: str) -> Check:
     return str, lambda value: value in values, "one of " + ", ".join(map(repr, values))
 
@@ -64,7 +68,7 @@ _OPTIMIZATION: dict[str, Check] = {
     "epochs": _NON_NEGATIVE,
     "batch_sequences": _POSITIVE,
     "accumulation_steps": _POSITIVE,
-    "optimizer": _one_of("muon", "adamw"),
+    "optimizer": _one_of(*OPTIMIZERS),
     "learning_rate": _NON_NEGATIVE,
     "adam_learning_rate": _NON_NEGATIVE,
     "schedule": _one_of("linear", "cosine", "constant"),

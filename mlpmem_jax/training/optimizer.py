@@ -57,27 +57,35 @@ def make_optimizer(settings: ml_collections.ConfigDict, total_steps: int, logica
     Raises:
       ConfigError: see `schedule`; or the optimizer is unknown.
     """
-    learning_rate = schedule(settings, total_steps)
-    if settings.optimizer == "adamw":
-        optimizer = optax.adamw(
-            learning_rate,
-            b1=settings.beta1,
-            b2=settings.beta2,
-            weight_decay=settings.weight_decay,
-            mask=_decayed(logical_axes),
-        )
-    elif settings.optimizer == "muon":
-        optimizer = muon(
-            learning_rate,
-            weight_decay=settings.weight_decay,
-            adam_b1=settings.beta1,
-            adam_b2=settings.beta2,
-            adam_learning_rate=_schedule(settings, total_steps, settings.adam_learning_rate),
-            muon_weight_dimension_numbers=_map_axes(_muon_dimensions, logical_axes),
-        )
-    else:
-        raise ConfigError(f"optimizer: expected 'adamw' or 'muon', found {settings.optimizer!r}")
+    if settings.optimizer not in OPTIMIZERS:
+        raise ConfigError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, found {settings.optimizer!r}")
+    optimizer = OPTIMIZERS[settings.optimizer](settings, total_steps, logical_axes)
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer) if settings.clip_norm else optimizer
+
+
+def _adamw(settings: ml_collections.ConfigDict, total_steps: int, logical_axes) -> optax.GradientTransformation:
+    return optax.adamw(
+        schedule(settings, total_steps),
+        b1=settings.beta1,
+        b2=settings.beta2,
+        weight_decay=settings.weight_decay,
+        mask=_decayed(logical_axes),
+    )
+
+
+def _muon(settings: ml_collections.ConfigDict, total_steps: int, logical_axes) -> optax.GradientTransformation:
+    return muon(
+        schedule(settings, total_steps),
+        weight_decay=settings.weight_decay,
+        adam_b1=settings.beta1,
+        adam_b2=settings.beta2,
+        adam_learning_rate=_schedule(settings, total_steps, settings.adam_learning_rate),
+        muon_weight_dimension_numbers=_map_axes(_muon_dimensions, logical_axes),
+    )
+
+
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
+"""(settings, total steps, logical axes) -> gradient transformation, by the names of `core.config.OPTIMIZERS`."""
 
 
 def _decayed(logical_axes):
