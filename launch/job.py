@@ -78,7 +78,7 @@ def read_config(
             f"config.mesh.slice: expected a multiple of --slices={slices}, so that the other axes stay inside a slice, "
             f"found {sizes['slice']}; add --config.mesh.slice={slices}"
         )
-    preflight.check_devices(config, devices, processes)
+    preflight.check_devices(config, devices, processes, options.stage)
     preflight.check_models(config, devices)
     if "://" not in config.workdir:  # what is in a bucket the job itself looks at: this machine need not reach it
         preflight.check_artifacts(config)

@@ -37,7 +37,14 @@ for launcher, arguments in (
 
 
 def options(**changes) -> argparse.Namespace:
-    given = {"config": CONFIG, "slices": 1, "name": "a", "accelerator": "v5litepod-16", "max_restarts": 1}
+    given = {
+        "config": CONFIG,
+        "stage": "run",
+        "slices": 1,
+        "name": "a",
+        "accelerator": "v5litepod-16",
+        "max_restarts": 1,
+    }
     return argparse.Namespace(**(given | changes))
 
 

@@ -31,8 +31,8 @@ def mesh_sizes(config: ml_collections.ConfigDict, devices: int) -> dict[str, int
     return sizes | dict.fromkeys(open_axes, devices // known)
 
 
-def check_devices(config: ml_collections.ConfigDict, devices: int, processes: int) -> None:
-    """Checks that batches and parameters divide over the devices and processes that they will meet.
+def check_devices(config: ml_collections.ConfigDict, devices: int, processes: int, stage: str = "run") -> None:
+    """Checks that batches, and a memory that `stage` trains, divide over the devices and processes they will meet.
 
     Raises:
       ConfigError: naming every batch or dimension that does not, or sharding rules that training cannot follow.
@@ -56,7 +56,8 @@ def check_devices(config: ml_collections.ConfigDict, devices: int, processes: in
             f"{''.join(wrong)}an accumulation step is shared out evenly over {shards['batch']} batch shards of "
             f"the mesh, a whole step over {processes} processes"
         )
-    for key, axis, size in _dimensions(config):
+    memory = _dimensions_of_memory(config) if stage in ("run", "train", "controls") else []
+    for key, axis, size in memory:
         if size % shards[axis]:
             raise ConfigError(
                 f"config.{key}: {size} cannot be divided into {shards[axis]} equal shards, over the mesh axes "
@@ -75,19 +76,15 @@ def _check_rules(axes: dict[str, tuple[str, ...]], devices: int) -> None:
         )
 
 
-def _dimensions(config: ml_collections.ConfigDict) -> list[tuple[str, str, int]]:
-    """(key, logical axis, size) of each dimension that the config gives and the mesh has to divide."""
-    memory, base = config.memory, config.base
-    feed_forward = ("memory.feed_forward_width", memory.feed_forward_width)
-    if not memory.feed_forward_width:
-        feed_forward = ("memory.width, times 4", 4 * memory.width)
-    found = [("memory.width", "embed", memory.width), (feed_forward[0], "mlp", feed_forward[1])]
-    if base.source == "train":
-        found += [
-            ("base.width", "embed", base.width),
-            ("base.width, times 4", "mlp", 4 * base.width),
-            ("base.heads", "heads", base.heads),
-        ]
+def _dimensions_of_memory(config: ml_collections.ConfigDict) -> list[tuple[str, str, int]]:
+    """(key, logical axis, size) of each dimension that the mesh has to divide."""
+    width, feed_forward = config.memory.width, config.memory.feed_forward_width
+    found = [
+        ("memory.width", "embed", width),
+        ("memory.feed_forward_width", "mlp", feed_forward) if feed_forward else ("memory.width", "mlp", 4 * width),
+    ]
+    if config.base.source == "train" and config.base.width != width:  # the memory's first matrix is as wide
+        found.append(("base.width", "embed", config.base.width))
     return found
 
 
