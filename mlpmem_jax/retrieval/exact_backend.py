@@ -159,9 +159,10 @@ def search_in_blocks(
 
 
 def search_bytes(rows: int, width: int, key_bytes: int) -> int:
-    """Memory of a search in blocks besides the keys that an index holds: distances, and blocks of keys."""
+    """Memory of a search besides the keys that an index holds: float32 distances, half as much for their selection, and
+    blocks of keys."""
     rows = min(rows, _BLOCK_BYTES // (width * key_bytes) + 1)
-    return 12 * min(ring.SCORES_PER_BLOCK, ring.QUERIES_PER_DEVICE * rows) + 4 * _BLOCK_BYTES
+    return 6 * min(ring.SCORES_PER_BLOCK, ring.QUERIES_PER_DEVICE * rows) + 2 * _BLOCK_BYTES
 
 
 def largest(count: int) -> int:
