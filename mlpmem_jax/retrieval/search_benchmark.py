@@ -57,10 +57,13 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
                 except ConfigError as error:
                     say(f"search: without {name}: {error}")
                     continue
+                start = time.perf_counter()
+                key_shards.open(0)
+                built = time.perf_counter() - start
                 if sample is None:
                     sample = Sample.draw(key_shards, queries, "self", k)
                 of_backend = dataclasses.replace(sample, key_shards=key_shards)
-                measured.append(_row(name, of_backend, timed, config.targets.recall))
+                measured.append(_row(name, of_backend, timed, config.targets.recall, built))
                 say(f"{measured[-1]['name']}: {measured[-1]['value']:,.0f} positions/s, {measured[-1]['detail']}")
     try:
         measured.append(_reference_row(sample, timed))
@@ -83,12 +86,10 @@ def _prepare(datastore: Artifact, name: str, settings: dict, scratch: epath.Path
     return key_shards
 
 
-def _row(name: str, sample: Sample, timed: Queries, recall: float) -> dict:
+def _row(name: str, sample: Sample, timed: Queries, recall: float, built: float) -> dict:
     """One backend, as hard as it has to search for the recall, or nearly for the most that it can reach."""
     key_shards = sample.key_shards
-    start = time.perf_counter()
     key_shard = key_shards.open(0)
-    built = time.perf_counter() - start
     efforts, _ = key_shards.efforts()
     most, _ = sample.search(efforts[-1] if efforts else None)
     trials, place = tuning.reach(key_shards, sample, min(recall, most - _NEARLY if efforts else most))
