@@ -6,6 +6,7 @@ Costs are bytes read for a query, not seconds: a build ends with the same bytes 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -57,34 +58,35 @@ def reach(key_shards: KeyShards, sample: Sample, recall: float) -> tuple[list[Tr
       UserError: none reaches the recall.
     """
     efforts, place = key_shards.efforts()
+    efforts = efforts or [None]
     trials: dict[int, Trial] = {}
-    if not efforts:
-        trials[0] = Trial(None, 0, *sample.search())
-    else:
-        if len(key_shards) > 1:
-            # Indices are large: one shard alone tells which efforts need not be tried on all of them.
-            place = _cheapest(lambda place: sample.search(efforts[place], range(1))[0], len(efforts), place, recall)
 
-        def recall_of(place: int) -> float:
-            if place not in trials:
-                effort = efforts[place]
-                bytes_read = effort.cost(key_shards.rows(0), key_shards.searched_width, key_shards.search.backend.k)
-                trials[place] = Trial(effort, bytes_read, *sample.search(effort))
-                if trials[place].recall < recall:
-                    say(f"targets: recall {trials[place]}, {recall:g} is asked for")
-            return trials[place].recall
+    def recall_of(place: int) -> float:
+        if place not in trials:
+            trials[place] = _trial(key_shards, sample, efforts[place])
+            if trials[place].recall < recall:
+                say(f"targets: recall {trials[place]}, {recall:g} is asked for")
+        return trials[place].recall
 
-        place = _cheapest(recall_of, len(efforts), place, recall)
+    if len(key_shards) > 1 and len(efforts) > 1:
+        # Indices are large: one shard alone tells which efforts need not be tried on all of them.
+        in_first_shard = functools.cache(lambda place: sample.search(efforts[place], range(1))[0])
+        place = _cheapest(in_first_shard, len(efforts), place, recall)
+    place = _cheapest(recall_of, len(efforts), place, recall)
     tried = [trials[number] for number in sorted(trials)]
-    chosen = sorted(trials).index(place if efforts else 0)
-    if tried[chosen].recall >= recall:
-        return tried, chosen
+    if trials[place].recall >= recall:
+        return tried, sorted(trials).index(place)
     best = max(tried, key=lambda trial: trial.recall)
     raise UserError(
         f"config.targets.recall: {recall:g} is asked for, the most of {len(tried)} ways to search was {best}. "
         f"What may help: {key_shards.search.backend.remedies}. To build targets from worse neighbors all the same, "
         f"set config.targets.recall to {np.floor(100 * best.recall) / 100:g}"
     )
+
+
+def _trial(key_shards: KeyShards, sample: Sample, effort: Effort | None) -> Trial:
+    keys = key_shards.rows(0), key_shards.searched_width, key_shards.search.backend.k
+    return Trial(effort, effort.cost(*keys) if effort else 0, *sample.search(effort))
 
 
 def _cheapest(recall_of: Callable[[int], float], count: int, first: int, recall: float) -> int:
