@@ -165,5 +165,5 @@ def test_another_config_does_not_touch_a_finished_workdir(workdir):
 def test_sizes_that_do_not_divide_the_mesh_are_refused(workdir, tmp_path):
     config = small(workdir)
     config.datastore.batch_sequences = 12
-    with pytest.raises(ConfigError, match=r"config.datastore.batch_sequences: 12 is not divided by the 8"):
+    with pytest.raises(ConfigError, match=r"config.datastore.batch_sequences: 12 is not a multiple of the 8"):
         _run_stage("datastore", config)

@@ -6,6 +6,7 @@ The key of position t is the input of the last block's feed-forward layer there;
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -56,63 +57,92 @@ def forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dt
     return outputs, jax.lax.with_sharding_constraint(log_probabilities, sharding.named("batch"))
 
 
-class _Models:
-    """The base LM, and the model that makes the keys where that is another one."""
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The base LM, and the model that makes the keys: the base again, unless the config names another one.
 
-    def __init__(self, config: ml_collections.ConfigDict):
-        self.sharding = Sharding.of(config)
-        self.base, self.base_config, base_artifact = saved.load_language_model(
-            epath.Path(config.workdir) / "base", self.sharding
-        )
-        self.fingerprints = {"base": base_artifact.fingerprint}
-        self.dtype = jnp.dtype(config.datastore.dtype)
-        self.compute_dtype = jnp.dtype(config.datastore.compute_dtype)
-        self.input_tap = tapped_block(self.base_config.blocks, config.datastore.input_depth)
-        self.key_model, self.key_config = self.base, self.base_config
+    Attributes:
+      sharding: of both.
+      base, key_model: parameters.
+      base_config, key_config: dimensions.
+      fingerprints: of their artifacts, by name.
+      input_block: the block of the base, counted from 1, whose feed-forward input the memory reads.
+      dtype: of what is stored.
+      compute_dtype: of the forward pass.
+    """
+
+    sharding: Sharding
+    base: dict
+    base_config: language_model.Config
+    key_model: dict
+    key_config: language_model.Config
+    fingerprints: dict[str, str]
+    input_block: int
+    dtype: jnp.dtype
+    compute_dtype: jnp.dtype
+
+    @classmethod
+    def load(cls, config: ml_collections.ConfigDict) -> Models:
+        """Reads the models of a workdir.
+
+        Raises:
+          ArtifactError: a model is missing or cannot be read.
+          ConfigError: the models have different vocabularies.
+        """
+        workdir, sharding = epath.Path(config.workdir), Sharding.of(config)
+        base, base_config, artifact = saved.load_language_model(workdir / "base", sharding)
+        fingerprints = {"base": artifact.fingerprint}
+        key_model, key_config = base, base_config
         if config.datastore.key_model:
-            self.key_model, self.key_config, artifact = saved.load_language_model(
-                epath.Path(config.workdir) / "key_model", self.sharding
+            key_model, key_config, artifact = saved.load_language_model(workdir / "key_model", sharding)
+            fingerprints["key_model"] = artifact.fingerprint
+        if key_config.vocab_size != base_config.vocab_size:
+            raise ConfigError(
+                f"config.datastore.key_model: has a vocabulary of {key_config.vocab_size}, the base of "
+                f"{base_config.vocab_size}; both must use the same tokenizer"
             )
-            self.fingerprints["key_model"] = artifact.fingerprint
-            if self.key_config.vocab_size != self.base_config.vocab_size:
-                raise ConfigError(
-                    f"config.datastore.key_model: has a vocabulary of {self.key_config.vocab_size}, the base of "
-                    f"{self.base_config.vocab_size}; both must use the same tokenizer"
-                )
-        self.separate_inputs = bool(config.datastore.key_model) or self.input_tap != self.key_config.blocks
+        return cls(
+            sharding=sharding,
+            base=base,
+            base_config=base_config,
+            key_model=key_model,
+            key_config=key_config,
+            fingerprints=fingerprints,
+            input_block=tapped_block(base_config.blocks, config.datastore.input_depth),
+            dtype=jnp.dtype(config.datastore.dtype),
+            compute_dtype=jnp.dtype(config.datastore.compute_dtype),
+        )
+
+    @property
+    def base_makes_keys(self) -> bool:
+        return self.key_model is self.base
+
+    @property
+    def separate_inputs(self) -> bool:
+        """Whether memory inputs are stored apart from the keys."""
+        return not (self.base_makes_keys and self.input_block == self.key_config.blocks)
 
     def outputs(self, tokens_BxT: np.ndarray, next_BxT: np.ndarray, scored: bool) -> dict[str, np.ndarray]:
         """This process's rows of every array of the datastore that needs a model."""
         tokens, following = self.sharding.global_batch((tokens_BxT, next_BxT))
-        run = functools.partial(
-            forward,
-            dtype=self.dtype,
-            compute_dtype=self.compute_dtype,
-            sharding=self.sharding,
-        )
-        base_taps = (self.input_tap,) if self.separate_inputs else (self.base_config.blocks,)
-        if self.separate_inputs and self.key_model is self.base:
-            base_taps = (self.base_config.blocks, self.input_tap)
-        tapped, scores = run(self.base, tokens, following, config=self.base_config, taps=base_taps, scored=scored)
-        rows = {}
+        run = functools.partial(forward, dtype=self.dtype, compute_dtype=self.compute_dtype, sharding=self.sharding)
+        last, blocks = self.base_config.blocks, []
+        if self.base_makes_keys:
+            blocks.append(last)
         if self.separate_inputs:
-            rows["memory_inputs"] = local_rows(tapped[-1])
-        if self.key_model is not self.base:
-            tapped, _ = run(
-                self.key_model,
-                tokens,
-                following,
-                config=self.key_config,
-                taps=(self.key_config.blocks,),
-                scored=False,
-            )
+            blocks.append(self.input_block)
+        tapped, scores = run(self.base, tokens, following, config=self.base_config, taps=tuple(blocks), scored=scored)
+        rows = {"memory_inputs": local_rows(tapped[-1])} if self.separate_inputs else {}
+        if not self.base_makes_keys:
+            last = self.key_config.blocks
+            tapped, _ = run(self.key_model, tokens, following, config=self.key_config, taps=(last,), scored=False)
         rows["keys"] = local_rows(tapped[0])
         if scored:
             rows["base_log_probabilities"] = local_rows(scores)
         return rows
 
 
-def _array_specs(models: _Models, sequences: int, length: int, per_shard: int, scored: bool) -> dict[str, ArraySpec]:
+def _array_specs(models: Models, sequences: int, length: int, per_shard: int, scored: bool) -> dict[str, ArraySpec]:
     dtype = models.dtype.name
 
     def spec(dtype: str, *width: int) -> ArraySpec:
@@ -130,12 +160,12 @@ def _array_specs(models: _Models, sequences: int, length: int, per_shard: int, s
     return specs
 
 
-def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: _Models, split: str) -> Artifact:
+def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: Models, split: str) -> Artifact:
     path = epath.Path(config.workdir) / "datastore" / split
     length, per_shard = config.base.context_length, config.datastore.sequences_per_shard
     inputs = {"tokens": tokens.fingerprint, **models.fingerprints}
     settings = {"context_length": length, **configs.plain(config.datastore)}
-    del settings["batch_sequences"]  # how many go at once changes nothing
+    del settings["batch_sequences"]  # the sequences of a pass do not change the result
     if finished := find_finished(path, "datastore", settings, inputs):
         say(f"datastore/{split}: finished already")
         return finished
@@ -147,41 +177,48 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: _M
             f"config.base.context_length: {length} is more than the {stream.length} tokens of the {split} split; "
             "lower it or give more text"
         )
-    scored = split != "train"
-    writer = ArtifactWriter.create(
-        path, "datastore", settings, inputs, _array_specs(models, sequences, length, per_shard, scored)
-    )
-    shards, part = writer.incomplete_shards(), models.sharding.batch_part
+    specs = _array_specs(models, sequences, length, per_shard, scored=split != "train")
+    writer = ArtifactWriter.create(path, "datastore", settings, inputs, specs)
+    shards = writer.incomplete_shards()
     barrier(f"datastore {split} listed")
-    largest = config.datastore.batch_sequences // part.count
-    multiple = models.sharding.shards("batch") // part.count
-    left = {shard: min(per_shard, sequences - shard * per_shard) for shard in shards}
-    with progress(sum(left.values()) * length, f"datastore/{split}", "positions") as bar:
-        for first in range(0, len(shards), part.count):
-            group = shards[first : first + part.count]
-            # Every process runs every forward pass, those without a shard of their own on a copy of another.
-            shard = group[min(part.index, len(group) - 1)]
-            tokens_SxT, next_SxT, documents_SxT = read_sequences(stream, shard * per_shard, left[shard], length)
-            longest = max(left[member] for member in group)
-            rows, outputs = rows_of_pass(longest, largest, multiple), []
-            for offset in range(0, longest, rows):
-                outputs.append(models.outputs(*_padded(tokens_SxT, next_SxT, offset, rows), scored))
-                _check_finite(outputs[-1], f"datastore/{split}, shard {shard}", config.datastore)
-                bar.advance(length * sum(min(max(left[member] - offset, 0), rows) for member in group))
-            if part.index < len(group) and part.leads:
-                arrays = {
-                    name: np.concatenate([output[name] for output in outputs])[: left[shard]] for name in outputs[0]
-                }
-                writer.write_shard(shard, {**arrays, "next_tokens": next_SxT, "documents": documents_SxT})
+    with progress(_positions(shards, sequences, per_shard, length), f"datastore/{split}", "positions") as bar:
+        _write_shards(config, models, stream, writer, shards, split, bar)
     barrier(f"datastore {split} written")
     if jax.process_index() == 0:
-        writer.seal(summary(sequences, length, models.key_config.width, models.input_tap))
+        writer.seal(summary(sequences, length, models.key_config.width, models.input_block))
     barrier(f"datastore {split} sealed")
     return open_artifact(path, "datastore")
 
 
+def _write_shards(config, models: Models, stream: TokenStream, writer: ArtifactWriter, shards, split: str, bar) -> None:
+    """All forward passes of a split: as many shards at once as there are parts of the batch."""
+    length, per_shard = config.base.context_length, config.datastore.sequences_per_shard
+    sequences, part = num_sequences(stream, length), models.sharding.batch_part
+    largest = config.datastore.batch_sequences // part.count
+    multiple = models.sharding.shards("batch") // part.count
+    sizes = {shard: min(per_shard, sequences - shard * per_shard) for shard in shards}
+    for first in range(0, len(shards), part.count):
+        group = shards[first : first + part.count]
+        # Every process runs every forward pass, those without a shard of their own on a copy of another.
+        shard = group[min(part.index, len(group) - 1)]
+        tokens_SxT, next_SxT, documents_SxT = read_sequences(stream, shard * per_shard, sizes[shard], length)
+        longest = max(sizes[member] for member in group)
+        rows, outputs = rows_of_pass(longest, largest, multiple), []
+        for offset in range(0, longest, rows):
+            outputs.append(models.outputs(*_padded(tokens_SxT, next_SxT, offset, rows), split != "train"))
+            _check_finite(outputs[-1], f"datastore/{split}, shard {shard}", config.datastore)
+            bar.advance(length * sum(min(max(sizes[member] - offset, 0), rows) for member in group))
+        if part.index < len(group) and part.leads:
+            arrays = {name: np.concatenate([output[name] for output in outputs])[: sizes[shard]] for name in outputs[0]}
+            writer.write_shard(shard, {**arrays, "next_tokens": next_SxT, "documents": documents_SxT})
+
+
+def _positions(shards: list[int], sequences: int, per_shard: int, length: int) -> int:
+    return length * sum(min(per_shard, sequences - shard * per_shard) for shard in shards)
+
+
 def summary(sequences: int, length: int, width: int, input_block: int) -> dict[str, int]:
-    """What the manifest of a datastore says beside its arrays; `input_block` is the one that the memory reads."""
+    """The summary in the manifest of a datastore; `input_block` is the one that the memory reads."""
     return {"sequences": sequences, "positions": sequences * length, "width": width, "input_block": input_block}
 
 
@@ -191,7 +228,7 @@ def rows_of_pass(count: int, largest: int, multiple: int) -> int:
     Args:
       count: sequences, at least 1.
       largest: most rows of one pass, a multiple of `multiple`.
-      multiple: into so many equal parts the devices divide the rows.
+      multiple: number of equal parts that the devices divide the rows into.
     """
     passes = -(-count // largest)
     return -(-count // (passes * multiple)) * multiple
@@ -227,11 +264,11 @@ def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
       UserError: an input is missing or contradicts the config.
     """
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
-    models = _Models(config)
+    models = Models.load(config)
     shards = models.sharding.shards("batch")
     if config.datastore.batch_sequences % shards:
         raise ConfigError(
-            f"config.datastore.batch_sequences: {config.datastore.batch_sequences} is not divided by the {shards} "
+            f"config.datastore.batch_sequences: {config.datastore.batch_sequences} is not a multiple of the {shards} "
             "batch shards of the mesh"
         )
     return {split: _build_split(config, tokens, models, split) for split in SPLITS}

@@ -1,4 +1,4 @@
-"""Rates of making targets on this machine, beside the way of the reference implementation.
+"""Rates of making targets on this machine, compared with the way of the reference implementation.
 
 The conditions: 764,000 keys of width 128, 1,024 neighbors, the query left out, sparse distributions at the end. The
 keys are drawn from a mixture of clusters of clusters, about as hard to search as the keys of a small language model;

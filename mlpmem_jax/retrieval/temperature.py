@@ -85,7 +85,7 @@ class HeldOut:
 
 
 def compared(given: Choice, best: Choice, base_perplexity: float) -> str:
-    """What a temperature that the config gives is worth beside the best one, in a sentence or two."""
+    """What a temperature that the config gives is worth, compared with the best one, in a sentence or two."""
     text = (
         f"perplexity of the base with the neighbors, on a sample of the validation split: {given.perplexity:.3f} at "
         f"config.targets.temperature {given.temperature:.4g}, {best.perplexity:.3f} at the best, {best.temperature:.4g}"
