@@ -17,15 +17,15 @@ def mixture(rng, count, clusters=20, spread=0.3):
     return centers_CxD[rng.integers(clusters, size=count)] + spread * rng.normal(size=(count, WIDTH))
 
 
-def write_arrays(path, arrays):
+def write_arrays(path, arrays, per_shard=PER_SHARD):
     """A sealed datastore of arrays [sequences, LENGTH, ...] that are in memory."""
     specs = {
-        name: ArraySpec(array.shape, str(array.dtype), PER_SHARD, (1, *array.shape[1:]))
+        name: ArraySpec(array.shape, str(array.dtype), per_shard, (1, *array.shape[1:]))
         for name, array in arrays.items()
     }
     writer = ArtifactWriter.create(path, "datastore", {}, {}, specs)
     for shard in writer.incomplete_shards():
-        part = slice(shard * PER_SHARD, (shard + 1) * PER_SHARD)
+        part = slice(shard * per_shard, (shard + 1) * per_shard)
         writer.write_shard(shard, {name: array[part] for name, array in arrays.items()})
     writer.seal({})
 

@@ -85,7 +85,7 @@ def test_the_stage_takes_about_what_it_says(tmp_path, width, rows):
         }
         if split != "train":
             arrays["base_log_probabilities"] = np.full(shape, -3, np.float32)
-        write_arrays(tmp_path / "datastore" / split, arrays)
+        write_arrays(tmp_path / "datastore" / split, arrays, per_shard=256)
     program = (
         "import sys; sys.path.insert(0, 'tests'); from retrieval_data import config_for; "
         "from mlpmem_jax.core import runtime; from mlpmem_jax.retrieval import targets; "
