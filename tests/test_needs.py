@@ -1,5 +1,6 @@
 """What the stage says it needs, and what it does where a host has less."""
 
+import os
 import pathlib
 import re
 import shutil
@@ -93,7 +94,10 @@ def test_the_stage_takes_about_what_it_says(tmp_path, width, rows):
         "print('peak', runtime.peak_rss_bytes())"
     )
     root = pathlib.Path(__file__).parents[1]
-    child = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, check=True, text=True)
+    environment = {**os.environ, "MLPMEM_QUIET": "0", "XLA_FLAGS": ""}
+    child = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, check=True, text=True
+    )
     stated = float(re.search(r"take at most ([\d.]+) GiB", child.stdout + child.stderr)[1]) * GIB
     peak = int(child.stdout.rsplit("peak ", 1)[1])
     assert 0.8 * stated < peak < 1.2 * stated, f"{peak / GIB:.2f} GiB taken, {stated / GIB:.2f} GiB stated"
