@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import time
 
 import jax
 import ml_collections
@@ -180,20 +179,15 @@ class _Compared:
             file = self._folder / "scores" / f"{self._name}-{split}-{model}{'-rag' if retrieves else ''}.npz"
 
             def compute() -> dict[str, scores.Values]:
-                start = time.perf_counter()
                 read_sides = {side: self._workdir.side(side) for side in sides}
                 title = f"{self._name}/{split}, {model}{' with passages' if retrieves else ''}"
-                found = read(self._workdir.model(model), asked.rows, read_sides, self._workdir.sharding, title)
-                self._spend(model, retrieves, time.perf_counter() - start)
-                return found
+                return read(self._workdir.model(model), asked.rows, read_sides, self._workdir.sharding, title)
 
-            self._scored[key] = scores.kept_scores(file, scores.fingerprint(asked, made_of), compute)
+            self._scored[key], seconds = scores.kept_scores(file, scores.fingerprint(asked, made_of), compute)
+            for name in self._chosen:  # those that share the pass each need it
+                if (SYSTEMS[name].model, SYSTEMS[name].retrieves) == (model, retrieves):
+                    self._seconds[name] += seconds
         return self._scored[key]
-
-    def _spend(self, model: str, retrieves: bool, seconds: float) -> None:
-        for name in self._chosen:
-            if (SYSTEMS[name].model, SYSTEMS[name].retrieves) == (model, retrieves):
-                self._seconds[name] += seconds
 
     def _grid_values(self, system: System, asked: scores.Asked, split: str) -> np.ndarray:
         """The measure that weights are tuned on, float [G, N]; G is 1 without a side."""
@@ -241,7 +235,6 @@ class _Compared:
             return ids[-1] == end or any(stop in self._tokenizer.decode(ids) for stop in self._task.stop)
 
         def compute() -> list[str]:
-            start = time.perf_counter()
             side = self._workdir.side(system.side) if system.side else None
             same = system.model == SIDE_MODEL
             decoder = greedy.Decoder(self._workdir.model(system.model), side if same else None)
@@ -261,13 +254,14 @@ class _Compared:
                 )
                 for number, one in zip(numbers, generated, strict=True):
                     ids[number] = one
-            self._seconds[name] += time.perf_counter() - start
             return [self._cut_off(self._tokenizer.decode([token for token in one if token != end])) for one in ids]
 
         made_of = {role: artifact.fingerprint for role, artifact in self._artifacts[name].items()}
         made_of |= {"weights": ",".join(map(str, chosen_N)), "k": str(self._settings.k)}
         file = self._folder / "texts" / f"{self._name}-{name}.json"
-        return scores.kept_texts(file, scores.fingerprint(asked, made_of), compute)
+        texts, seconds = scores.kept_texts(file, scores.fingerprint(asked, made_of), compute)
+        self._seconds[name] += seconds
+        return texts
 
     def _cut_off(self, text: str) -> str:
         """The text before the first string that ends it."""

@@ -23,7 +23,7 @@ def cost(config: ml_collections.ConfigDict, parts: dict[str, Artifact], seconds:
       construction_flops: of the datastore and the neighbors of its positions, which a memory is trained on.
       parameters: that are read for one token.
       bytes: on disk, the base LM included.
-      seconds: as given; 0 where all was read from an earlier comparison.
+      seconds: as given.
     """
     base, construction = saved.language_model_config(parts["model"]), 0.0
     if "targets" in parts:

@@ -10,6 +10,7 @@ import matplotlib.figure
 
 from mlpmem_jax.evaluation.page import STYLE
 
+_STYLE = ".texts td, .texts th { text-align: left; white-space: normal; }"
 DISAGREEMENTS = 10  # questions shown
 PUBLISHED = {
     # Table of the paper, Mistral-7B (nine tasks) and Llama-2-7B (questions): another model, for reference alone.
@@ -36,7 +37,7 @@ def page(comparison: dict, answers: Sequence[dict]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>MLP Memory: comparison</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>MLP Memory: comparison</title>\n<style>{STYLE}{_STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
@@ -49,14 +50,15 @@ def verdict(comparison: dict) -> str:
         for name, of in task["systems"].items():
             if name == "base":
                 continue
-            asked += 1
-            low, high = of["over base"][task["headline"]]
-            words = f"{comparison['systems'][name]['title']} on {task['title']}"
-            better += [words] if low > 0 else []
-            worse += [words] if high < 0 else []
+            for measure in dict.fromkeys((task["headline"], task["tuned on"])):
+                asked += 1
+                low, high = of["over base"][measure]
+                words = f"{comparison['systems'][name]['title']} on {task['title']}, {measure}"
+                better += [words] if low > 0 else []
+                worse += [words] if high < 0 else []
     text = f"Of {asked} differences to the base LM, {len(better)} are gains that the data support"
-    text += f" ({', '.join(better)})" if better else ""
-    text += f", {len(worse)} are losses" + (f" ({', '.join(worse)})" if worse else "")
+    text += f" ({'; '.join(better)})" if better else ""
+    text += f", {len(worse)} are losses" + (f" ({'; '.join(worse)})" if worse else "")
     return text + f"; the other {asked - len(better) - len(worse)} may be chance."
 
 
@@ -65,26 +67,32 @@ def _shown(measure: str, value: float) -> str:
     return f"{value:.2f}" if "log-probability" in measure else f"{100 * value:.1f}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:
     head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="table {style}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _scores(comparison: dict) -> str:
-    tasks, rows = comparison["tasks"], []
+    shown = [
+        (name, task, measure)
+        for name, task in comparison["tasks"].items()
+        for measure in dict.fromkeys((task["headline"], task["tuned on"]))
+    ]
+    rows = []
     for name, system in comparison["systems"].items():
-        cells = [
-            _shown(task["headline"], task["systems"][name]["measures"][task["headline"]]) for task in tasks.values()
-        ]
+        cells = [_shown(measure, task["systems"][name]["measures"][measure]) for _, task, measure in shown]
         rows.append([system["title"], *cells])
     for index, title in enumerate(("published, base LM of 7B", "published, with its memory")):
-        cells = [f"{PUBLISHED[name][index]:.1f}" if name in PUBLISHED else "" for name in tasks]
-        rows.append([title, *cells])
-    heads = ["system", *(f"{task['title']} ({task['headline']})" for task in tasks.values())]
+        figures = [
+            f"{PUBLISHED[name][index]:.1f}" if name in PUBLISHED and measure == task["headline"] else ""
+            for name, task, measure in shown
+        ]
+        rows += [[title, *figures]] if any(figures) else []
+    heads = ["system", *(f"{task['title']} ({measure})" for _, task, measure in shown)]
     note = (
-        "Shares in percent. Published figures (arXiv 2508.01832: Mistral-7B-v0.3 on the tasks of words, Llama-2-7B on "
-        "questions) are of other models on other text, for reference alone."
+        "Shares in percent, log-probabilities in nats. Published figures (arXiv 2508.01832: Mistral-7B-v0.3 on tasks of "
+        "words, Llama-2-7B on questions) are of other models on other text, for reference alone."
     )
     return f"<h2>Scores</h2>{_table(heads, rows)}<p>{note}</p>"
 
@@ -165,8 +173,7 @@ def _costs(comparison: dict) -> str:
         "on disk",
         "scored and written in",
     )
-    note = "Seconds of this command alone: 0 where scores were there from an earlier one."
-    return f"<h2>What they cost</h2>{_table(heads, rows)}<p>{note}</p>"
+    return f"<h2>What they cost</h2>{_table(heads, rows)}"
 
 
 def _disagreements(answers: Sequence[dict], names: Sequence[str]) -> str:
@@ -184,7 +191,9 @@ def _disagreements(answers: Sequence[dict], names: Sequence[str]) -> str:
         gold = line["gold"] if isinstance(line["gold"], str) else ", ".join(map(str, line["gold"] or []))
         rows = [[name, texts[name]] for name in names if name in texts]
         question = html.escape(line["prompt"][-300:])
-        blocks.append(f"<p><b>{question}</b><br>accepted: {html.escape(gold)}</p>{_table(('system', 'answer'), rows)}")
+        blocks.append(
+            f"<p><b>{question}</b><br>accepted: {html.escape(gold)}</p>{_table(('system', 'answer'), rows, 'texts')}"
+        )
     return f"<h2>Where they disagree</h2>{''.join(blocks)}"
 
 

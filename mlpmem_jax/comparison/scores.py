@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -151,21 +152,26 @@ def fingerprint(asked: Asked, made_of: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def kept_scores(file: epath.Path, made_of: str, compute: Callable[[], dict[str, Values]]) -> dict[str, Values]:
-    """What `compute` gives, from the file where it was computed from the same."""
+def kept_scores(
+    file: epath.Path, made_of: str, compute: Callable[[], dict[str, Values]]
+) -> tuple[dict[str, Values], float]:
+    """What `compute` gives, from the file where it was computed from the same; and the seconds that it took."""
     if file.exists():
         with np.load(io.BytesIO(file.read_bytes())) as kept:
             if str(kept["made_of"]) == made_of:
-                return {source: _unpacked(kept, source) for source in json.loads(str(kept["sources"]))}
+                sources = json.loads(str(kept["sources"]))
+                return {source: _unpacked(kept, source) for source in sources}, float(kept["seconds"])
+    start = time.perf_counter()
     found = compute()
-    arrays = {"made_of": np.array(made_of), "sources": np.array(json.dumps(list(found)))}
+    seconds = time.perf_counter() - start
+    arrays = {"made_of": np.array(made_of), "sources": np.array(json.dumps(list(found))), "seconds": np.array(seconds)}
     for source, values in found.items():
         arrays[f"{source}_values"] = np.concatenate([array.ravel() for array in values]).astype(np.float64)
         arrays[f"{source}_shapes"] = np.array([array.shape for array in values])
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     _replace(file, content.getvalue())
-    return found
+    return found, seconds
 
 
 def _unpacked(kept, source: str) -> Values:
@@ -175,15 +181,18 @@ def _unpacked(kept, source: str) -> Values:
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def kept_texts(file: epath.Path, made_of: str, compute: Callable[[], list[str]]) -> list[str]:
-    """What `compute` gives, from the file where it was computed from the same."""
+def kept_texts(file: epath.Path, made_of: str, compute: Callable[[], list[str]]) -> tuple[list[str], float]:
+    """What `compute` gives, from the file where it was computed from the same; and the seconds that it took."""
     if file.exists():
         kept = json.loads(file.read_text())
         if kept["made_of"] == made_of:
-            return kept["texts"]
+            return kept["texts"], kept["seconds"]
+    start = time.perf_counter()
     texts = compute()
-    _replace(file, json.dumps({"made_of": made_of, "texts": texts}, ensure_ascii=False).encode())
-    return texts
+    seconds = time.perf_counter() - start
+    content = {"made_of": made_of, "seconds": seconds, "texts": texts}
+    _replace(file, json.dumps(content, ensure_ascii=False).encode())
+    return texts, seconds
 
 
 def _replace(file: epath.Path, content: bytes) -> None:

@@ -116,7 +116,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
 
     per_step = continued.flops_per_step(model, length, config.training)
     steps = max(1, round(memory.summary["training_flops"] / per_step))
-    settings = continued.settings_of_imported(config, steps)
+    settings = continued.small_steps(continued.settings_of(config), steps)
     kept = {"training": {**loop.origin(settings), "learning_rate": list(_RATES)}, "rank": rank, "scale": SCALE}
     inputs = {"base": artifact.fingerprint, "memory": memory.fingerprint}
     if finished := find_finished(workdir / FOLDER, "base", kept, inputs):
