@@ -91,8 +91,8 @@ def _scores(comparison: dict) -> str:
         rows += [[title, *figures]] if any(figures) else []
     heads = ["system", *(f"{task['title']} ({measure})" for _, task, measure in shown)]
     note = (
-        "Shares in percent, log-probabilities in nats. Published figures (arXiv 2508.01832: Mistral-7B-v0.3 on tasks of "
-        "words, Llama-2-7B on questions) are of other models on other text, for reference alone."
+        "Shares in percent, log-probabilities in nats. Published figures (arXiv 2508.01832: Mistral-7B-v0.3 on tasks "
+        "of words, Llama-2-7B on questions) are of other models on other text, for reference alone."
     )
     return f"<h2>Scores</h2>{_table(heads, rows)}<p>{note}</p>"
 
