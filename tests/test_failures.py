@@ -46,6 +46,11 @@ def raised(error, cause=None):
             "/d/0: No space left",
         ),
         (
+            ValueError(f"Error writing {500 * 'x'}: No space left on device [source locations='...']"),
+            2,
+            "error: No space left on device: Error writing xxx",
+        ),
+        (
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
             2,
             "memory of this machine is not enough",

@@ -124,7 +124,8 @@ def outside_cause(error: BaseException) -> str | None:
             return f"{_printable(each.filename)}: {os.strerror(each.errno)}; {_ADVICE[each.errno]}"
         for number in _UNMISTAKABLE:
             if os.strerror(number) in str(each):
-                return f"{_first_line(each)}; {_ADVICE[number]}"
+                line, reason = _first_line(each), os.strerror(number)
+                return f"{line if reason in line else f'{reason}: {line} ...'}; {_ADVICE[number]}"
     return None
 
 
