@@ -96,6 +96,18 @@ def test_a_recall_out_of_reach_stops_with_what_was_tried(datastore, tmp_path):
         tuning.reach(key_shards, sample, 0.99)
 
 
+def test_cheaper_searches_than_the_derived_one_have_fewer_leaves_alone():
+    """Fewer leaves with more candidates would stand between them, and end the way down."""
+    efforts, first = scann_backend.Backend(K).efforts(6400, WIDTH)
+    derived = efforts[first]
+    assert derived == Options.derive(6400, K)
+    leaves = [effort.leaves_to_search for effort in efforts[: first + 1]]
+    assert leaves == sorted(set(leaves))
+    assert len(leaves) == 4
+    assert {effort.reorder for effort in efforts[:first]} == {derived.reorder}
+    assert all(effort.leaves_to_search >= derived.leaves_to_search for effort in efforts[first:])
+
+
 def test_settings_of_the_user_are_not_searched_over(datastore, tmp_path):
     key_shards, _ = shards_and_sample(datastore, tmp_path, leaves_to_search=5)
     assert {options.leaves_to_search for options in key_shards.efforts()[0]} == {5}

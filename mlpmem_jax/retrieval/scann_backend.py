@@ -88,7 +88,7 @@ class Backend:
         return rows * options.leaves * 2.0 * width + queries * query
 
     def efforts(self, rows: int, width: int) -> tuple[list[Options], int]:
-        """Searches with more leaves and more candidates than those that are derived; those given stand."""
+        """Searches with more leaves and candidates than are derived, or with fewer leaves; those given stand."""
         first = self.options(rows)
         choices = {
             dataclasses.replace(
@@ -97,7 +97,7 @@ class Backend:
                 reorder=round(first.reorder * more_candidates, 2),
             )
             for more_leaves in ((1,) if self.leaves_to_search else _LEAF_FACTORS)
-            for more_candidates in ((1,) if self.reorder else _REORDER_FACTORS)
+            for more_candidates in ((1,) if self.reorder or more_leaves < 1 else _REORDER_FACTORS)
         }
         efforts = sorted(choices, key=lambda options: (options.cost(rows, width, self.k), options.leaves_to_search))
         return efforts, efforts.index(first)
