@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import ml_collections
 import pytest
 from etils import epath
 
@@ -55,6 +56,13 @@ def test_bad_values_are_named(key, value, message):
         config.update_from_flattened_dict({key: value})
     with pytest.raises(ConfigError, match=message):
         configs.check(config)
+
+
+def test_a_number_that_no_float_holds_is_named():
+    values = default.get_config().to_dict()
+    values["training"]["learning_rate"] = 10**400
+    with pytest.raises(ConfigError, match=r"config.training.learning_rate: expected a number, 0 or more"):
+        configs.check(ml_collections.ConfigDict(values))
 
 
 def test_unknown_and_missing_keys_are_named():

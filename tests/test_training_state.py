@@ -65,3 +65,17 @@ def test_numbers_that_were_exchanged_are_found(tmp_path, monkeypatch):
     (tmp_path / "other/checkpoints/7/data").rename(tmp_path / "one/checkpoints/7/data")
     with pytest.raises(ArtifactError, match=r"checkpoints/7: the state is not the one that was saved; delete "):
         restored(tmp_path / "one")
+
+
+@pytest.mark.parametrize(("item", "old", "new"), [("metrics", "3.0", "2.0"), ("data", "112", "113")])
+def test_a_figure_that_was_changed_is_told(tmp_path, item, old, new):
+    [file] = [file for file in saved(tmp_path) if file.parent.name == item and old in file.read_text()]
+    file.write_text(file.read_text().replace(old, new))
+    checkpoints = Checkpoints(tmp_path)
+    reads = {
+        "metrics": checkpoints.best_step,
+        "data": lambda: checkpoints.restore(7, jax.eval_shape(lambda: state_of(7))),
+    }
+    with pytest.raises(ArtifactError, match=r"saved; delete .*/7 to resume"):
+        reads[item]()
+    checkpoints.close()

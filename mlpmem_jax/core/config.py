@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import pprint
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -259,7 +259,7 @@ def _check_tree(config: Mapping, schema: Mapping, prefix: str) -> None:
             continue
         types, predicate, words = rule
         is_boolean_for_number = isinstance(value, bool) and types is not bool
-        is_finite = not isinstance(value, float) or math.isfinite(value)
+        is_finite = not isinstance(value, int | float) or abs(value) <= sys.float_info.max
         if is_boolean_for_number or not isinstance(value, types) or not is_finite or not predicate(value):
             raise ConfigError(f"{name}: expected {words}, found {value!r}")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import zlib
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,10 +14,13 @@ from orbax.checkpoint import checkpoint_managers
 from mlpmem_jax.core import parameters as stored
 from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import ArtifactError
+from mlpmem_jax.core.manifests import encode
 from mlpmem_jax.core.sharding import Sharding
 
 METRIC = "perplexity"
 """Validation metric that decides which checkpoint is best; lower is better."""
+
+_CHECKSUM = "crc32"  # of the other metrics
 
 
 def state_shardings(sharding: Sharding, abstract_state, parameter_shardings):
@@ -40,6 +46,10 @@ def state_shardings(sharding: Sharding, abstract_state, parameter_shardings):
         return replicated
 
     return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def _fingerprint(state, next_sequence: int) -> str:
+    return hashlib.sha256(f"{stored.fingerprint(state)} {next_sequence}".encode()).hexdigest()
 
 
 def initial_state(initialise, optimizer: optax.GradientTransformation):
@@ -89,9 +99,10 @@ class Checkpoints:
         """Starts an asynchronous save; `validation` is what `METRIC` is read from, None where it was not measured."""
         if step in self._manager.all_steps():
             return
-        data = {"next_sequence": next_sequence, "fingerprint": stored.fingerprint(state)}
+        data = {"next_sequence": next_sequence, "fingerprint": _fingerprint(state, next_sequence)}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-        self._manager.save(step, args=arguments, metrics=validation, force=True)
+        metrics = validation and {**validation, _CHECKSUM: float(zlib.crc32(encode(validation)))}
+        self._manager.save(step, args=arguments, metrics=metrics, force=True)
 
     def restore(self, step: int, abstract_state) -> tuple[dict, int]:
         """The state at `step`, laid out as `abstract_state` says (with shardings), and the data position.
@@ -105,17 +116,35 @@ class Checkpoints:
         with stored.reading(folder, remedy):
             restored = self._manager.restore(step, args=arguments)
             state, data = restored["state"], restored["data"]
-            if stored.fingerprint(state) != data["fingerprint"]:
+            next_sequence = int(data["next_sequence"])
+            if _fingerprint(state, next_sequence) != data["fingerprint"]:
                 raise ArtifactError(f"{folder}: the state is not the one that was saved; {remedy}")
-            return state, data["next_sequence"]
+            return state, next_sequence
 
     def best_step(self) -> int | None:
-        """The step with the lowest validation perplexity."""
+        """The step with the lowest validation perplexity.
+
+        Raises:
+          ArtifactError: the figures of a checkpoint are not what was saved.
+        """
+        for step in self._manager.all_steps():
+            self.validation(step)
         return self._manager.best_step()
 
     def validation(self, step: int) -> dict[str, float]:
-        """What was measured on the validation split at `step`."""
-        return dict(self._manager.metrics(step))
+        """What was measured on the validation split at `step`; nothing where there was no validation.
+
+        Raises:
+          ArtifactError: that is not what was saved.
+        """
+        folder = self._folder / str(step)
+        remedy = f"delete {folder} to resume from the checkpoint before, or from the start"
+        with stored.reading(folder, remedy):
+            metrics = dict(self._manager.metrics(step) or {})
+            checksum = metrics.pop(_CHECKSUM, None)
+            if metrics and zlib.crc32(encode(metrics)) != checksum:
+                raise ArtifactError(f"{folder}: the figures of its validation are not those that were saved; {remedy}")
+            return metrics
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
