@@ -225,9 +225,9 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
     elif options.verb in STAGES:
         _run_stage(options.verb, config)
     elif options.verb == "generate":
-        from mlpmem_jax.inference import compare
+        from mlpmem_jax.inference import side_by_side
 
-        compare.run(config, options)
+        side_by_side.run(config, options)
     elif options.verb == "compare":
         from mlpmem_jax.comparison import compare as comparison
 

@@ -17,7 +17,7 @@ from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.parameters import fingerprint as parameters_fingerprint
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
-from mlpmem_jax.inference import compare
+from mlpmem_jax.inference import side_by_side
 from mlpmem_jax.interop import huggingface
 from mlpmem_jax.interop.base import check_fits
 from mlpmem_jax.models import language_model, saved
@@ -101,7 +101,7 @@ OPTIONS = argparse.Namespace(prompt=["The", ""], tokens=3, temperature=0.0, top_
 
 
 def test_it_generates_with_its_memory_and_the_lambda_of_its_report(config, capsys):
-    compare.run(config, OPTIONS)
+    side_by_side.run(config, OPTIONS)
     trained = open_artifact(f"{config.workdir}/memory", "memory")
     printed = capsys.readouterr().out
     assert "base LM + memory" in printed
@@ -114,11 +114,11 @@ def test_it_generates_with_its_memory_and_the_lambda_of_its_report(config, capsy
     assert metrics["sharpness"]["augmented"]["positions"] == 40
     metrics["interpolation_weight"]["memory"] = 0.4321
     report.write_text(json.dumps(metrics))
-    compare.run(config, OPTIONS)
+    side_by_side.run(config, OPTIONS)
     assert f"lambda 0.4321: from {report}, tuned on the validation split" in capsys.readouterr().out
     metrics["provenance"]["fingerprints"]["memory"] = "another"
     report.write_text(json.dumps(metrics))
-    compare.run(config, OPTIONS)
+    side_by_side.run(config, OPTIONS)
     assert "lambda 0.4321" not in capsys.readouterr().out
 
 
@@ -126,9 +126,9 @@ def test_generation_reads_the_block_that_the_memory_was_trained_on(config, monke
     changed = config.copy_and_resolve_references()
     changed.datastore.input_depth = 1.0
     read = []
-    monkeypatch.setattr(compare, "generate", lambda models, *_, **__: read.append(models.input_block) or [])
-    monkeypatch.setattr(compare, "_show", lambda *_: None)
-    compare.run(changed, OPTIONS)
+    monkeypatch.setattr(side_by_side, "generate", lambda models, *_, **__: read.append(models.input_block) or [])
+    monkeypatch.setattr(side_by_side, "_show", lambda *_: None)
+    side_by_side.run(changed, OPTIONS)
     assert read == [0, 2]  # alone, and beside the memory: depth 0.7 of three blocks
 
 
@@ -149,7 +149,7 @@ def test_generation_refuses_a_memory_of_another_base(config, tmp_path):
     huggingface.save_language_model(tmp_path / "model", parameters, MISTRAL)
     _run_stage("base", changed)
     with pytest.raises(ArtifactError, match=rf"{tmp_path}/memory: was made from another base than .*{tmp_path}/base"):
-        compare.run(changed, OPTIONS)
+        side_by_side.run(changed, OPTIONS)
 
 
 @pytest.mark.parametrize(

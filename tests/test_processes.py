@@ -71,9 +71,9 @@ with runtime.job(workdir):
     for stage in stages.split(","):
         if stage == "generate":
             from types import SimpleNamespace
-            from mlpmem_jax.inference import compare
+            from mlpmem_jax.inference import side_by_side
             greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-            compare.run(config, SimpleNamespace(prompt=["Return"], tokens=5, **greedy))
+            side_by_side.run(config, SimpleNamespace(prompt=["Return"], tokens=5, **greedy))
         elif stage == "controls":
             from mlpmem_jax.training import controls
             controls.run(config)

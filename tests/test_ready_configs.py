@@ -20,7 +20,7 @@ from launch import local
 from mlpmem_jax import cli
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.corpus import tokenizer
-from mlpmem_jax.scaling import collection, sweep, units
+from mlpmem_jax.scaling import collection, sweep, tasks
 
 pytestmark = pytest.mark.slow
 
@@ -219,9 +219,9 @@ def test_a_sweep_runs_whole(file, here):
         for point in points.values()
     ]
     small = dataclasses.replace(ready, workdir=str(workdir), points=tuple(smaller))
-    for unit in units.of_sweep(small):
-        unit.prepare()
-        launched(f"{unit.config.workdir}/config.py", unit.verb)
-        assert unit.is_finished()
+    for task in tasks.of_sweep(small):
+        task.prepare()
+        launched(f"{task.config.workdir}/config.py", task.verb)
+        assert task.is_finished()
     rows = collection.write(small, set(points)).read_text().splitlines()
     assert len(rows) == 1 + len(points)

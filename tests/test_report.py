@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from mlpmem_jax.evaluation import breakdown, comparison, figures, report, wording
+from mlpmem_jax.evaluation import breakdown, figures, perplexities, report, wording
 from mlpmem_jax.evaluation.page import page
 from mlpmem_jax.evaluation.sharpness import SharpnessMean
 
@@ -22,12 +22,12 @@ def metrics_of(gain, controls=False, records=True):
         noise_SxT = 0.05 * generator.normal(size=base_SxT.shape)
         others = {"continued": base_SxT + 0.2 * gain} if controls else {}
         memories = {"ce_only": base_SxT + 2 * gain} if controls else {}
-        return comparison.Scores(
+        return perplexities.Scores(
             base_SxT, base_SxT + gain + noise_SxT, base_SxT + 0.3, np.zeros((40, 8), int), memories, others
         )
 
-    metrics = comparison.compare(scores(0), scores(1), confidence=0.95)
-    mixed = comparison.mixtures(scores(1), metrics["interpolation_weight"])
+    metrics = perplexities.compare(scores(0), scores(1), confidence=0.95)
+    mixed = perplexities.mixtures(scores(1), metrics["interpolation_weight"])
     base_N, clusters_N = mixed.pop("base").ravel(), np.arange(320) // 8
     systems = {name: scores_SxT.ravel() for name, scores_SxT in mixed.items()}
     values_N = 10.0 ** (np.arange(320) % 7 - 1) // 1

@@ -145,7 +145,7 @@ def test_unequal_compute_and_perplexities_below_one_are_said(tmp_path):
     [
         ({"against": "tokens"}, "against='tokens'"),
         ({"confidence": 1.0}, "confidence=1.0"),
-        ({"samples": 100}, "needs at least 400 draws"),
+        ({"samples": 100}, "needs at least 400 bootstrap replicates"),
     ],
 )
 def test_options_that_cannot_be(tmp_path, options, words):

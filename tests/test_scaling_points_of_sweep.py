@@ -10,7 +10,7 @@ import pytest
 from mlpmem_jax import cli
 from mlpmem_jax.core import artifacts, manifests
 from mlpmem_jax.core.errors import ArtifactError, UserError
-from mlpmem_jax.scaling import collection, points, sweep, units
+from mlpmem_jax.scaling import collection, points, sweep, tasks
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ SWEEP = """
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The sweep, with every unit run."""
+    """The sweep, with every task run."""
     folder = tmp_path_factory.mktemp("sweep")
     generator = np.random.default_rng(0)
     words = [f"{first}{second}" for first in ("alpha", "beta", "gamma") for second in ("", "s", " of", " and")]
@@ -52,11 +52,11 @@ def trained(tmp_path_factory):
     text = SWEEP.format(workdir=str(folder / "work"), text=str(folder / "text.txt"))
     file.write_text(textwrap.dedent(text))
     found = sweep.read(str(file))
-    for unit in units.of_sweep(found):
-        assert not unit.is_finished()
-        unit.prepare()
-        cli.main([unit.verb, f"--config={unit.config.workdir}/config.py"])
-        assert unit.is_finished(), unit.name
+    for task in tasks.of_sweep(found):
+        assert not task.is_finished()
+        task.prepare()
+        cli.main([task.verb, f"--config={task.config.workdir}/config.py"])
+        assert task.is_finished(), task.name
     return found
 
 
@@ -93,9 +93,9 @@ def test_points_say_what_was_trained_and_what_it_cost(trained):
 
 def test_artifacts_are_made_once_and_linked(trained):
     made = {}
-    for unit in units.of_sweep(trained):
-        for folder in unit.links:
-            opened = artifacts.open_artifact(f"{unit.config.workdir}/{folder}", folder.split("/")[0])
+    for task in tasks.of_sweep(trained):
+        for folder in task.links:
+            opened = artifacts.open_artifact(f"{task.config.workdir}/{folder}", folder.split("/")[0])
             made.setdefault(folder, set()).add(opened.path)
     assert len(made["tokens"]) == 1
     assert len(made["base"]) == len(made["targets/train"]) == 2
@@ -103,7 +103,7 @@ def test_artifacts_are_made_once_and_linked(trained):
 
 
 def test_a_changed_point_is_not_taken_for_the_finished_one(trained):
-    found = {unit.name: unit for unit in units.of_sweep(trained)}
+    found = {task.name: task for task in tasks.of_sweep(trained)}
     for name in ("w16-augmented", "w16-continued"):
         assert found[name].is_finished()
         found[name].config.training.steps += 1

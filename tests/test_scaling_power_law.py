@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mlpmem_jax.scaling import comparison, draws, power_law
+from mlpmem_jax.scaling import bootstrap, exponents, power_law
 from mlpmem_jax.scaling.points import Runs
 
 # Figure 1 of the paper; its betas belong to N in billions.
@@ -38,15 +38,15 @@ def holds(interval, truth):
 
 @pytest.mark.parametrize("corpus", PUBLISHED)
 @pytest.mark.parametrize("arm", SIZES)
-@pytest.mark.parametrize("unit", [1.0, 1e-9])
-def test_published_laws_without_noise(corpus, arm, unit):
+@pytest.mark.parametrize("task", [1.0, 1e-9])
+def test_published_laws_without_noise(corpus, arm, task):
     beta, gamma = PUBLISHED[corpus][arm]
     sizes_U = np.array(SIZES[arm])
-    found = power_law.summary(fit(sizes_U, gamma * np.log(beta * unit * sizes_U)), 0.95)
+    found = power_law.summary(fit(sizes_U, gamma * np.log(beta * task * sizes_U)), 0.95)
     assert found["gamma"]["value"] == pytest.approx(gamma, abs=1e-6)
-    assert found["beta"]["value"] == pytest.approx(beta * unit, rel=1e-6)
+    assert found["beta"]["value"] == pytest.approx(beta * task, rel=1e-6)
     assert holds(found["gamma"], gamma)
-    assert holds(found["beta"], beta * unit)
+    assert holds(found["beta"], beta * task)
     assert found["goodness"]["r_squared"] == pytest.approx(1.0)
     assert found["leave_one_out"]["root_mean_square_error"] < 1e-9
 
@@ -94,7 +94,7 @@ def test_perplexities_that_do_not_fall_have_an_unbounded_beta_and_no_comparison(
     flat = fit([1e6, 1e7, 1e8, 1e9], [3.0, 3.1, 2.95, 3.05])
     steep = fit([1e6, 1e7, 1e8, 1e9], [4.0, 3.5, 3.01, 2.5])
     assert power_law.summary(flat, 0.95)["beta"]["low"] is None
-    found = comparison.compare(("a", flat), ("b", steep), against="parameters", confidence=0.95)
+    found = exponents.compare(("a", flat), ("b", steep), against="parameters", confidence=0.95)
     assert found["gamma_ratio"]["low"] is found["gamma_ratio"]["high"] is None
     assert found["verdict"].startswith("The exponents cannot be compared: the perplexity of a is not shown to fall")
 
@@ -102,7 +102,7 @@ def test_perplexities_that_do_not_fall_have_an_unbounded_beta_and_no_comparison(
 def test_equal_perplexities_everywhere_are_still_json():
     constant = fit([1e6, 1e7, 1e8], [3.0, 3.0, 3.0])
     assert power_law.summary(constant, 0.95)["beta"]["low"] is None
-    found = comparison.compare(("a", constant), ("b", constant), against="parameters", confidence=0.95)
+    found = exponents.compare(("a", constant), ("b", constant), against="parameters", confidence=0.95)
     assert "cannot be compared" in found["verdict"]
 
 
@@ -128,7 +128,7 @@ def test_lack_of_fit_compares_a_bend_with_the_seeds():
 def test_ratio_is_fiellers_interval_and_the_verdict_follows_it():
     sizes_U, noise_U = np.geomspace(1e6, 1e8, 6), 0.004 * np.array([1.0, -1.0, 0.5, -0.5, 1.0, -1.0])
     laws = [fit(sizes_U, 6.0 + gamma * np.log(sizes_U) + noise_U) for gamma in (-0.1, -0.13)]
-    found = comparison.compare(("a", laws[0]), ("b", laws[1]), against="parameters", confidence=0.95)
+    found = exponents.compare(("a", laws[0]), ("b", laws[1]), against="parameters", confidence=0.95)
     # Fieller's quadratic; equal scatters of equal designs leave Welch 4 + 4 degrees of freedom where r is about 1.
     gammas, variance = [law.gamma for law in laws], laws[0].line.covariance_KxK[1, 1]
     for r in (found["gamma_ratio"]["low"], found["gamma_ratio"]["high"]):
@@ -136,10 +136,10 @@ def test_ratio_is_fiellers_interval_and_the_verdict_follows_it():
         t = (gammas[1] - r * gammas[0]) / math.sqrt(variance * (1 + r**2))
         assert 2 * scipy.stats.t.sf(abs(t), degrees) == pytest.approx(0.05, rel=1e-6)
     assert found["verdict"].startswith("The data support a steeper exponent of b than of a")
-    back = comparison.compare(("b", laws[1]), ("a", laws[0]), against="parameters", confidence=0.95)
+    back = exponents.compare(("b", laws[1]), ("a", laws[0]), against="parameters", confidence=0.95)
     assert back["verdict"].startswith("The data support a shallower exponent of a than of b")
     assert back["gamma_ratio"]["low"] == pytest.approx(1.0 / found["gamma_ratio"]["high"])
-    same = comparison.compare(("a", laws[0]), ("a2", laws[0]), against="parameters", confidence=0.95)
+    same = exponents.compare(("a", laws[0]), ("a2", laws[0]), against="parameters", confidence=0.95)
     assert same["verdict"].startswith("The data do not support a difference")
     assert same["perplexity_ratio"]["value"] == pytest.approx(1.0)
 
@@ -160,7 +160,7 @@ def test_intervals_of_500_sweeps_cover_the_published_laws(sizes, seeds):
                 runs_of(x_U, losses_UxM), against="parameters", samples=1000, generator=generator
             )
         found = power_law.summary(fitted["continued"], 0.95)
-        found |= comparison.compare(*fitted.items(), against="parameters", confidence=0.95)
+        found |= exponents.compare(*fitted.items(), against="parameters", confidence=0.95)
         truth["perplexity_ratio"] = math.prod(
             (beta * x_U[-1]) ** (sign * gamma) for (beta, gamma), sign in zip(laws.values(), (-1, 1), strict=True)
         )
@@ -173,8 +173,8 @@ def test_intervals_of_500_sweeps_cover_the_published_laws(sizes, seeds):
 
 def test_bounds_of_draws_that_run_away_or_do_not_exist():
     drawn_S = np.concatenate([np.linspace(0.0, 1.0, 96), [np.nan] * 4])
-    assert draws.interval(0.5, drawn_S, 0.95) == {"value": 0.5, "low": None, "high": None}
-    bounded = draws.interval(0.5, drawn_S, 0.9)
+    assert bootstrap.interval(0.5, drawn_S, 0.95) == {"value": 0.5, "low": None, "high": None}
+    bounded = bootstrap.interval(0.5, drawn_S, 0.9)
     assert 0.0 <= bounded["low"] < 0.02
     assert 0.98 < bounded["high"] <= 1.0
-    assert draws.interval(math.inf, None, 0.9) == {"value": None, "low": None, "high": None}
+    assert bootstrap.interval(math.inf, None, 0.9) == {"value": None, "low": None, "high": None}

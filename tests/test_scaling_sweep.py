@@ -1,4 +1,4 @@
-"""Sweeps before and around their compute: what is checked, what is shared, what a budget buys, how units are run."""
+"""Sweeps before and around their compute: what is checked, what is shared, what a budget buys, how tasks are run."""
 
 import json
 import pathlib
@@ -14,8 +14,8 @@ from configs.sweeps import point
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.models import flops
 from mlpmem_jax.models.gpt2 import GPT2Config
-from mlpmem_jax.scaling import budgets, launching, runner, sweep, units
-from mlpmem_jax.scaling.units import Unit
+from mlpmem_jax.scaling import budgets, launching, runner, sweep, tasks
+from mlpmem_jax.scaling.tasks import Task
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs" / "sweeps").glob("*_*.py"))
 READY = [file for file in FILES if file.stem not in ("__init__", "gpt2_sizes")]
@@ -170,7 +170,7 @@ def test_quickstart_sizes_are_five_over_one_and_a_half_decades():
 
 
 def counts(found):
-    verbs = [unit.verb for unit in units.of_sweep(found)]
+    verbs = [task.verb for task in tasks.of_sweep(found)]
     return {verb: verbs.count(verb) for verb in dict.fromkeys(verbs)}
 
 
@@ -188,16 +188,16 @@ def test_points_share_what_they_can(tmp_path):
 
 
 def test_units_come_after_what_they_need_and_link_to_it(tmp_path):
-    found = units.of_sweep(sweep.read(file_of(tmp_path, SIZES)))
-    names = [unit.name for unit in found]
-    for unit in found:
-        assert all(names.index(needed) < names.index(unit.name) for needed in unit.needs)
+    found = tasks.of_sweep(sweep.read(file_of(tmp_path, SIZES)))
+    names = [task.name for task in found]
+    for task in found:
+        assert all(names.index(needed) < names.index(task.name) for needed in task.needs)
         places = {each.config.workdir for each in found}
-        assert all(any(target.startswith(place) for place in places) for target in unit.links.values())
-    longest = max(found, key=lambda unit: unit.path_flops)
+        assert all(any(target.startswith(place) for place in places) for target in task.links.values())
+    longest = max(found, key=lambda task: task.path_flops)
     assert longest.verb == "tokens"
-    large = [unit for unit in found if unit.verb == "base" and unit.config.base.width == 32]
-    small = [unit for unit in found if unit.verb == "base" and unit.config.base.width == 16]
+    large = [task for task in found if task.verb == "base" and task.config.base.width == 32]
+    small = [task for task in found if task.verb == "base" and task.config.base.width == 16]
     assert large[0].path_flops > small[0].path_flops
 
 
@@ -223,7 +223,7 @@ def toy(tmp_path, monkeypatch):
     (tmp_path / "stand_in.py").write_text(CHILD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(runner.worker, "__name__", "stand_in")
-    monkeypatch.setattr(Unit, "is_finished", lambda unit: (pathlib.Path(unit.config.workdir) / "done").exists())
+    monkeypatch.setattr(Task, "is_finished", lambda task: (pathlib.Path(task.config.workdir) / "done").exists())
     monkeypatch.setattr(runner.collection, "row", lambda sweep, point: {"perplexity": 20.0})
     written = []
     monkeypatch.setattr(runner.collection, "write", lambda sweep, names: written.append(set(names)) or "points.csv")
@@ -255,7 +255,7 @@ def test_a_failed_point_is_named_and_does_not_stop_the_others(toy):
 
 def test_what_needs_a_failed_unit_is_not_started(toy):
     found, workdir, written = toy
-    base = next(unit.name for unit in units.of_sweep(found) if unit.verb == "base" and unit.config.base.width == 16)
+    base = next(task.name for task in tasks.of_sweep(found) if task.verb == "base" and task.config.base.width == 16)
     (workdir / "fails.txt").write_text(base)
     with pytest.raises(UserError, match="points without a result: w16-continued, w16-augmented"):
         runner.run(found, 1)
@@ -267,7 +267,7 @@ def test_no_more_children_than_workers_and_none_before_what_it_needs(toy):
     found, workdir, _ = toy
     runner.run(found, 2)
     at_once, done = set(), set()
-    needs = {unit.name: unit.needs for unit in units.of_sweep(found)}
+    needs = {task.name: task.needs for task in tasks.of_sweep(found)}
     for line in (workdir / "order.txt").read_text().splitlines():
         what, name = line.split()
         if what == "start":
@@ -302,7 +302,7 @@ def test_a_sweep_that_is_stopped_stops_its_children(toy):
 
 @pytest.mark.parametrize(("workers", "workdir", "message"), [(0, "x", "--workers=0"), (1, "gs://b/x", "--launch")])
 def test_what_cannot_be_run_here(tmp_path, monkeypatch, workers, workdir, message):
-    monkeypatch.setattr(Unit, "is_finished", lambda unit: False)
+    monkeypatch.setattr(Task, "is_finished", lambda task: False)
     with pytest.raises(UserError, match=message):
         runner.run(sweep.read(file_of(tmp_path, SIZES, workdir=workdir)), workers)
 

@@ -19,7 +19,7 @@ from mlpmem_jax.core import runtime
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.corpus.tokens import TokenStream
-from mlpmem_jax.evaluation import breakdown, comparison, intervals, provenance, report, wording
+from mlpmem_jax.evaluation import breakdown, intervals, perplexities, provenance, report, wording
 from mlpmem_jax.evaluation.inputs import HELD_OUT, Inputs, open_inputs
 from mlpmem_jax.evaluation.sharpness import SharpnessMean, rows_of_ragged
 from mlpmem_jax.models import saved, scoring
@@ -48,7 +48,7 @@ def run(config: ml_collections.ConfigDict) -> dict:
     parameters, model, _ = saved.load_memory(opened.artifacts["memory"].path, opened.sharding)
     scores = {split: _scores(opened, split, parameters, model) for split in HELD_OUT}
     confidence = config.evaluation.confidence
-    metrics = comparison.compare(scores["validation"], scores["test"], confidence=confidence)
+    metrics = perplexities.compare(scores["validation"], scores["test"], confidence=confidence)
     metrics["confidence"] = confidence
     weights = metrics["interpolation_weight"]
     metrics["sharpness"], sample = _distributions(opened, parameters, model, weights["memory"])
@@ -67,7 +67,7 @@ def _computed_by(opened: Inputs) -> dict:
     return {"sharding": opened.sharding, "compute_dtype": opened.compute_dtype}
 
 
-def _scores(opened: Inputs, split: str, parameters: dict, model) -> comparison.Scores:
+def _scores(opened: Inputs, split: str, parameters: dict, model) -> perplexities.Scores:
     datastore, count = opened.artifacts[f"datastore/{split}"], opened.sequences(split)[0]
     labels_SxT = opened.targets(split).label_probabilities(0, count)
     with np.errstate(divide="ignore"):
@@ -80,7 +80,7 @@ def _scores(opened: Inputs, split: str, parameters: dict, model) -> comparison.S
         else:
             loaded = saved.load_language_model(artifact.path, opened.sharding)[:2]
             other_models[name] = _language_model_scores(opened, split, *loaded, name)
-    return comparison.Scores(
+    return perplexities.Scores(
         base=datastore.read("base_log_probabilities", 0, count),
         memory=_memory_scores(opened, split, parameters, model, "memory"),
         knn=knn_SxT,
@@ -207,7 +207,7 @@ def _knn_rows(targets: TargetsReader, first: int, count: int, rows_N: np.ndarray
 
 
 def _breakdown(
-    opened: Inputs, test: comparison.Scores, weights: dict[str, float], sample: tuple[np.ndarray, np.ndarray]
+    opened: Inputs, test: perplexities.Scores, weights: dict[str, float], sample: tuple[np.ndarray, np.ndarray]
 ) -> dict:
     """Gains over the base by token frequency, by context frequency, and at the sample's positions by entropy.
 
@@ -217,7 +217,7 @@ def _breakdown(
       sample: positions [N] of the split, and the base's entropy there.
     """
     sequences = opened.sequences("test")[0]
-    systems = {name: scores.ravel() for name, scores in comparison.mixtures(test, weights).items()}
+    systems = {name: scores.ravel() for name, scores in perplexities.mixtures(test, weights).items()}
     base_N = systems.pop("base")
     clusters_N = intervals.clusters_of(test.documents)[1].ravel()
     context_N, next_N = (part.ravel() for part in opened.tokens("test", 0, sequences))

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from mlpmem_jax.scaling import draws
+from mlpmem_jax.scaling import bootstrap
 from mlpmem_jax.scaling.points import Runs, set_of
 from mlpmem_jax.scaling.power_law import with_errors
 
@@ -53,8 +53,8 @@ def fit(runs: Runs, *, confidence: float, samples: int, generator: np.random.Gen
     Args:
       runs: for which `absent` finds nothing.
       confidence: of the intervals.
-      samples: draws for the intervals; at most 500 are refitted.
-      generator: of the draws.
+      samples: bootstrap replicates for the intervals; at most 500 are refitted.
+      generator: of the replicates.
 
     Returns:
       {value, low, high} for E, A, B, a, b and for the exponents optimal_parameters and optimal_tokens in
@@ -65,11 +65,11 @@ def fit(runs: Runs, *, confidence: float, samples: int, generator: np.random.Gen
     residuals_R = np.log(runs.losses_R) - points.log_losses(fitted_5)
     degrees_of_freedom = len(runs) - len(COEFFICIENTS)
     scatter = max(float(np.sqrt(residuals_R @ residuals_R / degrees_of_freedom)), _PRECISION)
-    noise_SxR = draws.noise(scatter, degrees_of_freedom, (min(samples, _REFITS), len(runs)), generator)
+    noise_SxR = bootstrap.noise(scatter, degrees_of_freedom, (min(samples, _REFITS), len(runs)), generator)
     drawn_Sx5 = points.refit(points.log_losses(fitted_5) + noise_SxR, np.ones_like(noise_SxR), fitted_5)
-    values, of_draws = points.coefficients(fitted_5), points.coefficients(drawn_Sx5)
+    values, of_replicates = points.coefficients(fitted_5), points.coefficients(drawn_Sx5)
     return {
-        **{name: draws.interval(values[name], of_draws[name], confidence) for name in values},
+        **{name: bootstrap.interval(values[name], of_replicates[name], confidence) for name in values},
         "goodness": _goodness(runs, residuals_R, scatter),
         "leave_one_out": _leave_one_out(runs, fitted_5),
         "refits": len(drawn_Sx5),

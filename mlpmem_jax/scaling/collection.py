@@ -1,4 +1,4 @@
-"""points.csv: one row for each finished point, read from what its units left."""
+"""points.csv: one row for each finished point, read from what its tasks left."""
 
 from __future__ import annotations
 

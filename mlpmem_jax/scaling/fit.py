@@ -8,7 +8,7 @@ from etils import epath
 
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.scaling import chinchilla, comparison, draws, figure, frontier, points, power_law
+from mlpmem_jax.scaling import bootstrap, chinchilla, exponents, figure, frontier, points, power_law
 
 INTERVALS = (
     "parametric bootstrap in Student's form over sizes: the seeds of a run are averaged; sweeps are drawn from the "
@@ -36,8 +36,8 @@ def run(
       against: "parameters" for PPL = (beta N)^gamma, "flops" for the same law in training compute, for sweeps of one
         size over several budgets.
       confidence: of the intervals, between 0 and 1.
-      samples: draws for the intervals.
-      seed: of the draws; the same points and seed give the same bytes.
+      samples: bootstrap replicates for the intervals.
+      seed: of the replicates; the same points and seed give the same bytes.
 
     Returns:
       What fit.json holds.
@@ -50,7 +50,9 @@ def run(
     if not 0.0 < confidence < 1.0:
         raise UserError(f"confidence={confidence}: expected a number between 0 and 1, for example 0.95")
     if samples < (least := round(20 / (1.0 - confidence))):
-        raise UserError(f"samples={samples}: an interval of {100 * confidence:g} % needs at least {least} draws")
+        raise UserError(
+            f"samples={samples}: an interval of {100 * confidence:g} % needs at least {least} bootstrap replicates"
+        )
     sweep = points.read(points_csv, against)
     fitted, laws = fit(sweep, against=against, confidence=confidence, samples=samples, seed=seed)
     folder = epath.Path(output_dir)
@@ -76,21 +78,21 @@ def fit(
     laws, arms = {}, {}
     for name, runs in sweep.arms.items():
         laws[name] = power_law.fit(
-            runs, against=against, samples=samples, generator=draws.generator_of(seed, name, "power_law")
+            runs, against=against, samples=samples, generator=bootstrap.generator_of(seed, name, "power_law")
         )
         arms[name] = {"power_law": power_law.summary(laws[name], confidence), "chinchilla": None}
         if reason := chinchilla.absent(runs):
             arms[name]["chinchilla_absent"] = reason
         else:
-            generator = draws.generator_of(seed, name, "chinchilla")
+            generator = bootstrap.generator_of(seed, name, "chinchilla")
             arms[name]["chinchilla"] = chinchilla.fit(runs, **options, generator=generator)
         arms[name]["frontier"] = {
-            kind.__name__: kind(runs, **options, generator=draws.generator_of(seed, name, kind.__name__))
+            kind.__name__: kind(runs, **options, generator=bootstrap.generator_of(seed, name, kind.__name__))
             for kind in (frontier.envelope, frontier.isoflop)
         }
     comparisons = [
-        comparison.compare((one, laws[one]), (other, laws[other]), against=against, confidence=confidence)
-        for one, other in comparison.pairs(list(laws))
+        exponents.compare((one, laws[one]), (other, laws[other]), against=against, confidence=confidence)
+        for one, other in exponents.pairs(list(laws))
     ]
     fitted = {
         "against": against,

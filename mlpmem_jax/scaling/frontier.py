@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 import scipy.linalg
 
-from mlpmem_jax.scaling import draws
+from mlpmem_jax.scaling import bootstrap
 from mlpmem_jax.scaling.points import LEAST_SIZES, Runs, set_of
 from mlpmem_jax.scaling.power_law import described
 
@@ -49,9 +49,9 @@ def envelope(runs: Runs, *, confidence: float, samples: int, generator: np.rando
         ("optimal_tokens", np.log(frontier.tokens_R), -1.0),
         ("perplexity", frontier.losses_R, 0.0),
     ):
-        line = draws.least_squares(design_UxK, values_U, samples, generator)
-        drawn_S = line.draws_SxK[:, 1] + spread * of_spread_S
-        exponents[name] = draws.interval(line.coefficients_K[1], drawn_S, confidence)
+        line = bootstrap.least_squares(design_UxK, values_U, samples, generator)
+        drawn_S = line.replicates_SxK[:, 1] + spread * of_spread_S
+        exponents[name] = bootstrap.interval(line.coefficients_K[1], drawn_S, confidence)
     return {"exponents": exponents, "runs": described(frontier)}
 
 
@@ -119,7 +119,9 @@ class _Parabola:
         for name, value in self.optimum(self.coefficients_3).items():
             drawn_S = None if self.draws_Sx3 is None else self.optimum(self.draws_Sx3)[name]
             with np.errstate(over="ignore"):
-                bounds[name] = draws.interval(np.exp(value), None if drawn_S is None else np.exp(drawn_S), confidence)
+                bounds[name] = bootstrap.interval(
+                    np.exp(value), None if drawn_S is None else np.exp(drawn_S), confidence
+                )
         return {
             "flops": float(np.median(self.budget.flops_R)),
             "center": self.center,
@@ -139,13 +141,13 @@ def _parabolas(budgets: list[Runs], samples: int, generator: np.random.Generator
         for budget, center in zip(budgets, centers, strict=True)
     ]
     losses_U = np.concatenate([budget.losses_R for budget in budgets])
-    fitted = draws.least_squares(scipy.linalg.block_diag(*blocks), losses_U, samples, generator)
+    fitted = bootstrap.least_squares(scipy.linalg.block_diag(*blocks), losses_U, samples, generator)
     return [
         _Parabola(
             budget,
             center,
             fitted.coefficients_K[3 * block : 3 * block + 3],
-            None if fitted.draws_SxK is None else fitted.draws_SxK[:, 3 * block : 3 * block + 3],
+            None if fitted.replicates_SxK is None else fitted.replicates_SxK[:, 3 * block : 3 * block + 3],
         )
         for block, (budget, center) in enumerate(zip(budgets, centers, strict=True))
     ]
@@ -161,5 +163,5 @@ def _exponents(parabolas: list[_Parabola], confidence: float) -> dict:
         slopes_S = None
         if parabolas[0].draws_Sx3 is not None:
             slopes_S = weights_U @ np.array([parabola.optimum(parabola.draws_Sx3)[name] for parabola in parabolas])
-        exponents[key] = draws.interval(slope, slopes_S, confidence)
+        exponents[key] = bootstrap.interval(slope, slopes_S, confidence)
     return exponents

@@ -1,7 +1,7 @@
-"""Writes the units of a sweep as jobs for `launch/`: one config and one command each, a script for each level.
+"""Writes the tasks of a sweep as jobs for `launch/`: one config and one command each, a script for each level.
 
-Units of a level need those of the levels before and nothing of their own level, so all jobs of a script may run at
-once. Finished units are left out; run again when jobs have failed, what is left is written.
+Tasks of a level need those of the levels before and nothing of their own level, so all jobs of a script may run at
+once. Finished tasks are left out; run again when jobs have failed, what is left is written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.scaling.sweep import Sweep
-from mlpmem_jax.scaling.units import SHARED, Unit, of_sweep
+from mlpmem_jax.scaling.tasks import SHARED, Task, of_sweep
 
 FOLDER = pathlib.Path("runs/launch")
 _LEVELS = (*SHARED, "points")
@@ -32,7 +32,7 @@ set -e
 
 
 def write(sweep: Sweep, kind: str) -> list[pathlib.Path]:
-    """Writes the scripts and configs of every unfinished unit into runs/launch/SWEEP, and the links into the workdir.
+    """Writes the scripts and configs of every unfinished task into runs/launch/SWEEP, and the links into the workdir.
 
     Args:
       sweep: a checked sweep.
@@ -45,10 +45,10 @@ def write(sweep: Sweep, kind: str) -> list[pathlib.Path]:
     if folder.exists():
         shutil.rmtree(folder)  # jobs that have finished since must not be sent again
     folder.mkdir(parents=True)
-    left = [unit for unit in of_sweep(sweep) if not unit.is_finished()]
+    left = [task for task in of_sweep(sweep) if not task.is_finished()]
     scripts = []
     for number, level in enumerate(_LEVELS):
-        members = [unit for unit in left if (unit.verb if unit.verb in SHARED else "points") == level]
+        members = [task for task in left if (task.verb if task.verb in SHARED else "points") == level]
         if not members:
             continue
         script = folder / f"{number}-{level}.sh"
@@ -56,19 +56,19 @@ def write(sweep: Sweep, kind: str) -> list[pathlib.Path]:
         head = _HEAD.format(
             count=len(members), sweep=sweep.name, before=before, kind=kind, script=script, example=_EXAMPLES[kind]
         )
-        script.write_text(head + "".join(_command(unit, kind, folder) for unit in members))
+        script.write_text(head + "".join(_command(task, kind, folder) for task in members))
         scripts.append(script)
     for script in scripts:
         say(f"sh {script} {_EXAMPLES[kind]}")
-    say("then, for points.csv: the same mlpmem sweep without --launch" if scripts else "every unit is finished")
+    say("then, for points.csv: the same mlpmem sweep without --launch" if scripts else "every task is finished")
     return scripts
 
 
-def _command(unit: Unit, kind: str, folder: pathlib.Path) -> str:
-    """The line that sends a unit's job; the caller's options come last."""
-    config = folder / f"{unit.name}.py"
-    config.write_text(unit.prepare())
+def _command(task: Task, kind: str, folder: pathlib.Path) -> str:
+    """The line that sends a task's job; the caller's options come last."""
+    config = folder / f"{task.name}.py"
+    config.write_text(task.prepare())
     # A name of Kubernetes is taken until it is deleted: another config of the same point is another job.
-    name = f"{unit.name}-{hashlib.sha256(config.read_bytes()).hexdigest()[:6]}"
-    words = [sys.executable, "-m", f"launch.{kind}", f"--name={name}", f"--stage={unit.verb}", f"--config={config}"]
+    name = f"{task.name}-{hashlib.sha256(config.read_bytes()).hexdigest()[:6]}"
+    words = [sys.executable, "-m", f"launch.{kind}", f"--name={name}", f"--stage={task.verb}", f"--config={config}"]
     return f'{shlex.join(words)} "$@"\n'

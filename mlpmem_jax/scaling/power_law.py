@@ -12,13 +12,13 @@ import math
 import numpy as np
 import scipy.special
 
-from mlpmem_jax.scaling import draws
+from mlpmem_jax.scaling import bootstrap
 from mlpmem_jax.scaling.points import Runs
 
 
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-    """A fitted law and its draws. The line is L = height + gamma (log X - center).
+    """A fitted law and its bootstrap replicates. The line is L = height + gamma (log X - center).
 
     Attributes:
       runs: the runs it was fitted to, one for each X.
@@ -30,7 +30,7 @@ class PowerLaw:
     runs: Runs
     x_U: np.ndarray
     center: float
-    line: draws.LeastSquares
+    line: bootstrap.LeastSquares
 
     @property
     def gamma(self) -> float:
@@ -42,7 +42,7 @@ class PowerLaw:
 
     @property
     def log_betas_S(self) -> np.ndarray:
-        heights_S, gammas_S = self.line.draws_SxK.T
+        heights_S, gammas_S = self.line.replicates_SxK.T
         return _log_beta(heights_S, gammas_S, self.center, self.gamma)
 
     def combination(self, weights_2: np.ndarray) -> tuple[float, float]:
@@ -55,8 +55,8 @@ class PowerLaw:
         return height + gamma * (np.log(x) - self.center)
 
     def drawn_losses(self, x_G: np.ndarray) -> np.ndarray:
-        """log PPL at x by every draw, [S, G]."""
-        heights_S, gammas_S = self.line.draws_SxK.T
+        """log PPL at x of every replicate, [S, G]."""
+        heights_S, gammas_S = self.line.replicates_SxK.T
         return heights_S[:, None] + gammas_S[:, None] * (np.log(x_G) - self.center)
 
 
@@ -74,13 +74,13 @@ def fit(runs: Runs, *, against: str, samples: int, generator: np.random.Generato
     Args:
       runs: of one arm, at least three different X.
       against: "parameters", or "flops" for a law in training compute (runs of about equal compute share an X).
-      samples: draws for the intervals.
-      generator: of the draws.
+      samples: bootstrap replicates for the intervals.
+      generator: of the replicates.
     """
     used = runs.best(runs.budgets() if against == "flops" else runs.parameters_R)
     x_U = used.flops_R if against == "flops" else used.parameters_R
     center = float(np.mean(np.log(x_U)))
-    return PowerLaw(used, x_U, center, draws.least_squares(_design(x_U, center), used.losses_R, samples, generator))
+    return PowerLaw(used, x_U, center, bootstrap.least_squares(_design(x_U, center), used.losses_R, samples, generator))
 
 
 def _design(x_U: np.ndarray, center: float) -> np.ndarray:
@@ -93,8 +93,8 @@ def summary(law: PowerLaw, confidence: float) -> dict:
     beta.low and beta.high are None where the interval of gamma includes zero, because beta is then unbounded.
     """
     with np.errstate(over="ignore"):
-        beta = draws.interval(np.exp(law.log_beta), np.exp(law.log_betas_S), confidence)
-    gamma = draws.interval(law.gamma, law.line.draws_SxK[:, 1], confidence)
+        beta = bootstrap.interval(np.exp(law.log_beta), np.exp(law.log_betas_S), confidence)
+    gamma = bootstrap.interval(law.gamma, law.line.replicates_SxK[:, 1], confidence)
     if gamma["low"] <= 0.0 <= gamma["high"]:
         beta |= {"low": None, "high": None}
     return {

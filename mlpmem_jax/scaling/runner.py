@@ -1,4 +1,4 @@
-"""Runs the units of a sweep on this machine, so many at once, and shows how far they are."""
+"""Runs the tasks of a sweep on this machine, so many at once, and shows how far they are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlpmem_jax.core.errors import Stopped, UserError
 from mlpmem_jax.core.progress import live, say
 from mlpmem_jax.scaling import collection, table, worker
 from mlpmem_jax.scaling.sweep import Sweep
-from mlpmem_jax.scaling.units import Unit, of_sweep
+from mlpmem_jax.scaling.tasks import Task, of_sweep
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 120.0  # from SIGTERM to SIGKILL: time for a checkpoint
@@ -25,7 +25,7 @@ _GRACE_SECONDS = 120.0  # from SIGTERM to SIGKILL: time for a checkpoint
 
 @dataclasses.dataclass
 class State:
-    """How far a unit is.
+    """How far a task is.
 
     Attributes:
       phase: "waits", "runs", "finished", "failed", or "skipped" (what it needs has failed).
@@ -40,7 +40,7 @@ class State:
 
 @dataclasses.dataclass
 class _Child:
-    unit: Unit
+    task: Task
     process: subprocess.Popen
     log: pathlib.Path
     slot: int
@@ -48,9 +48,9 @@ class _Child:
 
 
 def run(sweep: Sweep, workers: int) -> None:
-    """Runs every unit that is not finished, `workers` at once, and writes points.csv.
+    """Runs every task that is not finished, `workers` at once, and writes points.csv.
 
-    A unit that fails does not stop those that do not need it. Run again, finished units are left as they are and
+    A task that fails does not stop those that do not need it. Run again, finished tasks are left as they are and
     unfinished ones go on from their last shard or checkpoint.
 
     Args:
@@ -61,23 +61,23 @@ def run(sweep: Sweep, workers: int) -> None:
       UserError: `workers` cannot be, the workdir is not on this machine, or points failed; they are named.
       Stopped: SIGTERM or SIGINT came; children were asked to write checkpoints.
     """
-    units = of_sweep(sweep)
-    states = {unit.name: State("finished" if unit.is_finished() else "waits") for unit in units}
-    rows = table.Rows(sweep, units, states)
-    say(f"{sweep.name}: {len(sweep.points)} points, {len(units)} units, {rows.finished} of them finished already")
-    stopped = rows.finished < len(units) and _run_units(sweep, units, states, rows, workers)
+    tasks = of_sweep(sweep)
+    states = {task.name: State("finished" if task.is_finished() else "waits") for task in tasks}
+    rows = table.Rows(sweep, tasks, states)
+    say(f"{sweep.name}: {len(sweep.points)} points, {len(tasks)} tasks, {rows.finished} of them finished already")
+    stopped = rows.finished < len(tasks) and _run_tasks(sweep, tasks, states, rows, workers)
     finished = {point.name for point in sweep.points if states[point.name].phase == "finished"}
     if finished:
         say(f"{len(finished)} of {len(sweep.points)} points: {collection.write(sweep, finished)}")
     if stopped:
         raise Stopped(f"{sweep.name}: asked to stop; what was done is kept, run the same command again")
-    if failed := [unit for unit in units if states[unit.name].phase == "failed"]:
-        reasons = "\n  ".join(f"{unit.name}: {states[unit.name].reason}" for unit in failed)
+    if failed := [task for task in tasks if states[task.name].phase == "failed"]:
+        reasons = "\n  ".join(f"{task.name}: {states[task.name].reason}" for task in failed)
         missing = [point.name for point in sweep.points if point.name not in finished]
         raise UserError(f"these failed:\n  {reasons}\npoints without a result: {', '.join(missing)}")
 
 
-def _run_units(sweep: Sweep, units: list[Unit], states: dict[str, State], rows: table.Rows, workers: int) -> bool:
+def _run_tasks(sweep: Sweep, tasks: list[Task], states: dict[str, State], rows: table.Rows, workers: int) -> bool:
     """Runs what is left and keeps `states`; returns whether it was asked to stop before the end."""
     cores = _cores()
     if not 1 <= workers <= len(cores):
@@ -97,18 +97,18 @@ def _run_units(sweep: Sweep, units: list[Unit], states: dict[str, State], rows: 
                     children.remove(child)
                     _note_end(child, states)
                     if not is_live:
-                        say(rows.line(child.unit))
+                        say(rows.line(child.task))
                 free = sorted(set(range(workers)) - {child.slot for child in children})
-                ready = _ready(units, states)
+                ready = _ready(tasks, states)
                 if not children and not ready:
                     return False
-                for slot, unit in zip(free, ready, strict=False):
-                    children.append(_started(unit, slot, cores[slot::workers], logs, lock))
-                    states[unit.name].phase = "runs"
+                for slot, task in zip(free, ready, strict=False):
+                    children.append(_started(task, slot, cores[slot::workers], logs, lock))
+                    states[task.name].phase = "runs"
                     if not is_live:
-                        say(rows.line(unit))
+                        say(rows.line(task))
                 for child in children:
-                    states[child.unit.name].seconds = time.monotonic() - child.start
+                    states[child.task.name].seconds = time.monotonic() - child.start
                 time.sleep(_POLL_SECONDS)
             return True
         finally:
@@ -160,26 +160,26 @@ def _stop_requests() -> Iterator:
             signal.signal(signum, handler)
 
 
-def _ready(units: list[Unit], states: dict[str, State]) -> list[Unit]:
-    """Units that can start, those with the longest way after them first; marks those that never can."""
-    for unit in units:
-        if states[unit.name].phase == "waits" and any(
-            states[needed].phase in ("failed", "skipped") for needed in unit.needs
+def _ready(tasks: list[Task], states: dict[str, State]) -> list[Task]:
+    """Tasks that can start, those with the longest way after them first; marks those that never can."""
+    for task in tasks:
+        if states[task.name].phase == "waits" and any(
+            states[needed].phase in ("failed", "skipped") for needed in task.needs
         ):
-            states[unit.name].phase = "skipped"
+            states[task.name].phase = "skipped"
     ready = [
-        unit
-        for unit in units
-        if states[unit.name].phase == "waits" and all(states[needed].phase == "finished" for needed in unit.needs)
+        task
+        for task in tasks
+        if states[task.name].phase == "waits" and all(states[needed].phase == "finished" for needed in task.needs)
     ]
-    return sorted(ready, key=lambda unit: -unit.path_flops)
+    return sorted(ready, key=lambda task: -task.path_flops)
 
 
-def _started(unit: Unit, slot: int, cores: list[int], logs: pathlib.Path, lock: int) -> _Child:
-    """Starts a unit's child on its cores; what it says goes to a log file of its own."""
-    unit.prepare()
-    log = logs / f"{unit.name}.txt"
-    command = [sys.executable, "-m", worker.__name__, unit.verb, f"--config={unit.config.workdir}/config.py"]
+def _started(task: Task, slot: int, cores: list[int], logs: pathlib.Path, lock: int) -> _Child:
+    """Starts a task's child on its cores; what it says goes to a log file of its own."""
+    task.prepare()
+    log = logs / f"{task.name}.txt"
+    command = [sys.executable, "-m", worker.__name__, task.verb, f"--config={task.config.workdir}/config.py"]
     environment = os.environ | {"MLPMEM_QUIET": "0", worker.PARENT: str(os.getpid())}
     with _on_cores(cores), log.open("a") as output:
         # A session of its own: Ctrl-C reaches the sweep alone, which asks its children for checkpoints.
@@ -192,7 +192,7 @@ def _started(unit: Unit, slot: int, cores: list[int], logs: pathlib.Path, lock: 
             start_new_session=True,
             pass_fds=(lock,),
         )
-    return _Child(unit, process, log, slot, time.monotonic())
+    return _Child(task, process, log, slot, time.monotonic())
 
 
 @contextlib.contextmanager
@@ -210,10 +210,10 @@ def _on_cores(cores: list[int]) -> Iterator[None]:
 
 
 def _note_end(child: _Child, states: dict[str, State]) -> None:
-    state = states[child.unit.name]
+    state = states[child.task.name]
     state.seconds = time.monotonic() - child.start
     code = child.process.returncode
-    if code == 0 and child.unit.is_finished():
+    if code == 0 and child.task.is_finished():
         state.phase = "finished"
         return
     lines = [line for line in child.log.read_text(errors="replace").splitlines() if line.strip()]

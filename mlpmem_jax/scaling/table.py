@@ -7,7 +7,7 @@ import rich.table
 from mlpmem_jax.evaluation import wording
 from mlpmem_jax.scaling import collection
 from mlpmem_jax.scaling.sweep import Point, Sweep
-from mlpmem_jax.scaling.units import Unit
+from mlpmem_jax.scaling.tasks import Task
 
 _COLORS = {"runs": "cyan", "finished": "green", "failed": "red", "skipped": "red"}
 
@@ -17,23 +17,23 @@ class Rows:
 
     Args:
       sweep: whose points are the rows.
-      units: of the sweep.
-      states: unit -> State of `runner`, which changes meanwhile.
+      tasks: of the sweep.
+      states: task -> State of `runner`, which changes meanwhile.
     """
 
-    def __init__(self, sweep: Sweep, units: list[Unit], states: dict):
+    def __init__(self, sweep: Sweep, tasks: list[Task], states: dict):
         self._sweep, self._states = sweep, states
-        self._units = {unit.name: unit for unit in units}
+        self._units = {task.name: task for task in tasks}
         self._perplexities: dict[str, float] = {}
 
     @property
     def finished(self) -> int:
-        """Number of finished units."""
+        """Number of finished tasks."""
         return sum(state.phase == "finished" for state in self._states.values())
 
     def render(self) -> rich.table.Table:
         """The table as it stands."""
-        caption = f"{self.finished} of {len(self._units)} units finished"
+        caption = f"{self.finished} of {len(self._units)} tasks finished"
         drawn = rich.table.Table(title=self._sweep.name, caption=caption)
         for name, justify in (
             *(("point", "left"), ("arm", "left"), ("seed", "right"), ("FLOPs", "right"), ("steps", "right")),
@@ -51,29 +51,29 @@ class Rows:
             )
         return drawn
 
-    def line(self, unit: Unit) -> str:
-        """One line of a log about a unit that has just started or ended."""
-        state = self._states[unit.name]
-        text = f"[{self.finished} of {len(self._units)}] {unit.name} {state.phase}"
+    def line(self, task: Task) -> str:
+        """One line of a log about a task that has just started or ended."""
+        state = self._states[task.name]
+        text = f"[{self.finished} of {len(self._units)}] {task.name} {state.phase}"
         if state.phase == "runs":
             return text
         text += f" after {state.seconds:,.0f} s"
         if state.phase == "failed":
             return f"{text}: {state.reason}"
-        points = [point for point in self._sweep.points if point.name == unit.name]
+        points = [point for point in self._sweep.points if point.name == task.name]
         return f"{text}, perplexity {self._perplexity(points[0])}" if points else text
 
     def _words(self, point: Point) -> tuple:
         """The state that says most about a point, in words: its own, or that of what it waits for."""
-        unit = self._units[point.name]
+        task = self._units[point.name]
         state = self._states[point.name]
         if state.phase not in ("waits", "skipped"):
             return state, state.phase
-        while unit.needs:
-            unit = self._units[unit.needs[0]]
-            needed = self._states[unit.name]
+        while task.needs:
+            task = self._units[task.needs[0]]
+            needed = self._states[task.name]
             if needed.phase in ("runs", "failed"):
-                return needed, f"{unit.verb} {needed.phase}"
+                return needed, f"{task.verb} {needed.phase}"
         return state, state.phase
 
     def _perplexity(self, point: Point) -> str:

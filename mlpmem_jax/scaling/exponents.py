@@ -9,7 +9,7 @@ import scipy.optimize
 import scipy.special
 
 from mlpmem_jax.evaluation.wording import magnitude
-from mlpmem_jax.scaling import draws
+from mlpmem_jax.scaling import bootstrap
 from mlpmem_jax.scaling.points import SAME_BUDGET
 from mlpmem_jax.scaling.power_law import PowerLaw, goodness
 
@@ -62,7 +62,7 @@ def compare(reference: tuple[str, PowerLaw], other: tuple[str, PowerLaw], *, aga
         "perplexity_ratio": _perplexity_ratio(laws, confidence),
         "equal_compute": _equal_compute(*laws),
     }
-    gammas = [draws.interval(each.gamma, each.line.draws_SxK[:, 1], confidence) for each in laws]
+    gammas = [bootstrap.interval(each.gamma, each.line.replicates_SxK[:, 1], confidence) for each in laws]
     return found | {"verdict": " ".join(_sentences(found, laws, gammas, against, confidence))}
 
 
@@ -98,7 +98,7 @@ def _ratio(laws: Laws, confidence: float) -> dict:
         bounds[name] = float(scipy.optimize.brentq(margin, ratio, outside[0])) if outside else None
     if None in bounds.values():
         bounds = {"low": None, "high": None}
-    return {"value": draws.finite(ratio), **bounds}
+    return {"value": bootstrap.finite(ratio), **bounds}
 
 
 def _includes(interval: dict, value: float) -> bool:
@@ -115,7 +115,7 @@ def _perplexity_ratio(laws: Laws, confidence: float) -> dict | None:
     low, high = _difference(laws, [np.array([1.0, math.log(x) - law.center]) for law in laws], confidence)
     bounds = {"low": low, "value": (low + high) / 2.0, "high": high}
     with np.errstate(over="ignore"):
-        return {"x": float(x)} | {name: draws.finite(np.exp(bounds[name])) for name in ("value", "low", "high")}
+        return {"x": float(x)} | {name: bootstrap.finite(np.exp(bounds[name])) for name in ("value", "low", "high")}
 
 
 def _equal_compute(law: PowerLaw, other: PowerLaw) -> bool:

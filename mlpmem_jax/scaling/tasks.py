@@ -1,7 +1,7 @@
-"""What a sweep has to run: one unit for each artifact that points share, and one for each point.
+"""What a sweep has to run: one task for each artifact that points share, and one for each point.
 
-A unit is one verb of mlpmem in a working directory of its own, in which links stand for the artifacts that other
-units make. A shared unit's folder is named by a digest of every config key that its artifact depends on, so points
+A task is one verb of mlpmem in a working directory of its own, in which links stand for the artifacts that other
+tasks make. A shared task's folder is named by a digest of every config key that its artifact depends on, so points
 that need the same one find the same folder, in this sweep and in a later one of the same workdir; the artifacts' own
 checks of their origin stand behind that.
 
@@ -33,16 +33,16 @@ _CHAINS = {"augmented": SHARED, "continued": SHARED[:2]}  # what a point of the 
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class Task:
     """One verb in one working directory.
 
     Attributes:
       name: of its folder, and of its job.
       verb: of mlpmem.
-      config: resolved, its workdir the unit's folder.
-      needs: names of the units that must be finished before.
+      config: resolved, its workdir the task's folder.
+      needs: names of the tasks that must be finished before.
       links: folder in the workdir -> the artifact that it stands for.
-      path_flops: training compute from here to the end of the longest chain of units, to know what to start first.
+      path_flops: training compute from here to the end of the longest chain of tasks, to know what to start first.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Unit:
         workdir = epath.Path(self.config.workdir)
         for folder, target in self.links.items():
             manifests.link(workdir / folder, target)
-        text = configs.as_file(self.config, f"Unit {self.name} of a sweep")
+        text = configs.as_file(self.config, f"Task {self.name} of a sweep")
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.py").write_text(text)
         return text
@@ -83,7 +83,7 @@ class Unit:
 
 
 def _products(verb: str, config: ml_collections.ConfigDict) -> list[str]:
-    """Folders of the artifacts that a shared unit makes."""
+    """Folders of the artifacts that a shared task makes."""
     if verb == "tokens":
         return ["tokens"]
     if verb == "base":
@@ -96,7 +96,7 @@ def _products(verb: str, config: ml_collections.ConfigDict) -> list[str]:
 
 
 def _digest(verb: str, config: ml_collections.ConfigDict) -> str:
-    """Of every key that the artifacts of a shared unit depend on."""
+    """Of every key that the artifacts of a shared task depend on."""
     parts = {"corpus": configs.plain(config.corpus), "tokenizer": configs.plain(config.tokenizer)}
     if verb != "tokens":
         parts |= {"base": configs.plain(config.base), "key_model": config.datastore.key_model}
@@ -107,36 +107,36 @@ def _digest(verb: str, config: ml_collections.ConfigDict) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def of_sweep(sweep: Sweep) -> list[Unit]:
-    """Every unit, each after those that it needs."""
-    found: dict[str, Unit] = {}
+def of_sweep(sweep: Sweep) -> list[Task]:
+    """Every task, each after those that it needs."""
+    found: dict[str, Task] = {}
     for point in sweep.points:
         chain, links = [], {}
         for verb in _CHAINS[point.arm]:
             name = f"{verb}-{_digest(verb, point.config)}"
             config = ml_collections.ConfigDict(point.config.to_dict())
             config.workdir = str(epath.Path(sweep.workdir) / "shared" / name)
-            found.setdefault(name, Unit(name, verb, config, tuple(chain[-1:]), dict(links), _flops(verb, config)))
+            found.setdefault(name, Task(name, verb, config, tuple(chain[-1:]), dict(links), _flops(verb, config)))
             links |= {folder: f"{config.workdir}/{folder}" for folder in _products(verb, config)}
             chain.append(name)
-        found[point.name] = Unit(point.name, _VERBS[point.arm], point.config, (chain[-1],), links, point.flops)
+        found[point.name] = Task(point.name, _VERBS[point.arm], point.config, (chain[-1],), links, point.flops)
     return _with_paths(list(found.values()))
 
 
 def _flops(verb: str, config: ml_collections.ConfigDict) -> float:
-    """Training compute of a shared unit; of a base that is trained for so many epochs it is not known yet."""
+    """Training compute of a shared task; of a base that is trained for so many epochs it is not known yet."""
     if verb != "base" or config.base.source != "train":
         return 0.0
     positions = config.base.training.steps * config.base.training.batch_sequences * config.base.context_length
     return 3.0 * flops.language_model_forward(budgets.base_model(config), config.base.context_length) * positions
 
 
-def _with_paths(units: list[Unit]) -> list[Unit]:
-    """The units with `path_flops` of whole chains instead of their own."""
-    longest = {unit.name: unit.path_flops for unit in units}
+def _with_paths(tasks: list[Task]) -> list[Task]:
+    """The tasks with `path_flops` of whole chains instead of their own."""
+    longest = {task.name: task.path_flops for task in tasks}
     after = dict.fromkeys(longest, 0.0)
-    for unit in reversed(units):
-        longest[unit.name] += after[unit.name]
-        for needed in unit.needs:
-            after[needed] = max(after[needed], longest[unit.name])
-    return [dataclasses.replace(unit, path_flops=longest[unit.name]) for unit in units]
+    for task in reversed(tasks):
+        longest[task.name] += after[task.name]
+        for needed in task.needs:
+            after[needed] = max(after[needed], longest[task.name])
+    return [dataclasses.replace(task, path_flops=longest[task.name]) for task in tasks]

@@ -3,10 +3,10 @@
 Resampling a handful of points with replacement understates the uncertainty badly: five points repeat themselves, and
 their scatter around a fit is smaller than the noise that made it. Instead whole sweeps are drawn from the fitted law.
 The noise is normal on log perplexity, one value a size, so that seeds, which share whatever is peculiar to their
-size, are never counted as independent sizes. Its scale is not taken as known: each draw has its own, from the
-chi-square law that the scatter around the fit follows. Every draw is fitted again, and percentiles are taken. For a
-coefficient of a straight line this gives Student's t interval, which is exact at any number of points; other
-quantities (beta, ratios, optima, Chinchilla's coefficients) are computed on the same draws.
+size, are never counted as independent sizes. Its scale is not taken as known: each replicate has its own, from the
+chi-square law that the scatter around the fit follows. Every replicate is fitted again, and percentiles are taken. For
+a coefficient of a straight line this gives Student's t interval, which is exact at any number of points; other
+quantities (beta, ratios, optima, Chinchilla's coefficients) are computed on the same replicates.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def noise(
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquares:
-    """A linear fit and its draws.
+    """A linear fit and its bootstrap replicates.
 
     Attributes:
       coefficients_K: the fit.
-      draws_SxK: coefficients of the drawn sweeps; None without a degree of freedom to draw them from.
+      replicates_SxK: coefficients of the drawn sweeps; None without a degree of freedom to draw them from.
       residuals_U: observed minus fitted.
       scatter: standard deviation around the fit, corrected for the K coefficients; None likewise.
       covariance_KxK: of the coefficients; None likewise.
@@ -46,7 +46,7 @@ class LeastSquares:
     """
 
     coefficients_K: np.ndarray
-    draws_SxK: np.ndarray | None
+    replicates_SxK: np.ndarray | None
     residuals_U: np.ndarray
     scatter: float | None
     covariance_KxK: np.ndarray | None
@@ -64,11 +64,11 @@ def least_squares(
     if degrees_of_freedom < 1:
         return LeastSquares(coefficients_K, None, residuals_U, None, None, degrees_of_freedom)
     scatter = max(math.sqrt(float(residuals_U @ residuals_U) / degrees_of_freedom), ROUNDING)
-    draws_SxK = (
+    replicates_SxK = (
         coefficients_K + noise(scatter, degrees_of_freedom, (samples, len(observed_U)), generator) @ inverse_KxU.T
     )
     covariance_KxK = scatter**2 * inverse_KxU @ inverse_KxU.T
-    return LeastSquares(coefficients_K, draws_SxK, residuals_U, scatter, covariance_KxK, degrees_of_freedom)
+    return LeastSquares(coefficients_K, replicates_SxK, residuals_U, scatter, covariance_KxK, degrees_of_freedom)
 
 
 def interval(value: float, draws_S: np.ndarray | None, confidence: float) -> dict[str, float | None]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mlpmem_jax.evaluation import comparison
+from mlpmem_jax.evaluation import perplexities
 
 SETTINGS = {"confidence": 0.95}
 
@@ -17,7 +17,7 @@ def scores(seed, knn_shift=0.4, **others):
     memory_SxT = np.minimum(base_SxT + 0.2 + generator.normal(size=base_SxT.shape), 0.0)
     knn_SxT = np.minimum(base_SxT + knn_shift + generator.normal(size=base_SxT.shape), 0.0)
     knn_SxT[generator.random(base_SxT.shape) < 0.3] = -np.inf
-    return comparison.Scores(
+    return perplexities.Scores(
         base_SxT,
         memory_SxT,
         knn_SxT,
@@ -29,7 +29,7 @@ def scores(seed, knn_shift=0.4, **others):
 
 def test_systems_are_the_mixtures_at_the_weights_of_validation():
     validation, test = scores(0, continued=0.01), scores(1, continued=0.01)
-    found = comparison.compare(validation, test, **SETTINGS)
+    found = perplexities.compare(validation, test, **SETTINGS)
     for system, of, weight in (("augmented", "memory", "memory"), ("knn_lm", "knn", "knn_lm")):
         weight = found["interpolation_weight"][weight]
         mixed_SxT = weight * np.exp(getattr(test, of)) + (1 - weight) * np.exp(test.base)
@@ -46,7 +46,7 @@ def test_systems_are_the_mixtures_at_the_weights_of_validation():
 
 
 def test_controls_are_compared_with_the_base_and_with_the_memory():
-    found = comparison.compare(scores(0, continued=0.01), scores(1, continued=0.01), **SETTINGS)
+    found = perplexities.compare(scores(0, continued=0.01), scores(1, continued=0.01), **SETTINGS)
     continued = found["controls"]["continued"]
     assert continued["ratio_over_base"] == pytest.approx(np.exp(-0.01))
     assert continued["interval_over_base"] == pytest.approx([np.exp(-0.01)] * 2)
@@ -59,7 +59,7 @@ def test_controls_are_compared_with_the_base_and_with_the_memory():
 
 def test_a_search_that_gains_nothing_has_no_share_to_keep():
     validation, test = scores(0, knn_shift=-60.0), scores(1, knn_shift=-60.0)
-    found = comparison.compare(validation, test, **SETTINGS)
+    found = perplexities.compare(validation, test, **SETTINGS)
     assert found["interpolation_weight"]["knn_lm"] == 0.0
     assert found["gain_kept"] == {"validation": None, "test": None}
     assert found["interval"]["test"]["knn_lm_over_base"] == [1.0, 1.0]
@@ -67,7 +67,7 @@ def test_a_search_that_gains_nothing_has_no_share_to_keep():
 
 def test_curves_start_at_the_base_and_are_silent_where_infinite():
     validation, test = scores(0), scores(1)
-    found = comparison.compare(validation, test, **SETTINGS)
+    found = perplexities.compare(validation, test, **SETTINGS)
     curves = found["curves"]
     assert curves["test"]["memory"][0] == curves["test"]["knn_lm"][0] == found["perplexity"]["test"]["base"]
     assert curves["test"]["memory"][-1] == found["perplexity"]["test"]["memory"]
