@@ -146,8 +146,8 @@ def test_points_find_what_a_fine_tuned_base_was_made_from():
     """Their own stage `base` looks for it, and would import it again."""
     file = str(next(file for file in READY if file.stem == "ablation_alpha"))
     for overrides, expected in (([], False), (["--config.base.finetune_steps=10"], True)):
-        found = units.of_sweep(sweep.read(file, overrides))
-        assert all(("pretrained" in unit.links) == expected for unit in found if "base" in unit.links)
+        found = tasks.of_sweep(sweep.read(file, overrides))
+        assert all(("pretrained" in task.links) == expected for task in found if "base" in task.links)
 
 
 def test_quickstart_sizes_are_five_over_one_and_a_half_decades():
