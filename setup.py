@@ -21,6 +21,8 @@ EXTRAS = {
     # Retrieval by words, for `mlpmem compare`; and by a sentence encoder.
     "rag": ["bm25s>=0.3,<0.4"],
     "dense": ["sentence-transformers>=5,<7"],
+    # LoRA as a folder of adapters.
+    "peft": ["peft>=0.15,<1"],
     # Any task of lm-evaluation-harness, for `mlpmem score`.
     "lm_eval": ["lm_eval>=0.4.9,<0.5"],
     "test": [

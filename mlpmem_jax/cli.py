@@ -38,8 +38,10 @@ _READING = ("generate", "benchmark", "export")
 """Verbs that leave the working directory as it is."""
 _SWEEP = "many models over size, compute and arm -> points.csv; run again, it goes on where it stopped"
 _FIT = "points of a sweep -> scaling laws with intervals, and their picture"
-FORMATS = ("transformers", "reference", "reference-targets", "reference-datastore")
-FORMATS_HELP = "for Auto classes, or as the reference implementation keeps its memory, targets and datastore"
+FORMATS = ("transformers", "peft", "reference", "reference-targets", "reference-datastore")
+FORMATS_HELP = (
+    "for Auto classes, LoRA for peft, or as the reference implementation keeps its memory, targets and datastore"
+)
 SPLITS = ("train", "validation", "test")
 _EXAMPLES = """\
 examples:

@@ -5,8 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 
+from mlpmem_jax.interop import huggingface, peft_adapter
 from mlpmem_jax.models import language_model
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.llama import LlamaConfig
@@ -77,3 +81,20 @@ def test_training_changes_the_adapters_alone(name):
     for adapter in gradients.values():
         assert float(jnp.abs(adapter["b"]).max()) > 0
         assert float(jnp.abs(adapter["a"]).max()) == 0  # as long as B is zero
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_gives_the_logits_of_the_merged_model(name, tmp_path):
+    model, parameters, _, adapters = made(name)
+    adapters = jax.tree.map(lambda array: 0.3 * jax.random.normal(jax.random.key(array.size), array.shape), adapters)
+    huggingface.save_language_model(tmp_path / "base", parameters, model)
+    (tmp_path / "adapters").mkdir()
+    peft_adapter.write(tmp_path / "adapters", adapters, model, str(tmp_path / "base"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapters").eval()
+    tokens = np.arange(12)[None] * 3 % 40
+    with torch.no_grad():
+        expected = adapted(torch.tensor(tokens)).logits.numpy()
+    merged = lora.merge(parameters, adapters)
+    np.testing.assert_allclose(language_model.logits(merged, model, tokens), expected, rtol=1e-4, atol=1e-5)
+    assert float(np.abs(expected - language_model.logits(parameters, model, tokens)).max()) > 0.01

@@ -8,7 +8,7 @@ import pathlib
 import ml_collections
 
 from mlpmem_jax.core.errors import UserError
-from mlpmem_jax.interop import arrow_export, arrow_import, export_model, import_model, verify
+from mlpmem_jax.interop import arrow_export, arrow_import, export_model, import_model, peft_adapter, verify
 
 
 def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
@@ -32,6 +32,8 @@ def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
             verify.run(config, folder)
     elif options.format == "reference":
         export_model.reference_folder(config, options.output)
+    elif options.format == "peft":
+        peft_adapter.export(config, options.output)
     elif options.format == "reference-targets":
         arrow_export.export_targets(config, options.split, options.output)
     else:

@@ -82,7 +82,7 @@ def transformers_folder(
         )
         for tensor in found
     ]
-    with _folder(output) as folder:
+    with output_folder(output) as folder:
         tensor_files.write(folder, tensors, maximum_shard_bytes)
         if jax.process_index() == 0:
             _write_tokenizer(folder, tokens, base_model.context_length)
@@ -109,7 +109,7 @@ def reference_folder(config: ml_collections.ConfigDict, output: str) -> pathlib.
     # The reference takes the two widths as arguments of the class, and has no place for them in a config.
     values |= {"architectures": [_REFERENCE_CLASSES[values["model_type"]]]}
     values |= {"input_dim": model.input_width, "output_dim": model.width}
-    with _folder(output) as folder:
+    with output_folder(output) as folder:
         tensor_files.write(folder, memory_tensors.tensors(parameters, model))
         if jax.process_index() == 0:
             _write_json(folder / "config.json", values)
@@ -125,7 +125,7 @@ def _check_reference_has_it(model: MemoryConfig, artifact: Artifact) -> None:
 
 
 @contextlib.contextmanager
-def _folder(output: str) -> Iterator[pathlib.Path]:
+def output_folder(output: str) -> Iterator[pathlib.Path]:
     """A folder to fill; it gets its name when everything is in it."""
     final = pathlib.Path(output)
     if final.exists() and (not final.is_dir() or any(final.iterdir())):

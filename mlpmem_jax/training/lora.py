@@ -21,6 +21,7 @@ from etils import epath
 from mlpmem_jax.core import parameters as stored
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import flops, language_model, saved
@@ -145,7 +146,32 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     figures |= search
     figures["training_flops"], figures["perplexity"] = float(per_step) * figures["steps"], after
     figures["rank"], figures["adapter_parameters"] = rank, rank * per_rank
-    stored.write(epath.Path(writer.path) / ADAPTERS, adapters)
+    _seal_adapters(writer, adapters, kept, inputs)
     saved.seal(writer, model, merged, figures)
     continued.remove_short_runs(writer.path)
     return open_artifact(workdir / FOLDER, "base")
+
+
+def _seal_adapters(writer: ArtifactWriter, adapters: dict, settings: dict, inputs: dict[str, str]) -> None:
+    """The adapters as an artifact of their own, inside that of the merged model."""
+    within = ArtifactWriter.create(epath.Path(writer.path) / ADAPTERS, ADAPTERS, settings, inputs, {})
+    stored.write(within.path, adapters)
+    summary = {"parameters_fingerprint": stored.fingerprint(adapters)}
+    if jax.process_index() == 0:
+        within.seal(summary)
+    barrier("adapters sealed")
+
+
+def load_adapters(artifact: Artifact, sharding: Sharding) -> dict:
+    """The adapters of a finished LoRA, on the mesh.
+
+    Raises:
+      ArtifactError: they are missing or damaged.
+    """
+    model = saved.language_model_config(artifact)
+    logical_axes = language_model.logical_axes(model)
+    abstract = jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0))
+    rank = artifact.summary["rank"]
+    adapters = jax.eval_shape(functools.partial(init, abstract, logical_axes, rank), jax.random.key(0))
+    within = open_artifact(epath.Path(artifact.path) / ADAPTERS, ADAPTERS)
+    return stored.read(within, adapters, sharding.tree(adapter_axes(logical_axes), adapters))
