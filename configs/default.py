@@ -13,7 +13,7 @@ def optimization() -> ml_collections.ConfigDict:
     config.steps = 0  # optimizer steps; 0 = from epochs
     config.epochs = 1.0  # passes over the training split; not used when steps > 0
     config.batch_sequences = 16  # sequences in one optimizer step, over all devices
-    config.accumulation_steps = 1  # micro-batches that one optimizer step is cut into
+    config.accumulation_steps = 1  # micro-batches that one optimizer step is split into
     config.optimizer = "muon"  # "muon" or "adamw" (the paper)
     config.learning_rate = 0.02  # peak, of the matrices under muon, of everything under adamw
     config.adam_learning_rate = 0.002  # peak, of everything but the blocks' matrices under muon
@@ -131,7 +131,7 @@ def get_config() -> ml_collections.ConfigDict:
     comparison.seed = 0  # of the questions drawn and the halves that lambda is tuned on
 
     config.mesh = mesh = ml_collections.ConfigDict()
-    mesh.slice = 1  # data parallel over the data-centre network
+    mesh.slice = 1  # data parallel over the data-center network
     mesh.fsdp = -1  # fully sharded data parallel; -1 = all remaining devices
     mesh.tensor = 1  # tensor parallel
     # Logical axis -> mesh axes, "+" between several, "" for none.

@@ -21,7 +21,7 @@ USER_ERROR = UserError.exit_code
 """Exit code of `mlpmem` for input that cannot work. A restart would only meet it again."""
 
 STOPPED = Stopped.exit_code
-"""Exit code of `mlpmem` where it was asked to stop, or lost another process of the job."""
+"""Exit code of `mlpmem` where it was preempted, or lost another process of the job."""
 
 
 def parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def add_tpu_options(result: argparse.ArgumentParser) -> None:
     """The options that the launchers of TPU slices share."""
     result.add_argument("--name", required=True, help="of the job")
     result.add_argument("--accelerator", required=True, metavar="TYPE", help="e.g. v5litepod-256, v5p-256 or v5p:4x4x8")
-    result.add_argument("--slices", type=int, default=1, help="joined by the data-centre network (default 1)")
+    result.add_argument("--slices", type=int, default=1, help="joined by the data-center network (default 1)")
     result.add_argument("--image", required=True, help="container image made from launch/Dockerfile")
     result.add_argument("--service_account", help="that may read and write config.workdir")
     result.add_argument("--spot", action="store_true", help="cheaper capacity that may be taken back")

@@ -23,7 +23,7 @@ STAGES = {
     "evaluate": ("mlpmem_jax.evaluation.evaluate", "perplexities, intervals and the report"),
 }
 _OTHER = {
-    "run": "all stages in order; finished ones are skipped, unfinished ones go on",
+    "run": "all stages in order; finished ones are skipped, unfinished ones resume",
     "controls": "train the controls (base trained on; memory without targets) and report them beside",
     "continued": "train the base on with the settings config.training, and score it: an arm of sweeps",
     "compare": "base, memory, kNN-LM, RAG, further training and LoRA on the same questions -> one page",
@@ -36,7 +36,7 @@ _OTHER = {
 }
 _READING = ("generate", "benchmark", "export")
 """Verbs that leave the working directory as it is."""
-_SWEEP = "many models over size, compute and arm -> points.csv; run again, it goes on where it stopped"
+_SWEEP = "many models over size, compute and arm -> points.csv; run again, it resumes where it stopped"
 _FIT = "points of a sweep -> scaling laws with intervals, and their picture"
 FORMATS = ("transformers", "peft", "reference", "reference-targets", "reference-datastore")
 FORMATS_HELP = (
@@ -174,11 +174,11 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
         runner.run(found, options.workers)
 
 
-def _fit(options: argparse.Namespace, strangers: list[str]) -> None:
+def _fit(options: argparse.Namespace, unknown: list[str]) -> None:
     from mlpmem_jax.scaling import fit, points
 
-    if strangers:
-        raise UserError(f"{strangers[0]}: unknown option; see mlpmem fit --help")
+    if unknown:
+        raise UserError(f"{unknown[0]}: unknown option; see mlpmem fit --help")
     storage.prepare(options.points or options.runs, options.output)
     fit.run(options.points or points.of_sweep(options.runs), options.output, against=options.against)
 

@@ -1,4 +1,4 @@
-"""Artifacts: what is written comes back, what is damaged is refused, what is unfinished goes on."""
+"""Artifacts: what is written comes back, what is damaged is refused, what is unfinished resumes."""
 
 import json
 import pathlib

@@ -15,7 +15,7 @@ def collective(kind="all-gather", payload=160.0, group=tuple(range(16)), times=1
     return Collective(kind, payload, group, times, rings, "")
 
 
-def waited_for(one):
+def started_and_ended(one):
     """The step of a collective that nothing runs beside."""
     return Step(starts=(("0", one),), ends=("0",))
 
@@ -76,7 +76,7 @@ def test_a_collective_costs_what_the_operations_between_its_start_and_its_end_do
     assert plan(Program(between)).step == 2.0 + 15.0 + 20.0
     behind = (Step(starts=(("a", gather),)), work(10.0), work(20.0), Step(ends=("a",)))
     assert plan(Program(behind)).step == 30.0
-    assert plan(Program((waited_for(gather), work(10.0)))).step == 25.0
+    assert plan(Program((started_and_ended(gather), work(10.0)))).step == 25.0
     # In a fusion it runs beside the fusion's own products.
     assert plan(Program((Step(work(10.0).operation, (("a", gather),), ("a",)),))).step == 15.0
 
@@ -84,26 +84,26 @@ def test_a_collective_costs_what_the_operations_between_its_start_and_its_end_do
 def test_collectives_on_the_same_links_run_one_after_the_other():
     starts = Step(starts=(("a", collective(payload=64.0)), ("b", collective(payload=64.0))))
     line = plan(Program((starts, work(20.0), Step(ends=("a", "b")))))
-    assert (line.step, line.waited) == (30.0, 10.0)
+    assert (line.step, line.exposed) == (30.0, 10.0)
 
 
 def test_a_loop_waits_in_every_turn():
     gather = collective(payload=64.0, times=3.0)
     body = (Step(starts=(("a", gather),)), work(10.0, times=3.0), Step(ends=("a",)))
     line = plan(Program((Step(body=body, turns=3.0),)))
-    assert (line.operations, line.waited, line.step) == (30.0, 15.0, 45.0)
+    assert (line.operations, line.exposed, line.step) == (30.0, 15.0, 45.0)
     assert line.traffic[0].seconds == 45.0
 
 
 def test_the_compilers_word_on_rings_bounds_the_links():
-    assert plan(Program((waited_for(collective(payload=64.0, rings=1)),))).step == 30.0
+    assert plan(Program((started_and_ended(collective(payload=64.0, rings=1)),))).step == 30.0
 
 
 def test_the_network_between_slices():
     across = collective("all-reduce", payload=8.0, group=(0, 8))
-    line = plan(Program((waited_for(across),)), slices=2)
+    line = plan(Program((started_and_ended(across),)), slices=2)
     assert line.collectives(network=True) == 8.0 / 0.25
     # All sixteen: every device sends its eighth of what its slice has reduced.
-    line = plan(Program((waited_for(collective("all-gather", payload=16.0)),)), slices=2)
+    line = plan(Program((started_and_ended(collective("all-gather", payload=16.0)),)), slices=2)
     assert line.traffic[0].axes == ("slice", "fsdp")
     assert line.step == 15.0 * 2 / 16 / 0.25

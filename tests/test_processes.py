@@ -1,6 +1,6 @@
 """Jobs of several real processes (gloo between them) against one process; kills, lost coordinators, preemption.
 
-The reference is one process with one device; jobs that were stopped go on with another number of processes on another
+The reference is one process with one device; jobs that were stopped resume with another number of processes on another
 mesh. MLPMEM_KILLS=2 adds those that take long.
 """
 
@@ -239,7 +239,7 @@ def test_a_killed_training_goes_on_with_other_processes_on_another_mesh(referenc
     codes, printed = launch(workdir, "train", again)
     assert codes == [0] * again.processes
     # The second may be complete: where it was killed in that save, if the save's thread was faster.
-    began = re.findall(r"goes on from the checkpoint at step (\d+) of", printed[0])
+    began = re.findall(r"resumes from the checkpoint at step (\d+) of", printed[0])
     assert began in ([str(EVERY)], [str(2 * EVERY)]), printed[0]
     assert_same_losses(workdir, reference, "memory")
 
@@ -269,7 +269,7 @@ def test_a_notice_to_one_process_ends_all_in_the_middle_of_another_stage(referen
     codes, printed = launch(workdir, stage, Job(2), "asked_to_stop_in_shard")
     assert codes == [EXIT_AGAIN] * 2
     for text in printed:
-        assert text.count("mlpmem: error") == text.count("mlpmem: error: the job was asked to stop. What was") == 1
+        assert text.count("mlpmem: error") == text.count("mlpmem: error: the job was preempted. What was") == 1
         assert "Traceback" not in text
     assert launch(workdir, stage, Job(1))[0] == [0]
     assert_same(workdir, reference, stage)

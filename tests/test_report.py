@@ -43,7 +43,7 @@ def metrics_of(gain, controls=False, records=True):
     shape = SharpnessMean()
     shape.add(np.random.default_rng(2).dirichlet(np.ones(30), size=5))
     names = ("base", "knn", "memory", "augmented")
-    losses = [{"step": step, "loss": 5.0, "kl": 3.0, "cross_entropy": 6.0, "matmul_share": 0.6} for step in (20, 40)]
+    losses = [{"step": step, "loss": 5.0, "kl": 3.0, "cross_entropy": 6.0, "utilization": 0.6} for step in (20, 40)]
     validations = [{"step": step, "validation/perplexity": 50.0 - step / 10} for step in (20, 40)]
     return metrics | {
         "confidence": 0.95,

@@ -79,7 +79,7 @@ def task(folder, source=None, validate=None, **changes):
         name="memory",
         folder=str(folder),
         settings=settings,
-        initialise=functools.partial(memory.init, MODEL, jax.random.key(0)),
+        initialize=functools.partial(memory.init, MODEL, jax.random.key(0)),
         abstract_parameters=jax.eval_shape(functools.partial(memory.init, MODEL), jax.random.key(0)),
         logical_axes=memory.logical_axes(MODEL),
         loss=loss_of,
@@ -183,7 +183,7 @@ class Terminating(Source):
 
 def interrupted(folder, first_mesh, second_mesh, signum=signal.SIGTERM):
     """A run that is stopped on one mesh and resumed on another."""
-    with pytest.raises(Stopped, match=r"asked to stop; a checkpoint at step \d+ is written"):
+    with pytest.raises(Stopped, match=r"preempted; a checkpoint at step \d+ is written"):
         loop.fit(task(folder, source=Terminating(signum)), Sharding(first_mesh))
     return loop.fit(task(folder), Sharding(second_mesh))
 

@@ -4,7 +4,7 @@
     WORKDIR/comparison/texts/TASK-SYSTEM.json         generated texts of one system
 
 Each file says by a fingerprint what it was computed from; one that says otherwise is computed again. So a comparison
-that was killed goes on where it was.
+that was killed resumes where it was.
 """
 
 from __future__ import annotations

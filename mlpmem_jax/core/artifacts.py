@@ -3,7 +3,7 @@
     DIRECTORY/
       manifest.json        what made it, what is in it, checksums; the last thing written when it is sealed
       shards/000012.json   one small record per complete shard; folded into the manifest when it is sealed
-      ARRAY/               a zarr3 array, cut along axis 0 in shards, one file each
+      ARRAY/               a zarr3 array, split along axis 0 into shards, one file each
       FILE                 small side files (a tokenizer, say)
 
 A shard's record is written only after its data is durable, so a stage that was killed redoes incomplete shards and
@@ -51,7 +51,7 @@ class ArraySpec:
     """One array of an artifact.
 
     Attributes:
-      shape: global shape. Axis 0 is cut in shards of `rows_per_shard`.
+      shape: global shape. Axis 0 is split into shards of `rows_per_shard`.
       dtype: NumPy name, "bfloat16" included.
       rows_per_shard: rows of axis 0 that one process writes whole.
       read_chunk: shape of the unit that one range read fetches; it divides the shard's shape.
@@ -242,7 +242,7 @@ def _shard_bytes(path: str, name: str, spec: ArraySpec, shard: int) -> int:
 
 
 class ArtifactWriter:
-    """Writes an artifact, or goes on with an unfinished one. Make one with `ArtifactWriter.create`."""
+    """Writes an artifact, or resumes an unfinished one. Make one with `ArtifactWriter.create`."""
 
     def __init__(self, path: str, manifest: dict):
         self.path = path
@@ -421,7 +421,7 @@ def open_artifact(path, kind: str) -> Artifact:
     if manifest["kind"] != kind:
         raise ArtifactError(f"{path}: expected an artifact of kind {kind!r}, found {manifest['kind']!r}")
     if not manifest["sealed"]:
-        raise ArtifactError(f"{path}: is unfinished; run its stage again, it goes on where it stopped")
+        raise ArtifactError(f"{path}: is unfinished; run its stage again, it resumes where it stopped")
     artifact = Artifact(path, manifest)
     artifact.check_sizes()
     return artifact

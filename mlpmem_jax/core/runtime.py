@@ -24,7 +24,7 @@ from mlpmem_jax.core.errors import Stopped, UserError
 
 _KEPT = "What was complete is kept: run the same command again, with as many processes as you like"
 _LOST = f"another process of the job was lost. {_KEPT}"
-_ASKED = f"the job was asked to stop. {_KEPT}"
+_ASKED = f"the job was preempted. {_KEPT}"
 _LINGER_SECONDS = 2.0  # of process 0, which coordinates: when it ends, JAX ends the rest before they can say why
 _SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "Barrier failed")
 
@@ -146,7 +146,7 @@ def job(workdir: str, writes: bool = True) -> Iterator[None]:
 
     In a job of several, a process that fails says why and ends at once: it does not wait for the others, who may wait
     for it. One that loses another ends with the exit code of `Stopped`; it notices at once where connections are closed
-    (a killed process), else by missing heartbeats. When one of them is asked to stop, by SIGTERM, all end with that
+    (a killed process), else by missing heartbeats. When one of them is preempted, by SIGTERM, all end with that
     exit code, a second or two later.
     """
     _keep_compiled(workdir)
@@ -195,7 +195,7 @@ def _end(text: str, code: int, lingers: bool = False) -> NoReturn:
 
 
 def _end_when_asked(finished: threading.Event) -> None:
-    """Ends this process when the job is asked to stop, whatever its main thread does or waits for.
+    """Ends this process when the job is preempted, whatever its main thread does or waits for.
 
     No stage loses more than the shards in work when it ends at any moment, and none needs the others to agree, but for
     what is in `stopping_by_itself`. All processes linger, so that none takes another's end for a loss.
@@ -213,7 +213,7 @@ def _end_when_asked(finished: threading.Event) -> None:
 
 @contextlib.contextmanager
 def stopping_by_itself() -> Iterator[None]:
-    """While inside, being asked to stop does not end this process: what is inside takes note, and raises `Stopped`."""
+    """While inside, preemption does not end this process: what is inside takes note, and raises `Stopped`."""
     _stops_by_itself.acquire()
     yield
     _stops_by_itself.release()  # not after an error: this process then ends with that

@@ -281,7 +281,7 @@ def _runs_table(metrics: dict) -> str:
         row("step that was kept", lambda name: runs[name].get("step")),
         row("positions per second", lambda name: median(name, "positions_per_second")),
         row("GFLOP/s", lambda name: median(name, "flops_per_second"), 1e-9),
-        row("share of the matmul rate", lambda name: median(name, "matmul_share"), 100, " %"),
+        row("share of the matmul rate", lambda name: median(name, "utilization"), 100, " %"),
         row("waiting for input", lambda name: median(name, "input_wait"), 100, " %"),
         row("parameters", lambda name: metrics["counts"]["parameters"][name]),
     ]

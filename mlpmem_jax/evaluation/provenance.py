@@ -30,7 +30,7 @@ _TRAINED = ("base", "memory")
 
 
 def records(file: epath.Path) -> list[dict]:
-    """The JSON lines of a file; none where it does not exist. A last line that a kill cut short is left out."""
+    """The JSON lines of a file; none where it does not exist. A last line that a kill truncated is left out."""
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]

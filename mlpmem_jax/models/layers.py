@@ -138,7 +138,7 @@ def rms_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 def embedding(rows: int, width: int, logical_axis: str | None, rngs: nnx.Rngs) -> nnx.Embed:
-    """A table of `rows` vectors, cut along `logical_axis` and the width."""
+    """A table of `rows` vectors, sharded along `logical_axis` and the width."""
     return nnx.Embed(
         rows,
         width,

@@ -67,7 +67,7 @@ def run(
     Stacked parameters are scanned. Unstacked ones are a program without a loop: it reads each weight in place, which
     a decode step needs, and takes longer to compile. The backward pass keeps the results of matrix products inside a
     block and computes everything else again; with `remat` it keeps the carry alone. `prepare` changes the parameters of
-    a block where they are used, and again in the backward pass; `unroll` blocks make one turn of the loop.
+    a block where they are used, and again in the backward pass; `unroll` blocks make one iteration of the loop.
     """
     if isinstance(blocks, tuple):
         for parameters in blocks[start:stop]:

@@ -1,7 +1,7 @@
 """What one chip of each TPU generation can do: the published figures that a roofline is made of.
 
 Sources, Google Cloud documentation where nothing else is said:
-  docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: peak rate, memory, interconnect, data-centre network
+  docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: peak rate, memory, interconnect, data-center network
   v4's links: Jouppi et al. 2023 (arXiv 2304.01433): 6 links of 50 GB/s. Its network is not published; a host of 4
   chips is taken to have the 200 Gbit/s of a v5p host.
 The documentation gives the interconnect of a chip as the sum of all its ports in both directions; here it is one
@@ -23,7 +23,7 @@ class Chip:
       hbm_bytes: size of its memory.
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s, one direction of one link to a neighbor.
-      network_bandwidth: bytes/s, one direction, the chip's share of its host's data-centre network.
+      network_bandwidth: bytes/s, one direction, the chip's share of its host's data-center network.
       ring_length: an axis of so many chips, or of a multiple, is closed to a ring.
       options: of the topology description, beside its name.
     """

@@ -81,7 +81,7 @@ def fastest(choices: list[Choice]) -> Choice | None:
 
 
 def _table(choices: list[Choice], tpu: Slice, chips: int):
-    columns = ("mesh.tensor", "fsdp", "memory used", "operations", "waited", "step", "MFU", "chip-hours", "")
+    columns = ("mesh.tensor", "fsdp", "memory used", "operations", "exposed", "step", "MFU", "chip-hours", "")
     table = report.new_table("Train step by mesh, ms at published peak rates", *columns)
     for one in choices:
         if not one.runs:
@@ -89,7 +89,7 @@ def _table(choices: list[Choice], tpu: Slice, chips: int):
             table.add_row(str(one.tensor), str(one.fsdp), *[""] * 6, why.split(";")[0])
             continue
         line, planned = one.planned.roofline, one.planned
-        milliseconds = (f"{1e3 * seconds:,.1f}" for seconds in (line.operations, line.waited, line.step))
+        milliseconds = (f"{1e3 * seconds:,.1f}" for seconds in (line.operations, line.exposed, line.step))
         utilization = f"{planned.utilization(tpu, chips):.0%}"
         used, hours = f"{planned.memory_share(tpu):.0%}", f"{planned.chip_hours(chips):,.1f}"
         table.add_row(str(one.tensor), str(one.fsdp), used, *milliseconds, utilization, hours)
@@ -101,7 +101,7 @@ def _to_json(one: Choice, tpu: Slice, chips: int) -> dict:
     if not one.runs:
         return values | {"reason": one.refusal or one.planned.needs}
     line = one.planned.roofline
-    seconds = {"operations": line.operations, "waited": line.waited, "step": line.step}
+    seconds = {"operations": line.operations, "exposed": line.exposed, "step": line.step}
     return values | {
         "memory": one.planned.memory,
         "seconds": seconds,

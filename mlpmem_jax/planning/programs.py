@@ -123,7 +123,7 @@ def _train(config, models: Models, sharding: Sharding, positions: int) -> list[S
         sharding,
         name="train",
         folder="",
-        initialise=functools.partial(memory.init, models.memory, jax.random.key(config.training.seed)),
+        initialize=functools.partial(memory.init, models.memory, jax.random.key(config.training.seed)),
         frozen=_abstract_parameters(models.base, sharding) if online else {},
         source=None,
         validate=None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NOTHING_FITS = "No change of remat, loss_chunk, accumulation_steps, batch or mesh.tensor makes it fit; take more chips."
 UNREAD_NETWORK = (
-    "No collective between slices was found in the programs' text: what they send over the data-centre network is not "
+    "No collective between slices was found in the programs' text: what they send over the data-center network is not "
     "in these times and chip-hours."
 )
 _MIB, _GIB = 2**20, 2**30
@@ -87,13 +87,13 @@ def _memory(report: Report) -> rich.table.Table:
 
 def _times(report: Report) -> rich.table.Table:
     table = new_table(
-        "Least time of one call, ms, at published peak rates; waited: collectives that nothing runs beside",
-        *("program", "TFLOP", "matmuls", "memory", "links", "network", "waited", "call", "most", "MFU", "chip-hours"),
+        "Least time of one call, ms, at published peak rates; exposed: communication that no computation hides",
+        *("program", "TFLOP", "matmuls", "memory", "links", "network", "exposed", "call", "most", "MFU", "chip-hours"),
     )
     for one in (one for one in report.planned if one.roofline):
         line = one.roofline
         within, between = (line.collectives(network=network) for network in (False, True))
-        seconds = (line.compute, line.memory, within, between, line.waited, line.step)
+        seconds = (line.compute, line.memory, within, between, line.exposed, line.step)
         table.add_row(
             one.program.name,
             f"{one.executed_flops / 1e12:,.2f}",
@@ -106,7 +106,7 @@ def _times(report: Report) -> rich.table.Table:
 
 
 def _collectives(report: Report) -> rich.table.Table:
-    columns = ("program", "kind", "mesh axes", "MB sent by a chip", "times", "ms", "waited, ms")
+    columns = ("program", "kind", "mesh axes", "MB sent by a chip", "times", "ms", "exposed, ms")
     table = new_table("Collectives of one call", *columns)
     for one in (one for one in report.planned if one.roofline):
         shown = [traffic for traffic in one.roofline.traffic if traffic.seconds > 0.002 * one.roofline.step]
@@ -118,7 +118,7 @@ def _collectives(report: Report) -> rich.table.Table:
                 f"{traffic.bytes / 1e6:,.1f}",
                 f"{traffic.times:,.0f}",
                 f"{1e3 * traffic.seconds:,.2f}",
-                f"{1e3 * traffic.waited:,.2f}",
+                f"{1e3 * traffic.exposed:,.2f}",
             )
     return table
 
@@ -152,7 +152,7 @@ def to_json(report: Report, changes: dict) -> dict:
                     "compute": line.compute,
                     "memory": line.memory,
                     "operations": line.operations,
-                    "waited": line.waited,
+                    "exposed": line.exposed,
                     "call": line.step,
                 },
                 "collectives": [dataclasses.asdict(traffic) for traffic in line.traffic],

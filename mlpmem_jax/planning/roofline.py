@@ -37,7 +37,7 @@ class Traffic:
     network: bool
     bytes: float
     seconds: float
-    waited: float
+    exposed: float
     times: float
 
 
@@ -58,14 +58,14 @@ class Roofline:
     traffic: tuple[Traffic, ...]
 
     @property
-    def waited(self) -> float:
+    def exposed(self) -> float:
         """Seconds of collectives that nothing runs beside."""
-        return sum(one.waited for one in self.traffic)
+        return sum(one.exposed for one in self.traffic)
 
     @property
     def step(self) -> float:
         """Operations and what they wait for, or the memory's traffic where that takes longer than all operations."""
-        return max(self.operations, self.memory) + self.waited
+        return max(self.operations, self.memory) + self.exposed
 
     def collectives(self, *, network: bool) -> float:
         """Seconds of the collectives within a slice or between slices."""
@@ -108,13 +108,13 @@ def roofline(
             seconds = sent / (chip.link_bandwidth * (1 if one.kind == "collective-permute" else open_links))
         return Cost(one.kind, axes(one, mesh_shape), slices > 1, sent, seconds)
 
-    waited: dict[int, float] = defaultdict(float)
-    operations = _run(program.steps, chip, cost, waited)[0]
+    exposed: dict[int, float] = defaultdict(float)
+    operations = _run(program.steps, chip, cost, exposed)[0]
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     for one in program.collectives:
         found = cost(one)
         total = sums[found.kind, found.axes, found.network]
-        for index, value in enumerate((found.sent, found.seconds, waited[id(one)], 1.0)):
+        for index, value in enumerate((found.sent, found.seconds, exposed[id(one)], 1.0)):
             total[index] += value * one.times
     return Roofline(
         compute=program.flops / chip.flops,
@@ -134,11 +134,11 @@ class Cost(NamedTuple):
     seconds: float
 
 
-def _run(steps: Sequence[Step], chip: Chip, cost: Callable, waited: dict[int, float]) -> tuple[float, float]:
+def _run(steps: Sequence[Step], chip: Chip, cost: Callable, exposed: dict[int, float]) -> tuple[float, float]:
     """(seconds of operations, seconds with what they wait for) of steps that run in order.
 
     A collective has the links of its mesh axes to itself, so one that starts while another uses them begins after it.
-    `waited` gets, by the id of a collective, the seconds that one run of it is waited for.
+    `exposed` gets, by the id of a collective, the seconds that one run of it is waited for.
     """
     clock, operations, free = 0.0, 0.0, defaultdict(float)
     ends: dict[str, tuple[Collective, float]] = {}
@@ -152,13 +152,13 @@ def _run(steps: Sequence[Step], chip: Chip, cost: Callable, waited: dict[int, fl
         seconds = 0.0
         if step.operation and not step.operation.asynchronous:
             seconds = max(step.operation.flops / chip.flops, step.operation.traffic / chip.hbm_bandwidth)
-        busy, elapsed = _run(step.body, chip, cost, waited) if step.body else (seconds, seconds)
+        busy, elapsed = _run(step.body, chip, cost, exposed) if step.body else (seconds, seconds)
         operations += step.turns * busy
         clock += step.turns * elapsed
         for channel in step.ends:
             if channel in ends:
                 one, end = ends.pop(channel)
-                waited[id(one)] += max(0.0, end - clock)
+                exposed[id(one)] += max(0.0, end - clock)
                 clock = max(clock, end)
     return operations, clock
 

@@ -51,7 +51,7 @@ def run(sweep: Sweep, workers: int) -> None:
     """Runs every task that is not finished, `workers` at once, and writes points.csv.
 
     A task that fails does not stop those that do not need it. Run again, finished tasks are left as they are and
-    unfinished ones go on from their last shard or checkpoint.
+    unfinished ones resume from their last shard or checkpoint.
 
     Args:
       sweep: a checked sweep.
@@ -70,7 +70,7 @@ def run(sweep: Sweep, workers: int) -> None:
     if finished:
         say(f"{len(finished)} of {len(sweep.points)} points: {collection.write(sweep, finished)}")
     if stopped:
-        raise Stopped(f"{sweep.name}: asked to stop; what was done is kept, run the same command again")
+        raise Stopped(f"{sweep.name}: preempted; what was done is kept, run the same command again")
     if failed := [task for task in tasks if states[task.name].phase == "failed"]:
         reasons = "\n  ".join(f"{task.name}: {states[task.name].reason}" for task in failed)
         missing = [point.name for point in sweep.points if point.name not in finished]
@@ -78,7 +78,7 @@ def run(sweep: Sweep, workers: int) -> None:
 
 
 def _run_tasks(sweep: Sweep, tasks: list[Task], states: dict[str, State], rows: table.Rows, workers: int) -> bool:
-    """Runs what is left and keeps `states`; returns whether it was asked to stop before the end."""
+    """Runs what is left and keeps `states`; returns whether it was preempted before the end."""
     cores = _cores()
     if not 1 <= workers <= len(cores):
         raise UserError(f"--workers={workers}: expected 1 to {len(cores)}, the cores of this machine")

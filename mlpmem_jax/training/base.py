@@ -65,7 +65,7 @@ def train(
     name: str,
     folder: str,
     model: language_model.Config,
-    initialise,
+    initialize,
     start=tuple,
     group: str = "base.training",
     adapters: Adapters | None = None,
@@ -78,9 +78,9 @@ def train(
       name: what the user is told is being trained.
       folder: for checkpoints and metrics.
       model: dimensions.
-      initialise, start: as of `loop.Task`.
+      initialize, start: as of `loop.Task`.
       group: the config's name for `settings`.
-      adapters: what `initialise` makes, where that is not the model's parameters.
+      adapters: what `initialize` makes, where that is not the model's parameters.
 
     Returns:
       The parameters, or adapters, with the best validation perplexity, and figures about them.
@@ -110,8 +110,8 @@ def train(
         name=name,
         folder=folder,
         settings=settings,
-        initialise=initialise,
-        abstract_parameters=jax.eval_shape(initialise) if adapters else abstract,
+        initialize=initialize,
+        abstract_parameters=jax.eval_shape(initialize) if adapters else abstract,
         start=start,
         logical_axes=logical_axes,
         loss=functools.partial(_loss, model, settings, merge),
@@ -146,7 +146,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     )
     writer = ArtifactWriter.create(path, "base", settings, inputs, {})
     key = jax.random.key(config.base.training.seed)
-    initialise = functools.partial(gpt2.init, model, key)
-    parameters, figures = train(config, config.base.training, "base", writer.path, model, initialise)
+    initialize = functools.partial(gpt2.init, model, key)
+    parameters, figures = train(config, config.base.training, "base", writer.path, model, initialize)
     saved.seal(writer, model, parameters, figures)
     return open_artifact(path, "base")

@@ -26,7 +26,7 @@ from mlpmem_jax.training.metrics import matmul_rate
 
 INPUT_WIDTH, VOCABULARY, ENTRIES = 64, 4096, 64
 STEPS = (
-    # (width, optimizer, positions in a step, micro-batches it is cut into: what they write stays in a CPU's caches)
+    # (width, optimizer, positions in a step, micro-batches it is split into: what they write stays in a CPU's caches)
     (256, "muon", 8192, 8),
     (256, "adamw", 8192, 8),
     (768, "adamw", 16384, 8),
@@ -80,7 +80,7 @@ def _train_step_row(
         name="benchmark",
         folder="",
         settings=settings,
-        initialise=functools.partial(memory.init, model, jax.random.key(0)),
+        initialize=functools.partial(memory.init, model, jax.random.key(0)),
         abstract_parameters=jax.eval_shape(functools.partial(memory.init, model), jax.random.key(0)),
         logical_axes=memory.logical_axes(model),
         loss=functools.partial(_loss, model, settings.loss_chunk),

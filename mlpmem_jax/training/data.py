@@ -90,7 +90,7 @@ def batches(source, batch_sequences: int, seed: int, part: int = 0, parts: int =
     """An endless, restorable iterator over one part of the rows of each global batch.
 
     The order depends on the seed alone. Step n takes elements n * batch to (n + 1) * batch of one global order,
-    whatever the number of parts, so that a run may go on with another number of processes. Each epoch is shuffled
+    whatever the number of parts, so that a run may resume with another number of processes. Each epoch is shuffled
     differently.
 
     Args:

@@ -1,6 +1,6 @@
 """Goodput: what share of a training run's wall time, over all its restarts, went into optimizer steps that count.
 
-The seconds since the record before are written to metrics.jsonl with every checkpoint. A run that goes on from a
+The seconds since the record before are written to metrics.jsonl with every checkpoint. A run that resumes from a
 checkpoint drops the records behind it, so that steps which are done again count once; the time they took the first time
 lies between two records, like the time in which nothing ran.
 """

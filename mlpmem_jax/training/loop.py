@@ -55,7 +55,7 @@ class Task:
       name: what the user is told is being trained.
       folder: of the artifact; checkpoints and metrics go there.
       settings: a config group made by `configs.default.optimization`.
-      initialise: makes the parameters of what `start` gives (traced, so that they are created sharded).
+      initialize: makes the parameters of what `start` gives (traced, so that they are created sharded).
       abstract_parameters: their shapes and dtypes, a tree of jax.ShapeDtypeStruct.
       logical_axes: tree of logical axis names, one tuple per parameter.
       loss: (sharding, parameters, frozen, batch) -> (loss, {name: statistic}), float32 scalars, means over the batch;
@@ -73,7 +73,7 @@ class Task:
     name: str
     folder: str
     settings: ml_collections.ConfigDict
-    initialise: Callable[..., Any]
+    initialize: Callable[..., Any]
     abstract_parameters: Any
     logical_axes: Any
     loss: Callable
@@ -121,7 +121,7 @@ def check_batch(settings: ml_collections.ConfigDict, sharding: Sharding, group: 
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step that tells whether the job was asked to stop.
+    """Yields a function of the step that tells whether the job was preempted.
 
     Requests are SIGTERM, a preemption notice, and the first Ctrl-C. A second Ctrl-C ends the process at once.
     """
@@ -193,7 +193,7 @@ def step_program(task: Task, sharding: Sharding, steps: int) -> StepProgram:
     parameter_shardings = sharding.tree(task.logical_axes, abstract["parameters"])
     shardings = state_shardings(sharding, abstract, parameter_shardings)
     return StepProgram(
-        make_state=jax.jit(initial_state(task.initialise, optimizer), out_shardings=shardings),
+        make_state=jax.jit(initial_state(task.initialize, optimizer), out_shardings=shardings),
         step=jax.jit(
             train_step(task, optimizer, parameter_shardings, sharding),
             donate_argnums=0,
@@ -214,7 +214,7 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
 
     Raises:
       UserError: the loss, its gradient, the parameters or the validation are no longer finite; the step is named.
-      Stopped: the job was asked to stop; a checkpoint is there.
+      Stopped: the job was preempted; a checkpoint is there.
     """
     settings = task.settings
     watch = goodput.Stopwatch(runtime.stage_began())
@@ -224,7 +224,7 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
     checkpoints = Checkpoints(task.folder)
     start = checkpoints.latest_step() or 0
     if start:
-        say(f"{task.name}: goes on from the checkpoint at step {start} of {steps}")
+        say(f"{task.name}: resumes from the checkpoint at step {start} of {steps}")
         watch.lap("start-up")
         state, next_sequence = checkpoints.restore(start, program.abstract_state)
         watch.lap("restore")
@@ -265,7 +265,7 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
                     "learning_rate": float(learning_rate(step)),
                     "positions_per_second": rate,
                     "flops_per_second": rate * task.flops_per_position,
-                    "matmul_share": rate * task.flops_per_position / peak,
+                    "utilization": rate * task.flops_per_position / peak,
                     "input_wait": (watch.spent("input wait") - waiting) / seconds,
                 }
                 writer.write(step, values)
@@ -287,7 +287,7 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
                 checkpoints.wait()
                 watch.lap("checkpoint")
                 writer.write(step, watch.record())
-                raise Stopped(f"{task.name}: asked to stop; a checkpoint at step {step} is written, run again")
+                raise Stopped(f"{task.name}: preempted; a checkpoint at step {step} is written, run again")
         checkpoints.wait()
         watch.lap("checkpoint")
         writer.write(steps, watch.record())

@@ -131,8 +131,8 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     over_base = base.Adapters(frozen, merge, adapter_axes(logical_axes))
 
     def train(settings: ml_collections.ConfigDict, name: str, folder: str) -> tuple[dict, dict]:
-        initialise = functools.partial(init, abstract, logical_axes, rank, jax.random.key(settings.seed))
-        return base.train(config, settings, name, folder, model, initialise, group="training", adapters=over_base)
+        initialize = functools.partial(init, abstract, logical_axes, rank, jax.random.key(settings.seed))
+        return base.train(config, settings, name, folder, model, initialize, group="training", adapters=over_base)
 
     before = continued.held_out_perplexities(frozen, model, tokens, length, sharding)
     settings, search = continued.at_best_rate(settings, FOLDER, writer.path, _RATES, train)

@@ -2,7 +2,7 @@
 
 Positions are taken in chunks. Where gradients are asked for, the forward pass computes a chunk's logits, loss and
 gradients together and keeps the gradients alone, so that each chunk costs three matrix products rather than the four
-of rematerialisation, and memory grows with the chunk, not with positions x vocabulary.
+of rematerialization, and memory grows with the chunk, not with positions x vocabulary.
 """
 
 from __future__ import annotations

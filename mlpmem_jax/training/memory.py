@@ -44,7 +44,7 @@ def dimensions(
 ) -> MemoryConfig:
     """The memory's dimensions; the vocabulary is padded to what the mesh divides, `norm_epsilon` is the base's.
 
-    Any `tensor` size that is a power of two up to 128 gives the same, so that a run may go on on another mesh.
+    Any `tensor` size that is a power of two up to 128 gives the same, so that a run may resume on another mesh.
     """
     multiple = vocabulary_multiple(tensor_shards)
     return MemoryConfig(
@@ -135,7 +135,7 @@ def make_task(
     *,
     name: str,
     folder: str,
-    initialise: Callable[..., dict],
+    initialize: Callable[..., dict],
     frozen,
     source,
     validate,
@@ -147,7 +147,7 @@ def make_task(
       config: the whole config.
       model, base_config: dimensions of the memory and of the base LM.
       frozen: parameters of the base LM where `config.training.mode` is "online", else {}.
-      name, folder, initialise, source, validate, start: as of `loop.Task`.
+      name, folder, initialize, source, validate, start: as of `loop.Task`.
 
     Raises:
       ConfigError: the mesh does not divide the memory.
@@ -162,7 +162,7 @@ def make_task(
         name=name,
         folder=folder,
         settings=training,
-        initialise=initialise,
+        initialize=initialize,
         abstract_parameters=abstract,
         logical_axes=memory.logical_axes(model),
         loss=functools.partial(_loss, model, base_config, input_tap, training),
@@ -232,14 +232,14 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
             f"({base_config.width})"
         )
     key, start = jax.random.key(config.training.seed), tuple
-    initialise = functools.partial(memory.init, model, key)
+    initialize = functools.partial(memory.init, model, key)
     if started:
         model = _started(started, model)
-        initialise = lambda parameters: parameters  # noqa: E731
+        initialize = lambda parameters: parameters  # noqa: E731
         start = lambda: saved.load_memory(started.path, sharding)[:1]  # noqa: E731
     elif config.memory.output_from_base:
         # The base's vocabulary may be padded beyond the tokenizer's.
-        initialise = lambda kernel_DxV: memory.init(model, key, kernel_DxV[:, : model.vocab_size])  # noqa: E731
+        initialize = lambda kernel_DxV: memory.init(model, key, kernel_DxV[:, : model.vocab_size])  # noqa: E731
         start = lambda: (language_model.output_kernel(saved.load_language_model(base.path, sharding)[0]),)  # noqa: E731
 
     source = data.TargetSource(datastore, targets, TokenStream(tokens, "train") if online else None)
@@ -251,7 +251,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
         sharding,
         name=folder,
         folder=writer.path,
-        initialise=initialise,
+        initialize=initialize,
         frozen=saved.load_language_model(base.path, sharding)[0] if online else {},
         source=source,
         validate=_validation(config, model, sharding),

@@ -91,7 +91,7 @@ def _positions_per_second(config: ml_collections.ConfigDict) -> float:
         sharding,
         name="benchmark",
         folder="",
-        initialise=functools.partial(memory.init, model, jax.random.key(0)),
+        initialize=functools.partial(memory.init, model, jax.random.key(0)),
         frozen={},
         source=None,
         validate=None,

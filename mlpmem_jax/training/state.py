@@ -52,18 +52,18 @@ def _fingerprint(state, next_sequence: int) -> str:
     return hashlib.sha256(f"{stored.fingerprint(state)} {next_sequence}".encode()).hexdigest()
 
 
-def initial_state(initialise, optimizer: optax.GradientTransformation):
-    """A function of what `initialise` takes that makes the state; jit it with `state_shardings` as out_shardings."""
+def initial_state(initialize, optimizer: optax.GradientTransformation):
+    """A function of what `initialize` takes that makes the state; jit it with `state_shardings` as out_shardings."""
 
     def make(*start):
-        parameters = initialise(*start)
+        parameters = initialize(*start)
         return {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.zeros((), jnp.int32)}
 
     return make
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest, to go on from, and the best by validation perplexity, to keep."""
+    """The checkpoints of one run: the latest, to resume from, and the best by validation perplexity, to keep."""
 
     def __init__(self, folder):
         """Opens those in FOLDER/checkpoints.
