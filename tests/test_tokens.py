@@ -210,6 +210,15 @@ def test_processes_share_the_shards(corpus, monkeypatch):
     assert content_of(shared[0].path) == content_of(alone.path)
 
 
+def test_every_shard_has_a_document_that_is_used(corpus):
+    config, _ = corpus
+    parts = tokens.open_source(config.corpus).parts()
+    for config.corpus.max_bytes in range(1500, 9000, 125):  # used documents may end anywhere in a shard
+        plan = documents.make_plan(parts, config.corpus)
+        used = set(plan.shard_N[plan.split_N >= 0].tolist())
+        assert used == set(range(plan.num_shards)), config.corpus.max_bytes
+
+
 def test_a_finished_stage_is_not_made_again(corpus, monkeypatch):
     config, _ = corpus
     first = tokens.run(config)

@@ -304,6 +304,8 @@ def make_plan(parts: Sequence[Part], corpus: ml_collections.ConfigDict) -> Plan:
         )
     used_bytes_N = np.where(split_N >= 0, bytes_N, 0)
     shard_N = ((np.cumsum(used_bytes_N) - used_bytes_N) // SHARD_BYTES).astype(np.int32)
+    # Documents after the last one that is used would make a shard of nothing.
+    shard_N = np.minimum(shard_N, shard_N[split_N >= 0].max())
     _, shard_N = np.unique(shard_N, return_inverse=True)  # a document larger than a shard leaves numbers out
     return Plan(split_N, group_N, shard_N.astype(np.int32), bytes_N, scan.text_hash_N, scan.part_ends, tuple(notes))
 
