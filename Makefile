@@ -80,7 +80,7 @@ $(VENV)/installed: setup.py $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/installed-test: setup.py $(VENV)/bin/pip
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,torch,hub,gguf,plan,bench,rag,dense,lm_eval,peft]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,torch,hub,gguf,plan,bench,rag,dense,harness,peft]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-gguf: setup.py $(VENV)/bin/pip

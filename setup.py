@@ -24,7 +24,7 @@ EXTRAS = {
     # LoRA as a folder of adapters.
     "peft": ["peft>=0.15,<1"],
     # Any task of lm-evaluation-harness, for `mlpmem score`.
-    "lm_eval": ["lm_eval>=0.4.9,<0.5"],
+    "harness": ["lm_eval>=0.4.9,<0.5"],
     "test": [
         "accelerate>=1.0,<2",  # what transformers reads GGUF files with
         "pytest>=8.3,<10",

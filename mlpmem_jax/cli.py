@@ -27,7 +27,7 @@ _OTHER = {
     "controls": "train the controls (base trained on; memory without targets) and report them beside",
     "continued": "train the base on with the settings config.training, and score it: an arm of sweeps",
     "compare": "base, memory, kNN-LM, RAG, further training and LoRA on the same questions -> one page",
-    "score": "tasks of lm-evaluation-harness for these systems, e.g. --tasks=lm_eval:hellaswag (extra: lm_eval)",
+    "score": "tasks of lm-evaluation-harness for these systems, e.g. --tasks=lm_eval:hellaswag (extra: harness)",
     "generate": "continue a prompt with the base LM alone and with the memory",
     "benchmark": "measure the rates of this machine",
     "export": "write the memory for PyTorch, or targets and datastores as Arrow streams",

@@ -1,4 +1,4 @@
-"""`mlpmem score`: any task of lm-evaluation-harness for the systems of a working directory (extra `lm_eval`).
+"""`mlpmem score`: any task of lm-evaluation-harness for the systems of a working directory (extra `harness`).
 
 The harness asks and judges; here is what answers. Systems with passages in their prompts are not among those it can
 ask: it hands over prompts, not the questions to search with.
@@ -71,8 +71,8 @@ class Answering:
 
 def _harness_model(answering: Answering):
     """The harness's own class over `answering`; it is made here, since its base class comes with the extra."""
-    api = require("lm_eval.api.model", extra="lm_eval")
-    utils = require("lm_eval.utils", extra="lm_eval")
+    api = require("lm_eval.api.model", extra="harness")
+    utils = require("lm_eval.utils", extra="harness")
 
     class Model(api.TemplateLM):
         @property
@@ -165,8 +165,8 @@ def run(config: ml_collections.ConfigDict, names: str, wanted: str, limit: int |
             raise ConfigError(f"comparison system {name!r}: the harness has no questions to search with; see `compare`")
         if SYSTEMS[name].side and SYSTEMS[name].model != SIDE_MODEL:
             raise ConfigError(f"comparison system {name!r}: mixes two language models, which `compare` alone can ask")
-    lm_eval = require("lm_eval", extra="lm_eval")
-    manager = require("lm_eval.tasks", extra="lm_eval").TaskManager(include_path=sorted(folders) or None)
+    lm_eval = require("lm_eval", extra="harness")
+    manager = require("lm_eval.tasks", extra="harness").TaskManager(include_path=sorted(folders) or None)
     found = {}
     for name in chosen:
         weight = weight_of(workdir, name)
