@@ -20,7 +20,7 @@ _GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL, once one process has died
 
 
 def environments(processes: int, devices: int, port: int) -> list[dict[str, str]]:
-    """What each process needs besides this process's environment to join the job as `core.runtime.join_job` expects."""
+    """What each process needs besides this process's environment to join the job (`core.distributed.join_job`)."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return [
         {

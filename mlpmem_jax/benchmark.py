@@ -12,7 +12,7 @@ import rich.console
 import rich.table
 from etils import epath
 
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import host
 from mlpmem_jax.core.artifacts import library_versions
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
@@ -43,7 +43,7 @@ def run(config: ml_collections.ConfigDict, parts: list[str], json_file: str | No
     machine = {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
-        "cpu_cores": runtime.cpu_count(),
+        "cpu_cores": host.cpu_count(),
         "processor": platform.processor() or platform.machine(),
         **library_versions(("jax", "jaxlib", "scann", "numpy")),
     }

@@ -203,21 +203,21 @@ def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
 
 
 def _run_stage(name: str, config: ml_collections.ConfigDict):
+    from mlpmem_jax.core import stage_costs
     from mlpmem_jax.core.progress import say
-    from mlpmem_jax.core.runtime import measured_stage
 
     say(f"== {name}: {STAGES[name][1]}")
-    with measured_stage(config.workdir, name):
+    with stage_costs.measured(config.workdir, name):
         return importlib.import_module(STAGES[name][0]).run(config)
 
 
 def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
     import jax
 
-    from mlpmem_jax.core import runtime
+    from mlpmem_jax.core import host, stage_costs
 
     logging.set_verbosity(logging.FATAL)  # libraries log what they raise as well; what is raised is told once
-    runtime.keep_freed_memory()
+    host.keep_freed_memory()
     if options.verb == "run":
         preflight.check_devices(config, jax.device_count(), jax.process_count())
         preflight.check_models(config, jax.device_count())
@@ -233,7 +233,7 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
     elif options.verb == "compare":
         from mlpmem_jax.comparison import compare as comparison
 
-        with runtime.measured_stage(config.workdir, "compare"):
+        with stage_costs.measured(config.workdir, "compare"):
             comparison.run(config)
     elif options.verb == "score":
         from mlpmem_jax.comparison import harness
@@ -250,7 +250,7 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
     elif options.verb == "continued":
         from mlpmem_jax.training import continued
 
-        with runtime.measured_stage(config.workdir, "continued"):
+        with stage_costs.measured(config.workdir, "continued"):
             continued.run(config)
     else:
         from mlpmem_jax.training import controls
@@ -266,9 +266,9 @@ def _with_config(options: argparse.Namespace, config: ml_collections.ConfigDict)
 
         (mesh_choice if options.meshes else plan).run(config, options)
         return
-    from mlpmem_jax.core import runtime
+    from mlpmem_jax.core import distributed
 
-    with runtime.job(config.workdir, writes=options.verb not in _READING):
+    with distributed.job(config.workdir, writes=options.verb not in _READING):
         _dispatch(options, config)
 
 

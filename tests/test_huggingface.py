@@ -289,7 +289,7 @@ def test_what_the_mesh_does_not_divide_is_held_whole_by_every_device(tmp_path):
 # One of two processes: reads a folder, prints how many numbers of it, and writes the model as another folder.
 _LOAD_AND_SAVE = """
 import json, os, sys
-from mlpmem_jax.core import mesh, runtime
+from mlpmem_jax.core import distributed, host, mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import huggingface, tensor_files
 source, output = sys.argv[1:]
@@ -300,7 +300,7 @@ def counted(*arguments):
     numbers += part.size
     return part
 huggingface._read = counted
-with runtime.job(os.path.dirname(output)):
+with distributed.job(os.path.dirname(output)):
     parameters, config = huggingface.load_language_model(source, Sharding(mesh.make_mesh()))
     huggingface.save_language_model(output, parameters, config, maximum_shard_bytes=8000)
 print(numbers)
@@ -344,14 +344,14 @@ def test_two_processes_read_half_of_a_sharded_checkpoint_each_and_write_it_whole
 
 _LOAD_AND_TELL_MEMORY = """
 import sys, jax, jax.numpy as jnp
-from mlpmem_jax.core import mesh, runtime
+from mlpmem_jax.core import distributed, host, mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import huggingface
 jax.block_until_ready(jax.jit(lambda x: x + 1)(jnp.ones(3)))
-before = runtime.peak_rss_bytes()
+before = host.peak_rss_bytes()
 parameters, _ = huggingface.load_language_model(sys.argv[1], Sharding(mesh.make_mesh()))
 size = sum(array.nbytes for array in jax.tree.leaves(parameters))
-print(before, runtime.peak_rss_bytes(), size, float(parameters["h"]["mlp"]["up_proj"]["kernel"][5].mean()))
+print(before, host.peak_rss_bytes(), size, float(parameters["h"]["mlp"]["up_proj"]["kernel"][5].mean()))
 """
 
 

@@ -13,8 +13,8 @@ from launch import local
 
 ROOT = pathlib.Path(__file__).parents[1]
 JOINED = """
-from mlpmem_jax.core.runtime import join_job
-join_job()
+from mlpmem_jax.core import distributed
+distributed.join_job()
 import jax, numpy
 from jax.experimental import multihost_utils
 print("devices", jax.local_device_count(), jax.device_count())

@@ -36,7 +36,7 @@ me, (workdir, stages, mesh, backend, event) = int(os.environ["JAX_PROCESS_ID"]),
 if event == "late" and me == 1: time.sleep(3)
 from test_processes import small
 from mlpmem_jax import cli
-from mlpmem_jax.core import artifacts, runtime
+from mlpmem_jax.core import artifacts, distributed
 from mlpmem_jax.corpus import documents
 from mlpmem_jax.models import saved
 from mlpmem_jax.retrieval import targets_artifact
@@ -67,7 +67,7 @@ if me == 1:
         after(goodput.Stopwatch, "lap", 2, signal.SIGTERM, "input wait", then=agree)
     if event == "asked_to_stop_in_shard":
         after(artifacts.ArtifactWriter, "write_shard", 1, signal.SIGTERM, then=lambda: time.sleep(120))
-with runtime.job(workdir):
+with distributed.job(workdir):
     for stage in stages.split(","):
         if stage == "generate":
             from types import SimpleNamespace

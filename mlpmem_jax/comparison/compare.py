@@ -25,9 +25,9 @@ from mlpmem_jax.comparison.passages import documents
 from mlpmem_jax.comparison.question import Question, Task
 from mlpmem_jax.comparison.reading import read
 from mlpmem_jax.comparison.systems import SIDE_MODEL, SYSTEMS, System, Workdir
+from mlpmem_jax.core import stage_costs
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.core.runtime import measured_stage
 from mlpmem_jax.corpus.tokens import read_tokenizer
 from mlpmem_jax.evaluation import provenance
 from mlpmem_jax.training import controls, lora
@@ -87,7 +87,7 @@ def _train_missing(config: ml_collections.ConfigDict, chosen: list[str]) -> None
     """Trains the language models that systems need; what is finished is left as it is."""
     for model, train in (("continued", controls.continued), ("lora", lora.run)):
         if any(SYSTEMS[name].model == model for name in chosen):
-            with measured_stage(config.workdir, systems.FOLDERS[model]):
+            with stage_costs.measured(config.workdir, systems.FOLDERS[model]):
                 train(config)
 
 

@@ -108,14 +108,19 @@ def _version(name: str) -> str:
         return "of unknown version"
 
 
+def chain(error: BaseException) -> list[BaseException]:
+    """An error and what it came from, the first cause last."""
+    errors: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in errors:
+        errors.append(following)
+        following = following.__cause__ or following.__context__
+    return errors
+
+
 def outside_cause(error: BaseException) -> str | None:
     """What the file system or the machine refused, where that is the first cause of an error; else None."""
-    chain: list[BaseException] = []
-    following: BaseException | None = error
-    while following is not None and following not in chain:
-        chain.append(following)
-        following = following.__cause__ or following.__context__
-    for each in reversed(chain):
+    for each in reversed(chain(error)):
         if isinstance(each, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(each):
             return f"the memory of this machine is not enough ({_first_line(each)}); {_SMALLER}"
         if "Unable to initialize backend" in str(each):

@@ -15,7 +15,7 @@ import scipy.special
 from etils import epath
 
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import host, stage_costs
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.corpus.tokens import TokenStream
@@ -55,7 +55,7 @@ def run(config: ml_collections.ConfigDict) -> dict:
     metrics["breakdown"] = _breakdown(opened, scores["test"], weights, sample)
     metrics |= _facts(opened)
     metrics["seconds"]["evaluate"] = time.perf_counter() - start
-    metrics["peak_rss_bytes"]["evaluate"] = runtime.peak_rss_bytes()
+    metrics["peak_rss_bytes"]["evaluate"] = host.peak_rss_bytes()
     folder = report.write(epath.Path(config.workdir) / "report", metrics)
     say(" ".join(wording.verdict(metrics)))
     say(f"report: {folder / 'index.html'}")
@@ -270,7 +270,7 @@ def _facts(opened: Inputs) -> dict:
             "tokens": {split: math.prod(shape) for split, shape in lengths.items()},
             "parameters": {name: artifacts[name].summary["parameter_count"] for name in ("base", "memory")},
         },
-        **provenance.stage_costs(workdir),
+        **stage_costs.totals(workdir),
         "bytes": {name: provenance.artifact_bytes(artifact) for name, artifact in every.items()},
         "training": provenance.training_curves(workdir),
         "training_runs": {name: _figures(artifacts[name]) for name in ("base", "memory")},

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import platform
 
 import jax
 from etils import epath
 
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import json_lines
 from mlpmem_jax.core.artifacts import Artifact, library_versions
 
 CURVE_RECORDS = 400
@@ -29,26 +28,9 @@ _LIBRARIES = (
 _TRAINED = ("base", "memory")
 
 
-def records(file: epath.Path) -> list[dict]:
-    """The JSON lines of a file; none where it does not exist. A last line that a kill truncated is left out."""
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-
-
-def stage_costs(workdir) -> dict[str, dict]:
-    """{'seconds': {stage: sum}, 'peak_rss_bytes': {stage: largest}} over all the times that a stage was run."""
-    seconds, peaks = {}, {}
-    for record in records(epath.Path(workdir) / runtime.STAGES_FILE):
-        stage = record["stage"]
-        seconds[stage] = seconds.get(stage, 0.0) + record["seconds"]
-        peaks[stage] = max(peaks.get(stage, 0), record["peak_rss_bytes"])
-    return {"seconds": seconds, "peak_rss_bytes": peaks}
-
-
 def training_curves(workdir) -> dict[str, list[dict]]:
     """Records of the base's and the memory's training, thinned evenly; validations are all kept."""
-    curves = {name: records(epath.Path(workdir) / name / "metrics.jsonl") for name in _TRAINED}
+    curves = {name: json_lines.read(epath.Path(workdir) / name / "metrics.jsonl") for name in _TRAINED}
     return {name: _thinned(curve) for name, curve in curves.items()}
 
 

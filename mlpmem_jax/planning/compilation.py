@@ -10,9 +10,9 @@ import tempfile
 import jax
 from jax.experimental import topologies
 
+from mlpmem_jax.core import native_output
 from mlpmem_jax.core.accelerators import Slice
 from mlpmem_jax.core.errors import UserError, require
-from mlpmem_jax.core.runtime import no_native_log
 from mlpmem_jax.planning.chips import CHIPS
 
 _ENVIRONMENT = {
@@ -38,7 +38,7 @@ def devices(tpu: Slice, slices: int) -> list[jax.Device]:
     if slices > 1:
         options["num_slices"] = slices
     try:
-        with no_native_log():
+        with native_output.silenced_standard_error():
             found = topologies.get_topology_desc(f"{tpu.family}:{tpu.topology}", "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"libtpu does not know the topology {tpu.family}:{tpu.topology}: {error}") from error
@@ -53,7 +53,7 @@ def compile_program(function, arguments: tuple, static: dict) -> tuple[str, jax.
     Raises:
       DoesNotFit: it needs more memory than a chip has.
     """
-    with tempfile.TemporaryDirectory() as folder, no_native_log():
+    with tempfile.TemporaryDirectory() as folder, native_output.silenced_standard_error():
         try:
             compiled = function.lower(*arguments, **static).compile(
                 compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import host
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.progress import say
@@ -54,7 +54,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     try:
         torch, transformers = (require(name, extra="torch") for name in ("torch", "transformers"))
         torch.set_grad_enabled(False)
-        torch.set_num_threads(runtime.cpu_count())
+        torch.set_num_threads(host.cpu_count())
     except UserError as error:
         say(f"forward: without PyTorch: {error}")
         torch = transformers = None
@@ -92,7 +92,7 @@ def _product_rows(torch) -> tuple[float, list[dict]]:
         calls["PyTorch"] = functools.partial(torch.matmul, torch.from_numpy(left_NxD), torch.from_numpy(right_DxF))
     operations = 2.0 * left_NxD.size * right_DxF.shape[1]
     rates = {name: operations / float(np.min(seconds_R)) for name, seconds_R in _alternated(calls).items()}
-    detail = f"[{POSITIONS}, 768] x [768, 3072], float32, {runtime.cpu_count()} threads, best of {ROUNDS}"
+    detail = f"[{POSITIONS}, 768] x [768, 3072], float32, {host.cpu_count()} threads, best of {ROUNDS}"
     return max(rates.values()), [
         row(f"forward, a product in {name}", rate / 1e9, "GFLOP/s", detail) for name, rate in rates.items()
     ]

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import host
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.retrieval import tiles
@@ -76,7 +76,7 @@ def of_process(
     index = search.backend.needs(rows, search.dimensions or width, key_bytes, processes)
     whole = rows * width * key_bytes if search.dimensions else 0
     queries = load.positions * (width * (key_bytes + 4) + _ENTRY_BYTES * load.entries)
-    pieces = _PIECE_BYTES * tiles.NEIGHBORS_PER_THREAD * runtime.cpu_count()
+    pieces = _PIECE_BYTES * tiles.NEIGHBORS_PER_THREAD * host.cpu_count()
     projection = _PROJECTION_BYTES * width**2 if search.is_projected else 0
     return ProcessNeeds(_RUNTIME_BYTES + projection + queries + pieces, index.memory + whole, index.disk)
 
@@ -92,7 +92,7 @@ def check(needs: ProcessNeeds, rows: int, scratch: epath.Path) -> None:
     Raises:
       ConfigError: there is less memory, or less room for temporary files.
     """
-    processes, memory = processes_of_host(), runtime.memory_bytes()
+    processes, memory = processes_of_host(), host.memory_bytes()
     where = "in a process" if processes == 1 else f"in each of {processes} processes of this host"
     say(f"targets: shards of up to {rows:,} keys take at most {_gib(needs.memory)} of memory {where}")
     if processes * needs.memory > memory:

@@ -18,7 +18,7 @@ import io
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import host
 from mlpmem_jax.retrieval import neighbors
 from mlpmem_jax.retrieval.backends import Effort, Index
 from mlpmem_jax.retrieval.scratch import write_whole
@@ -155,6 +155,6 @@ class ReducedIndex:
             return neighbors.smallest(neighbors.pack(distances_QxC, ids_QxC[part]), k)
 
         starts = range(0, len(queries_QxD), _QUERIES_PER_THREAD)
-        with concurrent.futures.ThreadPoolExecutor(runtime.cpu_count()) as threads:
+        with concurrent.futures.ThreadPoolExecutor(host.cpu_count()) as threads:
             parts = list(threads.map(nearest, starts))
         return neighbors.unpack(np.concatenate([np.empty((0, k), np.uint64), *parts]))

@@ -17,8 +17,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from mlpmem_jax.core import native_output
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.core.runtime import no_native_log
 from mlpmem_jax.retrieval import exact_backend, neighbors, scann_index
 from mlpmem_jax.retrieval.backends import KeySource, Needs
 from mlpmem_jax.retrieval.scann_index import Options
@@ -161,7 +161,7 @@ class ScannIndex:
     @classmethod
     def load(cls, folder, size: int, options: Options) -> ScannIndex:
         """Reads what `scann_index.write` wrote."""
-        with no_native_log():
+        with native_output.silenced_standard_error():
             return cls(scann_index.scann().load_searcher(str(folder)), size, options)
 
     def search(

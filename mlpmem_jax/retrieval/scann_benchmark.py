@@ -19,7 +19,7 @@ from collections.abc import Callable
 import ml_collections
 import numpy as np
 
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import host
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.retrieval import needs, reduction, scann_backend
@@ -186,8 +186,8 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
 def _resident_bytes() -> int:
     """Of this process, now. What its allocator only keeps goes back before, and the peak starts anew from here."""
     ctypes.CDLL(None).malloc_trim(0)
-    runtime.reset_peak()
-    return runtime.peak_rss_bytes()
+    host.reset_peak()
+    return host.peak_rss_bytes()
 
 
 def _main(folder: str, size: int, leaves: int) -> None:
@@ -198,12 +198,10 @@ def _main(folder: str, size: int, leaves: int) -> None:
     before, start = _resident_bytes(), time.process_time()
     write(index_folder, *keys_NxD.shape, lambda start, stop: keys_NxD[start:stop], options)
     cost = {"seconds": time.process_time() - start}
-    cost["built"] = (
-        runtime.peak_rss_bytes() - before - keys_NxD.nbytes
-    )  # the keys in the index are mapped from its file
+    cost["built"] = host.peak_rss_bytes() - before - keys_NxD.nbytes  # the keys in the index are mapped from its file
     before = _resident_bytes()
     index = ScannIndex.load(index_folder, size, options)
-    cost["loading"] = runtime.peak_rss_bytes() - before
+    cost["loading"] = host.peak_rss_bytes() - before
     cost["loaded"] = _resident_bytes() - before
     del index
     print(json.dumps(cost))

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlpmem_jax.core.runtime import no_native_log
+from mlpmem_jax.core import native_output
 
 _BRUTE_FORCE_BELOW = 4096  # too few keys to cluster and hash well
 # More than these of ScaNN's trainings made no difference to the recall.
@@ -177,7 +177,7 @@ def _train(keys_SxD: np.ndarray, options: Options, folder: pathlib.Path) -> None
 
 def _save(builder, folder: pathlib.Path) -> None:
     builder.set_n_training_threads(1)
-    with no_native_log():
+    with native_output.silenced_standard_error():
         builder.build().serialize(str(folder), relative_path=True)
 
 

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import host
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.config import SEARCH_BACKENDS
 from mlpmem_jax.core.errors import ConfigError, UserError
@@ -137,7 +137,7 @@ def _reference_row(sample: Sample, timed: Queries) -> dict:
         "positions/s",
         f"recall@{sample.k} {contains(ids_QxK.astype(np.int32), true_ids_QxK).mean():.3f} with {described}; "
         f"{keys.size:,} keys; {1e6 * cpu / len(timed):.0f} us of CPU time a position; {built:.0f} s to build, "
-        f"{runtime.cpu_count()} cores",
+        f"{host.cpu_count()} cores",
     )
 
 

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import host
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
@@ -103,7 +103,7 @@ def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: in
             f"{entries:.0f} entries a position; {1e6 * cpu / len(queries):.0f} us of CPU time a position, "
             f"{1e6 * searching:.0f} of them for the search",
         ),
-        row(f"targets, {name}: index", built, "s", f"to train and fill, {runtime.cpu_count()} cores"),
+        row(f"targets, {name}: index", built, "s", f"to train and fill, {host.cpu_count()} cores"),
     ]
 
 
@@ -164,7 +164,7 @@ def _reference_rows(keys_NxD, next_tokens_N, queries: Queries, truth, k: int) ->
             f"a dense row of {VOCABULARY:,} and a loop; the same {len(keys_NxD):,} keys; "
             f"{1e6 * cpu / len(sparse):.0f} us of CPU time a position",
         ),
-        row("targets, the reference's way: index", built, "s", f"to train and fill, {runtime.cpu_count()} cores"),
+        row("targets, the reference's way: index", built, "s", f"to train and fill, {host.cpu_count()} cores"),
     ]
 
 

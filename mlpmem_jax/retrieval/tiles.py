@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import host
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.progress import progress
 from mlpmem_jax.retrieval import exact_backend, neighbors
@@ -71,7 +71,7 @@ def in_pieces(work: Callable[[slice], T], positions: int, k: int) -> list[T]:
     """
     rows = max(1, NEIGHBORS_PER_THREAD // k)
     pieces = [slice(start, min(start + rows, positions)) for start in range(0, positions, rows)]
-    with concurrent.futures.ThreadPoolExecutor(runtime.cpu_count()) as threads:
+    with concurrent.futures.ThreadPoolExecutor(host.cpu_count()) as threads:
         return list(threads.map(work, pieces))
 
 

@@ -9,9 +9,9 @@ import json
 import ml_collections
 from etils import epath
 
+from mlpmem_jax.core import stage_costs
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import ArtifactError
-from mlpmem_jax.evaluation import provenance
 from mlpmem_jax.models import flops, saved
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.scaling import budgets
@@ -81,7 +81,7 @@ def row(sweep: Sweep, point: Point) -> dict[str, str | float]:
         "flops": counted,
         "base_flops": "" if base_steps is None else float(base_steps * per_step),
         "learning_rate": point.config.training.learning_rate,
-        "seconds": round(sum(provenance.stage_costs(point.config.workdir)["seconds"].values()), 1),
+        "seconds": round(sum(stage_costs.totals(point.config.workdir)["seconds"].values()), 1),
         **values,
     }
 

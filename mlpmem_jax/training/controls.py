@@ -9,10 +9,10 @@ from __future__ import annotations
 import ml_collections
 from etils import epath
 
+from mlpmem_jax.core import stage_costs
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.core.runtime import measured_stage
 from mlpmem_jax.models import saved
 from mlpmem_jax.training import continued as continued_training
 from mlpmem_jax.training import memory
@@ -62,5 +62,5 @@ def run(config: ml_collections.ConfigDict) -> None:
     """
     for name, control in ((CONTINUED, continued), (CE_ONLY, ce_only)):
         say(f"== {name}")
-        with measured_stage(config.workdir, name):
+        with stage_costs.measured(config.workdir, name):
             control(config)

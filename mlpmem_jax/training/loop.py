@@ -18,7 +18,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import preemption, stage_costs
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.core.mesh import compiler_options
 from mlpmem_jax.core.progress import progress, say
@@ -141,7 +141,7 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
     before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
         # Of several processes JAX's own handler catches SIGTERM, and all of them agree on the step.
-        with contextlib.nullcontext() if is_alone else runtime.stopping_by_itself():
+        with contextlib.nullcontext() if is_alone else preemption.deferred():
             yield (lambda step: asked) if is_alone else multihost_utils.reached_preemption_sync_point
     finally:
         for signum, handler in before.items():
@@ -217,7 +217,7 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
       Stopped: the job was preempted; a checkpoint is there.
     """
     settings = task.settings
-    watch = goodput.Stopwatch(runtime.stage_began())
+    watch = goodput.Stopwatch(stage_costs.start_time())
     steps = total_steps(settings, len(task.source))
     learning_rate = schedule(settings, steps)
     program = step_program(task, sharding, steps)

@@ -19,7 +19,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from mlpmem_jax.core import runtime
+from mlpmem_jax.core import distributed, host
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import memory
@@ -120,6 +120,6 @@ def _positions_per_second(config: ml_collections.ConfigDict) -> float:
 
 
 if __name__ == "__main__":
-    runtime.keep_freed_memory()
-    runtime.join_job()
+    host.keep_freed_memory()
+    distributed.join_job()
     print(_positions_per_second(ml_collections.ConfigDict(json.loads(sys.argv[1]))))

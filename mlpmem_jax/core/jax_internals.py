@@ -1,0 +1,22 @@
+"""What JAX has no public call for: every use of `jax._src`, with the version of JAX that it was checked against."""
+
+from __future__ import annotations
+
+import jax
+
+_PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
+
+
+def preemption_notice_received() -> bool:
+    """Whether a process of the job has received SIGTERM, which JAX's coordination service tells all of them.
+
+    The public `multihost_utils.reached_preemption_sync_point` answers only where all processes ask at the same step.
+    Seen in JAX 0.10.2: `jax._src.distributed.global_state.client`, and the key that its preemption notifier sets.
+    """
+    from jax._src import distributed
+
+    try:
+        distributed.global_state.client.key_value_try_get(_PREEMPTION_NOTICE)
+    except jax.errors.JaxRuntimeError:  # the key does not exist
+        return False
+    return True

@@ -1,0 +1,31 @@
+"""The standard streams of C++ libraries, which print past Python's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+
+def silence_standard_output() -> None:
+    """Discards what C++ prints to standard output for the rest of this process: Gloo reports each connection there."""
+    sys.stdout.flush()
+    kept = open(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 1)
+    sys.stdout = kept
+
+
+@contextlib.contextmanager
+def silenced_standard_error() -> Iterator[None]:
+    """While inside, discards what C++ prints to standard error; its errors are raised as exceptions all the same."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

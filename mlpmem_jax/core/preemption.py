@@ -1,0 +1,44 @@
+"""Preemption of a job of several processes: SIGTERM to one of them ends all, between two shards or at a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from mlpmem_jax.core import jax_internals, process_exit
+from mlpmem_jax.core.errors import Stopped
+
+WORK_IS_KEPT = "What was complete is kept: run the same command again, with as many processes as you like"
+_PREEMPTED = f"the job was preempted. {WORK_IS_KEPT}"
+_POLL_SECONDS = 1.0
+_deferred = threading.Lock()  # held by work that ends by itself, at a better moment
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """While inside, a thread ends this process when the job is preempted, whatever its main thread waits for."""
+    finished = threading.Event()
+    watcher = threading.Thread(target=_end_when_preempted, args=(finished,), daemon=True)
+    watcher.start()
+    yield
+    finished.set()  # not after an error: this process then ends with that
+    watcher.join()
+
+
+def _end_when_preempted(finished: threading.Event) -> None:
+    """No stage loses more than unfinished shards when it ends at any moment, and none needs the others to agree, except
+    for what runs in `deferred`. All processes linger, so that none takes another's end for a loss.
+    """
+    while not finished.wait(_POLL_SECONDS):
+        if jax_internals.preemption_notice_received():
+            with _deferred:
+                process_exit.end(_PREEMPTED, Stopped.exit_code, lingers=True)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """While inside, preemption does not end this process: the work inside looks for it, and raises `Stopped`."""
+    _deferred.acquire()
+    yield
+    _deferred.release()  # not after an error: this process then ends with that

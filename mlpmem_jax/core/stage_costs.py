@@ -1,0 +1,50 @@
+"""What a stage costs: its seconds and its peak memory, kept in WORKDIR/stages.jsonl."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+from mlpmem_jax.core import host, json_lines
+
+_FILE = "stages.jsonl"
+_start_times: list[float] = []  # Unix times at which the stages of this process began
+
+
+def start_time() -> float:
+    """Unix time at which the stage that runs began: the first stage of a process with the process itself."""
+    return _start_times[-1] if _start_times else time.time()
+
+
+@contextlib.contextmanager
+def measured(workdir: str, stage: str) -> Iterator[None]:
+    """Records seconds and peak memory of a stage in WORKDIR/stages.jsonl, also of one that fails."""
+    host.reset_peak()
+    start = time.perf_counter()
+    _start_times.append(time.time() if _start_times else time.time() - host.process_age())
+    try:
+        yield
+    finally:
+        if jax.process_index() == 0:
+            record = {"stage": stage, "seconds": time.perf_counter() - start, "peak_rss_bytes": host.peak_rss_bytes()}
+            # The error of the stage itself matters more than a full disk here.
+            with contextlib.suppress(OSError):
+                file = epath.Path(workdir) / _FILE
+                file.parent.mkdir(parents=True, exist_ok=True)
+                before = file.read_text() if file.exists() else ""
+                file.write_text(before + json.dumps(record) + "\n")
+
+
+def totals(workdir) -> dict[str, dict]:
+    """{'seconds': {stage: sum}, 'peak_rss_bytes': {stage: largest}} over all the times that a stage was run."""
+    seconds, peaks = {}, {}
+    for record in json_lines.read(epath.Path(workdir) / _FILE):
+        stage = record["stage"]
+        seconds[stage] = seconds.get(stage, 0.0) + record["seconds"]
+        peaks[stage] = max(peaks.get(stage, 0), record["peak_rss_bytes"])
+    return {"seconds": seconds, "peak_rss_bytes": peaks}
