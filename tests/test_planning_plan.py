@@ -115,6 +115,17 @@ def test_a_base_that_is_trained_on_needs_no_datastore():
     assert run.storage < beside.storage / 5
 
 
+def test_the_price_of_a_run_holds_the_fine_tuning_of_its_base_and_the_choice_of_its_rate():
+    config = wikitext103_gpt2_large.get_config()
+    as_published = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5)
+    config.base.finetune_steps = 800
+    run = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5)
+    sequence = flops.language_model_forward(published.dimensions(config.base.path), 1024) * 1024
+    steps = 800 + 3 * 100  # three rates for an eighth of the steps each
+    more = 3 * sequence * steps * config.base.training.batch_sequences
+    assert run.chip_hours - as_published.chip_hours == pytest.approx(more / 0.5 / 197e12 / 3600)
+
+
 def test_the_search_is_planned_with_the_candidates_that_it_asks_for():
     config = small_config()
     for dimensions, candidates in ((0, 8), (4, 12)):

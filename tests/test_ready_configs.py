@@ -30,6 +30,7 @@ SWEEPS = sorted(
     file for file in (ROOT / "configs" / "sweeps").glob("*.py") if file.stem not in ("__init__", "gpt2_sizes")
 )
 
+OWNER = "tiny"
 WIDTH, VOCABULARY, LENGTH = test_gguf.WIDTH, 300, 16
 LARGEST_OPTIMIZATION = {
     "steps": 12,
@@ -66,7 +67,8 @@ LARGEST = {
 def shrunk(config, workdir):
     """The config with each of its sizes at most the one in LARGEST, in another workdir; every choice as it was.
 
-    Held-out parts are a tenth at least, so that they are not empty.
+    Held-out parts are a tenth at least, so that they are not empty. Models of the hub are OWNER's, which have the
+    published ones' names and architectures, but not the dimensions that launchers know of those.
     """
     config = config.copy_and_resolve_references()
     for key, most in LARGEST.items():
@@ -77,6 +79,10 @@ def shrunk(config, workdir):
         values[name] = min(values[name], most) or (most if name == "max_bytes" else 0)
     for fraction in ("validation_fraction", "test_fraction"):
         config.corpus[fraction] = max(config.corpus[fraction], 0.1)
+    for group, name in (("base", "path"), ("tokenizer", "path"), ("datastore", "key_model")):
+        owner, _, model = config[group][name].partition("/")
+        if owner in ("openai-community", "meta-llama", "mistralai"):
+            config[group][name] = f"{OWNER}/{model}"
     config.workdir = str(workdir)
     configs.check(config)
     return config
@@ -131,14 +137,14 @@ def write_models(folder, cache):
     sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "max_position_embeddings": 4 * LENGTH}
     llama = sizes | {"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     models = {
-        "meta-llama/Llama-2-7b-hf": transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)),
-        "mistralai/Mistral-7B-v0.3": transformers.MistralForCausalLM(
+        f"{OWNER}/Llama-2-7b-hf": transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)),
+        f"{OWNER}/Mistral-7B-v0.3": transformers.MistralForCausalLM(
             transformers.MistralConfig(**llama, num_key_value_heads=2, sliding_window=None)
         ),
     }
     for name, blocks in (("gpt2", 2), ("gpt2-medium", 3), ("gpt2-large", 2), ("gpt2-xl", 3)):
         gpt2 = transformers.GPT2Config(**sizes, num_hidden_layers=blocks, num_attention_heads=4)
-        models[f"openai-community/{name}"] = transformers.GPT2LMHeadModel(gpt2)
+        models[f"{OWNER}/{name}"] = transformers.GPT2LMHeadModel(gpt2)
     for name, model in models.items():
         repository = cache / f"models--{name.replace('/', '--')}"
         snapshot = repository / "snapshots" / f"{1:040x}"

@@ -94,7 +94,7 @@ def estimate(
     utilization: float = 0.5,
     arm: str = "augmented",
 ) -> RunCost:
-    """Chip-hours of the base's training and of what an arm trains beside or after it, and the storage of all artifacts.
+    """Chip-hours of what trains the base here and of what an arm trains beside or after it, and the storage of all artifacts.
 
     Args:
       config: the whole config; `config.workdir` is not read.
@@ -127,9 +127,7 @@ def estimate(
     steps = loop.total_steps(settings, positions // length)
     training = float(steps) * settings.batch_sequences * length * per_position
     total = training + float(positions) * forward
-    if config.base.source == "train":
-        passes = programs.base_positions(config, positions)
-        total += 3.0 * passes * flops.language_model_forward(models.base, length)
+    total += 3.0 * programs.base_positions(config, positions) * flops.language_model_forward(models.base, length)
     return RunCost(
         chip_hours=total / (CHIPS[tpu.family].flops * utilization) / 3600,
         storage=sum(stored.values()),

@@ -17,7 +17,7 @@ from mlpmem_jax.models import flops, language_model, memory, scoring
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval import datastore, key_shards, ring
-from mlpmem_jax.training import data, loop
+from mlpmem_jax.training import continued, data, loop
 from mlpmem_jax.training import memory as training
 
 STAGES = ("train", "datastore", "neighbors")
@@ -91,9 +91,16 @@ def steps_of(config: ml_collections.ConfigDict, positions: int) -> int:
 
 
 def base_positions(config: ml_collections.ConfigDict, positions: int) -> int:
-    """Positions that the training of a base goes through, on a split of so many."""
-    steps = loop.total_steps(config.base.training, positions // config.base.context_length)
-    return steps * config.base.training.batch_sequences * config.base.context_length
+    """Positions that the base is trained on here, on a split of so many: from the start, or as a fine-tuning.
+
+    Fine-tuning counts the short runs that choose its learning rate.
+    """
+    settings, length = config.base.training, config.base.context_length
+    if config.base.source == "train":
+        steps = loop.total_steps(settings, positions // length)
+    else:
+        steps = continued.steps_with_rate_search(config.base.finetune_steps)
+    return steps * settings.batch_sequences * length
 
 
 def build(config: ml_collections.ConfigDict, stage: str, sharding: Sharding, positions: int) -> list:

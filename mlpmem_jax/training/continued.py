@@ -67,6 +67,15 @@ def finetune(config: ml_collections.ConfigDict, source: str) -> Artifact:
     return train_on(config, settings, "base", inputs, "base.training", source=source, rates=RATES)
 
 
+def steps_with_rate_search(steps: int) -> int:
+    """Optimizer steps of a training of so many, the short runs that choose its learning rate of RATES included."""
+    return steps + len(RATES) * _short_steps(steps) if steps else 0
+
+
+def _short_steps(steps: int) -> int:
+    return max(1, round(_SHORT_RUN * steps))
+
+
 def flops_per_step(model: language_model.Config, length: int, settings: ml_collections.ConfigDict) -> int:
     """Training FLOPs of one optimizer step on sequences of `length` positions."""
     return 3 * flops.language_model_forward(model, length) * settings.batch_sequences * length
@@ -159,7 +168,7 @@ def at_best_rate(
     """
     settings, found = ml_collections.ConfigDict(settings), {}
     short = ml_collections.ConfigDict(settings)
-    short.steps = max(1, round(_SHORT_RUN * settings.steps))
+    short.steps = _short_steps(settings.steps)
     short.warmup_steps = min(settings.warmup_steps, short.steps // 10)
     for rate in rates:
         short.learning_rate = rate
