@@ -65,7 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Hugging Face folder, or NAME or NAME@REVISION, of a GPT-2, Llama or Mistral; a GGUF file of a Llama or Mistral
     base.path = ""
     # Steps that an imported base is trained on the corpus before its keys are taken, its batch and precision from
-    # base.training, by AdamW at the best of three small rates; 0 = as it is
+    # base.training, by AdamW at the best of a few small rates; 0 = as it is
     base.finetune_steps = 0
     base.context_length = 256  # positions of one sequence (block), in every stage
     base.width = 64  # of the trained base

@@ -175,7 +175,7 @@ def test_a_base_that_was_imported_is_trained_on_at_the_best_of_small_rates(confi
     found = control.summary
     assert found["rate_search"].keys() == {"1e-05", "3e-05", "0.0001"}
     assert found["rate_search"][f"{found['learning_rate']:g}"] == min(found["rate_search"].values())
-    assert control.config["training"]["learning_rate"] == [1e-5, 3e-5, 1e-4]
+    assert control.config["training"]["learning_rate"] == [1e-5, 3e-5, 1e-4, 3e-4]
     assert control.config["training"]["optimizer"] == "adamw"
     assert control.config["training"]["batch_sequences"] == config.training.batch_sequences
     trained = open_artifact(f"{config.workdir}/memory", "memory")

@@ -21,7 +21,7 @@ from mlpmem_jax.models.scoring import language_model_log_probabilities
 from mlpmem_jax.training import base, loop
 
 FOLDER = "continued"
-RATES = (1e-5, 3e-5, 1e-4)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 """Peak learning rates that are tried for a base that was trained elsewhere."""
 
 _SHORT_RUN = 1 / 8  # of the steps, for each rate
