@@ -94,7 +94,7 @@ def estimate(
     utilization: float = 0.5,
     arm: str = "augmented",
 ) -> RunCost:
-    """Chip-hours of what trains the base here and of what an arm trains beside or after it, and storage of all artifacts.
+    """Chip-hours of what trains the base here and of what an arm trains beside or after it, and the storage of it all.
 
     Args:
       config: the whole config; `config.workdir` is not read.
