@@ -30,6 +30,7 @@ def optimization() -> ml_collections.ConfigDict:
     config.evaluate_every = 500  # steps between validations; the best parameters are kept
     config.evaluation_sequences = 0  # validation sequences used for that; 0 = all
     config.checkpoint_every = 500  # steps between checkpoints
+    config.profile_steps = ""  # "A:B" traces steps A to B for TensorBoard and xprof; "" = none
     return config
 
 

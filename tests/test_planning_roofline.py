@@ -3,7 +3,7 @@
 import pytest
 
 from mlpmem_jax.core.accelerators import GENERATIONS
-from mlpmem_jax.planning.chips import CHIPS, Chip
+from mlpmem_jax.core.chips import CHIPS, Chip
 from mlpmem_jax.planning.hlo import Collective, Operation, Program, Step
 from mlpmem_jax.planning.roofline import Place, axes, links, roofline
 

@@ -43,6 +43,14 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
+def profiled_steps(text: str) -> range:
+    """The steps that a `profile_steps` of "A:B" names, both ends included; empty for "" and for what names none."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first)):
+        return range(0)
+    return range(int(first), int(last) + 1)
+
+
 _TEXT: Check = (str, lambda value: True, "a text")
 _BOOLEAN: Check = (bool, lambda value: True, "True or False")
 _COUNT: Check = (int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more")
@@ -56,6 +64,11 @@ _MESH_AXES: Check = (
     str,
     lambda value: all(axis in ("slice", "fsdp", "tensor") for axis in value.split("+") if value),
     "mesh axes among 'slice', 'fsdp', 'tensor' with '+' between them, or ''",
+)
+_STEPS: Check = (
+    str,
+    lambda value: value == "" or len(profiled_steps(value)) > 0,
+    "two steps 'A:B' with 1 <= A <= B, or ''",
 )
 _TEMPERATURE: Check = (
     (int, float),
@@ -84,6 +97,7 @@ _OPTIMIZATION: dict[str, Check] = {
     "evaluate_every": _POSITIVE,
     "evaluation_sequences": _COUNT,
     "checkpoint_every": _POSITIVE,
+    "profile_steps": _STEPS,
 }
 
 SCHEMA: dict[str, Any] = {
@@ -366,6 +380,7 @@ def check(config: ml_collections.ConfigDict) -> None:
                 f"config.{name}.warmup_steps: {settings.warmup_steps} steps of warmup leave none of the "
                 f"{settings.steps} of config.{name}.steps to train at the full rate; lower warmup_steps or train longer"
             )
+        check_profile(f"config.{name}.profile_steps", settings.profile_steps, settings.steps)
         if settings.batch_sequences % settings.accumulation_steps:
             raise ConfigError(
                 f"config.{name}.accumulation_steps: {settings.accumulation_steps} does not divide "
@@ -387,6 +402,16 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"config.memory.output_from_base: needs config.memory.width ({config.memory.width}) equal to the base's "
             f"width ({base.width})"
         )
+
+
+def check_profile(key: str, text: str, steps: int) -> None:
+    """Refuses a `profile_steps` that a run of `steps` does not have; 0 steps = not known yet.
+
+    Raises:
+      ConfigError: naming the key and the last step.
+    """
+    if 0 < steps < profiled_steps(text).stop - 1:
+        raise ConfigError(f"{key}: {text!r} ends after the last step of the run, {steps}")
 
 
 def mesh_rules(config: ml_collections.ConfigDict) -> dict[str, str | tuple[str, ...] | None]:

@@ -128,6 +128,7 @@ def hidden(
     return final_norm(parameters["final_norm"], config, x_BxD)
 
 
+@jax.named_scope("input")
 def transform_input(
     transform: dict | None, config: MemoryConfig, inputs_BxD: jax.Array, compute_dtype: jax.typing.DTypeLike
 ) -> jax.Array:

@@ -50,6 +50,7 @@ def unstack(parameters: dict) -> dict:
     return {**parameters, "h": tuple(blocks)}
 
 
+@jax.named_scope("blocks")
 def run(
     call: Callable,
     build: Build,

@@ -103,6 +103,7 @@ def check(config, taps: tuple[int, ...], length: int) -> None:
         raise ValueError(f"{length} tokens exceed the context length {config.context_length}")
 
 
+@jax.named_scope("input")
 def look_up(table_VxD: jax.Array, tokens_BxT: jax.Array, activations: jax.sharding.Sharding | None) -> jax.Array:
     """Rows of an embedding table, [B, T, D]."""
     table_VxD = jnp.asarray(table_VxD)

@@ -12,8 +12,8 @@ from jax.experimental import topologies
 
 from mlpmem_jax.core import native_output
 from mlpmem_jax.core.accelerators import Slice
+from mlpmem_jax.core.chips import CHIPS
 from mlpmem_jax.core.errors import UserError, require
-from mlpmem_jax.planning.chips import CHIPS
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # there is no machine whose metadata could be asked for

@@ -8,9 +8,9 @@ import ml_collections
 import numpy as np
 
 from mlpmem_jax.core.accelerators import resolve
+from mlpmem_jax.core.chips import CHIPS
 from mlpmem_jax.models import flops
 from mlpmem_jax.planning import programs
-from mlpmem_jax.planning.chips import CHIPS
 from mlpmem_jax.retrieval import backends, needs
 from mlpmem_jax.retrieval.key_shards import Search
 from mlpmem_jax.training import continued, loop

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core.accelerators import Slice, resolve
 from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.chips import CHIPS
 from mlpmem_jax.core.errors import ArtifactError, UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.planning import compilation, cost, hlo, programs, report
-from mlpmem_jax.planning.chips import CHIPS
 from mlpmem_jax.planning.roofline import Place, Roofline, roofline
 
 ASSUMED_POSITIONS = 100_000_000  # of a corpus that is not here yet: about WikiText-103's

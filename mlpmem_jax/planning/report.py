@@ -9,7 +9,7 @@ import rich.console
 import rich.table
 
 from mlpmem_jax.core.accelerators import Slice
-from mlpmem_jax.planning.chips import CHIPS
+from mlpmem_jax.core.chips import CHIPS
 from mlpmem_jax.planning.cost import ArtifactCost
 
 if TYPE_CHECKING:

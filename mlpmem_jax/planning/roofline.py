@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlpmem_jax.planning.chips import Chip
+from mlpmem_jax.core.chips import Chip
 from mlpmem_jax.planning.hlo import Collective, Program, Step
 
 

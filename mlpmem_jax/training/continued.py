@@ -170,6 +170,7 @@ def at_best_rate(
     short = ml_collections.ConfigDict(settings)
     short.steps = _short_steps(settings.steps)
     short.warmup_steps = min(settings.warmup_steps, short.steps // 10)
+    short.profile_steps = ""
     for rate in rates:
         short.learning_rate = rate
         _, figures = train(short, f"{name} at rate {rate:g}", f"{folder}/{_SHORT_RUNS}/{rate:g}")

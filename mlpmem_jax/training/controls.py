@@ -42,6 +42,7 @@ def continued(config: ml_collections.ConfigDict) -> Artifact:
         group, rates = "training", continued_training.RATES
     else:
         settings.update({"steps": steps, "warmup_steps": min(settings.warmup_steps, steps // 10)})
+    settings.profile_steps = ""  # a control has steps of its own number
     settings.seed = (settings.seed + 1) % 2**32  # another order of the sequences
     inputs = {"memory": trained.fingerprint}
     return continued_training.train_on(config, settings, CONTINUED, inputs, group, rates=rates)

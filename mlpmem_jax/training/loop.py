@@ -24,8 +24,8 @@ from mlpmem_jax.core.mesh import compiler_options
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.core.sharding import LOCAL, Sharding
 from mlpmem_jax.models.interpolation import NotANumber
-from mlpmem_jax.training import data, goodput
-from mlpmem_jax.training.metrics import MetricsWriter, matmul_rate
+from mlpmem_jax.training import data, goodput, profile
+from mlpmem_jax.training.metrics import MetricsWriter, peak_rate
 from mlpmem_jax.training.optimizer import (
     accumulated_value_and_grad,
     averaged_over_devices,
@@ -36,15 +36,22 @@ from mlpmem_jax.training.optimizer import (
 from mlpmem_jax.training.state import METRIC, Checkpoints, initial_state, state_shardings
 
 _LOG_EVERY = 20  # steps between records of the training loss
-_SAVES_MEMORY_OR_TIME = ("accumulation_steps", "remat", "loss_chunk", "checkpoint_every", "evaluate_every")
+_NOT_IN_ORIGIN = (
+    "accumulation_steps",
+    "remat",
+    "loss_chunk",
+    "checkpoint_every",
+    "evaluate_every",
+    "profile_steps",
+)
 
 
 def origin(settings: ml_collections.ConfigDict) -> dict:
     """The settings of a training that its parameters follow from, as manifests keep them.
 
-    The others save memory or time: a run that did not fit resumes with others.
+    The others save memory or time, or tell where it goes: a run that did not fit resumes with others.
     """
-    return {key: value for key, value in configs.plain(settings).items() if key not in _SAVES_MEMORY_OR_TIME}
+    return {key: value for key, value in configs.plain(settings).items() if key not in _NOT_IN_ORIGIN}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +169,11 @@ def train_step(task: Task, optimizer: optax.GradientTransformation, parameter_sh
         (loss, statistics), gradients = value_and_grad(state["parameters"], frozen, batch)
         # Laid out like the parameters, gradients are reduce-scattered instead of all-reduced.
         gradients = jax.lax.with_sharding_constraint(gradients, parameter_shardings)
-        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
-        if whole and task.settings.optimizer == "muon":
-            updates = shared_by_layers(updates, task.logical_axes, sharding)
-        parameters = optax.apply_updates(state["parameters"], updates)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
+            if whole and task.settings.optimizer == "muon":
+                updates = shared_by_layers(updates, task.logical_axes, sharding)
+            parameters = optax.apply_updates(state["parameters"], updates)
         measured = {"loss": loss, **statistics, "gradient_norm": optax.tree.norm(gradients)}
         return {"parameters": parameters, "optimizer": optimizer_state, "step": state["step"] + 1}, measured
 
@@ -219,6 +227,7 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
     settings = task.settings
     watch = goodput.Stopwatch(stage_costs.start_time())
     steps = total_steps(settings, len(task.source))
+    configs.check_profile("profile_steps", settings.profile_steps, steps)
     learning_rate = schedule(settings, steps)
     program = step_program(task, sharding, steps)
     checkpoints = Checkpoints(task.folder)
@@ -235,7 +244,7 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
     batches = data.batches(task.source, settings.batch_sequences, settings.seed, part.index, part.count)
     batches.set_state({"next_index": next_sequence // part.count})
     positions_per_step = settings.batch_sequences * task.positions_per_sequence
-    peak = matmul_rate(settings.compute_dtype) * jax.device_count()
+    peak = peak_rate(settings.compute_dtype) * jax.device_count()
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
     watch.lap("start-up")
     logged, training, waiting = start, 0.0, 0.0  # step of the last record, and seconds up to it
@@ -243,12 +252,16 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
     with (
         _stop_requests() as must_stop,
         contextlib.closing(MetricsWriter(task.folder, start)) as writer,
+        contextlib.closing(profile.Profiler(task.folder, configs.profiled_steps(settings.profile_steps))) as profiler,
         progress(steps, task.name, "steps", initial=start) as bar,
     ):
         for step in range(start + 1, steps + 1):
-            batch = sharding.global_batch(next(batches))
-            watch.lap("input wait")
-            state, measured = program.step(state, task.frozen, batch)
+            with profiler.step(step):
+                with jax.profiler.TraceAnnotation("input pipeline"):
+                    batch = sharding.global_batch(next(batches))
+                watch.lap("input wait")
+                state, measured = program.step(state, task.frozen, batch)
+            profiler.finish(step, state)
             unchecked.append((step, measured))
             watch.lap("steps" if step > start + 1 else "compile")
 

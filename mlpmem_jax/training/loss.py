@@ -46,6 +46,7 @@ class _Settings(NamedTuple):
     hidden_axes: tuple[str, ...]
 
 
+@jax.named_scope("loss")
 def sparse_cross_entropy(
     hidden_NxD: jax.Array,
     kernel_DxV: jax.Array,

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from mlpmem_jax.core import chips
+
 FILE = "metrics.jsonl"
 
 
@@ -99,9 +101,18 @@ def _append(file: epath.Path, line: bytes) -> None:
         opened.write(line)
 
 
+def peak_rate(dtype: str) -> float:
+    """FLOP/s that one device's utilization is measured against, when it computes in `dtype`.
+
+    The published peak of bfloat16 products where the device is known, else the measured rate of products in `dtype`.
+    """
+    rates = chips.published(jax.devices()[0].device_kind)
+    return rates.flops if rates else matmul_rate(dtype)
+
+
 @functools.cache
 def matmul_rate(dtype: str, size: int = 1536, seconds: float = 0.5) -> float:
-    """FLOP/s of a square matrix product on one device: the rate that a train step is measured against.
+    """FLOP/s of a square matrix product on one device.
 
     Args:
       dtype: of the factors, e.g. "float32"; the product is accumulated in float32.

@@ -1,7 +1,8 @@
-"""What one chip of each TPU generation can do: the published figures that a roofline is made of.
+"""What one chip can do, TPU or GPU: the published figures that a roofline and a utilization are made of.
 
 Sources, Google Cloud documentation where nothing else is said:
   docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: peak rate, memory, interconnect, data-center network
+  NVIDIA's data sheets of the A100, H100 and H200: peak rate without sparsity, memory bandwidth
   v4's links: Jouppi et al. 2023 (arXiv 2304.01433): 6 links of 50 GB/s. Its network is not published; a host of 4
   chips is taken to have the 200 Gbit/s of a v5p host.
 The documentation gives the interconnect of a chip as the sum of all its ports in both directions; here it is one
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,3 +46,40 @@ CHIPS = {
     "v6e": Chip(918e12, 32 << 30, 1638e9, 100e9, 12.5e9, 16, {}),
 }
 """By generation; keys as of `core.accelerators.GENERATIONS`."""
+
+
+class Rates(NamedTuple):
+    """Published rates of one JAX device: of bfloat16 matrix products in FLOP/s, of its memory in bytes/s."""
+
+    flops: float
+    bandwidth: float
+
+
+_PUBLISHED = {
+    "NVIDIA A100-SXM4-40GB": Rates(312e12, 1555e9),
+    "NVIDIA A100-PCIE-40GB": Rates(312e12, 1555e9),
+    "NVIDIA A100-SXM4-80GB": Rates(312e12, 2039e9),
+    "NVIDIA A100 80GB PCIe": Rates(312e12, 1935e9),
+    "NVIDIA H100 80GB HBM3": Rates(989.4e12, 3350e9),
+    "NVIDIA H100 PCIe": Rates(756e12, 2000e9),
+    "NVIDIA H100 NVL": Rates(835.5e12, 3900e9),
+    "NVIDIA H200": Rates(989.4e12, 4800e9),
+    "NVIDIA H200 NVL": Rates(835.5e12, 4800e9),
+    **{
+        kind: Rates(CHIPS[generation].flops, CHIPS[generation].hbm_bandwidth)
+        for kind, generation in (
+            ("TPU v4", "v4"),
+            ("TPU v5 lite", "v5e"),
+            ("TPU v5e", "v5e"),
+            ("TPU v5", "v5p"),
+            ("TPU v5p", "v5p"),
+            ("TPU v6 lite", "v6e"),
+            ("TPU v6e", "v6e"),
+        )
+    },
+}
+
+
+def published(device_kind: str) -> Rates | None:
+    """The rates of a device by the name that JAX has for its kind; None where they are not known, as of CPUs."""
+    return _PUBLISHED.get(device_kind)
