@@ -7,16 +7,20 @@
 # make desk         the whole embedded corpus, up to 90 minutes on two CPU cores
 # make sweep        five sizes, two arms, two seeds, and the scaling laws through them
 # make benchmark    the rates of this machine
+# make accelerator  what is worth knowing of a new GPU or TPU (SMOKE=--smoke: on the CPU, small; docs/accelerator.md)
+# make wheels       packages for a machine that has JAX and PyTorch and no network
 # make lint         ruff
 
 NQ ?= data/nq/nq-open-oracle.jsonl.gz
 PYTHON ?= python3
+WHEELS := 'grain>=0.2.15,<0.3' 'array-record>=0.8' 'ml_collections>=1.1,<2' 'tensorboardX>=2.6.2,<3' \
+  'zstandard>=0.23,<1' 'gguf>=0.17,<1' portpicker
 VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: quickstart test test-slow controls smollm2 smollm2-nq smollm2-model desk sweep benchmark smoke lint clean
+.PHONY: quickstart test test-slow controls smollm2 smollm2-nq smollm2-model desk sweep benchmark accelerator wheels smoke lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mlpmem run --config=configs/quickstart.py
@@ -58,6 +62,15 @@ smoke: $(VENV)/installed
 
 benchmark: $(VENV)/installed-bench
 	$(BIN)/mlpmem benchmark --config=configs/quickstart.py --json=runs/benchmark.json
+
+accelerator: $(VENV)/installed-test
+	$(BIN)/python -m launch.accelerator $(SMOKE)
+
+# No dependencies: JAX, PyTorch, transformers and what they need are there.
+wheels: | $(VENV)/bin/pip
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
+	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest .cache/wheels $(WHEELS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile

@@ -25,21 +25,21 @@ PARTS = {
     "search": "mlpmem_jax.retrieval.search_benchmark",
     "scann": "mlpmem_jax.retrieval.scann_benchmark",
     "processes": "mlpmem_jax.training.process_benchmark",
+    "accelerator": "mlpmem_jax.accelerator_benchmark",
 }
+_ON_REQUEST = ("accelerator",)
 
 
 def run(config: ml_collections.ConfigDict, parts: list[str], json_file: str | None) -> list[dict]:
-    """Measures the parts (all by default), prints them and writes them to `json_file`.
+    """Measures the parts, prints them and writes them to `json_file`, each row as soon as it is measured.
+
+    By default all parts but that of accelerators.
 
     Raises:
       ConfigError: a part does not exist.
     """
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ConfigError(f"--rows={','.join(parts)}: no part {unknown[0]!r}; there are {', '.join(PARTS)}")
-    rows = []
-    for part in parts or PARTS:
-        say(f"== benchmark: {part}")
-        rows += importlib.import_module(PARTS[part]).rows(config)
     machine = {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -47,14 +47,19 @@ def run(config: ml_collections.ConfigDict, parts: list[str], json_file: str | No
         "processor": platform.processor() or platform.machine(),
         **library_versions(("jax", "jaxlib", "scann", "numpy")),
     }
+    rows = []
+    for part in parts or [part for part in PARTS if part not in _ON_REQUEST]:
+        say(f"== benchmark: {part}")
+        for row in importlib.import_module(PARTS[part]).rows(config):
+            rows.append(row)
+            if json_file:
+                file = epath.Path(json_file)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     table = rich.table.Table(title="mlpmem benchmark", caption=", ".join(f"{k} {v}" for k, v in machine.items()))
     for column in ("row", "value", "unit", "detail"):
         table.add_column(column, justify="right" if column == "value" else "left", overflow="fold")
     for row in rows:
         table.add_row(row["name"], f"{row['value']:,.4g}", row["unit"], row["detail"])
     rich.console.Console().print(table)
-    if json_file:
-        file = epath.Path(json_file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     return rows

@@ -2,19 +2,22 @@
 
 Most of the time of the tests is compilation. The optimizations of the compiler buy nothing at these sizes, and what one
 process compiled another reads, also in the next run.
+
+With MLPMEM_TEST_DEVICES=accelerator JAX chooses its devices: `pytest -m accelerator` runs on what is there.
 """
 
 import os
 import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-    ]
-)
+if os.environ.get("MLPMEM_TEST_DEVICES") != "accelerator":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_force_host_platform_device_count=8",
+            "--xla_backend_optimization_level=0",
+        ]
+    )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("MLPMEM_QUIET", "1")

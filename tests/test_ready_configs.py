@@ -14,8 +14,9 @@ import sys
 import pytest
 import test_gguf
 import transformers
+import zstandard
 
-from configs import smollm2, smollm2_nq
+from configs import library_h100, smollm2, smollm2_nq
 from launch import local
 from mlpmem_jax import cli
 from mlpmem_jax.core import config as configs
@@ -129,6 +130,14 @@ def write_data(folder):
         for title, paragraphs in text:
             for paragraph in paragraphs:
                 file.write(json.dumps({"ctxs": [{"title": title, "text": paragraph}]}) + "\n")
+    library = folder / library_h100.get_config().corpus.path
+    library.parent.mkdir(parents=True)
+    rows = [
+        {"text": paragraph, "source": "library", "path": f"{title}#{part:04}"}
+        for title, paragraphs in text
+        for part, paragraph in enumerate(paragraphs)
+    ]
+    library.write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
 
 
 def write_models(folder, cache):

@@ -29,39 +29,48 @@ COUNT = 64
 ROUNDS = 5
 
 
-def rows(config: ml_collections.ConfigDict) -> list[dict]:
-    """Measures; each row has name, value, unit and detail. Sizes are fixed, whatever the config. 3 GB of memory."""
+def rows(
+    config: ml_collections.ConfigDict,
+    base: gpt2.GPT2Config = BASE,
+    memory_model: memory.MemoryConfig = MEMORY,
+    prompt: int = PROMPT,
+    count: int = COUNT,
+) -> list[dict]:
+    """Measures; each row has name, value, unit and detail. Sizes do not depend on the config. 3 GB of memory."""
     del config
     initialize = jax.jit(
-        lambda key: prepare(Parameters(gpt2.init(BASE, key), memory.init(MEMORY, jax.random.fold_in(key, 1)), WEIGHT))
+        lambda key: prepare(
+            Parameters(gpt2.init(base, key), memory.init(memory_model, jax.random.fold_in(key, 1)), WEIGHT)
+        )
     )
     both = initialize(jax.random.key(0))
     alone = Parameters(both.base)
-    with_memory = Models(BASE, MEMORY, BASE.blocks)
+    with_memory = Models(base, memory_model, base.blocks)
     plain = Sampling(temperature=1.0)
     cases = {
-        "base alone": (Models(BASE), alone, GREEDY),
+        "base alone": (Models(base), alone, GREEDY),
         "base and memory, greedy": (with_memory, both, GREEDY),
         "base and memory, drawn at temperature 1": (with_memory, both, plain),
         f"base and memory, drawn at lambda {HIGH_WEIGHT}": (with_memory, both._replace(weight=HIGH_WEIGHT), plain),
     }
     first, following = {}, {}
     for name, (models, parameters, sampling) in cases.items():
-        first[name], following[name] = _programs(models, parameters, sampling)
+        first[name], following[name] = _programs(models, parameters, sampling, prompt, count)
     for name in [name for name in cases if "drawn" in name]:  # their prefill is that of greedy
         del first[name]
-    weights = {"base": flops.language_model_parameters(BASE), "memory": flops.memory_parameters(MEMORY)}
+    weights = {"base": flops.language_model_parameters(base), "memory": flops.memory_parameters(memory_model)}
     result = [
         _row("weights of the memory over those of the base", weights["memory"] / weights["base"], "ratio",
              "1 + this bounds a greedy step that waits for its weights"),
-        _row("weights read by one matrix-vector product", _read_rate(both) / 1e9, "GB/s", "[768] x [768, 50304]"),
+        _row("weights read by one matrix-vector product", _read_rate(both) / 1e9, "GB/s",
+             f"[{memory_model.width}] x [{memory_model.width}, {memory_model.padded_vocab_size}]"),
     ]  # fmt: skip
     first_seconds, next_seconds = _interleaved(first), _interleaved(following)
-    next_seconds = {name: seconds / (COUNT - 1) for name, seconds in next_seconds.items()}
+    next_seconds = {name: seconds / (count - 1) for name, seconds in next_seconds.items()}
     traffic = 4 * weights["base"] / np.median(next_seconds["base alone"])
     result.append(_row("weights read by a step, base alone", traffic / 1e9, "GB/s", "bytes of weights over time"))
-    result += _time_rows("first token", first_seconds, f"prompt of {PROMPT} tokens, batch 1, float32")
-    result += _time_rows("next token", next_seconds, f"mean of {COUNT - 1} after {PROMPT}, batch 1, float32")
+    result += _time_rows("first token", first_seconds, f"prompt of {prompt} tokens, batch 1, float32")
+    result += _time_rows("next token", next_seconds, f"mean of {count - 1} after {prompt}, batch 1, float32")
     return result
 
 
@@ -81,16 +90,18 @@ def _row(name: str, value: float, unit: str, detail: str) -> dict:
     return {"name": name, "value": float(value), "unit": unit, "detail": detail}
 
 
-def _programs(models: Models, parameters: Parameters, sampling: Sampling) -> tuple[Callable, Callable]:
+def _programs(
+    models: Models, parameters: Parameters, sampling: Sampling, prompt: int, count: int
+) -> tuple[Callable, Callable]:
     """Calls that make the first token and the following ones, compiled."""
-    tokens_1xT = np.random.default_rng(0).integers(0, BASE.vocab_size, (1, PROMPT), dtype=np.int32)
+    tokens_1xT = np.random.default_rng(0).integers(0, models.base.vocab_size, (1, prompt), dtype=np.int32)
     key, padding = jax.random.key(0), jnp.zeros(1, jnp.int32)
     first = functools.partial(
-        first_tokens, models, parameters, tokens_1xT, padding, key, room=PROMPT + COUNT, sampling=sampling
+        first_tokens, models, parameters, tokens_1xT, padding, key, room=prompt + count, sampling=sampling
     )
     tokens_1, cache = first()
     following = functools.partial(
-        following_tokens, models, parameters, cache, tokens_1, key, -1, count=COUNT, sampling=sampling
+        following_tokens, models, parameters, cache, tokens_1, key, -1, count=count, sampling=sampling
     )
     jax.block_until_ready(following())
     return first, following

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,107 +14,64 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
-from mlpmem_jax.core.mesh import make_mesh
-from mlpmem_jax.core.sharding import Sharding
-from mlpmem_jax.models import flops, memory
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval.distribution import SparseDistributions
 from mlpmem_jax.retrieval.targets_artifact import TargetsWriter, array_specs, folder_of
-from mlpmem_jax.training import data, loop
+from mlpmem_jax.training import data, step_benchmark
 from mlpmem_jax.training.loss import sparse_cross_entropy
 from mlpmem_jax.training.metrics import matmul_rate
+from mlpmem_jax.training.step_benchmark import Case
 
 INPUT_WIDTH, VOCABULARY, ENTRIES = 64, 4096, 64
-STEPS = (
-    # (width, optimizer, positions in a step, micro-batches it is split into: what they write stays in a CPU's caches)
-    (256, "muon", 8192, 8),
-    (256, "adamw", 8192, 8),
-    (768, "adamw", 16384, 8),
-)
-
-
-def _row(name: str, value: float, unit: str, detail: str) -> dict:
-    return {"name": name, "value": value, "unit": unit, "detail": detail}
 
 
 def _model(width: int) -> MemoryConfig:
     return MemoryConfig("gpt2", VOCABULARY, VOCABULARY, INPUT_WIDTH, width, 4, 4 * width)
 
 
-def _batch(positions: int) -> dict:
-    random = np.random.default_rng(0)
-    weights = random.random((positions, ENTRIES)).astype(np.float32)
-    return {
-        "memory_inputs": random.normal(size=(positions, INPUT_WIDTH)).astype(np.float32),
-        "token_ids": random.integers(0, VOCABULARY, (positions, ENTRIES)).astype(np.int32),
-        "probabilities": weights / weights.sum(1, keepdims=True),
-        "next_tokens": random.integers(0, VOCABULARY, positions).astype(np.int32),
-    }
+STEPS = (
+    # Micro-batches: what they write stays in a CPU's caches.
+    Case(_model(256), positions=8192, micro_batches=8, optimizer="muon", entries=ENTRIES),
+    Case(_model(256), positions=8192, micro_batches=8, entries=ENTRIES),
+    Case(_model(768), positions=16384, micro_batches=8, entries=ENTRIES),
+)
+REAL = {
+    # Vocabularies of real models, where the loss is most of a step.
+    "SmolLM2's memory": Case(MemoryConfig("llama", 49152, 49152, 576, 576, 4, 1536), positions=2048),
+    "GPT-2's, 4 blocks": Case(MemoryConfig("gpt2", 50257, 50304, 768, 768, 4, 3072), positions=2048),
+}
 
 
-def _loss(model, chunk, sharding, parameters, frozen, batch):
-    del frozen
-    return sparse_cross_entropy(
-        memory.hidden(parameters, model, batch["memory_inputs"]),
-        memory.output_kernel(parameters),
-        batch["token_ids"],
-        batch["probabilities"],
-        batch["next_tokens"],
-        alpha=0.4,
-        vocab_size=VOCABULARY,
-        chunk=chunk,
-        sharding=sharding,
-    )
+def _row(name: str, value: float, unit: str, detail: str) -> dict:
+    return {"name": name, "value": value, "unit": unit, "detail": detail}
 
 
-def _train_step_row(
-    config: ml_collections.ConfigDict, width: int, optimizer_name: str, positions: int, micro_batches: int
-) -> dict:
-    """Median of five steps, and the matmul rate measured just before and after, of the same process."""
-    sharding = Sharding(make_mesh())
-    model = _model(width)
-    settings = ml_collections.ConfigDict(config.training)
-    settings.optimizer = optimizer_name
-    settings.warmup_steps, settings.accumulation_steps = 1, micro_batches
-    task = loop.Task(
-        name="benchmark",
-        folder="",
-        settings=settings,
-        initialize=functools.partial(memory.init, model, jax.random.key(0)),
-        abstract_parameters=jax.eval_shape(functools.partial(memory.init, model), jax.random.key(0)),
-        logical_axes=memory.logical_axes(model),
-        loss=functools.partial(_loss, model, settings.loss_chunk),
-        frozen={},
-        source=None,
-        validate=lambda parameters: {},
-        positions_per_sequence=1,
-        flops_per_position=3 * flops.memory_forward(model),
-    )
-    program = loop.step_program(task, sharding, steps=100)
-    step, state = program.step, program.make_state()
-    batch = sharding.global_batch(_batch(positions))
-    state, measured = step(state, {}, batch)
-    jax.block_until_ready(measured)
+def _train_step_row(config: ml_collections.ConfigDict, case: Case) -> dict:
+    """Median of five steps, and the matmul rate measured just before, of the same process."""
+    step = step_benchmark.jax_step(case, config.training)
+    step.run()
     rates, seconds = [], []
     for _ in range(5):
         matmul_rate.cache_clear()
         rates.append(matmul_rate("float32", seconds=0.2))
         start = time.perf_counter()
-        state, measured = step(state, {}, batch)
-        jax.block_until_ready((state, measured))
+        step.run()
         seconds.append(time.perf_counter() - start)
-    step_flops = task.flops_per_position * positions
-    shares = [step_flops / duration / rate for duration, rate in zip(seconds, rates, strict=True)]
+    shares = [case.step_flops / duration / rate for duration, rate in zip(seconds, rates, strict=True)]
     return _row(
-        f"train step, width {width}, {optimizer_name}",
+        f"train step, width {case.model.width}, {case.optimizer}",
         statistics.median(shares),
         "of the matmul rate",
-        f"float32, {positions} positions in {micro_batches} micro-batches, 4 blocks, vocabulary {VOCABULARY}, "
-        f"{ENTRIES} entries; "
-        f"{positions / statistics.median(seconds):,.0f} positions/s, "
-        f"{step_flops / statistics.median(seconds) / 1e9:.0f} of "
+        f"float32, {case.positions} positions in {case.micro_batches} micro-batches, 4 blocks, vocabulary "
+        f"{VOCABULARY}, {ENTRIES} entries; "
+        f"{case.positions / statistics.median(seconds):,.0f} positions/s, "
+        f"{case.step_flops / statistics.median(seconds) / 1e9:.0f} of "
         f"{statistics.median(rates) / 1e9:.0f} GFLOP/s, medians of 5; the optimizer's own FLOPs are not counted",
     )
+
+
+def _batch(positions: int) -> dict:
+    return step_benchmark.batch(STEPS[0]._replace(positions=positions))
 
 
 def _write_sample(folder: epath.Path, sequences: int, length: int):
@@ -209,10 +166,13 @@ def _loss_memory_rows() -> list[dict]:
     return rows
 
 
-def rows(config: ml_collections.ConfigDict) -> list[dict]:
+def rows(config: ml_collections.ConfigDict) -> Iterator[dict]:
     """Measures; each row has name, value, unit and detail."""
-    steps = [_train_step_row(config, *step) for step in STEPS]
-    matmul = _row(
-        "matmul", matmul_rate("float32") / 1e9, "GFLOP/s", "float32, 1536 x 1536 x 1536, best of half a second"
-    )
-    return [matmul, *steps, _pipeline_row(steps[0]), *_loss_memory_rows()]
+    rate = matmul_rate("float32")
+    yield _row("matmul", rate / 1e9, "GFLOP/s", "float32, 1536 x 1536 x 1536, best of half a second")
+    steps = [_train_step_row(config, case) for case in STEPS]
+    yield from steps
+    for name, case in REAL.items():
+        yield step_benchmark.compared_row(f"train step, {name}", case, config.training, rate, "the matmul rate")
+    yield _pipeline_row(steps[0])
+    yield from _loss_memory_rows()

@@ -1,0 +1,222 @@
+"""What is worth knowing of a new accelerator, in order and each bounded in time: `make accelerator`.
+
+    tests       its numbers against the CPU's (tests/test_accelerator.py)
+    benchmark   rates at the paper's sizes, the reference's step in PyTorch beside them
+    library     configs/library_h100.py: a memory for SmolLM2-135M
+    sweep       configs/sweeps/library_sizes.py, and the laws through its points
+
+Each leaves its results in the output folder as soon as there are any, also where it runs out of time. Run again,
+library and sweep resume. `--smoke` runs all of it on the CPU at small sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+_GRACE_SECONDS = 20.0  # from SIGTERM to SIGKILL: a training writes a checkpoint
+_MLPMEM = (sys.executable, "-m", "mlpmem_jax.cli")
+
+_SMALL_CORPUS = {
+    "corpus.source": "installed_docs",
+    "corpus.max_bytes": 80_000,
+    "tokenizer.source": "train",
+    "tokenizer.vocab_size": 300,
+    "base.context_length": 32,
+    "base.training.steps": 20,
+    "base.training.warmup_steps": 2,
+    "targets.k": 8,
+    "targets.quality_positions": 64,
+    "training.batch_sequences": 16,
+    "evaluation.sharpness_positions": 50,
+}
+_SMALL_LIBRARY = _SMALL_CORPUS | {
+    "base.source": "train",
+    "base.width": 32,
+    "memory.width": 32,
+    "memory.feed_forward_width": 64,
+    "training.epochs": 1,
+    "training.warmup_steps": 2,
+}
+_SMALL_SWEEP = """\
+from configs.sweeps import library_sizes
+
+
+def get_sweep():
+    sizes = {"a": (16, 1, 2, 1), "b": (24, 1, 2, 1), "c": (32, 1, 2, 1)}
+    return library_sizes.of_sizes(sizes, positions=500)
+"""
+
+
+class Step(NamedTuple):
+    """One thing to run.
+
+    Attributes:
+      name: as the options name it.
+      seconds: that it may take; it is stopped then.
+      commands: one after the other; the first that fails ends the step.
+      results: files that it leaves -> their names in the output folder.
+    """
+
+    name: str
+    seconds: float
+    commands: tuple[tuple[str, ...], ...]
+    results: dict[pathlib.Path, str]
+
+
+def steps(output: pathlib.Path, smoke: bool) -> list[Step]:
+    """All steps in order; a smoke run writes the sweep that it runs into the output folder."""
+    sweep = ROOT / "configs" / "sweeps" / "library_sizes.py"
+    library, points = output / "library", output / "sweep"
+    if smoke:
+        sweep = output / "small_sweep.py"
+        output.mkdir(parents=True, exist_ok=True)
+        sweep.write_text(_SMALL_SWEEP)
+    marked = "not accelerator" if smoke else "accelerator"
+    pytest = (sys.executable, "-m", "pytest", "-m", marked, str(ROOT / "tests" / "test_accelerator.py"))
+    config = f"--config={ROOT / 'configs' / 'library_h100.py'}"
+    return [
+        Step("tests", 240, (pytest,), {}),
+        Step(
+            "benchmark",
+            300,
+            ((*_MLPMEM, "benchmark", config, "--rows=accelerator", f"--json={output / 'benchmark.json'}"),),
+            {},
+        ),
+        Step(
+            "library",
+            900,
+            ((*_MLPMEM, "run", config, *_overrides(library, _SMALL_LIBRARY if smoke else {})),),
+            {library / "report" / "metrics.json": "library.json"},
+        ),
+        Step(
+            "sweep",
+            3600,
+            (
+                (*_MLPMEM, "sweep", f"--config={sweep}", *_overrides(points, _SMALL_CORPUS if smoke else {})),
+                (*_MLPMEM, "fit", f"--runs={points}", f"--output={output / 'fit'}"),
+            ),
+            {
+                points / "points.csv": "points.csv",
+                output / "fit" / "fit.json": "fit.json",
+                output / "fit" / "fit.png": "fit.png",
+            },
+        ),
+    ]
+
+
+def _overrides(workdir: pathlib.Path, values: dict) -> list[str]:
+    return [f"--config.{key}={value}" for key, value in {"workdir": workdir, **values}.items()]
+
+
+def environment(smoke: bool) -> dict[str, str]:
+    """What the steps need besides this process's own: devices, and memory that JAX leaves to PyTorch."""
+    chosen = {"JAX_PLATFORMS": "cpu"} if smoke else {"MLPMEM_TEST_DEVICES": "accelerator"}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        **chosen,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def run(steps: Sequence[Step], output: pathlib.Path, environment: dict[str, str], seconds: float) -> list[dict]:
+    """Runs the steps; a failed one does not keep the next from running.
+
+    Args:
+      steps: in order.
+      output: folder of log.txt, summary.json and the results.
+      environment: of the processes.
+      seconds: for all steps together.
+
+    Returns:
+      What summary.json holds: step, seconds and outcome of each.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    end, summary = time.monotonic() + seconds, []
+    for step in steps:
+        start = time.monotonic()
+        stop = min(end, start + step.seconds)
+        outcome = "ok"
+        for command in step.commands:
+            outcome = _outcome(command, output / "log.txt", environment, stop)
+            if outcome != "ok":
+                break
+        for file, name in step.results.items():
+            if file.exists():
+                shutil.copyfile(file, output / name)
+        summary.append({"step": step.name, "seconds": round(time.monotonic() - start, 1), "outcome": outcome})
+        (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        print(f"{step.name}: {outcome}, {summary[-1]['seconds']} s", flush=True)
+    return summary
+
+
+def _outcome(command: Sequence[str], log: pathlib.Path, environment: dict[str, str], stop: float) -> str:
+    """Runs one command to its end or until the monotonic clock says `stop`; its output goes to the log as it comes."""
+    if (left := stop - time.monotonic()) <= 0:
+        return "no time left"
+    with log.open("ab") as file:
+        file.write(f"\n$ {' '.join(command)}\n".encode())
+        file.flush()
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            code = process.wait(left)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            return "stopped, out of time"
+        except BaseException:
+            _end(process)
+            raise
+    return "ok" if code == 0 else f"exit code {code}"
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process and its children."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; the exit code is 1 where a step did not end well."""
+    names = [step.name for step in steps(pathlib.Path(), smoke=False)]
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.accelerator", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="everything on the CPU, at small sizes")
+    parser.add_argument("--steps", default=",".join(names), metavar="A,B", help=f"of {', '.join(names)}")
+    parser.add_argument("--seconds", type=float, default=7200, help="for all steps together (default 7200)")
+    parser.add_argument(
+        "--output", type=pathlib.Path, metavar="DIR", help="default runs/accelerator, runs/smoke_accelerator"
+    )
+    options = parser.parse_args(arguments)
+    chosen = options.steps.split(",")
+    if unknown := sorted(set(chosen) - set(names)):
+        parser.error(f"--steps: no step {unknown[0]!r}; there are {', '.join(names)}")
+    output = (
+        options.output or pathlib.Path("runs", "smoke_accelerator" if options.smoke else "accelerator")
+    ).absolute()
+    selected = [step for step in steps(output.absolute(), options.smoke) if step.name in chosen]
+    summary = run(selected, output.absolute(), environment(options.smoke), options.seconds)
+    sys.exit(any(step["outcome"] != "ok" for step in summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Rates of an accelerator at the paper's sizes: train steps, exact search, generation. On a CPU small stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+
+from mlpmem_jax.core import chips
+from mlpmem_jax.inference import benchmark as generation
+from mlpmem_jax.models.gpt2 import GPT2Config
+from mlpmem_jax.models.memory import MemoryConfig
+from mlpmem_jax.retrieval import exact_benchmark
+from mlpmem_jax.training import step_benchmark
+from mlpmem_jax.training.metrics import peak_rate
+from mlpmem_jax.training.step_benchmark import Case
+
+_DTYPE = "bfloat16"
+_MEMORIES = {
+    "124M": Case(MemoryConfig("gpt2", 50257, 50304, 768, 768, 18, 3072), positions=16384, dtype=_DTYPE),
+    "774M": Case(MemoryConfig("gpt2", 50257, 50304, 1280, 1280, 54, 5120), positions=8192, dtype=_DTYPE),
+    "1B": Case(MemoryConfig("llama", 32768, 32768, 4096, 4096, 8, 14336), positions=8192, dtype=_DTYPE),
+}
+_SMALL_MEMORIES = {
+    "small": Case(MemoryConfig("gpt2", 257, 384, 32, 32, 2, 128), positions=64, dtype=_DTYPE, entries=16),
+    "small, Llama": Case(MemoryConfig("llama", 256, 256, 16, 32, 2, 64), positions=64, dtype=_DTYPE, entries=16),
+}
+_SEARCH = {"keys": 2_000_000, "width": 1280, "k": 1024}
+_SMALL_SEARCH = {"keys": 4096, "width": 32, "k": 16}
+_SMALL_GENERATION = {
+    "base": GPT2Config(vocab_size=257, context_length=64, width=32, blocks=2, heads=2),
+    "memory_model": MemoryConfig("gpt2", 257, 384, 32, 32, 2, 128),
+    "prompt": 32,
+    "count": 8,
+}
+_LOSS_CHUNK = 4096
+
+
+def rows(config: ml_collections.ConfigDict) -> Iterator[dict]:
+    """Measures; each row has name, value, unit and detail. Sizes are fixed, whatever the config."""
+    is_small = jax.default_backend() == "cpu"
+    published = chips.published(jax.devices()[0].device_kind)
+    peak, against = peak_rate(_DTYPE), "the published peak" if published else "the measured matmul rate"
+    training = ml_collections.ConfigDict(config.training)
+    training.loss_chunk = _LOSS_CHUNK
+    for name, case in (_SMALL_MEMORIES if is_small else _MEMORIES).items():
+        yield step_benchmark.compared_row(f"train step, memory of {name}", case, training, peak, against)
+    yield exact_benchmark.row(**(_SMALL_SEARCH if is_small else _SEARCH), peak=peak, published=published)
+    yield from generation.rows(config, **(_SMALL_GENERATION if is_small else {}))

@@ -1,0 +1,59 @@
+"""The exact search on one device against the roofline of its products."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from mlpmem_jax.core.chips import Rates
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.retrieval import ring
+
+_ROUNDS = 5
+
+
+def row(keys: int, width: int, k: int, peak: float, published: Rates | None) -> dict:
+    """The least time that products, or the reading of the keys, need over the time that a search takes.
+
+    Args:
+      keys: number of random bfloat16 keys; width: of each; k: neighbors.
+      peak: FLOP/s of the device.
+      published: of the device, for the bandwidth of its memory; None leaves the reading out.
+    """
+    queries, dtype = ring.QUERIES_PER_DEVICE, jnp.bfloat16
+    mesh = make_mesh(devices=jax.devices()[:1])
+    search, (keys_PxD, norms_P, queries_QxD, excluded_Qx2) = ring.program(mesh, keys, queries, width, k)
+
+    @jax.jit
+    def draw(key):
+        drawn_PxD = jax.random.normal(key, keys_PxD.shape, dtype)
+        norms = ring.squared_norms(drawn_PxD)
+        return drawn_PxD, jnp.where(jnp.arange(norms_P.shape[0]) < keys, norms, jnp.inf)
+
+    drawn_PxD, norms = draw(jax.random.key(0))
+    asked_QxD = drawn_PxD[:queries]
+    own_Qx2 = jnp.arange(queries, dtype=jnp.int32)[:, None] + jnp.array([0, 1], jnp.int32)
+    placed = [
+        jax.device_put(array, shape.sharding)
+        for array, shape in zip(
+            (drawn_PxD, norms, asked_QxD, own_Qx2), (keys_PxD, norms_P, queries_QxD, excluded_Qx2), strict=True
+        )
+    ]
+    jax.block_until_ready(search(*placed))
+    seconds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        jax.block_until_ready(search(*placed))
+        seconds.append(time.perf_counter() - start)
+    taken, products = statistics.median(seconds), 2 * keys * queries * width / peak
+    reading = 2 * keys * width / published.bandwidth if published else 0.0
+    return {
+        "name": f"exact search, {keys:,} keys of width {width}, k {k}",
+        "value": max(products, reading) / taken,
+        "unit": "of the roofline",
+        "detail": f"bfloat16, {queries} queries at once: {queries / taken:,.0f} queries/s, {1e3 * taken:.1f} ms; "
+        f"products alone {1e3 * products:.1f} ms, reading the keys {1e3 * reading:.1f} ms; medians of {_ROUNDS}",
+    }

@@ -1,0 +1,247 @@
+"""One train step of a memory at random weights, in JAX and as the reference implementation takes it in PyTorch.
+
+Both start from the same parameters and see the same batch, and their first losses must agree. The reference's targets
+are dense: its collator fills one row of vocabulary size for every position, which its loss then reads (extra `torch`).
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from mlpmem_jax.core.errors import UserError, require
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.models import flops, memory
+from mlpmem_jax.models.memory import MemoryConfig
+from mlpmem_jax.training import loop
+from mlpmem_jax.training.loss import sparse_cross_entropy
+
+ALPHA = 0.4
+_ROUNDS = 5
+_MOST_APART = {"float32": 1e-3, "bfloat16": 2e-2}  # of the two first losses, relative
+
+
+class Case(NamedTuple):
+    """A train step.
+
+    Attributes:
+      model: dimensions of the memory.
+      positions: in the batch.
+      micro_batches: that the batch is split into; in JAX alone, whose CPU caches it spares.
+      optimizer: one of core.config.OPTIMIZERS; the reference has AdamW.
+      dtype: of matrix products.
+      entries: stored probabilities of a position.
+    """
+
+    model: MemoryConfig
+    positions: int
+    micro_batches: int = 1
+    optimizer: str = "adamw"
+    dtype: str = "float32"
+    entries: int = 192
+
+    @property
+    def step_flops(self) -> int:
+        """Model FLOPs of a step; the optimizer's own are not counted."""
+        return 3 * flops.memory_forward(self.model) * self.positions
+
+
+class Step(NamedTuple):
+    """A train step that is ready to run; `run` takes one, waits for it, and returns its loss."""
+
+    run: Callable[[], float]
+    parameters: Any
+
+
+def batch(case: Case) -> dict[str, np.ndarray]:
+    """A random batch: distinct tokens of a position, probabilities that sum to 1."""
+    random = np.random.default_rng(0)
+    shape, vocabulary = (case.positions, case.entries), case.model.vocab_size
+    weights = random.random(shape, np.float32)
+    # One token of each of `entries` equal ranges of the vocabulary.
+    span = vocabulary // case.entries
+    return {
+        "memory_inputs": random.standard_normal((case.positions, case.model.input_width), np.float32),
+        "token_ids": (random.integers(0, span, shape) + span * np.arange(case.entries)).astype(np.int32),
+        "probabilities": weights / weights.sum(1, keepdims=True),
+        "next_tokens": random.integers(0, vocabulary, case.positions, np.int32),
+    }
+
+
+def _loss(case: Case, chunk: int, sharding, parameters, frozen, batch):
+    del frozen
+    dtype = jnp.dtype(case.dtype)
+    hidden_NxD = memory.hidden(parameters, case.model, batch["memory_inputs"].astype(dtype), compute_dtype=dtype)
+    return sparse_cross_entropy(
+        hidden_NxD.astype(dtype),
+        memory.output_kernel(parameters),
+        batch["token_ids"],
+        batch["probabilities"],
+        batch["next_tokens"],
+        alpha=ALPHA,
+        vocab_size=case.model.vocab_size,
+        chunk=chunk,
+        sharding=sharding,
+    )
+
+
+def jax_step(case: Case, training: ml_collections.ConfigDict) -> Step:
+    """The step of `training.loop` on the first device, compiled; `training` is a config group of that name."""
+    sharding = Sharding(make_mesh(devices=jax.devices()[:1]))
+    settings = ml_collections.ConfigDict(training)
+    settings.update({"optimizer": case.optimizer, "warmup_steps": 0, "accumulation_steps": case.micro_batches})
+    initialize = functools.partial(memory.init, case.model)
+    task = loop.Task(
+        name="benchmark",
+        folder="",
+        settings=settings,
+        initialize=functools.partial(initialize, jax.random.key(0)),
+        abstract_parameters=jax.eval_shape(initialize, jax.random.key(0)),
+        logical_axes=memory.logical_axes(case.model),
+        loss=functools.partial(_loss, case, settings.loss_chunk),
+        frozen={},
+        source=None,
+        validate=lambda parameters: {},
+        positions_per_sequence=1,
+        flops_per_position=case.step_flops / case.positions,
+    )
+    program = loop.step_program(task, sharding, steps=100)
+    state, placed = program.make_state(), sharding.global_batch(batch(case))
+    parameters = jax.tree.map(np.asarray, state["parameters"])
+
+    def run() -> float:
+        nonlocal state
+        state, measured = program.step(state, {}, placed)
+        jax.block_until_ready(state)
+        return float(measured["loss"])
+
+    return Step(run, parameters)
+
+
+def torch_step(case: Case, parameters: dict, learning_rate: float = 5e-4) -> Step:
+    """The reference's step in PyTorch, on JAX's kind of device.
+
+    Args:
+      case: the step; its optimizer is AdamW whatever the case says.
+      parameters: of the memory, NumPy arrays as `memory.init` names them.
+      learning_rate: of AdamW.
+
+    Raises:
+      UserError: PyTorch is not installed, or does not have that kind of device.
+    """
+    torch = require("torch", extra="torch")
+    device = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if device == "tpu" or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"PyTorch has no {device} device here")
+    functional = torch.nn.functional
+    dtype, model = getattr(torch, case.dtype), case.model
+
+    def leaf(array: np.ndarray):
+        return torch.tensor(array, device=device, requires_grad=True)
+
+    blocks = [
+        jax.tree.map(lambda array, block=block: leaf(array[block]), parameters["h"]) for block in range(model.blocks)
+    ]
+    rest = {name: tree for name, tree in parameters.items() if name not in ("h", "lm_head")}
+    rest = jax.tree.map(leaf, rest)
+    head_VxD = leaf(np.ascontiguousarray(memory.output_kernel(parameters)[:, : model.vocab_size].T))
+    leaves = [*jax.tree.leaves(blocks), *jax.tree.leaves(rest), head_VxD]
+    optimizer = torch.optim.AdamW(leaves, lr=learning_rate, weight_decay=0.0)
+
+    def norm(values: dict, x):
+        if model.family == "llama":
+            return functional.rms_norm(x, (model.width,), values["scale"], model.norm_epsilon)
+        return functional.layer_norm(x, (model.width,), values["scale"], values["bias"], model.norm_epsilon)
+
+    def linear(values: dict, x):
+        return torch.addmm(values["bias"], x, values["kernel"]) if "bias" in values else x @ values["kernel"]
+
+    def feed_forward(values: dict, x):
+        if model.family == "llama":
+            return linear(
+                values["down_proj"], functional.silu(linear(values["gate_proj"], x)) * linear(values["up_proj"], x)
+            )
+        return linear(values["c_proj"], functional.gelu(linear(values["c_fc"], x), approximate="tanh"))
+
+    def logits(x):
+        if "embedding_transform" in rest:
+            x = linear(rest["embedding_transform"], x)
+        for block in blocks:
+            x = x + feed_forward(block["mlp"], norm(block["norm"], x))
+        return functional.linear(norm(rest["final_norm"], x), head_VxD)
+
+    placed = {name: torch.tensor(array, device=device) for name, array in batch(case).items()}
+    ids_NxS, next_N = placed["token_ids"].long(), placed["next_tokens"].long()
+
+    def run() -> float:
+        targets_NxV = torch.zeros(case.positions, model.vocab_size, device=device)
+        targets_NxV.scatter_(1, ids_NxS, placed["probabilities"])
+        with torch.autocast(device, dtype=dtype, enabled=case.dtype != "float32"):
+            logits_NxV = logits(placed["memory_inputs"])
+        log_NxV = functional.log_softmax(logits_NxV.float(), dim=-1)
+        divergence = functional.kl_div(log_NxV, targets_NxV, reduction="batchmean")
+        loss = ALPHA * divergence + (1 - ALPHA) * functional.cross_entropy(logits_NxV.float(), next_N)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(leaves, 1.0)
+        optimizer.step()
+        return loss.item()  # waits for the device
+
+    return Step(run, leaves)
+
+
+def seconds_in_turn(steps: list[Step], rounds: int = _ROUNDS) -> list[float]:
+    """Median seconds of each step; rounds take them in turn, so that other load meets them all."""
+    seconds = [[] for _ in steps]
+    for _ in range(rounds):
+        for step, times in zip(steps, seconds, strict=True):
+            start = time.perf_counter()
+            step.run()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
+
+
+def compared_row(name: str, case: Case, training: ml_collections.ConfigDict, peak: float, against: str) -> dict:
+    """The rate of JAX's step over that of the reference's, or its utilization where PyTorch is not to be had.
+
+    Args:
+      name: of the row.
+      case: the step.
+      training: a config group of that name.
+      peak: FLOP/s that utilization is measured against; `against` says which in words.
+
+    Raises:
+      UserError: the first losses differ, so that the two do not compute the same.
+    """
+    ours = jax_step(case, training)
+    losses, steps, absent = [ours.run()], [ours], ""
+    try:
+        steps.append(torch_step(case, ours.parameters))
+        losses.append(steps[1].run())
+    except UserError as error:
+        absent = f"; without PyTorch: {error}"
+    if len(losses) == 2 and not abs(losses[0] - losses[1]) <= _MOST_APART[case.dtype] * abs(losses[1]):
+        raise UserError(f"{name}: the first loss is {losses[0]} in JAX and {losses[1]} in PyTorch; expected the same")
+    for step in steps:
+        step.run()  # JAX's optimizer states have their final layout, PyTorch has allocated what it needs
+    seconds = seconds_in_turn(steps)
+    rates = [case.positions / duration for duration in seconds]
+    utilization = case.step_flops / seconds[0] / peak
+    detail = (
+        f"{case.dtype}, {case.positions:,} positions, {case.model.blocks} blocks, vocabulary "
+        f"{case.model.vocab_size:,}, {case.entries} entries, AdamW; {rates[0]:,.0f} positions/s, "
+        f"{utilization:.0%} of {against}, {peak / 1e12:.3g} TFLOP/s; medians of {_ROUNDS}{absent}"
+    )
+    if absent:
+        return {"name": name, "value": utilization, "unit": f"of {against}", "detail": detail}
+    detail += f"; the reference's step {rates[1]:,.0f} positions/s, {case.step_flops / seconds[1] / peak:.0%}"
+    return {"name": name, "value": rates[0] / rates[1], "unit": "x PyTorch's rate", "detail": detail}
