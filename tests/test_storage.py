@@ -1,11 +1,15 @@
+import pwd
 import sys
 import types
 
 import fsspec.config
+import numpy as np
 import pytest
+from etils import epath
 
 from mlpmem_jax import cli
 from mlpmem_jax.core import storage
+from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
 from mlpmem_jax.core.errors import UserError
 
 
@@ -59,3 +63,16 @@ def test_the_command_says_so_before_anything_else(monkeypatch, capsys, key, sour
     error = capsys.readouterr().err
     assert error.startswith("mlpmem tokens: error: gs://bucket/place: this needs the Python package 'gcsfs'")
     assert len(error.splitlines()) == 1
+
+
+def test_a_user_without_a_name_keeps_files_and_artifacts(tmp_path, monkeypatch):
+    def nobody(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    file = epath.Path(tmp_path / "text")
+    file.write_text("seven!!")
+    assert storage.state_of(file) == (7, int((tmp_path / "text").stat().st_mtime))
+    writer = ArtifactWriter.create(tmp_path / "artifact", "tokens", {}, {}, {"ids": ArraySpec((4,), "int32", 4, (4,))})
+    writer.write_shard(0, {"ids": np.arange(4, dtype=np.int32)})
+    assert writer.seal({}).arrays["ids"].shape == (4,)

@@ -30,6 +30,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import ArtifactError
 from mlpmem_jax.core.manifests import (
     FORMAT,
@@ -229,7 +230,7 @@ class Artifact:
 
 
 def _tree_bytes(folder: epath.Path) -> int:
-    return sum(_tree_bytes(entry) if entry.is_dir() else entry.stat().length for entry in folder.iterdir())
+    return sum(_tree_bytes(entry) if entry.is_dir() else storage.state_of(entry).length for entry in folder.iterdir())
 
 
 def _shard_file(path: str, name: str, spec: ArraySpec, shard: int) -> epath.Path:
@@ -238,7 +239,7 @@ def _shard_file(path: str, name: str, spec: ArraySpec, shard: int) -> epath.Path
 
 def _shard_bytes(path: str, name: str, spec: ArraySpec, shard: int) -> int:
     file = _shard_file(path, name, spec, shard)
-    return file.stat().length if file.exists() else 0  # a shard of nothing but zeros has no file
+    return storage.state_of(file).length if file.exists() else 0  # a shard of nothing but zeros has no file
 
 
 class ArtifactWriter:

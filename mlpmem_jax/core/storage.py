@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from mlpmem_jax.core.errors import UserError, require
 
@@ -72,13 +74,32 @@ def literal(path):
     return Literal(path)
 
 
+class FileState(NamedTuple):
+    """Size in bytes, and when the content last changed, in seconds since 1970."""
+
+    length: int
+    mtime: int
+
+
+def state_of(file) -> FileState:
+    """Of an epath.Path, here or in a bucket.
+
+    etils looks up the owner's name as well, which a user without one (a container's --user=12345) does not have.
+    """
+    if "://" in str(file):
+        found = file.stat()
+        return FileState(found.length, found.mtime)
+    found = os.stat(file)
+    return FileState(found.st_size, int(found.st_mtime))
+
+
 def checksum(files: Mapping) -> str:
     """A checksum that changes with the files, and says what of them it was made from.
 
     Args:
       files: epath.Path by the name that stands for the file wherever it lies.
     """
-    stats = {name: file.stat() for name, file in files.items()}
+    stats = {name: state_of(file) for name, file in files.items()}
     by_content = sum(stat.length for stat in stats.values()) <= _HASHED_BYTES
     digest = hashlib.sha256()
     for name, file in files.items():
@@ -110,7 +131,7 @@ def local_copies(files: Mapping) -> Iterator[pathlib.Path]:
     Raises:
       UserError: the disk has no room for them.
     """
-    needed, room = sum(file.stat().length for file in files.values()), shutil.disk_usage(tempfile.gettempdir()).free
+    needed, room = sum(state_of(file).length for file in files.values()), shutil.disk_usage(tempfile.gettempdir()).free
     if needed > room:
         raise UserError(
             f"{next(iter(files.values())).parent}: {needed / 1e9:.1f} GB are copied to {tempfile.gettempdir()}, which "

@@ -7,7 +7,7 @@ import platform
 import jax
 from etils import epath
 
-from mlpmem_jax.core import json_lines
+from mlpmem_jax.core import json_lines, storage
 from mlpmem_jax.core.artifacts import Artifact, library_versions
 
 CURVE_RECORDS = 400
@@ -51,7 +51,7 @@ def artifact_bytes(artifact: Artifact) -> int:
 
 
 def _folder_bytes(folder: epath.Path) -> int:
-    return sum(_folder_bytes(entry) if entry.is_dir() else entry.stat().length for entry in folder.iterdir())
+    return sum(_folder_bytes(entry) if entry.is_dir() else storage.state_of(entry).length for entry in folder.iterdir())
 
 
 def environment(artifacts: dict[str, Artifact]) -> dict:
