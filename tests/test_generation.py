@@ -15,9 +15,9 @@ from hypothesis.extra.numpy import arrays
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
-from mlpmem_jax.inference import decoding, sampling
-from mlpmem_jax.inference.decoding import Models, Parameters, Reading, prepare
-from mlpmem_jax.inference.generate import can_change_the_likeliest, draw, generate
+from mlpmem_jax.inference import decoding, drafting, sampling
+from mlpmem_jax.inference.decoding import Models, Parameters, Reading, can_change_the_likeliest, prepare
+from mlpmem_jax.inference.generate import draw, first_tokens, generate
 from mlpmem_jax.inference.sampling import GREEDY, Sampling
 from mlpmem_jax.interop import huggingface
 from mlpmem_jax.models import gpt2, memory
@@ -60,7 +60,7 @@ def whole_forward_pass(base, beside, tokens_1xT):
 
 def distribution(base, beside, weight, tokens):
     """p(next token) after `tokens`, float64 [V], from a whole forward pass and probabilities mixed outside JAX."""
-    later_tokens_are_not_seen = [*tokens, *[0] * (20 - len(tokens))]
+    later_tokens_are_not_seen = [*tokens, *[0] * (40 - len(tokens))]
     base_logits, beside_logits = whole_forward_pass(base, beside, np.asarray([later_tokens_are_not_seen]))
     p = softmax(np.asarray(base_logits, np.float64)[0, len(tokens) - 1])
     if beside is None:
@@ -84,6 +84,41 @@ def test_greedy_tokens_are_those_of_uncached_forward_passes(base, beside, weight
     for prompt, new in zip(PROMPTS, together, strict=True):
         assert new.tolist() == continued(base, beside, weight, prompt, 6)
     assert len({tuple(new.tolist()) for new in together}) == len(PROMPTS)
+
+
+DRAFTED = 24  # tokens
+
+
+def drafted(parameters, prompts, most, end=-1):
+    tokens_BxT = np.array([[0] * (8 - len(prompt)) + prompt for prompt in prompts])
+    padding_B, key, room = np.array([8 - len(prompt) for prompt in prompts]), jax.random.key(0), 8 + DRAFTED
+    first_B, cache = first_tokens(BOTH, parameters, tokens_BxT, padding_B, key, room=room, sampling=GREEDY)
+    return drafting.greedy_tokens(BOTH, parameters, cache, first_B, end, count=DRAFTED, most=most)
+
+
+@pytest.mark.parametrize("weight", [0.15, 0.9])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+def test_drafts_that_wait_change_no_token(base, beside, weight, prompts):
+    """Where drafts are mostly right, where they are mostly wrong, and where one sequence of a batch ends early."""
+    parameters = prepare(Parameters(base, beside, weight))
+    expected = [continued(base, beside, weight, prompt, DRAFTED) for prompt in prompts]
+    found = drafted(parameters, prompts, 8)
+    np.testing.assert_array_equal(found.tokens_BxN, expected)
+    assert found.memory_passes < found.base_steps
+    end = expected[0][DRAFTED // 2]
+    for row, whole in zip(drafted(parameters, prompts, 8, end).tokens_BxN.tolist(), expected, strict=True):
+        place = whole.index(end) if end in whole else DRAFTED
+        assert row == whole[:place] + [end] * (DRAFTED - place)
+
+
+def test_right_drafts_save_passes_of_the_memory(base):
+    """Beside a memory that is sure of nothing every draft is right, and for none is that known before the check."""
+    flat = jax.tree.map(jnp.zeros_like, memory.init(MEMORY, jax.random.key(1)))
+    parameters = prepare(Parameters(base, flat, 0.999))
+    one, several = (drafted(parameters, PROMPTS[:1], most) for most in (1, 8))
+    np.testing.assert_array_equal(one.tokens_BxN, several.tokens_BxN)
+    assert one.base_steps == several.base_steps == DRAFTED - 1 == one.memory_passes
+    assert several.memory_passes == 7  # 1, 2, ... 6 drafts at once, and two at the end
 
 
 def test_prefill_and_step_give_the_mixture_of_both_models(base, beside):

@@ -136,6 +136,17 @@ def mix(base_log_BxV: jax.Array, memory_log_BxV: jax.Array, weight: float | jax.
     return jnp.logaddexp(jnp.log(weight) + memory_log_BxV, jnp.log1p(-weight) + base_log_BxV)
 
 
+def can_change_the_likeliest(base_log_BxV: jax.Array, weight: float | jax.Array) -> jax.Array:
+    """Whether some p_MLP makes another token than the base's the likeliest of the mixture, bool [B].
+
+    At most p_MLP gives all of its lambda to the base's second token.
+    """
+    likeliest_Bx1 = jnp.argmax(base_log_BxV, axis=-1, keepdims=True)
+    is_other_BxV = jnp.arange(base_log_BxV.shape[-1]) != likeliest_Bx1
+    second_B = jnp.exp(jnp.max(base_log_BxV, axis=-1, where=is_other_BxV, initial=-jnp.inf))
+    return (1 - weight) * (jnp.exp(base_log_BxV.max(-1)) - second_B) <= weight
+
+
 def _read(
     models: Models, base: dict, tokens_BxT: jax.Array, positions_BxT: jax.Array, attention_of: Callable
 ) -> Reading:

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlpmem_jax.core.errors import UserError
+from mlpmem_jax.inference import drafting
 from mlpmem_jax.inference.decoding import (
     Cache,
     Models,
     Parameters,
     Reading,
+    can_change_the_likeliest,
     memory_log_probabilities,
     mix,
     prefill,
@@ -85,6 +87,8 @@ def following_tokens(models, parameters, cache, tokens_B, key, end_token, *, cou
 
     After a sequence's `end_token` come copies of it; the loop stops when all sequences have ended.
     """
+    if models.memory is not None and sampling == GREEDY:
+        return drafting.greedy_tokens(models, parameters, cache, tokens_B, end_token, count=count).tokens_BxN
     tokens_BxN = jnp.full((tokens_B.shape[0], count), end_token, jnp.int32).at[:, 0].set(tokens_B)
 
     def unfinished(state):
@@ -128,14 +132,3 @@ def draw(models: Models, parameters: Parameters, reading: Reading, key: jax.Arra
     else:
         log_BxV = mix(base_log_BxV, memory_log(), weight)
     return sample(log_BxV, key, sampling)
-
-
-def can_change_the_likeliest(base_log_BxV: jax.Array, weight: float | jax.Array) -> jax.Array:
-    """Whether some p_MLP makes another token than the base's the likeliest of the mixture, bool [B].
-
-    At most p_MLP gives all of its lambda to the base's second token.
-    """
-    likeliest_Bx1 = jnp.argmax(base_log_BxV, axis=-1, keepdims=True)
-    is_other_BxV = jnp.arange(base_log_BxV.shape[-1]) != likeliest_Bx1
-    second_B = jnp.exp(jnp.max(base_log_BxV, axis=-1, where=is_other_BxV, initial=-jnp.inf))
-    return (1 - weight) * (jnp.exp(base_log_BxV.max(-1)) - second_B) <= weight
