@@ -112,6 +112,7 @@ def test_targets_are_p_knn(workdir, split):
         item = source[position // length]
         dense = np.zeros(300)
         np.add.at(dense, item["token_ids"][position % length], item["probabilities"][position % length])
+        assert item["token_ids"].dtype == np.uint16  # as stored: half the bytes of int32 and float32
         np.testing.assert_allclose(dense, row, atol=1e-3)
 
 

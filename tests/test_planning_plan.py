@@ -42,7 +42,9 @@ def test_the_planned_batch_is_the_one_that_training_reads(tmp_path):
     source = data.TargetSource(*benchmark._write_sample(epath.Path(tmp_path), 128, 16))
     batch = next(data.batches(source, 4, seed=0))
     width = batch["memory_inputs"].shape[-1]
-    planned = data.abstract_batch(4, 16, data.padded_entries(benchmark.ENTRIES), (width, "float16"))
+    planned = data.abstract_batch(
+        4, 16, data.padded_entries(benchmark.ENTRIES), benchmark.VOCABULARY, (width, "float16")
+    )
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         name: (array.shape, array.dtype) for name, array in planned.items()
     }

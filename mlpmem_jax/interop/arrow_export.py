@@ -39,7 +39,7 @@ def export_targets(config: ml_collections.ConfigDict, split: str, output: str) -
         starts_N1 = pa.array(offsets_N1.astype(np.int32), pa.int32())
         return [
             pa.array(np.diff(offsets_N1).astype(np.int32)),
-            pa.ListArray.from_arrays(starts_N1, pa.array(token_ids_M)),
+            pa.ListArray.from_arrays(starts_N1, pa.array(token_ids_M.astype(np.int32))),
             pa.ListArray.from_arrays(starts_N1, pa.array(probabilities_M)),
             pa.array(datastore.read("next_tokens", first, stop).ravel()),
         ]

@@ -140,7 +140,7 @@ def _train(config, models: Models, sharding: Sharding, positions: int) -> list[S
     entries = data.padded_entries(most_entries(config, models))
     inputs = None if online else (models.base.width, config.datastore.dtype)
     length = config.base.context_length
-    batch = data.abstract_batch(config.training.batch_sequences, length, entries, inputs)
+    batch = data.abstract_batch(config.training.batch_sequences, length, entries, models.memory.vocab_size, inputs)
     per_step = config.training.batch_sequences * length
     step = StageProgram(
         name="train step",

@@ -63,6 +63,11 @@ def array_specs(datastore: Artifact, token_dtype: str, entries: int) -> dict[str
     }
 
 
+def token_dtype(vocab_size: int) -> str:
+    """The dtype of stored tokens."""
+    return "uint16" if vocab_size <= 2**16 else "int32"
+
+
 class TargetsReader:
     """The targets of one split, open for reading."""
 
@@ -98,8 +103,8 @@ class TargetsReader:
           first, stop: sequences.
 
         Returns:
-          (offsets int64 [N + 1], token ids int32 [M], probabilities float16 [M]): the entries of position n are
-          `offsets[n]:offsets[n + 1]`, most probable first.
+          (offsets int64 [N + 1], token ids [M], probabilities float16 [M]), as they are stored: the entries of position
+          n are `offsets[n]:offsets[n + 1]`, most probable first.
 
         Raises:
           ArtifactError: the stored bytes do not match their checksum.
@@ -107,7 +112,7 @@ class TargetsReader:
         offsets_SxT1 = self.artifact.read("offsets", first, stop)
         shard, begin, end = first // self.sequences_per_shard, int(offsets_SxT1[0, 0]), int(offsets_SxT1[-1, -1])
         offsets_N1 = np.append(offsets_SxT1[:, :-1], end).astype(np.int64) - begin
-        token_ids_M = self.artifact.read_ragged("token_ids", shard, begin, end).astype(np.int32)
+        token_ids_M = self.artifact.read_ragged("token_ids", shard, begin, end)
         return offsets_N1, token_ids_M, self.artifact.read_ragged("probabilities", shard, begin, end)
 
     def label_probabilities(self, first: int, stop: int) -> np.ndarray:

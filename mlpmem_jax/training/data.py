@@ -8,7 +8,7 @@ import numpy as np
 
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
-from mlpmem_jax.retrieval.targets_artifact import TargetsReader
+from mlpmem_jax.retrieval.targets_artifact import TargetsReader, token_dtype
 
 _READ_THREADS = 4
 _READ_BUFFER = 32  # sequences read ahead
@@ -32,9 +32,9 @@ class TokenSource:
 class TargetSource:
     """Sequences for training the memory.
 
-    Each has `next_tokens` [T] int32, the sparse target distribution as `token_ids` [T, S] int32 and `probabilities`
-    [T, S] float32 (padded with zeros; S = `entries`), and either `memory_inputs` [T, D] from the datastore (offline) or
-    `tokens` [T] int32 for the base LM (online).
+    Each has `next_tokens` [T] int32, the sparse target distribution as `token_ids` [T, S] uint16 or int32 and
+    `probabilities` [T, S] float16, as they are stored (padded with zeros; S = `entries`), and either `memory_inputs`
+    [T, D] from the datastore (offline) or `tokens` [T] int32 for the base LM (online).
     """
 
     def __init__(self, datastore: Artifact, targets: Artifact, stream: TokenStream | None = None):
@@ -50,8 +50,8 @@ class TargetSource:
         index = int(index)
         offsets_T1, token_ids_M, probabilities_M = self._targets.read(index, index + 1)
         filled_TxS = np.arange(self.entries) < np.diff(offsets_T1)[:, None]
-        token_ids_TxS = np.zeros((self._length, self.entries), np.int32)
-        probabilities_TxS = np.zeros((self._length, self.entries), np.float32)
+        token_ids_TxS = np.zeros((self._length, self.entries), token_ids_M.dtype)
+        probabilities_TxS = np.zeros((self._length, self.entries), probabilities_M.dtype)
         token_ids_TxS[filled_TxS] = token_ids_M
         probabilities_TxS[filled_TxS] = probabilities_M
         item = {"token_ids": token_ids_TxS, "probabilities": probabilities_TxS}
@@ -69,17 +69,18 @@ def padded_entries(most: int) -> int:
     return -(-most // _ENTRY_MULTIPLE) * _ENTRY_MULTIPLE
 
 
-def abstract_batch(sequences: int, length: int, entries: int, inputs: tuple[int, str] | None) -> dict:
+def abstract_batch(sequences: int, length: int, entries: int, vocab_size: int, inputs: tuple[int, str] | None) -> dict:
     """Shapes and dtypes of a batch of `TargetSource`.
 
     Args:
       sequences, length: of the batch.
       entries: of a position, see `padded_entries`.
+      vocab_size: which decides the dtype of tokens.
       inputs: width and dtype of stored memory inputs; None for tokens in their place.
     """
     shapes = {
-        "token_ids": ((entries,), "int32"),
-        "probabilities": ((entries,), "float32"),
+        "token_ids": ((entries,), token_dtype(vocab_size)),
+        "probabilities": ((entries,), "float16"),
         "next_tokens": ((), "int32"),
         "tokens" if inputs is None else "memory_inputs": ((), "int32") if inputs is None else (inputs[:1], inputs[1]),
     }
