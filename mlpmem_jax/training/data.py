@@ -6,12 +6,13 @@ import grain
 import jax
 import numpy as np
 
+from mlpmem_jax.core import host
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.retrieval.targets_artifact import TargetsReader, token_dtype
 
-_READ_THREADS = 4
-_READ_BUFFER = 32  # sequences read ahead
+_FEWEST_READERS = 4  # threads: most of a read is waiting
+_READ_AHEAD = 8  # sequences for each of them
 _ENTRY_MULTIPLE = 8  # padded entries per position: a multiple of the widest vector register
 
 
@@ -101,5 +102,6 @@ def batches(source, batch_sequences: int, seed: int, part: int = 0, parts: int =
       part: of how many `parts`, as `core.sharding.Sharding.batch_part` tells for this process.
     """
     mine = grain.MapDataset.source(source).shuffle(seed=seed).repeat(None)[part::parts]
-    options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_BUFFER)
+    readers = max(_FEWEST_READERS, host.cpu_count())
+    options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=_READ_AHEAD * readers)
     return iter(mine.to_iter_dataset(options).batch(batch_sequences // parts, drop_remainder=True))
