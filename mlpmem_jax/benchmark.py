@@ -20,6 +20,7 @@ from mlpmem_jax.core.progress import say
 PARTS = {
     "train": "mlpmem_jax.training.benchmark",
     "generate": "mlpmem_jax.inference.benchmark",
+    "drafts": "mlpmem_jax.inference.trained_benchmark",
     "forward": "mlpmem_jax.retrieval.forward_benchmark",
     "targets": "mlpmem_jax.retrieval.targets_benchmark",
     "search": "mlpmem_jax.retrieval.search_benchmark",

@@ -1,6 +1,7 @@
 """All stages in one process on a small corpus, held against brute force from the equations of the paper."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
+from mlpmem_jax.inference import trained_benchmark
 from mlpmem_jax.models import gpt2, saved
 from mlpmem_jax.training import controls, data, memory
 
@@ -126,6 +128,14 @@ def test_online_training_sees_what_offline_training_sees(workdir):
         lines = [json.loads(line) for line in (workdir / mode / "metrics.jsonl").read_text().splitlines()]
         losses[mode] = [line["loss"] for line in lines if "loss" in line]
     np.testing.assert_allclose(losses["online"], losses["offline"], rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_generation_of_the_trained_models_is_measured(workdir):
+    rows = trained_benchmark.rows(small(workdir))
+    assert [row["name"].rpartition(", ")[2] for row in rows] == ["base alone", "memory in every step", "with drafts"]
+    assert all(row["value"] > 0 for row in rows)
+    assert re.search(r"for \d+ tokens \d+ steps of the base and \d+ passes of the memory", rows[2]["detail"])
 
 
 def test_report_has_every_promised_figure(workdir):

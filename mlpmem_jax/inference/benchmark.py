@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from mlpmem_jax.core import host
+from mlpmem_jax.core.errors import UserError, require
+from mlpmem_jax.core.progress import say
 from mlpmem_jax.inference.decoding import Models, Parameters, prepare
 from mlpmem_jax.inference.generate import first_tokens, following_tokens
 from mlpmem_jax.inference.sampling import GREEDY, Sampling
@@ -27,6 +30,7 @@ HIGH_WEIGHT = 0.99  # of a memory that is larger than its base: draws ask for it
 PROMPT = 512
 COUNT = 64
 ROUNDS = 5
+_THEIRS = "base alone in transformers"
 
 
 def rows(
@@ -58,6 +62,10 @@ def rows(
         first[name], following[name] = _programs(models, parameters, sampling, prompt, count)
     for name in [name for name in cases if "drawn" in name]:  # their prefill is that of greedy
         del first[name]
+    try:
+        first[_THEIRS], following[_THEIRS] = _their_programs(base, prompt, count)
+    except UserError as error:
+        say(f"generate: without transformers: {error}")
     weights = {"base": flops.language_model_parameters(base), "memory": flops.memory_parameters(memory_model)}
     result = [
         _row("weights of the memory over those of the base", weights["memory"] / weights["base"], "ratio",
@@ -66,6 +74,8 @@ def rows(
              f"[{memory_model.width}] x [{memory_model.width}, {memory_model.padded_vocab_size}]"),
     ]  # fmt: skip
     first_seconds, next_seconds = _interleaved(first), _interleaved(following)
+    if _THEIRS in following:
+        next_seconds[_THEIRS] = next_seconds[_THEIRS] - np.median(first_seconds[_THEIRS])  # their call has both
     next_seconds = {name: seconds / (count - 1) for name, seconds in next_seconds.items()}
     traffic = 4 * weights["base"] / np.median(next_seconds["base alone"])
     result.append(_row("weights read by a step, base alone", traffic / 1e9, "GB/s", "bytes of weights over time"))
@@ -104,6 +114,29 @@ def _programs(
         following_tokens, models, parameters, cache, tokens_1, key, -1, count=count, sampling=sampling
     )
     jax.block_until_ready(following())
+    return first, following
+
+
+def _their_programs(base: gpt2.GPT2Config, prompt: int, count: int) -> tuple[Callable, Callable]:
+    """Calls of transformers that make the first token, and the first and all following ones, on this machine's CPU.
+
+    Raises:
+      UserError: PyTorch or transformers is not installed, or JAX runs on another device.
+    """
+    torch, transformers = (require(name, extra="torch") for name in ("torch", "transformers"))
+    if jax.default_backend() != "cpu":
+        raise UserError(f"this row is for CPUs, JAX runs on {jax.default_backend()}")
+    torch.set_num_threads(host.cpu_count())
+    sizes = {"n_positions": base.context_length, "n_embd": base.width, "n_layer": base.blocks, "n_head": base.heads}
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=base.vocab_size, **sizes, **ends)).eval()
+    tokens_1xT = torch.from_numpy(np.random.default_rng(0).integers(0, base.vocab_size, (1, prompt)))
+    added = functools.partial(
+        torch.inference_mode()(model.generate), tokens_1xT, attention_mask=torch.ones_like(tokens_1xT), do_sample=False
+    )
+    first, following = (functools.partial(added, max_new_tokens=number) for number in (1, count))
+    if following().shape[1] != prompt + count:
+        raise UserError("transformers' generate did not add as many tokens as it was asked for")
     return first, following
 
 

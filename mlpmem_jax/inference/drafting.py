@@ -28,7 +28,15 @@ from mlpmem_jax.inference.decoding import (
     step,
 )
 
-MOST_DRAFTS = 8
+_MOST_DRAFTS = 8
+
+
+def most_drafts() -> int:
+    """Drafts that are worth waiting for, on the devices that are here.
+
+    XLA's products of a few rows with a matrix take a CPU about as long as row after row: there the memory runs at once.
+    """
+    return 1 if jax.default_backend() == "cpu" else _MOST_DRAFTS
 
 
 class Drafted(NamedTuple):
@@ -70,7 +78,7 @@ def greedy_tokens(
     end_token: jax.Array,
     *,
     count: int,
-    most: int = MOST_DRAFTS,
+    most: int,
 ) -> Drafted:
     """`count` tokens of each sequence, the first of which are `tokens_B`; see `generate.following_tokens`.
 
@@ -141,12 +149,7 @@ def _advance(models: Models, parameters: Parameters, end_token, count: int, most
     def check():
         drafts_BxW = jax.lax.dynamic_slice(state.tokens_BxN, (0, state.known), (len(last_B), most))
         before_BxW = jax.lax.dynamic_slice(state.tokens_BxN, (0, state.known - 1), (len(last_B), most))
-        # A memory that reads one position multiplies vectors, not matrices.
-        likeliest_WxB = jax.lax.cond(
-            slot == 0,
-            lambda: jnp.pad(_likeliest(models, parameters, state, 1), ((0, most - 1), (0, 0))),
-            lambda: _likeliest(models, parameters, state, most),
-        )
+        likeliest_WxB = _likeliest(models, parameters, state, most)
         right_BxW = jnp.where(before_BxW == end_token, end_token, likeliest_WxB.T)
         agrees_W = jnp.all(right_BxW == drafts_BxW, axis=0) & is_waiting_W
         agreed = jnp.cumprod(agrees_W).sum()
@@ -169,9 +172,9 @@ def _advance(models: Models, parameters: Parameters, end_token, count: int, most
     )
 
 
-def _likeliest(models: Models, parameters: Parameters, state: _State, slots: int) -> jax.Array:
-    """The likeliest token of the mixture at the first slots, int32 [slots, B]."""
-    base_log_RxV = state.base_log_WxBxV[:slots].reshape(-1, models.base.vocab_size)
-    reading = Reading(base_log_RxV, state.memory_input_WxBxD[:slots].reshape(-1, models.memory.input_width))
+def _likeliest(models: Models, parameters: Parameters, state: _State, most: int) -> jax.Array:
+    """The likeliest token of the mixture wherever a draft may wait, int32 [W, B]."""
+    base_log_RxV = state.base_log_WxBxV.reshape(-1, models.base.vocab_size)
+    reading = Reading(base_log_RxV, state.memory_input_WxBxD.reshape(-1, models.memory.input_width))
     mixed_RxV = mix(base_log_RxV, memory_log_probabilities(models, parameters, reading), parameters.weight)
-    return jnp.argmax(mixed_RxV, axis=-1).astype(jnp.int32).reshape(slots, -1)
+    return jnp.argmax(mixed_RxV, axis=-1).astype(jnp.int32).reshape(most, -1)

@@ -88,7 +88,8 @@ def following_tokens(models, parameters, cache, tokens_B, key, end_token, *, cou
     After a sequence's `end_token` come copies of it; the loop stops when all sequences have ended.
     """
     if models.memory is not None and sampling == GREEDY:
-        return drafting.greedy_tokens(models, parameters, cache, tokens_B, end_token, count=count).tokens_BxN
+        most = drafting.most_drafts()
+        return drafting.greedy_tokens(models, parameters, cache, tokens_B, end_token, count=count, most=most).tokens_BxN
     tokens_BxN = jnp.full((tokens_B.shape[0], count), end_token, jnp.int32).at[:, 0].set(tokens_B)
 
     def unfinished(state):

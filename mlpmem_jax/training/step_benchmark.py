@@ -234,6 +234,9 @@ def compared_row(name: str, case: Case, training: ml_collections.ConfigDict, pea
     for step in steps:
         step.run()  # JAX's optimizer states have their final layout, PyTorch has allocated what it needs
     seconds = seconds_in_turn(steps)
+    if not absent and (torch := require("torch", extra="torch")).cuda.is_available():
+        steps.clear()
+        torch.cuda.empty_cache()  # else JAX never gets it back
     rates = [case.positions / duration for duration in seconds]
     utilization = case.step_flops / seconds[0] / peak
     detail = (

@@ -1,0 +1,85 @@
+"""What a next token costs of a workdir's trained models: drafting saves as much as drafts are right."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
+from mlpmem_jax.inference import drafting
+from mlpmem_jax.inference.decoding import Models, Parameters, prepare
+from mlpmem_jax.inference.generate import first_tokens, following_tokens
+from mlpmem_jax.inference.sampling import GREEDY
+from mlpmem_jax.inference.weight import find_weight
+from mlpmem_jax.models import saved
+
+_PROMPTS = 8  # beginnings of sequences of the test split
+_COUNT = 64
+_DRAFTS = 8
+
+
+def rows(config: ml_collections.ConfigDict) -> list[dict]:
+    """Measures; each row has name, value, unit and detail. Of a workdir without a memory there are none."""
+    workdir = epath.Path(config.workdir)
+    if not (workdir / "memory").exists():
+        say(f"generate: no rows of trained models, {workdir / 'memory'} does not exist")
+        return []
+    sharding = Sharding(make_mesh(devices=jax.devices()[:1]))
+    tokens = open_artifact(workdir / "tokens", "tokens")
+    base, base_config, _ = saved.load_language_model(workdir / "base", sharding)
+    beside, memory_config, artifact = saved.load_memory(workdir / "memory", sharding)
+    weight, block = find_weight(workdir, artifact).value, saved.input_block(artifact)
+    both = prepare(Parameters(base, beside, weight))
+    models, alone = Models(base_config, memory_config, block), Parameters(both.base)
+    length = config.base.context_length // 2
+    count = min(_COUNT, base_config.context_length - length)
+    stream = TokenStream(tokens, "test")
+    prompts_PxT = read_sequences(stream, 0, min(_PROMPTS, num_sequences(stream, length)), length)[0].astype(np.int32)
+    seconds: dict[str, list[float]] = {"base alone": [], "memory in every step": [], "with drafts": []}
+    steps, passes = 0, 0
+    for number, prompt_T in enumerate(prompts_PxT):
+        first = functools.partial(first_tokens, room=length + count, sampling=GREEDY)
+        key, padding = jax.random.key(0), jnp.zeros(1, jnp.int32)
+        token_1, cache = first(models, both, prompt_T[None], padding, key)
+        alone_token_1, alone_cache = first(Models(base_config), alone, prompt_T[None], padding, key)
+        draft = functools.partial(drafting.greedy_tokens, models, both, cache, token_1, -1, count=count)
+        calls = (
+            functools.partial(
+                following_tokens, Models(base_config), alone, alone_cache, alone_token_1, key, -1,
+                count=count, sampling=GREEDY,
+            ),
+            functools.partial(draft, most=1),
+            functools.partial(draft, most=_DRAFTS),
+        )  # fmt: skip
+        if not number:
+            jax.block_until_ready([call() for call in calls])
+        for times, call in zip(seconds.values(), calls, strict=True):
+            start = time.perf_counter()
+            result = jax.block_until_ready(call())
+            times.append((time.perf_counter() - start) / (count - 1))
+        steps, passes = steps + int(result.base_steps), passes + int(result.memory_passes)
+    added = len(prompts_PxT) * (count - 1)
+    shared = f"batch 1, {len(prompts_PxT)} prompts of {length} tokens of the test split, {count - 1} more of each"
+    details = {
+        "base alone": shared,
+        "memory in every step": f"lambda {weight:.2f}, but where it cannot change the likeliest token; {shared}",
+        "with drafts": f"lambda {weight:.2f}; for {added} tokens {steps} steps of the base and {passes} passes of the "
+        f"memory; {shared}",
+    }
+    medians = {name: float(np.median(times)) for name, times in seconds.items()}
+    result = []
+    for name, value in medians.items():
+        over = f"{value / medians['base alone']:.2f} times the base alone; " if name != "base alone" else ""
+        name, detail = f"next token, trained, {name}", over + details[name]
+        result.append({"name": name, "value": 1e3 * value, "unit": "ms", "detail": detail})
+    return result
