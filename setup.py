@@ -43,7 +43,14 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=setuptools.find_packages(include=["mlpmem_jax*", "configs*", "launch*"]),
+    # In a wheel, ready configs and launchers are parts of the package: a user's own `configs` must not meet ours.
+    packages=[
+        *setuptools.find_packages(include=["mlpmem_jax*"]),
+        "mlpmem_jax.ready.configs",
+        "mlpmem_jax.ready.configs.sweeps",
+        "mlpmem_jax.launch",
+    ],
+    package_dir={"mlpmem_jax.ready.configs": "configs", "mlpmem_jax.launch": "launch"},
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12.5,<0.13",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import ml_collections
 
-from mlpmem_jax import cli
+from mlpmem_jax import stages
 from mlpmem_jax.core import accelerators, config_files, failures, preflight
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
@@ -27,15 +27,15 @@ STOPPED = Stopped.exit_code
 def parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
     """The options that all launchers share. Overrides (--config.key=value) are left to `run`."""
     result = argparse.ArgumentParser(
-        prog=f"python -m launch.{name}",
+        prog=f"python -m {__package__}.{name}",
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     result.add_argument("--config", required=True, metavar="FILE", help="a config; --config.key=value overrides it")
-    stages = ["run", "controls", "continued", *cli.STAGES]
-    result.add_argument("--stage", default="run", choices=stages, metavar="STAGE", help="of mlpmem (default run)")
+    choices = ["run", "controls", "continued", *stages.STAGES]
+    result.add_argument("--stage", default="run", choices=choices, metavar="STAGE", help="of mlpmem (default run)")
     result.add_argument("--dry_run", action="store_true", help="print exactly what would be sent, and send nothing")
     return result
 
@@ -64,21 +64,21 @@ def run(
 
 
 def read_config(
-    options: argparse.Namespace, overrides: list[str], devices: int, processes: int, slices: int = 1
+    file: str, overrides: list[str], *, stage: str, devices: int, processes: int, slices: int = 1
 ) -> ml_collections.ConfigDict:
     """The resolved config, checked by itself and against the devices that it will meet.
 
     Raises:
       ConfigError: a key is wrong, or the mesh or a batch does not divide over the devices.
     """
-    config = cli.read_config(options.config, overrides)
+    config = config_files.read(file, overrides)
     sizes = preflight.mesh_sizes(config, devices)
     if sizes["slice"] % slices:
         raise ConfigError(
             f"config.mesh.slice: expected a multiple of --slices={slices}, so that the other axes stay inside a slice, "
             f"found {sizes['slice']}; add --config.mesh.slice={slices}"
         )
-    preflight.check_devices(config, devices, processes, options.stage)
+    preflight.check_devices(config, devices, processes, stage)
     preflight.check_models(config, devices)
     if "://" not in config.workdir:  # what is in a bucket the job itself looks at: this machine need not reach it
         preflight.check_artifacts(config)
@@ -103,7 +103,14 @@ def read_tpu_job(
             raise UserError(f"--{option}={getattr(options, option)}: expected {least} or more")
     tpu = accelerators.resolve(options.accelerator)
     hosts = tpu.hosts * options.slices
-    config = read_config(options, overrides, tpu.chips * options.slices, hosts, options.slices)
+    config = read_config(
+        options.config,
+        overrides,
+        stage=options.stage,
+        devices=tpu.chips * options.slices,
+        processes=hosts,
+        slices=options.slices,
+    )
     if "://" not in config.workdir:
         raise ConfigError(
             f"config.workdir: {config.workdir!r} would be lost with the machines that wrote it; name a place that all "
@@ -112,10 +119,10 @@ def read_tpu_job(
     return tpu, config
 
 
-def config_file(config: ml_collections.ConfigDict, options: argparse.Namespace, overrides: list[str]) -> str:
+def config_file(config: ml_collections.ConfigDict, file: str, overrides: list[str]) -> str:
     """The resolved config as a config file that needs no other file: what runs is what was checked here."""
-    made_from = shlex.join([f"--config={options.config}", *overrides])
-    return configs.as_file(config, f"Resolved when the job was launched, from {made_from}")
+    source = shlex.join([f"--config={file}", *overrides])
+    return configs.as_file(config, f"Resolved when the job was launched, from {source}")
 
 
 def send(command: list[str], document: str) -> int:

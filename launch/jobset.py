@@ -7,9 +7,10 @@ import sys
 
 import yaml
 
-from launch import job
 from mlpmem_jax.core import accelerators
 from mlpmem_jax.core.errors import UserError
+
+from . import job
 
 _EXAMPLE = (
     "python -m launch.jobset --name=memory --accelerator=v5p-128 --image=IMAGE \\\n"
@@ -161,7 +162,7 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
             f"--slices={options.slices}: GKE joins only slices of several hosts, and {tpu} is one; the smallest that "
             f"can be joined: {next(one for one in accelerators.slices(tpu.generation) if one.hosts > 1)}"
         )
-    documents = manifests(options, tpu, job.config_file(config, options, overrides))
+    documents = manifests(options, tpu, job.config_file(config, options.config, overrides))
     text = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=110, explicit_start=True)
     print(f"{options.slices} x {tpu}, {tpu.machine_type}: {' '.join(_COMMAND)}", file=sys.stderr)
     if options.dry_run:

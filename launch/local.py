@@ -12,8 +12,9 @@ import subprocess
 import sys
 import threading
 
-from launch import job
 from mlpmem_jax.core.errors import UserError
+
+from . import job
 
 _EXAMPLE = "python -m launch.local --processes=2 --devices=4 --config=configs/smoke.py --config.workdir=runs/two"
 _GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL, once one process has died
@@ -124,7 +125,13 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     for option in ("processes", "devices"):
         if getattr(options, option) < 1:
             raise UserError(f"--{option}={getattr(options, option)}: expected 1 or more")
-    job.read_config(options, overrides, options.processes * options.devices, options.processes)
+    job.read_config(
+        options.config,
+        overrides,
+        stage=options.stage,
+        devices=options.processes * options.devices,
+        processes=options.processes,
+    )
     command = [sys.executable, "-m", "mlpmem_jax.cli", options.stage, f"--config={options.config}", *overrides]
     joined = environments(options.processes, options.devices, free_port())
     if options.dry_run:

@@ -7,8 +7,9 @@ import re
 import shlex
 import sys
 
-from launch import job
 from mlpmem_jax.core.errors import UserError
+
+from . import job
 
 _EXAMPLE = (
     "python -m launch.slurm --nodes=4 --gpus_per_node=8 --time=12:00:00 \\\n"
@@ -77,7 +78,7 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
         if getattr(options, option) < least:
             raise UserError(f"--{option}={getattr(options, option)}: expected {least} or more")
     gpus = options.nodes * options.gpus_per_node
-    job.read_config(options, overrides, devices=gpus, processes=gpus)
+    job.read_config(options.config, overrides, stage=options.stage, devices=gpus, processes=gpus)
     text = script(options, overrides)
     print(f"{gpus} GPUs on {options.nodes} nodes: sbatch", file=sys.stderr)
     if options.dry_run:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from launch import job
 from mlpmem_jax.core import accelerators
+
+from . import job
 
 _EXAMPLE = (
     "python -m launch.tpu_vm --name=memory --accelerator=v5litepod-64 --zone=us-west4-a --image=IMAGE \\\n"
@@ -66,7 +67,7 @@ def command(options: argparse.Namespace, tpu: accelerators.Slice) -> list[str]:
 
 def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     tpu, config = job.read_tpu_job(options, overrides, _LONGEST_NAME)
-    words, script = command(options, tpu), startup_script(options, job.config_file(config, options, overrides))
+    words, script = command(options, tpu), startup_script(options, job.config_file(config, options.config, overrides))
     if options.dry_run:
         print(f"{shlex.join(words)} <<'END_OF_SCRIPT'\n{script}END_OF_SCRIPT")
         return 0

@@ -10,18 +10,11 @@ import os
 import ml_collections
 from absl import logging
 
+from mlpmem_jax import stages
+from mlpmem_jax.core import child_process, config_files, failures, preflight, storage
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import config_files, failures, preflight, storage
 from mlpmem_jax.core.errors import UserError
 
-STAGES = {
-    "tokens": ("mlpmem_jax.corpus.tokens", "text -> token ids, split by whole files, articles or groups"),
-    "base": ("mlpmem_jax.interop.base", "train the base language model, or import it from Hugging Face"),
-    "datastore": ("mlpmem_jax.retrieval.datastore", "base LM forward pass -> keys and memory inputs"),
-    "targets": ("mlpmem_jax.retrieval.targets", "nearest neighbors -> next-token distributions"),
-    "train": ("mlpmem_jax.training.memory", "train the memory on those distributions"),
-    "evaluate": ("mlpmem_jax.evaluation.evaluate", "perplexities, intervals and the report"),
-}
 _OTHER = {
     "run": "all stages in order; finished ones are skipped, unfinished ones resume",
     "controls": "train the controls (base trained on; memory without targets) and report them beside",
@@ -82,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="STAGE")
-    for name, help_text in {**{name: text for name, (_, text) in STAGES.items()}, **_OTHER}.items():
+    for name, help_text in {**{name: text for name, (_, text) in stages.STAGES.items()}, **_OTHER}.items():
         verb = verbs.add_parser(
             name, help=help_text, description=help_text, epilog=_EXAMPLES, formatter_class=parser.formatter_class
         )
@@ -193,24 +186,6 @@ def _leave_absent_tpus_alone(verb: str) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if gpus else "cpu")
 
 
-def read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
-    """The resolved and checked config of a file and `--config.key=value` overrides.
-
-    Raises:
-      ConfigError: the file cannot be read, a key does not exist, a value is not allowed.
-    """
-    return config_files.override(file, config_files.load(file, "get_config"), overrides)
-
-
-def _run_stage(name: str, config: ml_collections.ConfigDict):
-    from mlpmem_jax.core import stage_costs
-    from mlpmem_jax.core.progress import say
-
-    say(f"== {name}: {STAGES[name][1]}")
-    with stage_costs.measured(config.workdir, name):
-        return importlib.import_module(STAGES[name][0]).run(config)
-
-
 def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
     import jax
 
@@ -221,15 +196,23 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
     if options.verb == "run":
         preflight.check_devices(config, jax.device_count(), jax.process_count())
         preflight.check_models(config, jax.device_count())
-        for name in STAGES:
+        for name in stages.STAGES:
             preflight.check_artifacts(config)
-            _run_stage(name, config)
-    elif options.verb in STAGES:
-        _run_stage(options.verb, config)
+            stages.run(name, config)
+    elif options.verb in stages.STAGES:
+        stages.run(options.verb, config)
     elif options.verb == "generate":
         from mlpmem_jax.inference import side_by_side
 
-        side_by_side.run(config, options)
+        side_by_side.run(
+            config,
+            options.prompt,
+            count=options.tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
     elif options.verb == "compare":
         from mlpmem_jax.comparison import compare as comparison
 
@@ -239,10 +222,14 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
         from mlpmem_jax.comparison import harness
 
         harness.run(config, options.systems, options.tasks, options.limit)
-    elif options.verb in ("export", "import"):
+    elif options.verb == "export":
         from mlpmem_jax.interop import commands
 
-        commands.run(config, options)
+        commands.export(config, options.format, options.output, split=options.split, verify=options.verify)
+    elif options.verb == "import":
+        from mlpmem_jax.interop import commands
+
+        commands.import_any(config, options.source, split=options.split)
     elif options.verb == "benchmark":
         from mlpmem_jax import benchmark
 
@@ -256,15 +243,23 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
         from mlpmem_jax.training import controls
 
         controls.run(config)
-        _run_stage("evaluate", config)
+        stages.run("evaluate", config)
+
+
+def _plan(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
+    from mlpmem_jax.planning import mesh_choice, plan
+
+    given = {"slices": options.slices, "positions": options.positions, "json_file": options.json}
+    if options.meshes:
+        mesh_choice.run(config, options.topology, **given)
+    else:
+        plan.run(config, options.topology, stage=options.stage, **given)
 
 
 def _with_config(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
     # The imports bring jax, which a config that is wrong need not wait for.
     if options.verb == "plan":
-        from mlpmem_jax.planning import mesh_choice, plan
-
-        (mesh_choice if options.meshes else plan).run(config, options)
+        _plan(config, options)
         return
     from mlpmem_jax.core import distributed
 
@@ -284,7 +279,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
                 *overrides,
                 *(f"--config.comparison.{name}={value}" for name, value in given.items() if value is not None),
             ]
-        config = read_config(options.config, overrides)
+        config = config_files.read(options.config, overrides)
         places = [config.corpus.path, config.tokenizer.path, config.base.path, config.datastore.key_model]
         storage.prepare(config.workdir, *places, config.training.start)
         _with_config(options, config)
@@ -292,6 +287,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Whatever ends the command before its end is said in one last line, with an exit code of its own."""
+    child_process.end_with_parent()
     failures.print_anything()
     options, overrides = _parser().parse_known_args(arguments)
     if options.quiet:

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from configs import smoke
-from mlpmem_jax.cli import _run_stage
+from mlpmem_jax import stages
 from mlpmem_jax.comparison import systems
 
 TOWNS = itertools.product(("Ald", "Bren", "Cor", "Dun", "Eld", "Fal"), ("ford", "ham", "wick", "ton"))
@@ -64,5 +64,5 @@ def small_run(folder):
         patch.setattr(jax, "devices", lambda *_: devices)
         patch.setattr(jax, "device_count", lambda *_: 1)
         for stage in ("tokens", "base", "datastore", "targets", "train"):
-            _run_stage(stage, config)
+            stages.run(stage, config)
         yield config

@@ -4,6 +4,7 @@ import importlib
 import pathlib
 import subprocess
 import sys
+import types
 
 import ml_collections
 import pytest
@@ -12,7 +13,7 @@ from etils import epath
 from configs import default
 from mlpmem_jax import cli
 from mlpmem_jax.core import config as configs
-from mlpmem_jax.core import storage
+from mlpmem_jax.core import config_files, storage
 from mlpmem_jax.core.errors import ConfigError
 
 FILES = sorted(file.stem for file in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -87,15 +88,15 @@ def test_unknown_and_missing_keys_are_named():
 )
 def test_bad_overrides_are_explained(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        cli.read_config("configs/default.py", overrides)
+        config_files.read("configs/default.py", overrides)
 
 
 def test_overrides_reach_the_config():
-    config = cli.read_config(
+    config = config_files.read(
         "configs/smoke.py", ["--config.targets.temperature=2.5", "--config.workdir=runs/x", "--config.training.remat"]
     )
     assert (config.targets.temperature, config.workdir, config.training.remat) == (2.5, "runs/x", True)
-    assert cli.read_config("configs/smoke.py", []).targets.temperature == 0.0
+    assert config_files.read("configs/smoke.py", []).targets.temperature == 0.0
 
 
 def test_a_bad_config_costs_no_start_of_the_accelerator_runtime(tmp_path):
@@ -132,11 +133,11 @@ def test_a_bad_config_costs_no_start_of_the_accelerator_runtime(tmp_path):
 )
 def test_what_is_set_and_has_no_effect_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        cli.read_config("configs/smoke.py", [f"--config.{word}" for word in overrides])
+        config_files.read("configs/smoke.py", [f"--config.{word}" for word in overrides])
 
 
 def test_a_source_that_is_overridden_takes_what_the_file_said_of_the_former_with_it():
-    config = cli.read_config(
+    config = config_files.read(
         "configs/wikitext103_gpt2_small.py",
         [
             "--config.corpus.source=files",
@@ -146,7 +147,7 @@ def test_a_source_that_is_overridden_takes_what_the_file_said_of_the_former_with
         ],
     )
     assert (config.corpus.name, config.corpus.subset, config.base.path) == ("", "", "")
-    assert cli.read_config("configs/smoke.py", ["--config.tokenizer.source=file", "--config.tokenizer.path=a.json"])
+    assert config_files.read("configs/smoke.py", ["--config.tokenizer.source=file", "--config.tokenizer.path=a.json"])
 
 
 def test_every_key_of_the_table_exists():
@@ -166,7 +167,7 @@ def test_home_is_home_in_every_path(monkeypatch):
         "tokenizer.path": "~/t.json", "base.source": "huggingface", "base.path": "~/m", "training.start": "~/s",
         "datastore.key_model": "~/k", "comparison.data": "~/d", "comparison.retriever": "~/e",
     }  # fmt: skip
-    config = cli.read_config("configs/default.py", [f"--config.{key}={value}" for key, value in overrides.items()])
+    config = config_files.read("configs/default.py", [f"--config.{key}={value}" for key, value in overrides.items()])
     found = {key: configs._value(config, key) for key, value in overrides.items() if value.startswith("~")}
     assert found == {key: "/home/ada" + value[1:] for key, value in overrides.items() if value.startswith("~")}
     assert set(found) == set(configs.PATHS)
@@ -179,10 +180,21 @@ def test_home_is_home_in_every_path(monkeypatch):
 
 def test_a_value_may_stand_after_a_space():
     words = ["--config.workdir", "/x", "--config.training.remat", "--config.targets.k", "8"]
-    config = cli.read_config("configs/smoke.py", words)
+    config = config_files.read("configs/smoke.py", words)
     assert (config.workdir, config.training.remat, config.targets.k) == ("/x", True, 8)
     with pytest.raises(ConfigError, match="/y: unknown option"):
-        cli.read_config("configs/smoke.py", ["--config.workdir=/x", "/y"])
+        config_files.read("configs/smoke.py", ["--config.workdir=/x", "/y"])
+
+
+def test_configs_means_the_ready_ones_inside_a_config_file_alone(tmp_path, monkeypatch):
+    theirs = types.ModuleType("configs")
+    monkeypatch.setitem(sys.modules, "configs", theirs)
+    path = list(sys.path)
+    file = tmp_path / "mine.py"
+    file.write_text("def get_config():\n    from configs import smoke\n\n    return smoke.get_config()\n")
+    assert config_files.read(str(file), []).targets.k == 16
+    assert sys.modules["configs"] is theirs
+    assert sys.path == path
 
 
 def test_a_config_may_be_anywhere(tmp_path, monkeypatch):
@@ -191,13 +203,13 @@ def test_a_config_may_be_anywhere(tmp_path, monkeypatch):
     runs = tmp_path / "2026-11-26T10:15:00"
     runs.mkdir()
     (runs / "config.py").write_text(text)
-    assert cli.read_config(str(runs / "config.py"), []).targets.k == 16
+    assert config_files.read(str(runs / "config.py"), []).targets.k == 16
     with monkeypatch.context() as bucket:
         bucket.setattr(storage, "prepare", lambda place: None)
         bucket.setattr(epath, "Path", lambda place: pathlib.Path(place.replace("gs://bucket", str(runs))))
-        assert cli.read_config("gs://bucket/config.py", []).targets.k == 16
+        assert config_files.read("gs://bucket/config.py", []).targets.k == 16
     monkeypatch.chdir(tmp_path)
-    assert cli.read_config("configs/quickstart.py", []).targets.k == 64
+    assert config_files.read("configs/quickstart.py", []).targets.k == 64
     for content, message in (
         ("def get_config(:\n", r"broken.py: line 1: SyntaxError: "),
         ("import nothing_of_this_name", r"broken.py: cannot be run \(ModuleNotFoundError"),
@@ -207,7 +219,7 @@ def test_a_config_may_be_anywhere(tmp_path, monkeypatch):
     ):
         (tmp_path / "broken.py").write_text(content)
         with pytest.raises(ConfigError, match=message):
-            cli.read_config("broken.py", [])
+            config_files.read("broken.py", [])
     for place, message in (("nowhere.py", "no such file"), (str(runs), "is a folder"), ("broken.py/x", "no such file")):
         with pytest.raises(ConfigError, match=message):
-            cli.read_config(place, [])
+            config_files.read(place, [])

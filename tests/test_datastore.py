@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_pipeline import small
 
-from mlpmem_jax.cli import _run_stage
+from mlpmem_jax import stages
 from mlpmem_jax.core.artifacts import ArtifactWriter
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.models import gpt2, saved
@@ -23,7 +23,7 @@ def config(tmp_path_factory):
     docs = pathlib.Path(__file__).parent.parent / "docs"
     config.corpus.update({"source": "files", "path": str(docs), "document_bytes": 2048})
     config.datastore.batch_sequences = 16
-    _run_stage("tokens", config)
+    stages.run("tokens", config)
     model = gpt2.GPT2Config(vocab_size=300, context_length=16, width=16, blocks=3, heads=2)
     writer = ArtifactWriter.create(f"{config.workdir}/base", "base", {}, {}, {})
     saved.seal(writer, model, gpt2.init(model, jax.random.key(0)), {})

@@ -28,7 +28,7 @@ import pytest
 import zstandard
 
 from configs import default, llama2_7b, mistral_7b, quickstart, smoke, wikitext103_gpt2_large, wikitext103_gpt2_small
-from mlpmem_jax.cli import STAGES, _run_stage
+from mlpmem_jax import stages
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import config_files, preflight
 from mlpmem_jax.core.artifacts import open_artifact
@@ -202,9 +202,9 @@ def workdir(tmp_path_factory):
     config.datastore.update({"sequences_per_shard": 100, "input_depth": 0.5})
     config.targets.update({"k": 4, "temperature": 3.0, "backend": "exact", "quality_positions": 16})
     config.memory.update({"width": 16, "blocks": 1})
-    for stage in STAGES:
+    for stage in stages.STAGES:
         if stage != "evaluate":
-            _run_stage(stage, config)
+            stages.run(stage, config)
     return pathlib.Path(config.workdir)
 
 

@@ -102,7 +102,11 @@ def test_streams_export_to_the_same_bytes_after_an_import(work, tmp_path):
 def cli_run(config, words):
     from mlpmem_jax.interop import commands
 
-    commands.run(config, cli._parser().parse_args(words))
+    options = cli._parser().parse_args(words)
+    if options.verb == "export":
+        commands.export(config, options.format, options.output, split=options.split, verify=options.verify)
+    else:
+        commands.import_any(config, options.source, split=options.split)
 
 
 def test_a_held_out_datastore_gets_what_the_base_says(work, tmp_path):

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from mlpmem_jax.cli import STAGES
+from mlpmem_jax import stages
 
 pytestmark = pytest.mark.slow
 
@@ -111,4 +111,4 @@ def test_a_killed_stage_ends_with_the_same_bytes(stage, uninterrupted, tmp_path)
 
 
 def test_every_stage_that_makes_artifacts_is_killed():
-    assert set(ARTIFACTS) == set(STAGES) - {"evaluate"}
+    assert set(ARTIFACTS) == set(stages.STAGES) - {"evaluate"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from mlpmem_jax.cli import _run_stage
+from mlpmem_jax import stages
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.core.mesh import make_mesh
@@ -61,7 +61,7 @@ def config(tmp_path_factory):
     config.training.update({"mode": "online", "steps": 1, "warmup_steps": 0, "learning_rate": 0.0})
     config.training.update({"adam_learning_rate": 0.0, "evaluation_sequences": 8})
     for stage in ("tokens", "base", "datastore", "targets", "train"):
-        _run_stage(stage, config)
+        stages.run(stage, config)
     return config
 
 
@@ -108,7 +108,7 @@ def test_it_generates_with_its_memory_and_the_lambda_of_its_report(config, capsy
     assert f"lambda {trained.summary['validation']['interpolation_weight']:.4f}: from {trained.path}" in printed
 
     config.evaluation.update({"sharpness_positions": 40})
-    _run_stage("evaluate", config)  # base and memory are padded to different sizes
+    stages.run("evaluate", config)  # base and memory are padded to different sizes
     report = pathlib.Path(config.workdir) / "report" / "metrics.json"
     metrics = json.loads(report.read_text())
     assert metrics["sharpness"]["augmented"]["positions"] == 40
@@ -136,7 +136,7 @@ def test_training_refuses_a_datastore_of_another_depth(config):
     changed = config.copy_and_resolve_references()
     changed.datastore.input_depth = 1.0
     with pytest.raises(ConfigError, match=r"input_depth: 1.0 is not that of .*datastore/train.* block 2 of 3"):
-        _run_stage("train", changed)
+        stages.run("train", changed)
 
 
 def test_generation_refuses_a_memory_of_another_base(config, tmp_path):
@@ -147,7 +147,7 @@ def test_generation_refuses_a_memory_of_another_base(config, tmp_path):
     changed.base.path = str(tmp_path / "model")
     parameters = jax.jit(language_model.init, static_argnums=0)(MISTRAL, jax.random.key(1))
     huggingface.save_language_model(tmp_path / "model", parameters, MISTRAL)
-    _run_stage("base", changed)
+    stages.run("base", changed)
     with pytest.raises(ArtifactError, match=rf"{tmp_path}/memory: was made from another base than .*{tmp_path}/base"):
         side_by_side.run(changed, OPTIONS)
 
@@ -214,7 +214,7 @@ def test_an_imported_base_is_fine_tuned_before_its_keys_are_taken(config, base, 
     (tmp_path / "tokens").symlink_to(pathlib.Path(config.workdir) / "tokens")
     own.base.finetune_steps = 8
     own.base.training.update({"batch_sequences": 8, "evaluate_every": 8, "evaluation_sequences": 8, "warmup_steps": 50})
-    _run_stage("base", own)
+    stages.run("base", own)
     artifact = open_artifact(tmp_path / "base", "base")
     tokens, pretrained = (
         open_artifact(tmp_path / name, kind) for name, kind in (("tokens", "tokens"), ("pretrained", "base"))
@@ -233,10 +233,10 @@ def test_an_imported_base_is_fine_tuned_before_its_keys_are_taken(config, base, 
     assert found["perplexity"]["validation"] == pytest.approx(after)
     assert after < 0.9 * before
     monkeypatch.setattr(continued.base, "train", lambda *_: pytest.fail("trained again"))
-    _run_stage("base", own)
+    stages.run("base", own)
     own.base.finetune_steps = 9
     with pytest.raises(ArtifactError, match=r"config.training.steps: 8 there, 9 now"):
-        _run_stage("base", own)
+        stages.run("base", own)
 
 
 def test_what_saves_memory_or_time_may_change_when_a_training_resumes(config):

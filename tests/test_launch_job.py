@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch import job
-from mlpmem_jax import cli
+from mlpmem_jax.core import config_files
 from mlpmem_jax.core.errors import ConfigError, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -88,7 +88,7 @@ def test_launch_imports_the_standard_library_configs_and_core_alone():
 )
 def test_configs_that_cannot_work_on_the_devices_are_refused(overrides, devices, processes, slices, message):
     with pytest.raises(ConfigError, match=message):
-        job.read_config(options(), overrides, devices, processes, slices)
+        job.read_config(CONFIG, overrides, stage="run", devices=devices, processes=processes, slices=slices)
 
 
 def test_an_imported_base_needs_no_batch_that_divides():
@@ -97,9 +97,9 @@ def test_an_imported_base_needs_no_batch_that_divides():
         "--config.base.path=gpt2",
         "--config.base.training.batch_sequences=7",
     ]
-    job.read_config(options(), imported, devices=16, processes=4)
+    job.read_config(CONFIG, imported, stage="run", devices=16, processes=4)
     with pytest.raises(ConfigError, match=r"config.base.training.batch_sequences"):
-        job.read_config(options(), imported[2:], devices=16, processes=4)
+        job.read_config(CONFIG, imported[2:], stage="run", devices=16, processes=4)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_jobs_that_cannot_work_on_tpu_slices_are_refused(changes, overrides, mes
 @settings(deadline=None, max_examples=30)
 @given(name=st.text(max_size=300), learning_rate=st.floats(0, 10), seed=st.integers(0, 2**32 - 1))
 def test_the_config_that_is_sent_is_the_config_that_was_checked(tmp_path_factory, name, learning_rate, seed):
-    config = cli.read_config(CONFIG, [])
+    config = config_files.read(CONFIG, [])
     config.corpus.text_key, config.training.learning_rate, config.training.seed = name, learning_rate, seed
     file = tmp_path_factory.mktemp("sent") / "config.py"
     file.write_text(
-        job.config_file(config, options(), [f"--config.corpus.text_key={name}"]), encoding="utf-8", newline="\n"
+        job.config_file(config, CONFIG, [f"--config.corpus.text_key={name}"]), encoding="utf-8", newline="\n"
     )
-    assert cli.read_config(str(file), []) == config
+    assert config_files.read(str(file), []) == config
 
 
 def test_a_command_that_is_not_installed_is_named(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ import yaml
 from jax._src import clusters
 
 from launch import jobset
-from mlpmem_jax import cli
+from mlpmem_jax.core import config_files
 from mlpmem_jax.core.errors import Stopped
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -168,7 +168,7 @@ def test_the_pods_find_the_config_that_was_checked(manifests, tmp_path):
     assert pod["containers"][0]["volumeMounts"][0]["mountPath"] == "/etc/mlpmem"
     file = tmp_path / "config.py"
     file.write_text(config_map["data"]["config.py"])
-    assert cli.read_config(str(file), []).targets.k == 77
+    assert config_files.read(str(file), []).targets.k == 77
 
 
 def test_without_dry_run_the_manifests_go_to_kubectl(monkeypatch, tmp_path, capsys):

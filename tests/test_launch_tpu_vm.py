@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from launch import tpu_vm
-from mlpmem_jax import cli
+from mlpmem_jax.core import config_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = ["--name=memory", "--zone=us-west4-a", f"--config={ROOT}/configs/default.py", "--config.workdir=gs://b/r"]
@@ -77,7 +77,7 @@ def test_the_startup_script_starts_the_container_with_the_checked_config(capsys,
     file.write_text(script.replace("/etc/mlpmem", str(tmp_path / "etc")))
     for _ in range(2):  # at every boot
         subprocess.run(["/bin/bash", file], stdin=subprocess.DEVNULL, check=True)
-    assert cli.read_config(str(tmp_path / "etc" / "config.py"), []).targets.k == 77
+    assert config_files.read(str(tmp_path / "etc" / "config.py"), []).targets.k == 77
     assert (tmp_path / "gcloud.words").read_text().splitlines()[0] == "auth configure-docker us-docker.pkg.dev --quiet"
     removed, started = (tmp_path / "docker.words").read_text().splitlines()[:2]
     assert removed == "rm --force mlpmem"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from mlpmem_jax.cli import STAGES, _run_stage
+from mlpmem_jax import stages
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.core.mesh import make_mesh
@@ -41,8 +41,8 @@ def small(workdir):
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline") / "run"
     config = small(folder)
-    for stage in STAGES:
-        _run_stage(stage, config)
+    for stage in stages.STAGES:
+        stages.run(stage, config)
     return folder
 
 
@@ -142,7 +142,7 @@ def test_report_has_every_promised_figure(workdir):
     config = small(workdir)
     controls.run(config)
     assert config == small(workdir)  # the report's config is that of the memory, not of a control
-    _run_stage("evaluate", config)
+    stages.run("evaluate", config)
     metrics = json.loads((workdir / "report" / "metrics.json").read_text())
     for split in ("validation", "test"):
         assert set(metrics["perplexity"][split]) >= {"base", "memory", "knn_lm", "augmented"}
@@ -152,16 +152,16 @@ def test_report_has_every_promised_figure(workdir):
     assert low <= metrics["perplexity"]["test"]["augmented"] / metrics["perplexity"]["test"]["base"] <= high
     assert set(metrics["targets"]) >= {"recall_at_k", "total_variation", "bytes_per_position"}
     assert set(metrics["controls"]) == {"continued", "ce_only"}
-    assert set(STAGES) <= set(metrics["seconds"])
-    assert set(STAGES) <= set(metrics["peak_rss_bytes"])
+    assert set(stages.STAGES) <= set(metrics["seconds"])
+    assert set(stages.STAGES) <= set(metrics["peak_rss_bytes"])
     assert metrics["bytes"]["targets/train"] > 0
     assert "<html" in (workdir / "report" / "index.html").read_text()
 
 
 def test_a_stage_without_its_input_says_which_stage_is_missing(tmp_path):
-    for stage in list(STAGES)[1:]:
+    for stage in list(stages.STAGES)[1:]:
         with pytest.raises(ArtifactError, match="run the stage that makes it"):
-            _run_stage(stage, small(tmp_path / stage))
+            stages.run(stage, small(tmp_path / stage))
 
 
 def test_another_config_does_not_touch_a_finished_workdir(workdir):
@@ -169,7 +169,7 @@ def test_another_config_does_not_touch_a_finished_workdir(workdir):
     config.targets.k = NEIGHBORS + 1
     before = (workdir / "targets" / "train" / "manifest.json").read_bytes()
     with pytest.raises(ArtifactError, match=r"config.k: 5 there, 6 now"):
-        _run_stage("targets", config)
+        stages.run("targets", config)
     assert (workdir / "targets" / "train" / "manifest.json").read_bytes() == before
 
 
@@ -177,4 +177,4 @@ def test_sizes_that_do_not_divide_the_mesh_are_refused(workdir, tmp_path):
     config = small(workdir)
     config.datastore.batch_sequences = 12
     with pytest.raises(ConfigError, match=r"config.datastore.batch_sequences: 12 is not a multiple of the 8"):
-        _run_stage("datastore", config)
+        stages.run("datastore", config)

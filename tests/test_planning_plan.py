@@ -5,7 +5,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
@@ -19,7 +18,7 @@ from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import published
 from mlpmem_jax.models import flops
-from mlpmem_jax.planning import compilation, cost, hlo, mesh_choice, plan, programs
+from mlpmem_jax.planning import changes, compilation, cost, hlo, mesh_choice, planned, programs
 from mlpmem_jax.planning.roofline import Roofline
 from mlpmem_jax.training import benchmark, data
 
@@ -42,11 +41,11 @@ def test_the_planned_batch_is_the_one_that_training_reads(tmp_path):
     source = data.TargetSource(*benchmark._write_sample(epath.Path(tmp_path), 128, 16))
     batch = next(data.batches(source, 4, seed=0))
     width = batch["memory_inputs"].shape[-1]
-    planned = data.abstract_batch(
+    abstract = data.abstract_batch(
         4, 16, data.padded_entries(benchmark.ENTRIES), benchmark.VOCABULARY, (width, "float16")
     )
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
-        name: (array.shape, array.dtype) for name, array in planned.items()
+        name: (array.shape, array.dtype) for name, array in abstract.items()
     }
 
 
@@ -149,7 +148,7 @@ def test_dimensions_of_published_models(tmp_path):
 def test_changes_come_in_the_stated_order():
     config = small_config()
     config.training.loss_chunk = 512
-    found = list(plan.changes(config, "train"))
+    found = list(changes.changes(config, "train"))
     assert found[0] == {"training.remat": True}
     assert found[1:3] == [{"training.remat": True, "training.loss_chunk": chunk} for chunk in (256, 128)]
     assert [one["training.accumulation_steps"] for one in found[3:7]] == [2, 4, 8, 16]
@@ -162,17 +161,17 @@ def test_the_smallest_change_is_the_first_that_compiles_less_what_is_not_needed(
     def plan_stage(config, stage, tpu, devices, positions):
         tried.append((config.training.remat, config.training.loss_chunk, config.training.accumulation_steps))
         fits = config.training.accumulation_steps >= 4
-        return [plan.Planned(None, {}, object() if fits else None, 0.0)]
+        return [planned.Planned(None, {}, object() if fits else None, 0.0)]
 
-    monkeypatch.setattr(plan, "plan_stage", plan_stage)
+    monkeypatch.setattr(changes, "plan_stage", plan_stage)
     config = small_config()
     config.training.loss_chunk = 256
-    change = plan.smallest_change(config, "train", resolve("v5e:2x4"), [], 100_000)
+    change = changes.smallest_change(config, "train", resolve("v5e:2x4"), [], 100_000)
     assert change == {"training.accumulation_steps": 4}
     assert tried[:4] == [(True, 256, 1), (True, 128, 1), (True, 128, 2), (True, 128, 4)]
     assert tried[4:] == [(False, 128, 4), (False, 256, 4)]  # then what is not needed is left out
-    monkeypatch.setattr(plan, "plan_stage", lambda *_: [plan.Planned(None, {}, None, 0.0)])
-    assert plan.smallest_change(config, "train", resolve("v5e:2x4"), [], 100_000) == {}
+    monkeypatch.setattr(changes, "plan_stage", lambda *_: [planned.Planned(None, {}, None, 0.0)])
+    assert changes.smallest_change(config, "train", resolve("v5e:2x4"), [], 100_000) == {}
 
 
 def test_the_fastest_mesh_is_named_and_the_others_say_what_is_wrong_with_them(monkeypatch, tmp_path, capsys):
@@ -181,18 +180,17 @@ def test_the_fastest_mesh_is_named_and_the_others_say_what_is_wrong_with_them(mo
     def plan_program(program, tpu, mesh):
         tensor = mesh.shape["tensor"]
         if tensor not in seconds:
-            return plan.Planned(program, {}, None, 0.0, "20 GiB of 16")
-        return plan.Planned(program, {"arguments": 2**30}, Roofline(1e-3, 1e-3, seconds[tensor], ()), 1.0)
+            return planned.Planned(program, {}, None, 0.0, "20 GiB of 16")
+        return planned.Planned(program, {"arguments": 2**30}, Roofline(1e-3, 1e-3, seconds[tensor], ()), 1.0)
 
     monkeypatch.setattr(mesh_choice, "plan_program", plan_program)
     monkeypatch.setattr(mesh_choice.compilation, "devices", lambda tpu, slices: jax.devices())
     config = small_config()
     config.training.batch_sequences = 4  # of 8 devices, which cannot share them with tensor = 1
-    options = types.SimpleNamespace(topology="v5e:2x4", slices=1, positions=100_000, json=f"{tmp_path / 'found.json'}")
-    mesh_choice.run(config, options)
+    mesh_choice.run(config, "v5e:2x4", positions=100_000, json_file=f"{tmp_path / 'meshes.json'}")
     printed = capsys.readouterr().out
     assert "The fastest is --config.mesh.tensor=4\n" in printed
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((tmp_path / "meshes.json").read_text())
     assert found["fastest"] == 4
     assert [(one["tensor"], one["fsdp"], one["fits"]) for one in found["meshes"]] == [
         (1, 8, False), (2, 4, True), (4, 2, True), (8, 1, False), (16, 0, False),
@@ -201,9 +199,9 @@ def test_the_fastest_mesh_is_named_and_the_others_say_what_is_wrong_with_them(mo
     assert "4 sequences, which 8 batch shards" in reasons[0]
     assert reasons[3] == "20 GiB of 16"
     assert "does not fit 8 devices" in reasons[4]
-    monkeypatch.setattr(mesh_choice, "plan_program", lambda program, *_: plan.Planned(program, {}, None, 0.0))
+    monkeypatch.setattr(mesh_choice, "plan_program", lambda program, *_: planned.Planned(program, {}, None, 0.0))
     with pytest.raises(SystemExit):
-        mesh_choice.run(config, options)
+        mesh_choice.run(config, "v5e:2x4", positions=100_000)
 
 
 @pytest.mark.parametrize(

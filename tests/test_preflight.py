@@ -11,7 +11,7 @@ import pytest
 
 from configs import smoke, wikitext103_gpt2_large
 from launch import job
-from mlpmem_jax import cli
+from mlpmem_jax import cli, stages
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import preflight
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
@@ -160,8 +160,8 @@ def test_the_ready_configs_run_on_the_slices_that_are_priced(name, devices, tens
 def test_run_and_launchers_ask_before_the_first_stage(tmp_path, monkeypatch, capsys):
     write_tokens(tmp_path)
     words = ["--config=configs/smoke.py", f"--config.workdir={tmp_path}", "--config.targets.k=7000"]
-    for stage in cli.STAGES:
-        monkeypatch.setattr(f"{cli.STAGES[stage][0]}.run", lambda config: pytest.fail("a stage ran"))
+    for stage in stages.STAGES:
+        monkeypatch.setattr(f"{stages.STAGES[stage][0]}.run", lambda config: pytest.fail("a stage ran"))
     with pytest.raises(SystemExit, match="2"):
         cli.main(["run", *words])
     assert "config.targets.k: 7000 neighbors" in capsys.readouterr().err

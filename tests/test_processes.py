@@ -19,7 +19,7 @@ import pytest
 
 from configs import smoke
 from launch import local
-from mlpmem_jax.cli import STAGES
+from mlpmem_jax import stages
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.training import goodput
 
@@ -32,10 +32,10 @@ DATA = ("tokens", "base", "datastore")
 # One process of a job: stages of a config, with something that happens to process 1.
 DRIVER = """
 import os, signal, sys, time
-me, (workdir, stages, mesh, backend, event) = int(os.environ["JAX_PROCESS_ID"]), sys.argv[1:]
+me, (workdir, names, mesh, backend, event) = int(os.environ["JAX_PROCESS_ID"]), sys.argv[1:]
 if event == "late" and me == 1: time.sleep(3)
 from test_processes import small
-from mlpmem_jax import cli
+from mlpmem_jax import stages
 from mlpmem_jax.core import artifacts, distributed
 from mlpmem_jax.corpus import documents
 from mlpmem_jax.models import saved
@@ -68,17 +68,15 @@ if me == 1:
     if event == "asked_to_stop_in_shard":
         after(artifacts.ArtifactWriter, "write_shard", 1, signal.SIGTERM, then=lambda: time.sleep(120))
 with distributed.job(workdir):
-    for stage in stages.split(","):
+    for stage in names.split(","):
         if stage == "generate":
-            from types import SimpleNamespace
             from mlpmem_jax.inference import side_by_side
-            greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-            side_by_side.run(config, SimpleNamespace(prompt=["Return"], tokens=5, **greedy))
+            side_by_side.run(config, ["Return"], count=5)
         elif stage == "controls":
             from mlpmem_jax.training import controls
             controls.run(config)
         else:
-            cli._run_stage(stage, config)
+            stages.run(stage, config)
 """
 
 
@@ -139,7 +137,7 @@ def run_processes(command, environments, devices=1):
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes") / "run"
-    codes, printed = launch(folder, ",".join(STAGES), Job(1))
+    codes, printed = launch(folder, ",".join(stages.STAGES), Job(1))
     assert codes == [0], printed
     return folder
 

@@ -18,8 +18,8 @@ import zstandard
 
 from configs import library_h100, smollm2, smollm2_nq
 from launch import local
-from mlpmem_jax import cli
 from mlpmem_jax.core import config as configs
+from mlpmem_jax.core import config_files
 from mlpmem_jax.corpus import tokenizer
 from mlpmem_jax.scaling import collection, sweep, tasks
 
@@ -200,7 +200,7 @@ def job(config_file, *words):
 @pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])
 def test_a_config_runs_whole(file, here, capfd):
     workdir, again = here / file.stem, here / f"{file.stem}_imported"
-    ready = cli.read_config(str(file), [])
+    ready = config_files.read(str(file), [])
     config, imported = here / f"{file.stem}.py", here / f"{file.stem}_imported.py"
     config.write_text(configs.as_file(shrunk(ready, workdir), ""))
     imported.write_text(configs.as_file(shrunk(ready, again), ""))

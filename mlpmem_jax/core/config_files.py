@@ -1,13 +1,17 @@
 """Config files: found, run, overridden from the command line, and checked.
 
 A config file is Python that defines `get_config()`, a sweep file `get_sweep()`. It is looked for where its path says,
-in a bucket for instance, and then among the ready ones that are installed with the package.
+in a bucket for instance, and then among the ready ones that are installed with the package. Inside such a file
+`from configs import default` means the ready configs, whatever else is called `configs` there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
 
 import ml_collections
 from absl import flags
@@ -16,15 +20,21 @@ from ml_collections import config_flags
 from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import ConfigError
-
-_READY = pathlib.Path(__file__).resolve().parents[2]
-"""What holds the folder `configs` of ready configs: the checkout, or the site-packages of an installed wheel."""
-
+from mlpmem_jax.core.installation import READY
 
 _IS_OTHER = {
     "get_config": "; it is the config of a sweep: mlpmem sweep --config",
     "get_sweep": "; it is the config of one run: mlpmem run --config",
 }
+
+
+def read(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """The resolved and checked config of a file and `--config.key=value` overrides.
+
+    Raises:
+      ConfigError: the file cannot be read, a key does not exist, a value is not allowed.
+    """
+    return override(file, load(file, "get_config"), overrides)
 
 
 def load(file: str, function: str):
@@ -40,18 +50,36 @@ def load(file: str, function: str):
     text, source = _read(file)
     module = {"__name__": "mlpmem_config", "__file__": source}
     try:
-        exec(compile(text, source, "exec"), module)
-        make: Callable | None = module.get(function)
-        if make is None:
-            other = "get_sweep" if function == "get_config" else "get_config"
-            raise ConfigError(f"{file}: has no {function}(){_IS_OTHER[function] if other in module else ''}")
-        return make()
+        with _ready_configs():
+            exec(compile(text, source, "exec"), module)
+            make: Callable | None = module.get(function)
+            if make is None:
+                other = "get_sweep" if function == "get_config" else "get_config"
+                raise ConfigError(f"{file}: has no {function}(){_IS_OTHER[function] if other in module else ''}")
+            return make()
     except ConfigError:
         raise
     except SyntaxError as error:
         raise ConfigError(f"{file}: line {error.lineno}: {type(error).__name__}: {error.msg}") from error
     except Exception as error:
         raise ConfigError(f"{file}: cannot be run ({type(error).__name__}: {error})") from error
+
+
+@contextlib.contextmanager
+def _ready_configs() -> Iterator[None]:
+    """While inside, `configs` is the package of ready configs; afterwards what it was, if anything."""
+
+    def take() -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "configs"}
+
+    outer = take()
+    sys.path.insert(0, str(READY))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(READY))
+        take()
+        sys.modules.update(outer)
 
 
 def _read(file: str) -> tuple[bytes, str]:
@@ -64,8 +92,8 @@ def _read(file: str) -> tuple[bytes, str]:
         place = epath.Path(file)
     else:
         place = pathlib.Path(file)
-        if not place.exists() and not place.is_absolute() and (_READY / file).is_file():
-            place = _READY / file
+        if not place.exists() and not place.is_absolute() and (READY / file).is_file():
+            place = READY / file
     try:
         return place.read_bytes(), str(place)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 import jax
 import ml_collections
 import rich.console
@@ -21,48 +19,60 @@ from mlpmem_jax.inference.weight import find_weight
 from mlpmem_jax.models import saved
 
 
-def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
-    """Prints the continuations of `options.prompt` by the models of `config.workdir`.
+def run(
+    config: ml_collections.ConfigDict,
+    texts: list[str],
+    *,
+    count: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Prints the continuations of texts by the models of `config.workdir`.
 
     Args:
       config: resolved; its workdir holds tokens, base and memory.
-      options: prompt (texts), tokens (how many to add), temperature, top_k, top_p and seed.
+      texts: the prompts.
+      count: tokens to add to each.
+      temperature, top_k, top_p: as of `Sampling`.
+      seed: of the sampling.
 
     Raises:
       UserError: a model is missing, a prompt is too long, an option is out of range.
     """
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    sampling = Sampling(temperature, top_k, top_p)
     workdir = epath.Path(config.workdir)
     tokens = open_artifact(workdir / "tokens", "tokens")
     sharding = Sharding.of(config)
     base, base_config, base_artifact = saved.load_language_model(workdir / "base", sharding)
-    beside, memory_config, artifact = saved.load_memory(workdir / "memory", sharding)
+    memory, memory_config, artifact = saved.load_memory(workdir / "memory", sharding)
     base_artifact.check_made_from({"tokens": tokens})
     artifact.check_made_from({"base": base_artifact})
     weight, block = find_weight(workdir, artifact), saved.input_block(artifact)
 
-    tokenizer, prompts = read_tokenizer(tokens), encode_prompts(tokens, options.prompt)
+    tokenizer, prompts = read_tokenizer(tokens), encode_prompts(tokens, texts)
     columns = {}
     for title, models, parameters in (
         ("base LM", Models(base_config), Parameters(base)),
         (
             f"base LM + memory (lambda {weight.value:.2f})",
             Models(base_config, memory_config, block),
-            Parameters(base, beside, weight.value),
+            Parameters(base, memory, weight.value),
         ),
     ):
         new = generate(
             models,
             prepare(parameters),
             prompts,
-            count=options.tokens,
+            count=count,
             sampling=sampling,
-            seed=options.seed,
+            seed=seed,
             end_token=tokens.summary["end_of_text_id"],
         )
         columns[title] = [tokenizer.decode(ids.tolist()) for ids in new]
     if jax.process_index() == 0:
-        _show(options.prompt, columns)
+        _show(texts, columns)
         print(f"lambda {weight.value:.4f}: {weight.source}")
 
 

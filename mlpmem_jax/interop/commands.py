@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 
 import ml_collections
 
 from mlpmem_jax.core.errors import UserError
-from mlpmem_jax.interop import arrow_export, arrow_import, export_model, import_model, peft_adapter, verify
+from mlpmem_jax.interop import arrow_export, arrow_import, export_model, import_model, peft_adapter, verification
 
 
-def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
-    """Exports or imports what the options ask for.
+def export(config: ml_collections.ConfigDict, form: str, output: str, *, split: str, verify: bool) -> None:
+    """Exports from `config.workdir`.
 
     Args:
       config: resolved.
-      options: verb; of "export" format, output, verify and split; of "import" source and split.
+      form: as of `mlpmem export --format`.
+      output: folder or file to create.
+      split: of targets and datastores.
+      verify: scores the test split in PyTorch and compares; for the form "transformers".
 
     Raises:
       UserError: an artifact is missing, a file does not fit, the output exists.
     """
-    if options.verb == "import":
-        import_any(config, options.source, options.split)
-        return
-    if options.verify and options.format != "transformers":
-        raise UserError(f"--verify: needs --format=transformers; {options.format} holds no language model to score")
-    if options.format == "transformers":
-        folder = export_model.transformers_folder(config, options.output)
-        if options.verify:
-            verify.run(config, folder)
-    elif options.format == "reference":
-        export_model.reference_folder(config, options.output)
-    elif options.format == "peft":
-        peft_adapter.export(config, options.output)
-    elif options.format == "reference-targets":
-        arrow_export.export_targets(config, options.split, options.output)
+    if verify and form != "transformers":
+        raise UserError(f"--verify: needs --format=transformers; {form} holds no language model to score")
+    if form == "transformers":
+        folder = export_model.transformers_folder(config, output)
+        if verify:
+            verification.run(config, folder)
+    elif form == "reference":
+        export_model.reference_folder(config, output)
+    elif form == "peft":
+        peft_adapter.export(config, output)
+    elif form == "reference-targets":
+        arrow_export.export_targets(config, split, output)
     else:
-        arrow_export.export_datastore(config, options.split, options.output)
+        arrow_export.export_datastore(config, split, output)
 
 
-def import_any(config: ml_collections.ConfigDict, source: str, split: str) -> None:
-    """A folder is a model, a file an Arrow stream."""
+def import_any(config: ml_collections.ConfigDict, source: str, *, split: str) -> None:
+    """Imports a folder, which is a model, or a file, which is an Arrow stream of a split.
+
+    Raises:
+      UserError: it is missing, or does not fit the config.
+    """
     if not pathlib.Path(source).exists():
         raise UserError(f"--from={source}: no such file or folder")
     if pathlib.Path(source).is_dir():

@@ -13,8 +13,9 @@ from mlpmem_jax.core.accelerators import Slice, resolve
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
-from mlpmem_jax.planning import compilation, programs, report
-from mlpmem_jax.planning.plan import Planned, changed, plan_program, training_positions
+from mlpmem_jax.planning import compilation, programs, tables
+from mlpmem_jax.planning.changes import changed
+from mlpmem_jax.planning.planned import Planned, plan_program, training_positions
 
 _TENSOR = (1, 2, 4, 8, 16)
 
@@ -33,28 +34,35 @@ class Choice:
         return self.planned is not None and self.planned.roofline is not None
 
 
-def run(config: ml_collections.ConfigDict, options) -> None:
+def run(
+    config: ml_collections.ConfigDict,
+    topology: str,
+    *,
+    slices: int = 1,
+    positions: int = 0,
+    json_file: str | None = None,
+) -> None:
     """Compiles, prints a table and the fastest mesh as an override; exits with 1 where none fits.
 
     Args:
       config: the whole config, of which `mesh.tensor` and `mesh.fsdp` are varied.
-      options: of the command line: topology, slices, positions, json.
+      topology, slices, positions, json_file: as of `plan.run`.
 
     Raises:
       UserError: unknown topology, or libtpu is missing.
     """
-    tpu = resolve(options.topology, "--topology")
-    positions, source = training_positions(config, options.positions)
-    devices = compilation.devices(tpu, options.slices)
+    tpu = resolve(topology, "--topology")
+    positions, source = training_positions(config, positions)
+    devices = compilation.devices(tpu, slices)
     choices = [choose(config, tensor, tpu, devices, positions) for tensor in _TENSOR]
     best = fastest(choices)
-    console = report.new_console()
-    console.print(f"{options.slices} x {tpu}; {positions:,} training positions ({source})")
+    console = tables.new_console()
+    console.print(f"{slices} x {tpu}; {positions:,} training positions ({source})")
     console.print(_table(choices, tpu, len(devices)))
-    if options.json:
-        values = [_to_json(one, tpu, len(devices)) for one in choices]
-        found = {"meshes": values, "fastest": best and best.tensor}
-        epath.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    if json_file:
+        meshes = [_to_json(choice, tpu, len(devices)) for choice in choices]
+        content = {"meshes": meshes, "fastest": best and best.tensor}
+        epath.Path(json_file).write_text(json.dumps(content, indent=1) + "\n")
     if best is None:
         print("The train step fits none of these meshes; mlpmem plan without --meshes says what to change.")
         sys.exit(1)
@@ -77,34 +85,35 @@ def choose(config: ml_collections.ConfigDict, tensor: int, tpu: Slice, devices: 
 
 def fastest(choices: list[Choice]) -> Choice | None:
     """The choice with the shortest step of those that run; None where none does."""
-    return min((one for one in choices if one.runs), key=lambda one: one.planned.roofline.step, default=None)
+    running = [choice for choice in choices if choice.runs]
+    return min(running, key=lambda choice: choice.planned.roofline.step, default=None)
 
 
 def _table(choices: list[Choice], tpu: Slice, chips: int):
     columns = ("mesh.tensor", "fsdp", "memory used", "operations", "exposed", "step", "MFU", "chip-hours", "")
-    table = report.new_table("Train step by mesh, ms at published peak rates", *columns)
-    for one in choices:
-        if not one.runs:
-            why = one.refusal or f"does not fit. {one.planned.needs}"
-            table.add_row(str(one.tensor), str(one.fsdp), *[""] * 6, why.split(";")[0])
+    table = tables.new_table("Train step by mesh, ms at published peak rates", *columns)
+    for choice in choices:
+        if not choice.runs:
+            why = choice.refusal or f"does not fit. {choice.planned.needs}"
+            table.add_row(str(choice.tensor), str(choice.fsdp), *[""] * 6, why.split(";")[0])
             continue
-        line, planned = one.planned.roofline, one.planned
+        line, planned = choice.planned.roofline, choice.planned
         milliseconds = (f"{1e3 * seconds:,.1f}" for seconds in (line.operations, line.exposed, line.step))
         utilization = f"{planned.utilization(tpu, chips):.0%}"
         used, hours = f"{planned.memory_share(tpu):.0%}", f"{planned.chip_hours(chips):,.1f}"
-        table.add_row(str(one.tensor), str(one.fsdp), used, *milliseconds, utilization, hours)
+        table.add_row(str(choice.tensor), str(choice.fsdp), used, *milliseconds, utilization, hours)
     return table
 
 
-def _to_json(one: Choice, tpu: Slice, chips: int) -> dict:
-    values = {"tensor": one.tensor, "fsdp": one.fsdp, "fits": one.runs}
-    if not one.runs:
-        return values | {"reason": one.refusal or one.planned.needs}
-    line = one.planned.roofline
+def _to_json(choice: Choice, tpu: Slice, chips: int) -> dict:
+    values = {"tensor": choice.tensor, "fsdp": choice.fsdp, "fits": choice.runs}
+    if not choice.runs:
+        return values | {"reason": choice.refusal or choice.planned.needs}
+    line = choice.planned.roofline
     seconds = {"operations": line.operations, "exposed": line.exposed, "step": line.step}
     return values | {
-        "memory": one.planned.memory,
+        "memory": choice.planned.memory,
         "seconds": seconds,
-        "utilization": one.planned.utilization(tpu, chips),
-        "chip_hours": one.planned.chip_hours(chips),
+        "utilization": choice.planned.utilization(tpu, chips),
+        "chip_hours": choice.planned.chip_hours(chips),
     }

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 
+from mlpmem_jax.core.installation import LAUNCHERS
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.scaling.sweep import Sweep
 from mlpmem_jax.scaling.tasks import SHARED, Task, of_sweep
@@ -24,7 +25,7 @@ _EXAMPLES = {
 }
 _HEAD = """\
 #!/bin/sh
-# {count} jobs of the sweep {sweep}. Run this when {before}, with the options of launch.{kind}, for example
+# {count} jobs of the sweep {sweep}. Run this when {before}, with the options of {launcher}, for example
 #   sh {script} {example}
 # --dry_run prints what would be sent.
 set -e
@@ -54,7 +55,12 @@ def write(sweep: Sweep, kind: str) -> list[pathlib.Path]:
         script = folder / f"{number}-{level}.sh"
         before = f"every job of {scripts[-1].name} has succeeded" if scripts else "nothing else is needed"
         head = _HEAD.format(
-            count=len(members), sweep=sweep.name, before=before, kind=kind, script=script, example=_EXAMPLES[kind]
+            count=len(members),
+            sweep=sweep.name,
+            before=before,
+            launcher=f"{LAUNCHERS}.{kind}",
+            script=script,
+            example=_EXAMPLES[kind],
         )
         script.write_text(head + "".join(_command(task, kind, folder) for task in members))
         scripts.append(script)
@@ -70,5 +76,12 @@ def _command(task: Task, kind: str, folder: pathlib.Path) -> str:
     config.write_text(task.prepare())
     # A name of Kubernetes is taken until it is deleted: another config of the same point is another job.
     name = f"{task.name}-{hashlib.sha256(config.read_bytes()).hexdigest()[:6]}"
-    words = [sys.executable, "-m", f"launch.{kind}", f"--name={name}", f"--stage={task.verb}", f"--config={config}"]
+    words = [
+        sys.executable,
+        "-m",
+        f"{LAUNCHERS}.{kind}",
+        f"--name={name}",
+        f"--stage={task.verb}",
+        f"--config={config}",
+    ]
     return f'{shlex.join(words)} "$@"\n'

@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Iterator
 
+from mlpmem_jax.core import child_process
 from mlpmem_jax.core.errors import Stopped, UserError
 from mlpmem_jax.core.progress import live, say
-from mlpmem_jax.scaling import collection, table, worker
+from mlpmem_jax.scaling import collection, table
 from mlpmem_jax.scaling.sweep import Sweep
 from mlpmem_jax.scaling.tasks import Task, of_sweep
 
@@ -179,8 +180,8 @@ def _started(task: Task, slot: int, cores: list[int], logs: pathlib.Path, lock: 
     """Starts a task's child on its cores; what it says goes to a log file of its own."""
     task.prepare()
     log = logs / f"{task.name}.txt"
-    command = [sys.executable, "-m", worker.__name__, task.verb, f"--config={task.config.workdir}/config.py"]
-    environment = os.environ | {"MLPMEM_QUIET": "0", worker.PARENT: str(os.getpid())}
+    command = [sys.executable, "-m", "mlpmem_jax.cli", task.verb, f"--config={task.config.workdir}/config.py"]
+    environment = os.environ | {"MLPMEM_QUIET": "0"} | child_process.environment()
     with _on_cores(cores), log.open("a") as output:
         # A session of its own: Ctrl-C reaches the sweep alone, which asks its children for checkpoints.
         process = subprocess.Popen(

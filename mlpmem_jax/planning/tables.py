@@ -1,9 +1,8 @@
-"""What `mlpmem plan` found, as tables for a terminal and as JSON."""
+"""The result of `mlpmem plan`, as tables for a terminal and as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import rich.console
 import rich.table
@@ -11,9 +10,7 @@ import rich.table
 from mlpmem_jax.core.accelerators import Slice
 from mlpmem_jax.core.chips import CHIPS
 from mlpmem_jax.planning.cost import ArtifactCost
-
-if TYPE_CHECKING:
-    from mlpmem_jax.planning.plan import Planned
+from mlpmem_jax.planning.planned import Planned
 
 NOTHING_FITS = "No change of remat, loss_chunk, accumulation_steps, batch or mesh.tensor makes it fit; take more chips."
 UNREAD_NETWORK = (
@@ -24,7 +21,7 @@ _MIB, _GIB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Plan:
     """All that is shown. `mesh` maps axes to sizes, `positions` are those of the training split."""
 
     tpu: Slice
@@ -40,23 +37,23 @@ class Report:
         return self.tpu.chips * self.slices
 
 
-def show(report: Report) -> None:
+def show(plan: Plan) -> None:
     """Prints the tables on standard output."""
     console = new_console()
-    mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
-    console.print(f"{report.slices} x {report.tpu}; mesh: {mesh}")
-    console.print(f"{report.positions:,} training positions ({report.positions_from})")
-    for table in (_memory(report), _times(report), _collectives(report), _artifacts(report)):
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    console.print(f"{plan.slices} x {plan.tpu}; mesh: {mesh}")
+    console.print(f"{plan.positions:,} training positions ({plan.positions_from})")
+    for table in (_memory(plan), _times(plan), _collectives(plan), _artifacts(plan)):
         console.print(table)
-    if report.slices > 1 and not _crosses_the_network(report):
+    if plan.slices > 1 and not _crosses_the_network(plan):
         console.print(UNREAD_NETWORK)
-    hours = sum(one.chip_hours(report.chips) for one in report.planned)
-    storage = sum(one.storage for one in report.artifacts)
+    hours = sum(planned.chip_hours(plan.chips) for planned in plan.planned)
+    storage = sum(artifact.storage for artifact in plan.artifacts)
     console.print(f"Together: {hours:,.1f} chip-hours in the programs above, {storage / 1e9:,.1f} GB stored")
 
 
-def _crosses_the_network(report: Report) -> bool:
-    return any(traffic.network for one in report.planned if one.roofline for traffic in one.roofline.traffic)
+def _crosses_the_network(plan: Plan) -> bool:
+    return any(traffic.network for planned in plan.planned if planned.roofline for traffic in planned.roofline.traffic)
 
 
 def new_console() -> rich.console.Console:
@@ -72,47 +69,47 @@ def new_table(title: str, *columns: str) -> rich.table.Table:
     return table
 
 
-def _memory(report: Report) -> rich.table.Table:
-    size = CHIPS[report.tpu.family].hbm_bytes
+def _memory(plan: Plan) -> rich.table.Table:
+    size = CHIPS[plan.tpu.family].hbm_bytes
     title = f"Memory of one chip, MiB of {size / _MIB:,.0f}"
     table = new_table(title, "program", "arguments", "temporaries", "results", "code", "used")
-    for one in report.planned:
-        if one.roofline is None:
-            table.add_row(one.program.name, *[""] * 4, f"does not fit. {one.needs}")
+    for planned in plan.planned:
+        if planned.roofline is None:
+            table.add_row(planned.program.name, *[""] * 4, f"does not fit. {planned.needs}")
             continue
-        parts = [f"{one.memory[name] / _MIB:,.0f}" for name in ("arguments", "temporaries", "results", "code")]
-        table.add_row(one.program.name, *parts, f"{one.memory_share(report.tpu):.0%}")
+        parts = [f"{planned.memory[name] / _MIB:,.0f}" for name in ("arguments", "temporaries", "results", "code")]
+        table.add_row(planned.program.name, *parts, f"{planned.memory_share(plan.tpu):.0%}")
     return table
 
 
-def _times(report: Report) -> rich.table.Table:
+def _times(plan: Plan) -> rich.table.Table:
     table = new_table(
         "Least time of one call, ms, at published peak rates; exposed: communication that no computation hides",
         *("program", "TFLOP", "matmuls", "memory", "links", "network", "exposed", "call", "most", "MFU", "chip-hours"),
     )
-    for one in (one for one in report.planned if one.roofline):
-        line = one.roofline
+    for planned in (planned for planned in plan.planned if planned.roofline):
+        line = planned.roofline
         within, between = (line.collectives(network=network) for network in (False, True))
         seconds = (line.compute, line.memory, within, between, line.exposed, line.step)
         table.add_row(
-            one.program.name,
-            f"{one.executed_flops / 1e12:,.2f}",
+            planned.program.name,
+            f"{planned.executed_flops / 1e12:,.2f}",
             *(f"{1e3 * second:,.2f}" for second in seconds),
             line.bound,
-            f"{one.utilization(report.tpu, report.chips):.0%}",
-            f"{one.chip_hours(report.chips):,.1f}",
+            f"{planned.utilization(plan.tpu, plan.chips):.0%}",
+            f"{planned.chip_hours(plan.chips):,.1f}",
         )
     return table
 
 
-def _collectives(report: Report) -> rich.table.Table:
+def _collectives(plan: Plan) -> rich.table.Table:
     columns = ("program", "kind", "mesh axes", "MB sent by a chip", "times", "ms", "exposed, ms")
     table = new_table("Collectives of one call", *columns)
-    for one in (one for one in report.planned if one.roofline):
-        shown = [traffic for traffic in one.roofline.traffic if traffic.seconds > 0.002 * one.roofline.step]
+    for planned in (planned for planned in plan.planned if planned.roofline):
+        shown = [traffic for traffic in planned.roofline.traffic if traffic.seconds > 0.002 * planned.roofline.step]
         for traffic in shown:
             table.add_row(
-                one.program.name,
+                planned.program.name,
                 traffic.kind,
                 ", ".join(traffic.axes) + (" (network)" if traffic.network else ""),
                 f"{traffic.bytes / 1e6:,.1f}",
@@ -123,31 +120,31 @@ def _collectives(report: Report) -> rich.table.Table:
     return table
 
 
-def _artifacts(report: Report) -> rich.table.Table:
+def _artifacts(plan: Plan) -> rich.table.Table:
     table = new_table("Artifacts", "artifact", "GB stored", "GiB in a host's memory", "")
-    for one in report.artifacts:
-        table.add_row(one.name, f"{one.storage / 1e9:,.1f}", f"{one.host / _GIB:,.1f}", one.note)
+    for artifact in plan.artifacts:
+        table.add_row(artifact.name, f"{artifact.storage / 1e9:,.1f}", f"{artifact.host / _GIB:,.1f}", artifact.note)
     return table
 
 
-def to_json(report: Report, changes: dict) -> dict:
-    """The report as JSON values; bytes, seconds, FLOPs."""
+def to_json(plan: Plan, changes: dict) -> dict:
+    """The plan as JSON values; bytes, seconds, FLOPs."""
     rows = []
-    for one in report.planned:
+    for planned in plan.planned:
         row = {
-            "name": one.program.name,
-            "stage": one.program.stage,
-            "fits": one.roofline is not None,
-            "needs": one.needs,
-            "memory": one.memory,
-            "model_flops": one.program.flops,
-            "positions": one.program.positions,
-            "calls": one.program.calls,
+            "name": planned.program.name,
+            "stage": planned.program.stage,
+            "fits": planned.roofline is not None,
+            "needs": planned.needs,
+            "memory": planned.memory,
+            "model_flops": planned.program.flops,
+            "positions": planned.program.positions,
+            "calls": planned.program.calls,
         }
-        if one.roofline:
-            line = one.roofline
+        if planned.roofline:
+            line = planned.roofline
             row |= {
-                "executed_flops_per_chip": one.executed_flops,
+                "executed_flops_per_chip": planned.executed_flops,
                 "seconds": {
                     "compute": line.compute,
                     "memory": line.memory,
@@ -157,18 +154,18 @@ def to_json(report: Report, changes: dict) -> dict:
                 },
                 "collectives": [dataclasses.asdict(traffic) for traffic in line.traffic],
                 "bound": line.bound,
-                "utilization": one.utilization(report.tpu, report.chips),
-                "chip_hours": one.chip_hours(report.chips),
+                "utilization": planned.utilization(plan.tpu, plan.chips),
+                "chip_hours": planned.chip_hours(plan.chips),
             }
         rows.append(row)
     return {
-        "topology": f"{report.tpu.family}:{report.tpu.topology}",
-        "slices": report.slices,
-        "chips": report.chips,
-        "mesh": report.mesh,
-        "positions": report.positions,
+        "topology": f"{plan.tpu.family}:{plan.tpu.topology}",
+        "slices": plan.slices,
+        "chips": plan.chips,
+        "mesh": plan.mesh,
+        "positions": plan.positions,
         "programs": rows,
-        "artifacts": [dataclasses.asdict(one) for one in report.artifacts],
-        "network_is_read": report.slices == 1 or _crosses_the_network(report),
+        "artifacts": [dataclasses.asdict(artifact) for artifact in plan.artifacts],
+        "network_is_read": plan.slices == 1 or _crosses_the_network(plan),
         "changes_that_fit": changes,
     }
