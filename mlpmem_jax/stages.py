@@ -11,7 +11,7 @@ STAGES = {
     "base": ("mlpmem_jax.interop.base", "train the base language model, or import it from Hugging Face"),
     "datastore": ("mlpmem_jax.retrieval.datastore", "base LM forward pass -> keys and memory inputs"),
     "targets": ("mlpmem_jax.retrieval.targets", "nearest neighbors -> next-token distributions"),
-    "train": ("mlpmem_jax.training.memory", "train the memory on those distributions"),
+    "train": ("mlpmem_jax.training.train_memory", "train the memory on those distributions"),
     "evaluate": ("mlpmem_jax.evaluation.evaluate", "perplexities, intervals and the report"),
 }
 """Name -> (module with a `run(config)`, what it does), in the order in which `mlpmem run` runs them."""

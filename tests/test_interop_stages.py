@@ -25,7 +25,7 @@ from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.evaluation import evaluate
 from mlpmem_jax.interop import arrow_import, base, export_model, import_model
 from mlpmem_jax.models import memory, saved
-from mlpmem_jax.training import memory as training
+from mlpmem_jax.training import train_memory
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_stages_take_what_was_imported_as_finished(imported):
     workdir = epath.Path(config.workdir)
     before = {name: (workdir / name / "manifest.json").read_text() for name in ("base", "memory")}
     assert base.run(config).summary["model"]["width"] == GPT2.width
-    assert training.run(config).config["imported"]
+    assert train_memory.run(config).config["imported"]
     assert before == {name: (workdir / name / "manifest.json").read_text() for name in before}
 
 
@@ -70,13 +70,13 @@ def test_training_starts_from_an_imported_memory(imported):
     config, parameters, _ = imported
     config = config.copy_and_resolve_references()
     config.training.start = str(epath.Path(config.workdir) / "memory")
-    artifact = training.train(config, "trained_on")
+    artifact = train_memory.train(config, "trained_on")
     found, _, _ = saved.load_memory(artifact.path, Sharding.of(config))
     jax.tree.map(np.testing.assert_array_equal, found, parameters)  # the learning rate is 0
     assert artifact.inputs["start"]
     config.memory.width = 32
     with pytest.raises(ConfigError, match=r"config\.training\.start: .* has width 24, the config asks for 32"):
-        training.train(config, "wider")
+        train_memory.train(config, "wider")
 
 
 def test_evaluation_scores_an_imported_memory(imported):

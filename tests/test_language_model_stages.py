@@ -23,7 +23,7 @@ from mlpmem_jax.interop.base import check_fits
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.llama import LlamaConfig
 from mlpmem_jax.models.rotary import Rotary
-from mlpmem_jax.training import continued, controls, memory
+from mlpmem_jax.training import continued, controls, train_memory
 
 MISTRAL = LlamaConfig(
     vocab_size=320,  # more than the tokenizer has, as where a vocabulary was padded
@@ -232,7 +232,7 @@ def test_an_imported_base_is_fine_tuned_before_its_keys_are_taken(config, base, 
     )
     assert found["perplexity"]["validation"] == pytest.approx(after)
     assert after < 0.9 * before
-    monkeypatch.setattr(continued.base, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(continued.train_base, "train", lambda *_, **__: pytest.fail("trained again"))
     stages.run("base", own)
     own.base.finetune_steps = 9
     with pytest.raises(ArtifactError, match=r"config.training.steps: 8 there, 9 now"):
@@ -244,7 +244,7 @@ def test_what_saves_memory_or_time_may_change_when_a_training_resumes(config):
     own.training.update({"remat": True, "loss_chunk": 64, "accumulation_steps": 2})
     own.training.update({"checkpoint_every": 7, "evaluate_every": 9})
     trained = open_artifact(f"{config.workdir}/memory", "memory")
-    assert memory.run(own).fingerprint == trained.fingerprint
+    assert train_memory.run(own).fingerprint == trained.fingerprint
     own.training.alpha = 0.7
     with pytest.raises(ArtifactError, match=r"training.alpha: 0.4 there, 0.7 now"):
-        memory.run(own)
+        train_memory.run(own)

@@ -17,7 +17,7 @@ from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.inference import trained_benchmark
 from mlpmem_jax.models import gpt2, saved
-from mlpmem_jax.training import controls, data, memory
+from mlpmem_jax.training import controls, data, train_memory
 
 NEIGHBORS = 5
 
@@ -124,7 +124,7 @@ def test_online_training_sees_what_offline_training_sees(workdir):
     for mode in ("offline", "online"):
         config = small(workdir)
         config.training.mode = mode
-        memory.train(config, mode)
+        train_memory.train(config, mode)
         lines = [json.loads(line) for line in (workdir / mode / "metrics.jsonl").read_text().splitlines()]
         losses[mode] = [line["loss"] for line in lines if "loss" in line]
     np.testing.assert_allclose(losses["online"], losses["offline"], rtol=2e-3)

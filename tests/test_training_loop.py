@@ -70,25 +70,25 @@ def loss_of(sharding, parameters, frozen, batch):
     )
 
 
-def task(folder, source=None, validate=None, **changes):
+def task(**changes):
     settings = default.optimization()
     settings.update(
         {"steps": 20, "batch_sequences": 16, "warmup_steps": 4, "evaluate_every": 10, "checkpoint_every": 10} | changes
     )
     return loop.Task(
-        name="memory",
-        folder=str(folder),
         settings=settings,
         initialize=functools.partial(memory.init, MODEL, jax.random.key(0)),
         abstract_parameters=jax.eval_shape(functools.partial(memory.init, MODEL), jax.random.key(0)),
         logical_axes=memory.logical_axes(MODEL),
         loss=loss_of,
-        frozen={},
-        source=source or Source(),
-        validate=validate or (lambda parameters: {"perplexity": 1.0}),
         positions_per_sequence=LENGTH,
         flops_per_position=1.0,
     )
+
+
+def fit(folder, mesh, *, task, source=None, validate=lambda parameters: {"perplexity": 1.0}, rules=RULES):
+    run = loop.Run("memory", str(folder), source or Source(), validate)
+    return loop.fit(task, run, Sharding(mesh, rules))
 
 
 def recorded_losses(folder):
@@ -104,7 +104,7 @@ def test_meshes_agree_over_twenty_steps(tmp_path, monkeypatch, optimizer):
     for name, shape in shapes.items():
         mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
         rate = 0.02 if optimizer == "muon" else 0.003
-        loop.fit(task(tmp_path / name, optimizer=optimizer, learning_rate=rate), Sharding(mesh))
+        fit(tmp_path / name, mesh, task=task(optimizer=optimizer, learning_rate=rate))
         losses[name] = np.array(list(recorded_losses(tmp_path / name).values()))
     assert len(losses["one"]) == 20
     assert losses["one"][-1] < 0.9 * losses["one"][0]
@@ -122,10 +122,9 @@ def test_devices_that_hold_all_parameters_agree_with_one(tmp_path, monkeypatch, 
     for shape in ((1, 1, 1), (1, 2, 1), (2, 2, 2)):  # the two layers are divided between two devices, not between four
         mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
         folder, rate = tmp_path / str(mesh.size), 0.02 if optimizer == "muon" else 0.003
-        loop.fit(
-            task(folder, optimizer=optimizer, learning_rate=rate, accumulation_steps=4 if mesh.size < 8 else 2),
-            Sharding(mesh, WHOLE),
-        )
+        steps = 4 if mesh.size < 8 else 2
+        training = task(optimizer=optimizer, learning_rate=rate, accumulation_steps=steps)
+        fit(folder, mesh, task=training, rules=WHOLE)
         losses.append(list(recorded_losses(folder).values()))
     assert len(losses[0]) == 20
     assert losses[0][-1] < 0.9 * losses[0][0]
@@ -133,18 +132,18 @@ def test_devices_that_hold_all_parameters_agree_with_one(tmp_path, monkeypatch, 
         np.testing.assert_allclose(measured, losses[0], rtol=1e-4)
 
 
-def compiled_step(tmp_path, devices, **changes):
+def compiled_step(devices, **changes):
     mesh = make_mesh(1, devices, 1, devices=jax.devices()[:devices])
     sharding = Sharding(mesh, WHOLE)
-    program = loop.step_program(task(tmp_path, **changes), sharding, 20)
+    program = loop.step_program(task(**changes), sharding, 20)
     items = [Source()[index] for index in range(16)]
     batch = sharding.global_batch(jax.tree.map(lambda *rows: np.stack(rows), *items))
     return program.step.lower(program.abstract_state, {}, batch).compile().as_text()
 
 
-def test_devices_that_hold_all_parameters_sum_gradients_once_a_step(tmp_path):
+def test_devices_that_hold_all_parameters_sum_gradients_once_a_step():
     once, accumulated = (
-        [line for line in compiled_step(tmp_path, 2, optimizer="adamw", accumulation_steps=steps).splitlines()
+        [line for line in compiled_step(2, optimizer="adamw", accumulation_steps=steps).splitlines()
          if re.search(r" all-(reduce|gather|to-all)(-start)?\(", line)]
         for steps in (1, 4)
     )  # fmt: skip
@@ -152,16 +151,16 @@ def test_devices_that_hold_all_parameters_sum_gradients_once_a_step(tmp_path):
     assert not [line for line in accumulated if "while/body" in line]
 
 
-def test_newton_schulz_is_shared_by_layers(tmp_path):
+def test_newton_schulz_is_shared_by_layers():
     gram_matrices = "f32[2,32,32]"  # of both layers, which one device computes alone
-    assert gram_matrices in compiled_step(tmp_path, 1, optimizer="muon")
-    assert gram_matrices not in compiled_step(tmp_path, 2, optimizer="muon")
+    assert gram_matrices in compiled_step(1, optimizer="muon")
+    assert gram_matrices not in compiled_step(2, optimizer="muon")
 
 
 def test_accumulation_changes_nothing(tmp_path):
     mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
-    whole, _ = loop.fit(task(tmp_path / "a"), Sharding(mesh))
-    parts, _ = loop.fit(task(tmp_path / "b", accumulation_steps=4), Sharding(mesh))
+    whole, _ = fit(tmp_path / "a", mesh, task=task())
+    parts, _ = fit(tmp_path / "b", mesh, task=task(accumulation_steps=4))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), whole, parts)
 
 
@@ -184,14 +183,14 @@ class Terminating(Source):
 def interrupted(folder, first_mesh, second_mesh, signum=signal.SIGTERM):
     """A run that is stopped on one mesh and resumed on another."""
     with pytest.raises(Stopped, match=r"preempted; a checkpoint at step \d+ is written"):
-        loop.fit(task(folder, source=Terminating(signum)), Sharding(first_mesh))
-    return loop.fit(task(folder), Sharding(second_mesh))
+        fit(folder, first_mesh, task=task(), source=Terminating(signum))
+    return fit(folder, second_mesh, task=task())
 
 
 def test_a_stopped_run_goes_on_to_the_very_same_parameters(tmp_path):
     """SIGTERM in the middle: a checkpoint, a clear message, and the rerun ends bit for bit where one run ends."""
     mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4])
-    whole, figures = loop.fit(task(tmp_path / "whole"), Sharding(mesh))
+    whole, figures = fit(tmp_path / "whole", mesh, task=task())
     parts, figures_again = interrupted(tmp_path / "parts", mesh, mesh)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     assert figures == figures_again
@@ -202,7 +201,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_parameters(tmp_path):
 def test_a_stopped_run_goes_on_on_another_mesh(tmp_path):
     first = make_mesh(1, 4, 1, devices=jax.devices()[:4])
     second = make_mesh(1, 2, 4)
-    whole, _ = loop.fit(task(tmp_path / "whole"), Sharding(first))
+    whole, _ = fit(tmp_path / "whole", first, task=task())
     parts, _ = interrupted(tmp_path / "parts", first, second, signal.SIGINT)
     assert jax.tree.leaves(parts)[0].sharding.mesh.shape == second.shape
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), whole, parts)
@@ -235,7 +234,7 @@ def test_the_best_validation_is_kept(tmp_path, monkeypatch):
         seen.append(jax.tree.map(np.array, parameters))
         return {"perplexity": 5.0 if len(seen) == 2 else 7.0}
 
-    kept, figures = loop.fit(task(tmp_path, evaluate_every=5, validate=validate), Sharding(mesh))
+    kept, figures = fit(tmp_path, mesh, task=task(evaluate_every=5), validate=validate)
     assert figures["step"] == 10
     assert figures["validation"] == {"perplexity": 5.0}
     jax.tree.map(np.testing.assert_array_equal, kept, seen[1])
@@ -256,7 +255,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step_named(tmp_path):
 
     assert len(source) == 64  # four batches of 16 an epoch: sequence 0 is in one of the first four steps
     with pytest.raises(UserError, match=r"the loss is nan at step [1-4];"):
-        loop.fit(task(tmp_path, source=Poisoned()), Sharding(mesh))
+        fit(tmp_path, mesh, task=task(), source=Poisoned())
 
 
 @jax.custom_vjp
@@ -279,8 +278,8 @@ def test_what_is_not_finite_is_never_saved(tmp_path, changes, message):
     """Each of these with a finite loss: a checkpoint of it would be the latest, to be resumed from or kept as best."""
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     changes = dict(changes)
-    poison = changes.pop("loss", None)
-    training = task(tmp_path, steps=1, warmup_steps=0, optimizer="adamw", **changes)
+    poison, others = changes.pop("loss", None), {"validate": changes.pop("validate")} if "validate" in changes else {}
+    training = task(steps=1, warmup_steps=0, optimizer="adamw", **changes)
     if poison:
 
         def poisoned(*arguments):
@@ -289,7 +288,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path, changes, message):
 
         training = dataclasses.replace(training, loss=poisoned)
     with pytest.raises(UserError, match=message):
-        loop.fit(training, Sharding(mesh))
+        fit(tmp_path, mesh, task=training, **others)
     assert state.Checkpoints(tmp_path).latest_step() is None
 
 

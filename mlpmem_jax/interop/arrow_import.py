@@ -19,7 +19,7 @@ from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.interop.arrow_stream import Stream
 from mlpmem_jax.models import saved, scoring
-from mlpmem_jax.retrieval.datastore import summary, tapped_block
+from mlpmem_jax.retrieval.datastore import block_at_depth, summary
 from mlpmem_jax.retrieval.distribution import SparseDistributions
 from mlpmem_jax.retrieval.targets_artifact import KIND, TargetsWriter, array_specs, folder_of
 
@@ -126,7 +126,7 @@ def _import_datastore(config: ml_collections.ConfigDict, split: str, stream: Str
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
     sharding = Sharding.of(config)
     base, model, base_artifact = saved.load_language_model(epath.Path(config.workdir) / "base", sharding)
-    if config.datastore.key_model or tapped_block(model.blocks, config.datastore.input_depth) != model.blocks:
+    if config.datastore.key_model or block_at_depth(model.blocks, config.datastore.input_depth) != model.blocks:
         raise ConfigError(
             "config.datastore: a reference datastore holds keys of the last block alone, and these serve as memory "
             "inputs too; set input_depth to 1.0 and key_model to '', or run `mlpmem datastore`"

@@ -11,8 +11,7 @@ from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import gguf_model, huggingface, sources
 from mlpmem_jax.models import language_model, saved
-from mlpmem_jax.training import base as training
-from mlpmem_jax.training import continued
+from mlpmem_jax.training import continued, train_base
 
 PRETRAINED = "pretrained"
 
@@ -46,7 +45,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
         load = huggingface.load_language_model
         _imported(config, config.datastore.key_model, "key_model", "datastore.key_model", load)
     if config.base.source == "train":
-        return training.run(config)
+        return train_base.run(config)
     loaders = {"huggingface": huggingface.load_language_model, "gguf": gguf_model.load_language_model}
     folder = PRETRAINED if config.base.finetune_steps else "base"
     imported = _imported(config, config.base.path, folder, "base.path", loaders[config.base.source])

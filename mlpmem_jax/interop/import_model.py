@@ -27,8 +27,8 @@ from mlpmem_jax.interop.export_model import BASE_PREFIX, MEMORY_PREFIX
 from mlpmem_jax.interop.tensor_files import Tensor
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.memory import MemoryConfig
-from mlpmem_jax.retrieval.datastore import tapped_block
-from mlpmem_jax.training.memory import vocabulary_multiple
+from mlpmem_jax.retrieval.datastore import block_at_depth
+from mlpmem_jax.training.memory_task import vocabulary_multiple
 
 _DEFAULT_WEIGHT = 0.25  # the paper's for WikiText-103; the reference keeps none with its weights
 _KEYS = ("base_config", "memory_config", "input_block", "interpolation_weight", "provenance")
@@ -65,7 +65,7 @@ def run(config: ml_collections.ConfigDict, source: str) -> Artifact:
         figures = {"validation": {"interpolation_weight": values["interpolation_weight"]}}
         figures["provenance"] = values["provenance"]
     blocks = saved.language_model_config(base).blocks
-    figures["input_block"] = tapped_block(blocks, config.datastore.input_depth)
+    figures["input_block"] = block_at_depth(blocks, config.datastore.input_depth)
     parameters = memory_tensors.load(tensors, model, sharding)
     return _sealed(workdir, "memory", model, parameters, figures, {"base": base.fingerprint})
 
@@ -99,7 +99,7 @@ def _check_fits(
             f"--config.tokenizer.source=file --config.tokenizer.path={file}"
         )
     check_fits(folder, base, tokens, config.base.context_length)
-    block, block_here = values["input_block"], tapped_block(base.blocks, config.datastore.input_depth)
+    block, block_here = values["input_block"], block_at_depth(base.blocks, config.datastore.input_depth)
     if block != block_here:
         raise ConfigError(
             f"config.datastore.input_depth: {config.datastore.input_depth} of {base.blocks} blocks is block "

@@ -13,12 +13,11 @@ import ml_collections
 
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import published
-from mlpmem_jax.models import flops, language_model, memory, scoring
+from mlpmem_jax.models import flops, language_model, scoring
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval import datastore, key_shards, ring
-from mlpmem_jax.training import continued, data, loop
-from mlpmem_jax.training import memory as training
+from mlpmem_jax.training import continued, data, loop, memory_task
 
 STAGES = ("train", "datastore", "neighbors")
 
@@ -80,8 +79,8 @@ def models_of(config: ml_collections.ConfigDict, tensor_shards: int) -> Models:
             config.base.heads,
         )
     keys = published.dimensions(config.datastore.key_model) if config.datastore.key_model else base
-    dimensions = training.dimensions(config, base.vocab_size, base.width, tensor_shards, base.norm_epsilon)
-    tap = datastore.tapped_block(base.blocks, config.datastore.input_depth)
+    dimensions = memory_task.dimensions(config, base.vocab_size, base.width, tensor_shards, base.norm_epsilon)
+    tap = datastore.block_at_depth(base.blocks, config.datastore.input_depth)
     return Models(base, keys, dimensions, bool(config.datastore.key_model) or tap != keys.blocks)
 
 
@@ -123,18 +122,8 @@ def build(config: ml_collections.ConfigDict, stage: str, sharding: Sharding, pos
 def _train(config, models: Models, sharding: Sharding, positions: int) -> list[StageProgram]:
     loop.check_batch(config.training, sharding, "training")
     online = config.training.mode == "online"
-    task = training.make_task(
-        config,
-        models.memory,
-        models.base,
-        sharding,
-        name="train",
-        folder="",
-        initialize=functools.partial(memory.init, models.memory, jax.random.key(config.training.seed)),
-        frozen=_abstract_parameters(models.base, sharding) if online else {},
-        source=None,
-        validate=None,
-    )
+    task = memory_task.memory_task(config, models.memory, models.base, sharding)
+    frozen = _abstract_parameters(models.base, sharding) if online else {}
     steps = steps_of(config, positions)
     program = loop.step_program(task, sharding, steps)
     entries = data.padded_entries(most_entries(config, models))
@@ -146,7 +135,7 @@ def _train(config, models: Models, sharding: Sharding, positions: int) -> list[S
         name="train step",
         stage="train",
         function=program.step,
-        arguments=(program.abstract_state, task.frozen, _sharded(batch, sharding)),
+        arguments=(program.abstract_state, frozen, _sharded(batch, sharding)),
         static={},
         flops=task.flops_per_position * per_step,
         positions=per_step,
@@ -172,7 +161,7 @@ def _train(config, models: Models, sharding: Sharding, positions: int) -> list[S
 
 def _datastore(config, models: Models, sharding: Sharding, positions: int) -> list[StageProgram]:
     settings, length = config.datastore, config.base.context_length
-    tap = datastore.tapped_block(models.base.blocks, settings.input_depth)
+    tap = datastore.block_at_depth(models.base.blocks, settings.input_depth)
     rows = settings.batch_sequences * length
     tokens = _sharded([jax.ShapeDtypeStruct((settings.batch_sequences, length), "int32")] * 2, sharding)
 

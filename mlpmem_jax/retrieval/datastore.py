@@ -28,7 +28,7 @@ from mlpmem_jax.models.scoring import next_token_log_probabilities
 SPLITS = ("train", "validation", "test")
 
 
-def tapped_block(blocks: int, depth: float) -> int:
+def block_at_depth(blocks: int, depth: float) -> int:
     """The block, counted from 1, at a relative depth; 0.7 of 36 is block 25, the paper's."""
     return max(1, round(depth * blocks))
 
@@ -108,7 +108,7 @@ class Models:
             key_model=key_model,
             key_config=key_config,
             fingerprints=fingerprints,
-            input_block=tapped_block(base_config.blocks, config.datastore.input_depth),
+            input_block=block_at_depth(base_config.blocks, config.datastore.input_depth),
             dtype=jnp.dtype(config.datastore.dtype),
             compute_dtype=jnp.dtype(config.datastore.compute_dtype),
         )

@@ -18,7 +18,7 @@ from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval import backends
 from mlpmem_jax.retrieval.key_shards import Search
-from mlpmem_jax.training import memory
+from mlpmem_jax.training import memory_task
 
 COUNTED = ("training", "training and targets")
 
@@ -49,7 +49,7 @@ def _published(path: str, key: str) -> language_model.Config:
 def memory_model(config: ml_collections.ConfigDict) -> MemoryConfig:
     """Dimensions of the memory that a config describes."""
     base = base_model(config)
-    return memory.dimensions(config, base.vocab_size, base.width, max(1, config.mesh.tensor))
+    return memory_task.dimensions(config, base.vocab_size, base.width, max(1, config.mesh.tensor))
 
 
 def per_position(arm: str, config: ml_collections.ConfigDict) -> int:

@@ -18,7 +18,7 @@ from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.models import flops, language_model, saved
 from mlpmem_jax.models.interpolation import perplexity
 from mlpmem_jax.models.scoring import language_model_log_probabilities
-from mlpmem_jax.training import base, loop
+from mlpmem_jax.training import loop, train_base
 
 FOLDER = "continued"
 RATES = (1e-5, 3e-5, 1e-4, 3e-4)
@@ -130,7 +130,16 @@ def train_on(
         return saved.load_language_model(artifact.path, sharding)[:1]
 
     def train(settings: ml_collections.ConfigDict, name: str, folder: str) -> tuple[dict, dict]:
-        return base.train(config, settings, name, folder, model, lambda parameters: parameters, load, group)
+        return train_base.train(
+            config,
+            settings,
+            model,
+            lambda parameters: parameters,
+            name=name,
+            folder=folder,
+            group=group,
+            start=load,
+        )
 
     before = perplexities(*load())  # measured first, so that two sets of parameters are never held at once
     search = {}

@@ -15,7 +15,7 @@ from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.models import saved
 from mlpmem_jax.training import continued as continued_training
-from mlpmem_jax.training import memory
+from mlpmem_jax.training import train_memory
 
 CONTINUED, CE_ONLY = "controls/continued", "controls/ce_only"
 
@@ -52,7 +52,7 @@ def ce_only(config: ml_collections.ConfigDict) -> Artifact:
     """Trains the config's memory again, from the same start, without the distributions."""
     config = config.copy_and_resolve_references()
     config.training.alpha = 0.0
-    return memory.train(config, CE_ONLY)
+    return train_memory.train(config, CE_ONLY)
 
 
 def run(config: ml_collections.ConfigDict) -> None:

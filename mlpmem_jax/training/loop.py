@@ -56,22 +56,38 @@ def origin(settings: ml_collections.ConfigDict) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained.
+    """What one optimizer step computes.
 
     Attributes:
-      name: what the user is told is being trained.
-      folder: of the artifact; checkpoints and metrics go there.
       settings: a config group made by `configs.default.optimization`.
-      initialize: makes the parameters of what `start` gives (traced, so that they are created sharded).
+      initialize: creates the parameters from what `Run.start` gives (traced, so that they are created sharded).
       abstract_parameters: their shapes and dtypes, a tree of jax.ShapeDtypeStruct.
       logical_axes: tree of logical axis names, one tuple per parameter.
       loss: (sharding, parameters, frozen, batch) -> (loss, {name: statistic}), float32 scalars, means over the batch;
         the sharding is that of parameters and batch.
-      frozen: tree of arrays that the loss reads and nothing changes (the base LM, online); may be empty.
-      source: random-access sequences.
-      validate: parameters -> {"perplexity": ..., other figures}; the lowest perplexity is kept.
       positions_per_sequence: to count positions.
       flops_per_position: of one train step, forward and backward, from the model's dimensions.
+    """
+
+    settings: ml_collections.ConfigDict
+    initialize: Callable[..., Any]
+    abstract_parameters: Any
+    logical_axes: Any
+    loss: Callable
+    positions_per_sequence: int
+    flops_per_position: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a task is run on, and where.
+
+    Attributes:
+      name: what the user is told is being trained.
+      folder: of the artifact; checkpoints and metrics go there.
+      source: random-access sequences.
+      validate: parameters -> {"perplexity": ..., other metrics}; the lowest perplexity is kept.
+      frozen: tree of arrays that the loss reads and nothing changes (the base LM, online).
       start: reads arrays that the parameters are made of, where they are not all drawn at random; a run that resumes
         does without. They may span processes, so they are arguments of the compiled program; nothing holds them once
         the state is made.
@@ -79,16 +95,9 @@ class Task:
 
     name: str
     folder: str
-    settings: ml_collections.ConfigDict
-    initialize: Callable[..., Any]
-    abstract_parameters: Any
-    logical_axes: Any
-    loss: Callable
-    frozen: Any
     source: Any
     validate: Callable[[Any], dict[str, float]]
-    positions_per_sequence: int
-    flops_per_position: float
+    frozen: Any = dataclasses.field(default_factory=dict)
     start: Callable[[], tuple] = tuple
 
 
@@ -184,7 +193,7 @@ class StepProgram(NamedTuple):
     """What runs on the devices of a mesh, jitted and not compiled yet.
 
     Attributes:
-      make_state: what `Task.start` gave -> the first state, laid out on the mesh.
+      make_state: what `Run.start` gave -> the first state, laid out on the mesh.
       step: (state, frozen, batch) -> (state, statistics); the old state is given up.
       abstract_state: shapes, dtypes and shardings of the state.
     """
@@ -195,7 +204,7 @@ class StepProgram(NamedTuple):
 
 
 def step_program(task: Task, sharding: Sharding, steps: int) -> StepProgram:
-    """The program of one optimizer step of a run of `steps`; `task.source`, `.validate` and `.start` are not used."""
+    """The program of one optimizer step of a run of `steps`."""
     optimizer = make_optimizer(task.settings, steps, task.logical_axes)
     abstract = jax.eval_shape(initial_state(lambda parameters: parameters, optimizer), task.abstract_parameters)
     parameter_shardings = sharding.tree(task.logical_axes, abstract["parameters"])
@@ -214,7 +223,7 @@ def step_program(task: Task, sharding: Sharding, steps: int) -> StepProgram:
     )
 
 
-def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
+def fit(task: Task, run: Run, sharding: Sharding) -> tuple[Any, dict[str, float]]:
     """Trains from the latest checkpoint, or from the start, to the end of the schedule.
 
     Returns:
@@ -226,22 +235,22 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
     """
     settings = task.settings
     watch = goodput.Stopwatch(stage_costs.start_time())
-    steps = total_steps(settings, len(task.source))
+    steps = total_steps(settings, len(run.source))
     configs.check_profile("profile_steps", settings.profile_steps, steps)
     learning_rate = schedule(settings, steps)
     program = step_program(task, sharding, steps)
-    checkpoints = Checkpoints(task.folder)
+    checkpoints = Checkpoints(run.folder)
     start = checkpoints.latest_step() or 0
     if start:
-        say(f"{task.name}: resumes from the checkpoint at step {start} of {steps}")
+        say(f"{run.name}: resumes from the checkpoint at step {start} of {steps}")
         watch.lap("start-up")
         state, next_sequence = checkpoints.restore(start, program.abstract_state)
         watch.lap("restore")
     else:
-        state, next_sequence = program.make_state(*task.start()), 0
+        state, next_sequence = program.make_state(*run.start()), 0
 
     part = sharding.batch_part
-    batches = data.batches(task.source, settings.batch_sequences, settings.seed, part.index, part.count)
+    batches = data.batches(run.source, settings.batch_sequences, settings.seed, part.index, part.count)
     batches.set_state({"next_index": next_sequence // part.count})
     positions_per_step = settings.batch_sequences * task.positions_per_sequence
     peak = peak_rate(settings.compute_dtype) * jax.device_count()
@@ -251,16 +260,16 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
 
     with (
         _stop_requests() as must_stop,
-        contextlib.closing(MetricsWriter(task.folder, start)) as writer,
-        contextlib.closing(profile.Profiler(task.folder, configs.profiled_steps(settings.profile_steps))) as profiler,
-        progress(steps, task.name, "steps", initial=start) as bar,
+        contextlib.closing(MetricsWriter(run.folder, start)) as writer,
+        contextlib.closing(profile.Profiler(run.folder, configs.profiled_steps(settings.profile_steps))) as profiler,
+        progress(steps, run.name, "steps", initial=start) as bar,
     ):
         for step in range(start + 1, steps + 1):
             with profiler.step(step):
                 with jax.profiler.TraceAnnotation("input pipeline"):
                     batch = sharding.global_batch(next(batches))
                 watch.lap("input wait")
-                state, measured = program.step(state, task.frozen, batch)
+                state, measured = program.step(state, run.frozen, batch)
             profiler.finish(step, state)
             unchecked.append((step, measured))
             watch.lap("steps" if step > start + 1 else "compile")
@@ -269,7 +278,7 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
             validates = step % settings.evaluate_every == 0 or step == steps
             saves = validates or stopping or step % settings.checkpoint_every == 0
             if saves or step % _LOG_EVERY == 0:
-                _check_finite(task.name, unchecked, checkpoints)
+                _check_finite(run.name, unchecked, checkpoints)
                 values = {name: float(value) for name, value in measured.items()}
                 watch.lap("steps")
                 seconds = watch.spent("compile", "steps", "input wait") - training
@@ -286,9 +295,9 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
                 logged, training, waiting = step, training + seconds, watch.spent("input wait")
 
             if saves and not _all_finite(state):
-                raise _diverged(task.name, "the parameters are not finite", step, checkpoints)
+                raise _diverged(run.name, "the parameters are not finite", step, checkpoints)
             if validates:
-                validation = _validated(task, state["parameters"], step, checkpoints)
+                validation = _validated(run, state["parameters"], step, checkpoints)
                 writer.write(step, {f"validation/{name}": value for name, value in validation.items()})
                 watch.lap("validation")
             if saves:
@@ -300,20 +309,20 @@ def fit(task: Task, sharding: Sharding) -> tuple[Any, dict[str, float]]:
                 checkpoints.wait()
                 watch.lap("checkpoint")
                 writer.write(step, watch.record())
-                raise Stopped(f"{task.name}: preempted; a checkpoint at step {step} is written, run again")
+                raise Stopped(f"{run.name}: preempted; a checkpoint at step {step} is written, run again")
         checkpoints.wait()
         watch.lap("checkpoint")
         writer.write(steps, watch.record())
     if jax.process_index() == 0:
-        say(f"{task.name}: {goodput.table(goodput.summary(writer.records()))}")
+        say(f"{run.name}: {goodput.table(goodput.summary(writer.records()))}")
     best = checkpoints.best_step()
     if best != steps:
-        say(f"{task.name}: the best validation {METRIC} was at step {best} of {steps}; those parameters are kept")
+        say(f"{run.name}: the best validation {METRIC} was at step {best} of {steps}; those parameters are kept")
         state = None  # frees the devices' memory for the one that is kept
         state, _ = checkpoints.restore(best, program.abstract_state)
-    figures = {"step": best, "steps": steps, "validation": checkpoints.validation(best)}
+    summary = {"step": best, "steps": steps, "validation": checkpoints.validation(best)}
     checkpoints.close()
-    return state["parameters"], figures
+    return state["parameters"], summary
 
 
 @jax.jit
@@ -335,16 +344,16 @@ def _check_finite(name: str, unchecked: list[tuple[int, dict[str, jax.Array]]], 
     unchecked.clear()
 
 
-def _validated(task: Task, parameters, step: int, checkpoints: Checkpoints) -> dict[str, float]:
-    """What the task measures on the validation split.
+def _validated(run: Run, parameters, step: int, checkpoints: Checkpoints) -> dict[str, float]:
+    """What the run measures on the validation split.
 
     Raises:
       UserError: it is not a number.
     """
     try:
-        return task.validate(parameters)
+        return run.validate(parameters)
     except NotANumber as error:
-        raise _diverged(task.name, f"the validation failed ({error})", step, checkpoints) from error
+        raise _diverged(run.name, f"the validation failed ({error})", step, checkpoints) from error
 
 
 def _diverged(name: str, what: str, step: int, checkpoints: Checkpoints) -> UserError:

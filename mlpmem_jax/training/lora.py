@@ -26,7 +26,7 @@ from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import flops, language_model, saved
 from mlpmem_jax.models.memory import MemoryConfig
-from mlpmem_jax.training import base, continued, loop
+from mlpmem_jax.training import continued, loop, train_base
 
 FOLDER = "lora"
 ADAPTERS = "adapters"
@@ -128,11 +128,20 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     writer = ArtifactWriter.create(workdir / FOLDER, "base", kept, inputs, {})
     (frozen, *_) = saved.load_language_model(artifact.path, sharding)
 
-    over_base = base.Adapters(frozen, merge, adapter_axes(logical_axes))
+    over_base = train_base.Adapters(frozen, merge, adapter_axes(logical_axes))
 
     def train(settings: ml_collections.ConfigDict, name: str, folder: str) -> tuple[dict, dict]:
         initialize = functools.partial(init, abstract, logical_axes, rank, jax.random.key(settings.seed))
-        return base.train(config, settings, name, folder, model, initialize, group="training", adapters=over_base)
+        return train_base.train(
+            config,
+            settings,
+            model,
+            initialize,
+            name=name,
+            folder=folder,
+            group="training",
+            adapters=over_base,
+        )
 
     before = continued.held_out_perplexities(frozen, model, tokens, length, sharding)
     settings, search = continued.at_best_rate(settings, FOLDER, writer.path, _RATES, train)

@@ -6,7 +6,6 @@ program, once for each process.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import socket
@@ -22,10 +21,9 @@ import numpy as np
 from mlpmem_jax.core import distributed, host
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.sharding import Sharding
-from mlpmem_jax.models import memory
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.training import loop
-from mlpmem_jax.training.memory import dimensions, make_task
+from mlpmem_jax.training.memory_task import dimensions, memory_task
 
 _ENTRIES = 64  # of a target distribution
 _ROUNDS, _STEPS = 5, 10
@@ -84,19 +82,7 @@ def _positions_per_second(config: ml_collections.ConfigDict) -> float:
         model.vocab_size, config.base.context_length, config.base.width, config.base.blocks, config.base.heads
     )
     config.training.warmup_steps = 1
-    task = make_task(
-        config,
-        model,
-        base,
-        sharding,
-        name="benchmark",
-        folder="",
-        initialize=functools.partial(memory.init, model, jax.random.key(0)),
-        frozen={},
-        source=None,
-        validate=None,
-    )
-    program = loop.step_program(task, sharding, steps=1000)
+    program = loop.step_program(memory_task(config, model, base, sharding), sharding, steps=1000)
     step, state = program.step, program.make_state()
 
     length = config.base.context_length

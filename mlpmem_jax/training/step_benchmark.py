@@ -101,16 +101,11 @@ def jax_step(case: Case, training: ml_collections.ConfigDict) -> Step:
     settings.update({"optimizer": case.optimizer, "warmup_steps": 0, "accumulation_steps": case.micro_batches})
     initialize = functools.partial(memory.init, case.model)
     task = loop.Task(
-        name="benchmark",
-        folder="",
         settings=settings,
         initialize=functools.partial(initialize, jax.random.key(0)),
         abstract_parameters=jax.eval_shape(initialize, jax.random.key(0)),
         logical_axes=memory.logical_axes(case.model),
         loss=functools.partial(_loss, case, settings.loss_chunk),
-        frozen={},
-        source=None,
-        validate=lambda parameters: {},
         positions_per_sequence=1,
         flops_per_position=case.step_flops / case.positions,
     )

@@ -1,4 +1,4 @@
-"""Stage `base`, for a language model that is trained here, and the training on of a finished one."""
+"""Trains a language model on the tokens: stage `base`, where it is trained here, and the further training of one."""
 
 from __future__ import annotations
 
@@ -62,12 +62,13 @@ def _loss(model: language_model.Config, settings, merge, sharding, parameters, f
 def train(
     config: ml_collections.ConfigDict,
     settings: ml_collections.ConfigDict,
+    model: language_model.Config,
+    initialize: Callable[..., dict],
+    *,
     name: str,
     folder: str,
-    model: language_model.Config,
-    initialize,
-    start=tuple,
-    group: str = "base.training",
+    group: str,
+    start: Callable[[], tuple] = tuple,
     adapters: Adapters | None = None,
 ) -> tuple[dict, dict[str, float]]:
     """Trains a language model on the tokens of `config.workdir`.
@@ -75,15 +76,15 @@ def train(
     Args:
       config: the whole config.
       settings: of the optimization.
+      model: dimensions.
+      initialize, start: as of `loop.Task` and `loop.Run`.
       name: what the user is told is being trained.
       folder: for checkpoints and metrics.
-      model: dimensions.
-      initialize, start: as of `loop.Task`.
       group: the config's name for `settings`.
-      adapters: what `initialize` makes, where that is not the model's parameters.
+      adapters: what `initialize` creates, where that is not the model's parameters.
 
     Returns:
-      The parameters, or adapters, with the best validation perplexity, and figures about them.
+      The parameters, or adapters, with the best validation perplexity, and metrics about them.
     """
     sharding = Sharding.of(config)
     loop.check_batch(settings, sharding, group)
@@ -107,21 +108,16 @@ def train(
         return {"perplexity": float(perplexity(np.ravel(scores)))}
 
     task = loop.Task(
-        name=name,
-        folder=folder,
         settings=settings,
         initialize=initialize,
         abstract_parameters=jax.eval_shape(initialize) if adapters else abstract,
-        start=start,
         logical_axes=logical_axes,
         loss=functools.partial(_loss, model, settings, merge),
-        frozen=frozen,
-        source=data.TokenSource(TokenStream(tokens, "train"), length),
-        validate=validate,
         positions_per_sequence=length,
         flops_per_position=3 * flops.language_model_forward(model, length),
     )
-    return loop.fit(task, sharding)
+    source = data.TokenSource(TokenStream(tokens, "train"), length)
+    return loop.fit(task, loop.Run(name, folder, source, validate, frozen, start), sharding)
 
 
 def run(config: ml_collections.ConfigDict) -> Artifact:
@@ -147,6 +143,8 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     writer = ArtifactWriter.create(path, "base", settings, inputs, {})
     key = jax.random.key(config.base.training.seed)
     initialize = functools.partial(gpt2.init, model, key)
-    parameters, figures = train(config, config.base.training, "base", writer.path, model, initialize)
-    saved.seal(writer, model, parameters, figures)
+    parameters, summary = train(
+        config, config.base.training, model, initialize, name="base", folder=writer.path, group="base.training"
+    )
+    saved.seal(writer, model, parameters, summary)
     return open_artifact(path, "base")
