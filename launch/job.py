@@ -14,7 +14,7 @@ import ml_collections
 
 from mlpmem_jax import stages
 from mlpmem_jax.core import accelerators, config_files, failures, preflight
-from mlpmem_jax.core import config as configs
+from mlpmem_jax.core.config import as_config_file
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 
 USER_ERROR = UserError.exit_code
@@ -122,7 +122,7 @@ def read_tpu_job(
 def config_file(config: ml_collections.ConfigDict, file: str, overrides: list[str]) -> str:
     """The resolved config as a config file that needs no other file: what runs is what was checked here."""
     source = shlex.join([f"--config={file}", *overrides])
-    return configs.as_file(config, f"Resolved when the job was launched, from {source}")
+    return as_config_file(config, f"Resolved when the job was launched, from {source}")
 
 
 def send(command: list[str], document: str) -> int:

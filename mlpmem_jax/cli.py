@@ -12,7 +12,7 @@ from absl import logging
 
 from mlpmem_jax import stages
 from mlpmem_jax.core import child_process, config_files, failures, preflight, storage
-from mlpmem_jax.core import config as configs
+from mlpmem_jax.core.config import expand_home
 from mlpmem_jax.core.errors import UserError
 
 _OTHER = {
@@ -53,7 +53,7 @@ Every key of a config can be given as --config.GROUP.KEY=VALUE; configs/default.
 def _path(text: str) -> str:
     """The type of options that name a file or folder."""
     try:
-        return configs.expand_home(text)
+        return expand_home(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -12,8 +12,8 @@ from etils import epath
 
 from configs import default
 from mlpmem_jax import cli
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import config_files, storage
+from mlpmem_jax.core.config import PATHS, USED_WITH, _value, check_config, expand_home, first_unknown
 from mlpmem_jax.core.errors import ConfigError
 
 FILES = sorted(file.stem for file in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -21,7 +21,7 @@ FILES = sorted(file.stem for file in (pathlib.Path(__file__).parent.parent / "co
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "__init__"])
 def test_every_config_is_sound(name):
-    configs.check(importlib.import_module(f"configs.{name}").get_config())
+    check_config(importlib.import_module(f"configs.{name}").get_config())
 
 
 @pytest.mark.parametrize(
@@ -56,25 +56,25 @@ def test_bad_values_are_named(key, value, message):
     with config.ignore_type():
         config.update_from_flattened_dict({key: value})
     with pytest.raises(ConfigError, match=message):
-        configs.check(config)
+        check_config(config)
 
 
 def test_a_number_that_no_float_holds_is_named():
     values = default.get_config().to_dict()
     values["training"]["learning_rate"] = 10**400
     with pytest.raises(ConfigError, match=r"config.training.learning_rate: expected a number, 0 or more"):
-        configs.check(ml_collections.ConfigDict(values))
+        check_config(ml_collections.ConfigDict(values))
 
 
 def test_unknown_and_missing_keys_are_named():
     config = default.get_config()
     config.targets.neighbours = 3
     with pytest.raises(ConfigError, match=r"config.targets.neighbours: no such key"):
-        configs.check(config)
+        check_config(config)
     config = default.get_config()
     del config.targets.k
     with pytest.raises(ConfigError, match=r"config.targets.k: is missing"):
-        configs.check(config)
+        check_config(config)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_a_source_that_is_overridden_takes_what_the_file_said_of_the_former_with
 
 
 def test_every_key_of_the_table_exists():
-    for key, (decider, values) in configs.USED_WITH.items():
+    for key, (decider, values) in USED_WITH.items():
         for name in (key, decider):
-            assert configs.first_unknown([f"--config.{name}"]) is None
+            assert first_unknown([f"--config.{name}"]) is None
         group = default.get_config()
         for part in decider.split("."):
             group = group[part]
@@ -168,14 +168,14 @@ def test_home_is_home_in_every_path(monkeypatch):
         "datastore.key_model": "~/k", "comparison.data": "~/d", "comparison.retriever": "~/e",
     }  # fmt: skip
     config = config_files.read("configs/default.py", [f"--config.{key}={value}" for key, value in overrides.items()])
-    found = {key: configs._value(config, key) for key, value in overrides.items() if value.startswith("~")}
+    found = {key: _value(config, key) for key, value in overrides.items() if value.startswith("~")}
     assert found == {key: "/home/ada" + value[1:] for key, value in overrides.items() if value.startswith("~")}
-    assert set(found) == set(configs.PATHS)
+    assert set(found) == set(PATHS)
     words = ["export", "--config=~/c.py", "--format=reference", "--output=~/out"]
     options = cli._parser().parse_args(words)
     assert (options.config, options.output) == ("/home/ada/c.py", "/home/ada/out")
     with pytest.raises(ConfigError, match="~nobody_of_this_name is the home of no user"):
-        configs.expand_home("~nobody_of_this_name/x")
+        expand_home("~nobody_of_this_name/x")
 
 
 def test_a_value_may_stand_after_a_space():

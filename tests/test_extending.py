@@ -14,7 +14,7 @@ import pytest
 from configs import default
 from mlpmem_jax.comparison import tasks
 from mlpmem_jax.comparison.question import Answer
-from mlpmem_jax.core import config as configs
+from mlpmem_jax.core.config import OPTIMIZERS, SEARCH_BACKENDS
 from mlpmem_jax.models import language_model, llama
 from mlpmem_jax.retrieval import backends, neighbors
 from mlpmem_jax.training import optimizer
@@ -66,7 +66,7 @@ def test_tasks(tmp_path, monkeypatch):
 
 def test_a_search_backend(monkeypatch, tmp_path):
     module("mlpmem_jax/retrieval/numpy_backend.py")
-    monkeypatch.setitem(configs.SEARCH_BACKENDS, "numpy", "mlpmem_jax.retrieval.numpy_backend")
+    monkeypatch.setitem(SEARCH_BACKENDS, "numpy", "mlpmem_jax.retrieval.numpy_backend")
     name, backend = backends.chosen("numpy")
     keys = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
     source = backends.KeySource(20, 4, np.dtype(np.float32), lambda start, stop: keys[start:stop])
@@ -86,7 +86,7 @@ def test_an_optimizer(monkeypatch):
     lion = optimizer.make_optimizer(settings, 10, {"w": (None,)})
     updates, _ = lion.update({"w": np.array([3.0, -2.0])}, lion.init({"w": np.zeros(2)}), {"w": np.zeros(2)})
     np.testing.assert_allclose(updates["w"], [-0.1, 0.1], rtol=1e-5)
-    assert set(configs.OPTIMIZERS) == set(optimizer.OPTIMIZERS) - {"lion"}
+    assert set(OPTIMIZERS) == set(optimizer.OPTIMIZERS) - {"lion"}
 
 
 def test_a_model_family(monkeypatch):

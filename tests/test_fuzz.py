@@ -29,9 +29,9 @@ import zstandard
 
 from configs import default, llama2_7b, mistral_7b, quickstart, smoke, wikitext103_gpt2_large, wikitext103_gpt2_small
 from mlpmem_jax import stages
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import config_files, preflight
 from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.config import SCHEMA, _value, as_config_file, check_config
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
@@ -77,7 +77,7 @@ def answers(what: str):
         signal.signal(signal.SIGALRM, before)
 
 
-def leaves(schema=configs.SCHEMA, prefix=""):
+def leaves(schema=SCHEMA, prefix=""):
     for name, rule in schema.items():
         if isinstance(rule, dict):
             yield from leaves(rule, f"{prefix}{name}.")
@@ -157,7 +157,7 @@ def test_configs_are_refused_in_one_line_or_work(generator, workdir):
                 key = key.replace(generator.choice(key), generator.choice([".", "", "x"]), 1)
             value = any_value(generator)
             if generator.random() < 0.6 and key in LEAVES:
-                value = likely_value(generator, configs._value(given, key))
+                value = likely_value(generator, _value(given, key))
             words.append(f"--config.{key}={value}")
         if generator.random() < 0.3:
             words.append(f"--config.workdir={workdir}")
@@ -178,14 +178,14 @@ def test_configs_are_refused_in_one_line_or_work(generator, workdir):
         if generator.random() < 0.1:
             del group[name]
         with answers(f"{trial}: {file.__name__} with {groups} {name}={group.get(name)!r}"):
-            configs.check(config_files.override("own", ml_collections.ConfigDict(own), []))
+            check_config(config_files.override("own", ml_collections.ConfigDict(own), []))
     assert passed > CONFIGS / 50, "hardly any config was valid: the test tests nothing"
 
 
 def config_files_agree(config) -> bool:
     """A config that passed is the same after it was written as a file and read again, as launchers send it."""
     module = {}
-    exec(configs.as_file(config, ""), module)
+    exec(as_config_file(config, ""), module)
     return module["get_config"]().to_dict() == config.to_dict()
 
 

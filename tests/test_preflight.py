@@ -12,9 +12,9 @@ import pytest
 from configs import smoke, wikitext103_gpt2_large
 from launch import job
 from mlpmem_jax import cli, stages
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import preflight
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
+from mlpmem_jax.core.config import mesh_rules
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import published
@@ -150,7 +150,7 @@ def test_the_ready_configs_run_on_the_slices_that_are_priced(name, devices, tens
     config.mesh.tensor = tensor
     preflight.check_models(config, devices)
     sizes = (1, devices // tensor, tensor)
-    sharding = Sharding(jax.sharding.AbstractMesh(sizes, ("slice", "fsdp", "tensor")), configs.mesh_rules(config))
+    sharding = Sharding(jax.sharding.AbstractMesh(sizes, ("slice", "fsdp", "tensor")), mesh_rules(config))
     model = published.dimensions(config.datastore.key_model)
     abstract = jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0))
     placed = sharding.tree(language_model.logical_axes(model), abstract)

@@ -18,8 +18,8 @@ import zstandard
 
 from configs import library_h100, smollm2, smollm2_nq
 from launch import local
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import config_files
+from mlpmem_jax.core.config import as_config_file, check_config
 from mlpmem_jax.corpus import tokenizer
 from mlpmem_jax.scaling import collection, sweep, tasks
 
@@ -85,7 +85,7 @@ def shrunk(config, workdir):
         if owner in ("openai-community", "meta-llama", "mistralai"):
             config[group][name] = f"{OWNER}/{model}"
     config.workdir = str(workdir)
-    configs.check(config)
+    check_config(config)
     return config
 
 
@@ -202,8 +202,8 @@ def test_a_config_runs_whole(file, here, capfd):
     workdir, again = here / file.stem, here / f"{file.stem}_imported"
     ready = config_files.read(str(file), [])
     config, imported = here / f"{file.stem}.py", here / f"{file.stem}_imported.py"
-    config.write_text(configs.as_file(shrunk(ready, workdir), ""))
-    imported.write_text(configs.as_file(shrunk(ready, again), ""))
+    config.write_text(as_config_file(shrunk(ready, workdir), ""))
+    imported.write_text(as_config_file(shrunk(ready, again), ""))
 
     launched(config, "run")
     launched(config, "controls")

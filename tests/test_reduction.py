@@ -3,8 +3,8 @@ import pytest
 from etils import epath
 from retrieval_data import WIDTH, brute_force, config_for, exact_index, forbidden, write_workdir
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.config import check_config
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.retrieval import exact_backend, neighbors, reduction, targets
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search
@@ -110,7 +110,7 @@ def test_an_exact_search_in_blocks_is_exact(tmp_path, monkeypatch):
 def test_what_does_not_suit_the_keys_is_refused_before_anything_is_written(tmp_path):
     write_workdir(tmp_path)
     with pytest.raises(ConfigError, match=r"search_dimensions: expected fewer than the 64 dimensions of the keys"):
-        configs.check(config_for(tmp_path, search_dimensions=64))
+        check_config(config_for(tmp_path, search_dimensions=64))
     with pytest.raises(ConfigError, match=r"search_dimensions: expected fewer than the 8 dimensions"):
         targets.run(config_for(tmp_path, search_dimensions=8))
     with pytest.raises(ConfigError, match=r"search_dimensions: 5 cannot be fitted on a sample of 4 keys"):

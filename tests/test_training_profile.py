@@ -9,7 +9,7 @@ import test_training_loop as training
 
 from configs import default
 from mlpmem_jax.core import chips
-from mlpmem_jax.core import config as configs
+from mlpmem_jax.core.config import check_config
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
@@ -53,14 +53,14 @@ def test_steps_that_are_none_are_refused(text):
     config = default.get_config()
     config.training.profile_steps = text
     with pytest.raises(ConfigError, match=r"config\.training\.profile_steps: expected two steps 'A:B'"):
-        configs.check(config)
+        check_config(config)
 
 
 def test_steps_beyond_the_run_are_refused(tmp_path):
     config = default.get_config()
     config.base.training.update({"steps": 100, "profile_steps": "99:101"})
     with pytest.raises(ConfigError, match=r"config\.base\.training\.profile_steps: '99:101' ends after .* 100"):
-        configs.check(config)
+        check_config(config)
     with pytest.raises(ConfigError, match=r"profile_steps: '5:7' ends after .* 6"):  # where epochs decide
         fit(tmp_path, profile_steps="5:7")
 

@@ -341,7 +341,7 @@ def expand_home(path: str) -> str:
     return expanded
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check_config(config: ml_collections.ConfigDict) -> None:
     """Checks every key of a resolved config, and the keys against each other.
 
     Raises:
@@ -423,12 +423,12 @@ def mesh_rules(config: ml_collections.ConfigDict) -> dict[str, str | tuple[str, 
     return rules
 
 
-def plain(group: ml_collections.ConfigDict) -> dict:
+def plain_dict(group: ml_collections.ConfigDict) -> dict:
     """A group as JSON-able dictionaries, as manifests keep it."""
     return json.loads(group.to_json_best_effort())
 
 
-def as_file(config: ml_collections.ConfigDict, note: str) -> str:
+def as_config_file(config: ml_collections.ConfigDict, note: str) -> str:
     """A resolved config as a config file that needs no other file; the note stands at its head."""
     values = pprint.pformat(config.to_dict(), width=100, sort_dicts=False)
     return (

@@ -17,8 +17,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import storage
+from mlpmem_jax.core.config import check_config, first_unknown, settle
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.installation import READY
 
@@ -126,12 +126,12 @@ def override(file: str, config: ml_collections.ConfigDict, words: Sequence[str])
         values(arguments)
         result = values["config"].value
     except (AttributeError, KeyError, flags.Error, TypeError, ValueError) as error:
-        unknown = configs.first_unknown(words)
+        unknown = first_unknown(words)
         raise unknown or ConfigError(f"{file} {' '.join(words)}: {_last_line(error)}") from error
     except (SyntaxError, RecursionError, MemoryError, OverflowError) as error:
         raise ConfigError(f"{file} {' '.join(words)}: not a value ({type(error).__name__})") from error
-    configs.settle(result, config, [_key(word) for word in words])
-    configs.check(result)
+    settle(result, config, [_key(word) for word in words])
+    check_config(result)
     return result
 
 

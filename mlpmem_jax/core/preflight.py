@@ -8,8 +8,8 @@ import math
 
 import ml_collections
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import published
+from mlpmem_jax.core.config import mesh_rules
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.manifests import located, read_manifest
 
@@ -37,7 +37,7 @@ def check_devices(config: ml_collections.ConfigDict, devices: int, processes: in
     Raises:
       ConfigError: naming every batch or dimension that does not, or sharding rules that training cannot follow.
     """
-    sizes, rules = mesh_sizes(config, devices), configs.mesh_rules(config)
+    sizes, rules = mesh_sizes(config, devices), mesh_rules(config)
     axes = {name: (rule,) if isinstance(rule, str) else rule or () for name, rule in rules.items()}
     shards = {name: math.prod(sizes[axis] for axis in found) for name, found in axes.items()}
     _check_rules(axes, devices)
@@ -97,7 +97,7 @@ def check_models(config: ml_collections.ConfigDict, devices: int) -> None:
     if config.base.source != "huggingface" or (base := published.find(config.base.path)) is None:
         return
     name = f"config.base.path={config.base.path}"
-    rule = configs.mesh_rules(config)["embed"] or ()
+    rule = mesh_rules(config)["embed"] or ()
     sizes = mesh_sizes(config, devices)
     shards = math.prod(sizes[axis] for axis in ((rule,) if isinstance(rule, str) else rule))
     if config.memory.width != base["width"] and base["width"] % shards:

@@ -14,9 +14,9 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from mlpmem_jax.core import config as config_lib
 from mlpmem_jax.core import mesh
 from mlpmem_jax.core.artifacts import ArraySpec, Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.config import plain_dict
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.corpus import documents, files, hub, installed_docs, overlap, tokenizer
@@ -53,7 +53,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
       UserError: the corpus or the tokenizer cannot be used; the text names which and why.
     """
     path = str(epath.Path(config.workdir) / KIND)
-    made_by = {"corpus": config_lib.plain(config.corpus), "tokenizer": config_lib.plain(config.tokenizer)}
+    made_by = {"corpus": plain_dict(config.corpus), "tokenizer": plain_dict(config.tokenizer)}
     source = open_source(config.corpus)
     inputs, loaded, end_of_text = dict(source.inputs), None, tokenizer.END_OF_TEXT
     if config.tokenizer.source != "train":

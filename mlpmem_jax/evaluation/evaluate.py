@@ -14,9 +14,9 @@ import numpy as np
 import scipy.special
 from etils import epath
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import host, stage_costs
 from mlpmem_jax.core.artifacts import Artifact
+from mlpmem_jax.core.config import plain_dict
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.evaluation import breakdown, intervals, perplexities, provenance, report, wording
@@ -275,6 +275,6 @@ def _facts(opened: Inputs) -> dict:
         "training": provenance.training_curves(workdir),
         "training_runs": {name: _figures(artifacts[name]) for name in ("base", "memory")},
         "control_runs": {name: _figures(control) for name, control in opened.controls.items()},
-        "config": configs.plain(opened.config),
+        "config": plain_dict(opened.config),
         "provenance": provenance.environment(every),
     }

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import ml_collections
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core.accelerators import Slice
+from mlpmem_jax.core.config import check_config
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.planning.planned import plan_stage
 
@@ -63,7 +63,7 @@ def changed(config: ml_collections.ConfigDict, change: dict[str, object]) -> ml_
     other = config.copy_and_resolve_references()
     with other.unlocked():
         other.update_from_flattened_dict(change)
-    configs.check(other)
+    check_config(other)
     return other
 
 

@@ -10,12 +10,12 @@ from jax.sharding import Mesh
 
 from mlpmem_jax.core.accelerators import Slice
 from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.chips import CHIPS
 from mlpmem_jax.core.errors import ArtifactError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.planning import compilation, hlo, programs
-from mlpmem_jax.core.chips import CHIPS
 from mlpmem_jax.planning.roofline import Place, Roofline, roofline
 
 ASSUMED_POSITIONS = 100_000_000  # of a corpus that is not here yet: about WikiText-103's

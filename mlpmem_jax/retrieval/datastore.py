@@ -15,8 +15,8 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core.artifacts import ArraySpec, Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.config import plain_dict
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import progress, say
@@ -164,7 +164,7 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: Mo
     path = epath.Path(config.workdir) / "datastore" / split
     length, per_shard = config.base.context_length, config.datastore.sequences_per_shard
     inputs = {"tokens": tokens.fingerprint, **models.fingerprints}
-    settings = {"context_length": length, **configs.plain(config.datastore)}
+    settings = {"context_length": length, **plain_dict(config.datastore)}
     del settings["batch_sequences"]  # the sequences of a pass do not change the result
     if finished := find_finished(path, "datastore", settings, inputs):
         say(f"datastore/{split}: finished already")

@@ -18,8 +18,8 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core.artifacts import Artifact, find_finished, open_artifact
+from mlpmem_jax.core.config import plain_dict
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import say
@@ -59,7 +59,7 @@ def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
 
 def _settings(config: ml_collections.ConfigDict, backend: str) -> dict:
     """config.targets as manifests keep it, without the keys that change nothing as they stand."""
-    settings = {**configs.plain(config.targets), "backend": backend}
+    settings = {**plain_dict(config.targets), "backend": backend}
     if not settings["search_dimensions"]:
         del settings["search_dimensions"]
     if settings["recall_target"] == 1:

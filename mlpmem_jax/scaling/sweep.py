@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 from etils import epath
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import config_files
+from mlpmem_jax.core.config import check_config, plain_dict
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.scaling import budgets
 
@@ -138,7 +138,7 @@ def _resolved(base: ml_collections.ConfigDict, fields: Mapping, positions: int) 
     config.workdir = str(epath.Path(base.workdir) / "points" / fields["name"])
     warmup = config.training.warmup_steps
     config.training.update({"steps": 1, "warmup_steps": 0})  # known below
-    configs.check(config)
+    check_config(config)
     pays_for_targets = positions and fields["arm"] == "augmented"
     first = budgets.planned_construction(config, positions) if pays_for_targets else 0.0
     config.training.steps = budgets.steps(fields["arm"], config, fields["flops"], first)
@@ -148,7 +148,7 @@ def _resolved(base: ml_collections.ConfigDict, fields: Mapping, positions: int) 
 
 def _refuse_other_corpus(file: str, one: Point, other: Point) -> None:
     for group in ("corpus", "tokenizer"):
-        here, there = configs.plain(one.config[group]), configs.plain(other.config[group])
+        here, there = plain_dict(one.config[group]), plain_dict(other.config[group])
         for key in here:
             if here[key] != there[key]:
                 raise ConfigError(

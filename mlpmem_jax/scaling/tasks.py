@@ -19,8 +19,8 @@ import json
 import ml_collections
 from etils import epath
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import manifests
+from mlpmem_jax.core.config import as_config_file, plain_dict
 from mlpmem_jax.models import flops
 from mlpmem_jax.retrieval.datastore import SPLITS
 from mlpmem_jax.scaling import budgets
@@ -57,7 +57,7 @@ class Task:
         workdir = epath.Path(self.config.workdir)
         for folder, target in self.links.items():
             manifests.link(workdir / folder, target)
-        text = configs.as_file(self.config, f"Task {self.name} of a sweep")
+        text = as_config_file(self.config, f"Task {self.name} of a sweep")
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.py").write_text(text)
         return text
@@ -73,7 +73,7 @@ class Task:
             report = workdir / "report" / "metrics.json"
             if not report.exists():
                 return False
-            return json.loads(report.read_text())["config"] == configs.plain(self.config)
+            return json.loads(report.read_text())["config"] == plain_dict(self.config)
         if self.verb == "continued":
             found = manifests.read_manifest(str(workdir / continued.FOLDER))
             kept = loop.origin(continued.settings_of(self.config))
@@ -97,13 +97,13 @@ def _products(verb: str, config: ml_collections.ConfigDict) -> list[str]:
 
 def _digest(verb: str, config: ml_collections.ConfigDict) -> str:
     """Of every key that the artifacts of a shared task depend on."""
-    parts = {"corpus": configs.plain(config.corpus), "tokenizer": configs.plain(config.tokenizer)}
+    parts = {"corpus": plain_dict(config.corpus), "tokenizer": plain_dict(config.tokenizer)}
     if verb != "tokens":
-        parts |= {"base": configs.plain(config.base), "key_model": config.datastore.key_model}
+        parts |= {"base": plain_dict(config.base), "key_model": config.datastore.key_model}
     if verb in ("datastore", "targets"):
-        parts["datastore"] = configs.plain(config.datastore)
+        parts["datastore"] = plain_dict(config.datastore)
     if verb == "targets":
-        parts["targets"] = configs.plain(config.targets)
+        parts["targets"] = plain_dict(config.targets)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -97,7 +97,7 @@ def train_on(
 
     Args:
       config: the whole config.
-      settings: of the training on, a group of `configs.default.optimization`.
+      settings: of the training on, a group of `optimization` of configs/default.py.
       name: folder of `config.workdir` that it goes to.
       inputs: fingerprints of artifacts that the settings follow from.
       group: the config's name for `settings`.

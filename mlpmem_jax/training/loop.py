@@ -17,8 +17,8 @@ import ml_collections
 import optax
 from jax.experimental import multihost_utils
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core import preemption, stage_costs
+from mlpmem_jax.core.config import check_profile, plain_dict, profiled_steps
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.core.mesh import compiler_options
 from mlpmem_jax.core.progress import progress, say
@@ -51,7 +51,7 @@ def origin(settings: ml_collections.ConfigDict) -> dict:
 
     The others save memory or time, or tell where it goes: a run that did not fit resumes with others.
     """
-    return {key: value for key, value in configs.plain(settings).items() if key not in _NOT_IN_ORIGIN}
+    return {key: value for key, value in plain_dict(settings).items() if key not in _NOT_IN_ORIGIN}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Task:
     """What one optimizer step computes.
 
     Attributes:
-      settings: a config group made by `configs.default.optimization`.
+      settings: a config group made by `optimization` of configs/default.py.
       initialize: creates the parameters from what `Run.start` gives (traced, so that they are created sharded).
       abstract_parameters: their shapes and dtypes, a tree of jax.ShapeDtypeStruct.
       logical_axes: tree of logical axis names, one tuple per parameter.
@@ -236,7 +236,7 @@ def fit(task: Task, run: Run, sharding: Sharding) -> tuple[Any, dict[str, float]
     settings = task.settings
     watch = goodput.Stopwatch(stage_costs.start_time())
     steps = total_steps(settings, len(run.source))
-    configs.check_profile("profile_steps", settings.profile_steps, steps)
+    check_profile("profile_steps", settings.profile_steps, steps)
     learning_rate = schedule(settings, steps)
     program = step_program(task, sharding, steps)
     checkpoints = Checkpoints(run.folder)
@@ -261,7 +261,7 @@ def fit(task: Task, run: Run, sharding: Sharding) -> tuple[Any, dict[str, float]
     with (
         _stop_requests() as must_stop,
         contextlib.closing(MetricsWriter(run.folder, start)) as writer,
-        contextlib.closing(profile.Profiler(run.folder, configs.profiled_steps(settings.profile_steps))) as profiler,
+        contextlib.closing(profile.Profiler(run.folder, profiled_steps(settings.profile_steps))) as profiler,
         progress(steps, run.name, "steps", initial=start) as bar,
     ):
         for step in range(start + 1, steps + 1):

@@ -12,8 +12,8 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.config import plain_dict
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
@@ -128,7 +128,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     """
     path = epath.Path(config.workdir) / "base"
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
-    settings = {**configs.plain(config.base), "training": loop.origin(config.base.training)}
+    settings = {**plain_dict(config.base), "training": loop.origin(config.base.training)}
     inputs = {"tokens": tokens.fingerprint}
     if finished := find_finished(path, "base", settings, inputs):
         say("base: finished already")

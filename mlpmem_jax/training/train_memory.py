@@ -12,8 +12,8 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import config as configs
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.config import plain_dict
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
@@ -65,7 +65,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     base = saved.language_model_config(inputs.base)
     block = _checked_input_block(config, inputs.datastore, base)
 
-    settings = {"memory": configs.plain(config.memory), "training": loop.origin(config.training)}
+    settings = {"memory": plain_dict(config.memory), "training": loop.origin(config.training)}
     del settings["training"]["start"]  # what lies there counts, not where it lies
     if finished := find_finished(workdir / folder, "memory", settings, inputs.fingerprints()):
         say(f"{folder}: finished already")
