@@ -1,4 +1,4 @@
-"""The whole path in its smallest form, for continuous integration. Its figures mean nothing."""
+"""The whole path in its smallest form, for continuous integration. Its metrics mean nothing."""
 
 from configs import default
 

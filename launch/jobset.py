@@ -160,7 +160,7 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.slices > 1 and tpu.hosts == 1:
         raise UserError(
             f"--slices={options.slices}: GKE joins only slices of several hosts, and {tpu} is one; the smallest that "
-            f"can be joined: {next(one for one in accelerators.slices(tpu.generation) if one.hosts > 1)}"
+            f"can be joined: {next(other for other in accelerators.slices(tpu.generation) if other.hosts > 1)}"
         )
     documents = manifests(options, tpu, job.config_file(config, options.config, overrides))
     text = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=110, explicit_start=True)

@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 from mlpmem_jax.core import chips
-from mlpmem_jax.inference import benchmark as generation
+from mlpmem_jax.inference import generation_benchmark as generation
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval import exact_benchmark

@@ -18,8 +18,8 @@ from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
 
 PARTS = {
-    "train": "mlpmem_jax.training.benchmark",
-    "generate": "mlpmem_jax.inference.benchmark",
+    "train": "mlpmem_jax.training.train_benchmark",
+    "generate": "mlpmem_jax.inference.generation_benchmark",
     "drafts": "mlpmem_jax.inference.trained_benchmark",
     "forward": "mlpmem_jax.retrieval.forward_benchmark",
     "targets": "mlpmem_jax.retrieval.targets_benchmark",

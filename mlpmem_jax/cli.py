@@ -159,12 +159,12 @@ def _add_fit(verbs) -> None:
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     from mlpmem_jax.scaling import launching, runner, sweep
 
-    found = sweep.read(options.config, overrides)
-    storage.prepare(found.workdir)
+    checked = sweep.read(options.config, overrides)
+    storage.prepare(checked.workdir)
     if options.launch:
-        launching.write(found, options.launch)
+        launching.write(checked, options.launch)
     else:
-        runner.run(found, options.workers)
+        runner.run(checked, options.workers)
 
 
 def _fit(options: argparse.Namespace, unknown: list[str]) -> None:

@@ -8,7 +8,7 @@ import ml_collections
 
 STAGES = {
     "tokens": ("mlpmem_jax.corpus.tokens", "text -> token ids, split by whole files, articles or groups"),
-    "base": ("mlpmem_jax.interop.base", "train the base language model, or import it from Hugging Face"),
+    "base": ("mlpmem_jax.interop.base_model", "train the base language model, or import it from Hugging Face"),
     "datastore": ("mlpmem_jax.retrieval.datastore", "base LM forward pass -> keys and memory inputs"),
     "targets": ("mlpmem_jax.retrieval.targets", "nearest neighbors -> next-token distributions"),
     "train": ("mlpmem_jax.training.train_memory", "train the memory on those distributions"),

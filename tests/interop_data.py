@@ -127,9 +127,9 @@ class Workdir:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(base_model, model, base, beside, tokens_BxT):
-    _, taps = language_model.features(base, base_model, tokens_BxT, taps=(INPUT_BLOCK,))
-    memory_logits = memory.logits(beside, model, taps[INPUT_BLOCK])[..., :VOCABULARY]
+def _logits(base_model, model, base, memory_parameters, tokens_BxT):
+    _, block_inputs = language_model.features(base, base_model, tokens_BxT, input_blocks=(INPUT_BLOCK,))
+    memory_logits = memory.logits(memory_parameters, model, block_inputs[INPUT_BLOCK])[..., :VOCABULARY]
     return language_model.logits(base, base_model, tokens_BxT), memory_logits
 
 
@@ -170,5 +170,5 @@ def write_workdir(folder, base_model, model, input_block=INPUT_BLOCK, begin=Fals
     workdir = epath.Path(folder)
     write_tokens(workdir, begin=begin)
     base, artifact = write_base(workdir, base_model)
-    beside = write_memory(workdir, artifact, model, input_block=input_block)
-    return Workdir(config_for(workdir), base_model, model, base, beside)
+    memory_parameters = write_memory(workdir, artifact, model, input_block=input_block)
+    return Workdir(config_for(workdir), base_model, model, base, memory_parameters)

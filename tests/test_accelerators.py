@@ -40,11 +40,11 @@ DOCUMENTED = [
 
 @pytest.mark.parametrize(("name", "topology", "chips", "hosts", "machine_type"), DOCUMENTED)
 def test_names_resolve_to_the_documented_slices(name, topology, chips, hosts, machine_type):
-    found = accelerators.resolve(name)
-    assert (found.topology, found.chips, found.hosts, found.machine_type) == (topology, chips, hosts, machine_type)
-    assert found.chips_per_host * hosts == chips
-    assert found.accelerator_type == name
-    assert found.has_default_topology
+    actual = accelerators.resolve(name)
+    assert (actual.topology, actual.chips, actual.hosts, actual.machine_type) == (topology, chips, hosts, machine_type)
+    assert actual.chips_per_host * hosts == chips
+    assert actual.accelerator_type == name
+    assert actual.has_default_topology
 
 
 def test_generation_and_topology_name_the_same_slice():

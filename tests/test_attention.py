@@ -26,8 +26,8 @@ def brute_force(query, key, value, window):
 def test_causal_attention_is_the_equation(length, window):
     random = np.random.default_rng(length + window)
     query, key, value = (random.standard_normal((2, heads, length, 8)) for heads in (4, 2, 2))
-    found = transformer.causal_attention(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)), window)
-    np.testing.assert_allclose(found, brute_force(query, key, value, window), atol=2e-6)
+    actual = transformer.causal_attention(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)), window)
+    np.testing.assert_allclose(actual, brute_force(query, key, value, window), atol=2e-6)
 
 
 def test_no_gradient_comes_from_positions_that_are_not_seen():

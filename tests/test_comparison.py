@@ -55,16 +55,18 @@ class Direct:
         """p of the base, the memory and kNN at the next token of every position, [T, V] each."""
         tokens = np.array([ids], np.int32)
         base = np.asarray(language_model.logits(self.base, self.model, tokens), np.float64)[0]
-        _, taps = language_model.features(self.base, self.model, tokens, taps=(self.block, self.model.blocks))
-        beside = np.asarray(memory.logits(self.memory, self.dimensions, taps[self.block]), np.float64)[0]
+        _, block_inputs = language_model.features(
+            self.base, self.model, tokens, input_blocks=(self.block, self.model.blocks)
+        )
+        memory_logits = np.asarray(memory.logits(self.memory, self.dimensions, block_inputs[self.block]), np.float64)[0]
         knn = np.zeros_like(base)
-        for position, query in enumerate(np.asarray(taps[self.model.blocks], np.float64)[0]):
+        for position, query in enumerate(np.asarray(block_inputs[self.model.blocks], np.float64)[0]):
             distances = ((self.keys_NxD - query) ** 2).sum(1)
             nearest = np.argsort(distances, kind="stable")[: self.k]
             shares = scipy.special.softmax(-distances[nearest] / self.temperature)
             np.add.at(knn[position], self.next_N[nearest], shares)
         vocabulary = self.model.vocab_size
-        return scipy.special.softmax(base, 1), scipy.special.softmax(beside, 1)[:, :vocabulary], knn
+        return scipy.special.softmax(base, 1), scipy.special.softmax(memory_logits, 1)[:, :vocabulary], knn
 
     def log_probability(self, prompt, continuation, side, weight):
         first = len(self.tokenizer.encode(prompt).ids)

@@ -168,9 +168,9 @@ def test_home_is_home_in_every_path(monkeypatch):
         "datastore.key_model": "~/k", "comparison.data": "~/d", "comparison.retriever": "~/e",
     }  # fmt: skip
     config = config_files.read("configs/default.py", [f"--config.{key}={value}" for key, value in overrides.items()])
-    found = {key: _value(config, key) for key, value in overrides.items() if value.startswith("~")}
-    assert found == {key: "/home/ada" + value[1:] for key, value in overrides.items() if value.startswith("~")}
-    assert set(found) == set(PATHS)
+    actual = {key: _value(config, key) for key, value in overrides.items() if value.startswith("~")}
+    assert actual == {key: "/home/ada" + value[1:] for key, value in overrides.items() if value.startswith("~")}
+    assert set(actual) == set(PATHS)
     words = ["export", "--config=~/c.py", "--format=reference", "--output=~/out"]
     options = cli._parser().parse_args(words)
     assert (options.config, options.output) == ("/home/ada/c.py", "/home/ada/out")

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from configs import default
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.corpus import documents
-from mlpmem_jax.corpus.documents import Document, Part, make_plan, read_selected
+from mlpmem_jax.corpus.documents import Document, Part, make_partition, read_selected
 
 TRAIN, VALIDATION, TEST = range(3)
 
 
-def plan_of(*texts, splits=None, **changes):
+def partition_of(*texts, splits=None, **changes):
     corpus = default.get_config().corpus
     corpus.update({"validation_fraction": 0.2, "test_fraction": 0.2, **changes})
     splits = splits or [""] * len(texts)
@@ -21,11 +21,11 @@ def plan_of(*texts, splits=None, **changes):
         Part(str(i), lambda t=t: (d if isinstance(d, Document) else Document(d) for d in t), split)
         for i, (t, split) in enumerate(zip(texts, splits, strict=True))
     ]
-    return parts, make_plan(parts, corpus)
+    return parts, make_partition(parts, corpus)
 
 
-def texts_of(parts, plan, split):
-    return [text for _, text in read_selected(parts, plan, plan.split_N == split)]
+def texts_of(parts, partition, split):
+    return [text for _, text in read_selected(parts, partition, partition.split_N == split)]
 
 
 WORDS = [f"document {index} " * (1 + index % 5) for index in range(200)]
@@ -36,12 +36,12 @@ WORDS = [f"document {index} " * (1 + index % 5) for index in range(200)]
 def test_equal_texts_are_used_once(texts, seed):
     if len(set(texts)) < 3:
         return
-    parts, plan = plan_of(texts, seed=seed)
-    found = [texts_of(parts, plan, split) for split in range(3)]
-    assert sorted(itertools.chain(*found)) == sorted(set(texts))
-    assert all(found)
+    parts, partition = partition_of(texts, seed=seed)
+    actual = [texts_of(parts, partition, split) for split in range(3)]
+    assert sorted(itertools.chain(*actual)) == sorted(set(texts))
+    assert all(actual)
     repeats = len(texts) - len(set(texts))
-    assert [note.split()[-1] for note in plan.notes if "repeat" in note] == ([str(repeats)] if repeats else [])
+    assert [note.split()[-1] for note in partition.notes if "repeat" in note] == ([str(repeats)] if repeats else [])
 
 
 @st.composite
@@ -63,15 +63,15 @@ def grouped(draw):
 @given(grouped(), st.integers(min_value=0, max_value=5))
 def test_groups_lie_on_one_side(rows_and_fractions, seed):
     rows, (validation, test) = rows_and_fractions
-    _, plan = plan_of(rows, seed=seed, validation_fraction=validation, test_fraction=test)
+    _, partition = partition_of(rows, seed=seed, validation_fraction=validation, test_fraction=test)
     sides = {}
-    for row, split in zip(rows, plan.split_N.tolist(), strict=True):
+    for row, split in zip(rows, partition.split_N.tolist(), strict=True):
         sides.setdefault(row.group, set()).add(split)
     assert all(len(side) == 1 for side in sides.values())
     assert set().union(*sides.values()) == {0, 1, 2}
     for split in range(3):  # groups are numbered in order; each run of one group has one number
-        numbers = plan.group_N[plan.split_N == split]
-        names = [row.group for row, s in zip(rows, plan.split_N, strict=True) if s == split]
+        numbers = partition.group_N[partition.split_N == split]
+        names = [row.group for row, s in zip(rows, partition.split_N, strict=True) if s == split]
         runs = [name for name, _ in itertools.groupby(names)]
         assert [runs[number] for number in numbers] == names
         assert len(runs) == numbers[-1] + 1
@@ -81,25 +81,25 @@ def test_the_shares_are_of_bytes_and_a_large_group_does_not_swallow_a_split():
     rows = [Document(f"{group} {piece} " + "x" * 90, f"{group}") for group in range(100) for piece in range(3)]
     rows += [Document(f"large {piece} " + "x" * 90, "large") for piece in range(100)]
     for seed in range(10):
-        _, plan = plan_of(rows, seed=seed, validation_fraction=0.1, test_fraction=0.2)
-        shares = np.bincount(plan.split_N, plan.bytes_N) / plan.bytes_N.sum()
+        _, partition = partition_of(rows, seed=seed, validation_fraction=0.1, test_fraction=0.2)
+        shares = np.bincount(partition.split_N, partition.bytes_N) / partition.bytes_N.sum()
         np.testing.assert_allclose(shares, [0.7, 0.1, 0.2], atol=0.01)
-        assert set(plan.split_N[300:]) == {TRAIN}
+        assert set(partition.split_N[300:]) == {TRAIN}
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_one_text_is_split_where_it_stands(groups):
     pieces = [Document(f"piece {index:03d}", f"file {index * groups // 100}") for index in range(100)]
-    _, plan = plan_of(pieces, validation_fraction=0.1, test_fraction=0.2)
-    assert plan.split_N.tolist() == [TRAIN] * 70 + [VALIDATION] * 10 + [TEST] * 20
-    assert plan.group_N.tolist() == [*range(70), *range(10), *range(20)]
+    _, partition = partition_of(pieces, validation_fraction=0.1, test_fraction=0.2)
+    assert partition.split_N.tolist() == [TRAIN] * 70 + [VALIDATION] * 10 + [TEST] * 20
+    assert partition.group_N.tolist() == [*range(70), *range(10), *range(20)]
     assert any(
         note.endswith("split in its order, at paragraphs: first train, then validation, then test")
-        for note in plan.notes
+        for note in partition.notes
     )
     for few in range(3, 8):
-        _, plan = plan_of(pieces[:few], validation_fraction=0.01, test_fraction=0.01)
-        assert plan.split_N.tolist() == [TRAIN] * (few - 2) + [VALIDATION, TEST]
+        _, partition = partition_of(pieces[:few], validation_fraction=0.01, test_fraction=0.01)
+        assert partition.split_N.tolist() == [TRAIN] * (few - 2) + [VALIDATION, TEST]
 
 
 def test_every_data_set_of_a_mixture_is_in_every_split_and_keeps_its_own():
@@ -110,99 +110,101 @@ def test_every_data_set_of_a_mixture_is_in_every_split_and_keeps_its_own():
     parts = [part("one", one[:80], "train"), part("one", one[80:], "test"), part("two", two)]
     corpus = default.get_config().corpus
     corpus.update({"validation_fraction": 0.1, "test_fraction": 0.1})
-    plan = make_plan(parts, corpus)
-    found = [texts_of(parts, plan, split) for split in range(3)]
-    assert [text for text in found[TEST] if text in one] == one[80:]
-    assert [sum(text in one for text in texts) for texts in found] == [72, 8, 20]
-    assert [sum(text in two for text in texts) for texts in found] == [80, 10, 10]
+    partition = make_partition(parts, corpus)
+    actual = [texts_of(parts, partition, split) for split in range(3)]
+    assert [text for text in actual[TEST] if text in one] == one[80:]
+    assert [sum(text in one for text in texts) for texts in actual] == [72, 8, 20]
+    assert [sum(text in two for text in texts) for texts in actual] == [80, 10, 10]
 
 
 def test_rows_without_text_and_unpaired_surrogates_are_counted():
-    parts, plan = plan_of(["a", "", "b", " \n", "c", "half \ud83d", "d"])
-    assert sorted(itertools.chain(*(texts_of(parts, plan, split) for split in range(3)))) == [
+    parts, partition = partition_of(["a", "", "b", " \n", "c", "half \ud83d", "d"])
+    assert sorted(itertools.chain(*(texts_of(parts, partition, split) for split in range(3)))) == [
         "a", "b", "c", "d", "half \ufffd",
     ]  # fmt: skip
-    assert [note.split(",")[0] + note.split(":")[-1] for note in plan.notes] == [
+    assert [note.split(",")[0] + note.split(":")[-1] for note in partition.notes] == [
         "left out 2", "U+FFFD put for unpaired surrogates 1",
     ]  # fmt: skip
 
 
 def test_scattered_groups_are_told():
     rows = [Document(f"{index:02d}", f"group {index % 5}") for index in range(50)]  # three groups to train on
-    _, plan = plan_of(rows)
-    assert any(note.startswith("the documents of 3 groups do not stand together") for note in plan.notes)
-    _, plan = plan_of(sorted(rows, key=lambda row: row.group))
-    assert not plan.notes
+    _, partition = partition_of(rows)
+    assert any(note.startswith("the documents of 3 groups do not stand together") for note in partition.notes)
+    _, partition = partition_of(sorted(rows, key=lambda row: row.group))
+    assert not partition.notes
 
 
 def test_fractions_and_seed():
-    _, plan = plan_of(WORDS, validation_fraction=0.1, test_fraction=0.3)
-    shares = np.bincount(plan.split_N, plan.bytes_N) / plan.bytes_N.sum()
+    _, partition = partition_of(WORDS, validation_fraction=0.1, test_fraction=0.3)
+    shares = np.bincount(partition.split_N, partition.bytes_N) / partition.bytes_N.sum()
     np.testing.assert_allclose(shares, [0.6, 0.1, 0.3], atol=0.02)
-    _, other = plan_of(WORDS, validation_fraction=0.1, test_fraction=0.3, seed=1)
-    assert (plan.split_N != other.split_N).any()
+    _, other = partition_of(WORDS, validation_fraction=0.1, test_fraction=0.3, seed=1)
+    assert (partition.split_N != other.split_N).any()
 
 
 def test_a_split_follows_the_text_and_not_its_place():
-    parts, plan = plan_of(WORDS)
-    moved, moved_plan = plan_of(WORDS[100:], WORDS[:100][::-1])
+    parts, partition = partition_of(WORDS)
+    moved, moved_plan = partition_of(WORDS[100:], WORDS[:100][::-1])
     for split in range(3):
-        assert set(texts_of(parts, plan, split)) == set(texts_of(moved, moved_plan, split))
+        assert set(texts_of(parts, partition, split)) == set(texts_of(moved, moved_plan, split))
 
 
 def test_max_bytes_takes_a_sample_and_not_a_prefix():
-    parts, plan = plan_of(WORDS, max_bytes=2000)
-    used = np.flatnonzero(plan.split_N >= 0)
-    assert 1900 < plan.bytes_N[used].sum() <= 2000
+    parts, partition = partition_of(WORDS, max_bytes=2000)
+    used = np.flatnonzero(partition.split_N >= 0)
+    assert 1900 < partition.bytes_N[used].sum() <= 2000
     assert used[0] < 30
     assert used[-1] >= 170
-    _, larger = plan_of(WORDS, max_bytes=4000)
+    _, larger = partition_of(WORDS, max_bytes=4000)
     assert set(used) < set(np.flatnonzero(larger.split_N >= 0))
-    np.testing.assert_array_equal(plan.split_N[used], larger.split_N[used])
-    assert all(texts_of(parts, plan, split) for split in range(3))
+    np.testing.assert_array_equal(partition.split_N[used], larger.split_N[used])
+    assert all(texts_of(parts, partition, split) for split in range(3))
 
 
 def test_splits_of_the_source_are_kept():
-    parts, plan = plan_of(WORDS[:100], WORDS[100:120], WORDS[120:150], splits=["train", "validation", "test"])
-    assert texts_of(parts, plan, TRAIN) == WORDS[:100]
-    assert texts_of(parts, plan, VALIDATION) == WORDS[100:120]
-    assert texts_of(parts, plan, TEST) == WORDS[120:150]
+    parts, partition = partition_of(WORDS[:100], WORDS[100:120], WORDS[120:150], splits=["train", "validation", "test"])
+    assert texts_of(parts, partition, TRAIN) == WORDS[:100]
+    assert texts_of(parts, partition, VALIDATION) == WORDS[100:120]
+    assert texts_of(parts, partition, TEST) == WORDS[120:150]
 
 
 def test_a_text_in_two_splits_of_the_source_stays_in_the_later_one():
-    parts, plan = plan_of(["a", "b", "c", "d"], ["b", "e", "c"], ["c", "f"], splits=["train", "validation", "test"])
-    assert [texts_of(parts, plan, split) for split in range(3)] == [["a", "d"], ["b", "e"], ["c", "f"]]
+    parts, partition = partition_of(
+        ["a", "b", "c", "d"], ["b", "e", "c"], ["c", "f"], splits=["train", "validation", "test"]
+    )
+    assert [texts_of(parts, partition, split) for split in range(3)] == [["a", "d"], ["b", "e"], ["c", "f"]]
 
 
 def test_a_missing_split_is_taken_from_the_training_documents():
-    parts, plan = plan_of(WORDS[:100], WORDS[100:], splits=["train", "test"])
-    assert texts_of(parts, plan, TEST) == WORDS[100:]
-    assert 18 <= len(texts_of(parts, plan, VALIDATION)) <= 22  # a fifth of the bytes
-    assert sorted(texts_of(parts, plan, VALIDATION) + texts_of(parts, plan, TRAIN)) == sorted(WORDS[:100])
+    parts, partition = partition_of(WORDS[:100], WORDS[100:], splits=["train", "test"])
+    assert texts_of(parts, partition, TEST) == WORDS[100:]
+    assert 18 <= len(texts_of(parts, partition, VALIDATION)) <= 22  # a fifth of the bytes
+    assert sorted(texts_of(parts, partition, VALIDATION) + texts_of(parts, partition, TRAIN)) == sorted(WORDS[:100])
 
 
 def test_max_bytes_samples_each_split_of_the_source_to_its_share():
-    parts, plan = plan_of(WORDS[:150], WORDS[150:], splits=["train", "test"], max_bytes=2000)
-    sizes = [sum(len(text) for text in texts_of(parts, plan, split)) for split in range(3)]
+    parts, partition = partition_of(WORDS[:150], WORDS[150:], splits=["train", "test"], max_bytes=2000)
+    sizes = [sum(len(text) for text in texts_of(parts, partition, split)) for split in range(3)]
     assert 1400 < sizes[TRAIN] + sizes[VALIDATION] <= 1600
     assert 320 < sizes[TEST] <= 400
 
 
 def test_shards_are_runs_of_documents_of_about_one_size(monkeypatch):
     monkeypatch.setattr(documents, "SHARD_BYTES", 300)
-    parts, plan = plan_of([*WORDS[:50], "x" * 2000, *WORDS[50:]])
-    assert (np.diff(plan.shard_N) >= 0).all()
-    assert set(np.diff(plan.shard_N)) == {0, 1}
-    for shard in range(plan.num_shards):
-        inside = np.flatnonzero(plan.shard_N == shard)
-        assert plan.bytes_N[inside[:-1]].sum() < 300
-        assert [text for _, text in read_selected(parts, plan, plan.shard_N == shard)]
+    parts, partition = partition_of([*WORDS[:50], "x" * 2000, *WORDS[50:]])
+    assert (np.diff(partition.shard_N) >= 0).all()
+    assert set(np.diff(partition.shard_N)) == {0, 1}
+    for shard in range(partition.num_shards):
+        inside = np.flatnonzero(partition.shard_N == shard)
+        assert partition.bytes_N[inside[:-1]].sum() < 300
+        assert [text for _, text in read_selected(parts, partition, partition.shard_N == shard)]
     for split in range(3):
         largest = max(
-            (plan.bytes_N[(plan.shard_N == shard) & (plan.split_N == split)] + 2).sum()
-            for shard in range(plan.num_shards)
+            (partition.bytes_N[(partition.shard_N == shard) & (partition.split_N == split)] + 2).sum()
+            for shard in range(partition.num_shards)
         )
-        assert plan.capacity(split) == largest
+        assert partition.capacity(split) == largest
 
 
 def test_only_the_parts_that_are_needed_are_opened():
@@ -218,20 +220,20 @@ def test_only_the_parts_that_are_needed_are_opened():
 
     parts = [part("a"), part("b"), part("c")]
     corpus = default.get_config().corpus
-    plan = make_plan(parts, corpus)
+    partition = make_partition(parts, corpus)
     opened.clear()
     selected = np.zeros(30, bool)
     selected[[11, 13]] = True
-    assert list(read_selected(parts, plan, selected)) == [(11, "b 1"), (13, "b 3")]
+    assert list(read_selected(parts, partition, selected)) == [(11, "b 1"), (13, "b 3")]
     assert opened == [("b", index) for index in range(4)]
 
 
 def test_no_text_at_all_names_the_parts():
     with pytest.raises(UserError, match=r"no text in 0, 1, 2, \.\.\.; expected"):
-        plan_of([], [], [], [])
+        partition_of([], [], [], [])
 
 
 @pytest.mark.parametrize("texts", [["one"], ["one", "two"], ["one", "two", "two", "one"]])
 def test_too_few_documents(texts):
     with pytest.raises(UserError, match=r"config\.corpus: \d different documents give no validation split"):
-        plan_of(texts)
+        partition_of(texts)

@@ -164,10 +164,10 @@ def test_nothing_to_read(tmp_path):
 def test_a_long_text_file_is_one_group_of_documents(tmp_path):
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text("".join(f"{name}, paragraph {index}.\n\n" for index in range(20)))
-    found = documents_of(tmp_path, document_bytes=40)
-    assert len(found) == 20
-    assert [group for _, group in found] == ["one.txt"] * 10 + ["two.txt"] * 10
-    assert all(text.startswith(group) for text, group in found)
+    actual = documents_of(tmp_path, document_bytes=40)
+    assert len(actual) == 20
+    assert [group for _, group in actual] == ["one.txt"] * 10 + ["two.txt"] * 10
+    assert all(text.startswith(group) for text, group in actual)
 
 
 WIKITEXT = [
@@ -180,11 +180,11 @@ WIKITEXT = [
 
 def test_articles_of_wikitext_are_documents_however_long(tmp_path):
     (tmp_path / "wiki.txt").write_text("".join(WIKITEXT))
-    found = documents_of(tmp_path, articles="wikitext", document_bytes=10)
+    actual = documents_of(tmp_path, articles="wikitext", document_bytes=10)
     # The blank line before a title is the last of the article before it.
-    assert ["".join(text.split()) for text, _ in found] == ["".join(text.split()) for text in WIKITEXT]
-    assert "".join(text for text, _ in found) == "".join(WIKITEXT)
-    assert {group for _, group in found} == {""}
+    assert ["".join(text.split()) for text, _ in actual] == ["".join(text.split()) for text in WIKITEXT]
+    assert "".join(text for text, _ in actual) == "".join(WIKITEXT)
+    assert {group for _, group in actual} == {""}
     (tmp_path / "wiki.txt").write_text("= = No article = =\n\nText.\n")
     with pytest.raises(UserError, match=r"wiki\.txt: config\.corpus\.articles='wikitext' expects titles"):
         documents_of(tmp_path, articles="wikitext")
@@ -195,9 +195,9 @@ def test_splits_by_name_are_kept(tmp_path):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    found = {part.name: part.split for part in files.open_source(corpus_of(tmp_path, split_by_name=True)).parts()}
+    actual = {part.name: part.split for part in files.open_source(corpus_of(tmp_path, split_by_name=True)).parts()}
     splits = ["train", "train", "validation", "validation", "test"]
-    assert found == {str(tmp_path / name): split for name, split in zip(names, splits, strict=True)}
+    assert actual == {str(tmp_path / name): split for name, split in zip(names, splits, strict=True)}
     assert {part.split for part in files.open_source(corpus_of(tmp_path)).parts()} == {""}
     (tmp_path / "other.txt").write_text("x")
     with pytest.raises(UserError, match=r"split_by_name: expected names .* begin with train, .*found 'other\.txt'"):

@@ -86,10 +86,10 @@ def test_documents_are_long_distinct_docstrings_in_a_fixed_order(site):
     install(site, "toy_package", ["toy"], [("own.py", docstring(prose("Own")))])
     install(site, "toy", files=files)
     first_words = ["Module.", "Thing.", "Method.", "Hidden.", "Added.", "Last."]
-    found = installed_docs.documents()
-    assert [text.split()[0] for text, _ in found] == first_words
-    assert [group for _, group in found] == ["toy/a.py"] * 5 + ["toy/z.py"]
-    assert found[2].text.splitlines()[-1] == "  indented"  # the indentation of the source is taken off
+    actual = installed_docs.documents()
+    assert [text.split()[0] for text, _ in actual] == first_words
+    assert [group for _, group in actual] == ["toy/a.py"] * 5 + ["toy/z.py"]
+    assert actual[2].text.splitlines()[-1] == "  indented"  # the indentation of the source is taken off
 
 
 def test_topics_are_documents(tmp_path):
@@ -122,9 +122,10 @@ def test_a_paragraph_that_is_wrapped_anew_is_removed(site):
 
 def test_little_of_a_split_stands_in_the_others():
     parts = installed_docs.open_source().parts()
-    plan = documents.make_plan(parts, default.get_config().corpus)
+    partition = documents.make_partition(parts, default.get_config().corpus)
     train, validation, test = (
-        [text for _, text in documents.read_selected(parts, plan, plan.split_N == split)] for split in range(3)
+        [text for _, text in documents.read_selected(parts, partition, partition.split_N == split)]
+        for split in range(3)
     )
     shares = overlap.measure(train, {"validation": validation, "test": test})
     assert max(share["13"] for share in shares.values()) < 0.02

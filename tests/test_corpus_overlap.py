@@ -33,10 +33,10 @@ texts = st.lists(st.lists(st.sampled_from(WORDS[:3]), max_size=40).map(" ".join)
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(texts, texts, texts)
 def test_shares_are_those_of_the_definition(train, validation, test):
-    found = overlap.measure(iter(train), {"validation": iter(validation), "test": iter(test)})
+    actual = overlap.measure(iter(train), {"validation": iter(validation), "test": iter(test)})
     for split, held_out in (("validation", validation), ("test", test)):
         for length in (13, 25):
-            assert found[split][str(length)] == pytest.approx(oracle(train, held_out, length))
+            assert actual[split][str(length)] == pytest.approx(oracle(train, held_out, length))
 
 
 def test_copies_are_found_however_they_are_wrapped_and_batches_make_no_difference(monkeypatch):

@@ -33,9 +33,9 @@ def test_gains_are_means_over_the_positions_of_a_bin():
     base_N = -generator.gamma(2.0, size=300)
     systems = {"better": base_N + generator.normal(0.3, 0.5, size=300), "worse": base_N - 0.1}
     values_N[:3], clusters_N[-3:] = 1000, 3
-    found = breakdown.gains_by(values_N, (0, 1, 10, 100, 1000), base_N, systems, clusters_N, confidence=0.9)
-    assert [(row["from"], row["below"]) for row in found] == [(0, 1), (1, 10), (10, 100), (1000, None)]
-    for row in found:
+    actual = breakdown.gains_by(values_N, (0, 1, 10, 100, 1000), base_N, systems, clusters_N, confidence=0.9)
+    assert [(row["from"], row["below"]) for row in actual] == [(0, 1), (1, 10), (10, 100), (1000, None)]
+    for row in actual:
         below = row["below"] or np.inf
         chosen = [at for at, value in enumerate(values_N.tolist()) if row["from"] <= value < below]
         assert row["positions"] == len(chosen)
@@ -50,7 +50,7 @@ def test_gains_are_means_over_the_positions_of_a_bin():
             continue
         low, high = row["interval"]["better"]
         assert low < row["gain"]["better"] < high
-    assert sum(row["share_of_gain"]["better"] for row in found) == pytest.approx(1)
+    assert sum(row["share_of_gain"]["better"] for row in actual) == pytest.approx(1)
 
 
 def test_an_interval_is_students_over_documents_of_one_size():

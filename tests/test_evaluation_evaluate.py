@@ -175,18 +175,18 @@ def test_the_stage_agrees_with_numpy_on_the_logits(world, metrics):
     assert json.loads((workdir / "report" / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     weights = metrics["interpolation_weight"]
     for split in ("validation", "test"):
-        of, found = expected[split], metrics["perplexity"][split]
+        of, actual = expected[split], metrics["perplexity"][split]
         base_SxT, memory_SxT = np.exp(of["base"]), np.exp(of["memory"])
-        assert found["base"] == pytest.approx(perplexity(base_SxT), rel=1e-4)
-        assert found["memory"] == pytest.approx(perplexity(memory_SxT), rel=1e-4)
+        assert actual["base"] == pytest.approx(perplexity(base_SxT), rel=1e-4)
+        assert actual["memory"] == pytest.approx(perplexity(memory_SxT), rel=1e-4)
         for name, weight, other_SxT in (
             ("augmented", weights["memory"], memory_SxT),
             ("knn_lm", weights["knn_lm"], of["labels"]),
         ):
-            assert found[name] == pytest.approx(perplexity(weight * other_SxT + (1 - weight) * base_SxT), rel=1e-4)
+            assert actual[name] == pytest.approx(perplexity(weight * other_SxT + (1 - weight) * base_SxT), rel=1e-4)
             if split == "validation":
                 grid = [perplexity(w * other_SxT + (1 - w) * base_SxT) for w in np.linspace(0, 0.99, 100)]
-                assert found[name] <= min(grid) * (1 + 1e-6)
+                assert actual[name] <= min(grid) * (1 + 1e-6)
     assert metrics["seconds"]["tokens"] == 3
     assert metrics["peak_rss_bytes"]["tokens"] == 9
     assert metrics["seconds"]["evaluate"] > 0
@@ -275,15 +275,15 @@ def test_controls_of_this_memory_are_scored(world, tmp_path):
     tokens_SxT, next_SxT = opened.tokens("test", 0, SEQUENCES["test"])
     rows_SxTxV = log_softmax(gpt2.logits(models["continued"], LANGUAGE_MODEL, tokens_SxT))
     picked_SxT = np.take_along_axis(rows_SxTxV, next_SxT[..., None], 2)[..., 0]
-    found = metrics["controls"]["continued"]["perplexity"]["test"]
-    assert found == pytest.approx(perplexity(np.exp(picked_SxT)), rel=1e-4)
+    actual = metrics["controls"]["continued"]["perplexity"]["test"]
+    assert actual == pytest.approx(perplexity(np.exp(picked_SxT)), rel=1e-4)
     inputs_SxTxD = opened.memory_inputs("test", 0, SEQUENCES["test"]).astype(np.float32)
     rows_SxTxV = log_softmax(np.asarray(memory.logits(models["ce_only"], MEMORY, inputs_SxTxD))[..., :VOCABULARY])
     picked_SxT = np.take_along_axis(rows_SxTxV, next_SxT[..., None], 2)[..., 0]
     weight = metrics["interpolation_weight"]["ce_only"]
     mixed_SxT = weight * np.exp(picked_SxT) + (1 - weight) * np.exp(world[1]["test"]["base"])
-    found = metrics["controls"]["ce_only"]["perplexity"]["test"]
-    assert found == pytest.approx(perplexity(mixed_SxT), rel=1e-4)
+    actual = metrics["controls"]["ce_only"]["perplexity"]["test"]
+    assert actual == pytest.approx(perplexity(mixed_SxT), rel=1e-4)
     assert "controls/continued" in metrics["bytes"]
 
 

@@ -19,8 +19,8 @@ def perplexity_oracle(base_N, other_N, weight):
 
 @hypothesis.given(log_probabilities, log_probabilities, st.floats(0.0, 1.0))
 def test_mixture_is_the_mixture_of_probabilities(base_N, other_N, weight):
-    found = interpolation.mixture_perplexity(base_N, other_N, weight)
-    assert found == pytest.approx(perplexity_oracle(base_N, other_N, weight), rel=1e-9)
+    actual = interpolation.mixture_perplexity(base_N, other_N, weight)
+    assert actual == pytest.approx(perplexity_oracle(base_N, other_N, weight), rel=1e-9)
 
 
 @hypothesis.settings(max_examples=40, deadline=None)

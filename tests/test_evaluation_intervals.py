@@ -16,10 +16,10 @@ def test_with_clusters_of_one_size_the_interval_is_students():
     generator = np.random.default_rng(0)
     base_UxT = -generator.gamma(4.0, size=(7, 5))
     system_UxT = base_UxT + generator.normal(0.1, 1.0, size=(7, 5))
-    found = intervals.ratio_intervals(base_UxT, {"s": system_UxT}, rows((7, 5)), confidence=0.9)["s"]
+    actual = intervals.ratio_intervals(base_UxT, {"s": system_UxT}, rows((7, 5)), confidence=0.9)["s"]
     of_clusters_U = (base_UxT - system_UxT).mean(axis=1)
     expected = scipy.stats.t.interval(0.9, 6, of_clusters_U.mean(), scipy.stats.sem(of_clusters_U))
-    assert found == pytest.approx(np.exp(expected).tolist(), rel=1e-12)
+    assert actual == pytest.approx(np.exp(expected).tolist(), rel=1e-12)
 
 
 def test_error_and_freedom_are_those_of_dense_matrices():
@@ -78,9 +78,9 @@ def test_interval_holds_the_ratio_and_widens_with_confidence():
 def test_a_constant_factor_has_an_interval_of_one_point():
     base_UxT = -np.random.default_rng(2).gamma(4.0, size=(50, 8))
     systems = {"half": base_UxT - np.log(2.0), "same": base_UxT}
-    found = intervals.ratio_intervals(base_UxT, systems, rows((50, 8)), confidence=0.95)
-    assert found["half"] == pytest.approx([2.0, 2.0], rel=1e-12)
-    assert found["same"] == [1.0, 1.0]
+    actual = intervals.ratio_intervals(base_UxT, systems, rows((50, 8)), confidence=0.95)
+    assert actual["half"] == pytest.approx([2.0, 2.0], rel=1e-12)
+    assert actual["same"] == [1.0, 1.0]
 
 
 def test_documents_are_clusters_where_they_are_longer_than_sequences():

@@ -29,47 +29,47 @@ def scores(seed, knn_shift=0.4, **others):
 
 def test_systems_are_the_mixtures_at_the_weights_of_validation():
     validation, test = scores(0, continued=0.01), scores(1, continued=0.01)
-    found = perplexities.compare(validation, test, **SETTINGS)
+    actual = perplexities.compare(validation, test, **SETTINGS)
     for system, of, weight in (("augmented", "memory", "memory"), ("knn_lm", "knn", "knn_lm")):
-        weight = found["interpolation_weight"][weight]
+        weight = actual["interpolation_weight"][weight]
         mixed_SxT = weight * np.exp(getattr(test, of)) + (1 - weight) * np.exp(test.base)
-        assert found["perplexity"]["test"][system] == pytest.approx(np.exp(-np.mean(np.log(mixed_SxT))))
-        low, high = found["interval"]["test"][f"{system}_over_base"]
-        assert low < found["perplexity"]["test"][system] / found["perplexity"]["test"]["base"] < high < 1
+        assert actual["perplexity"]["test"][system] == pytest.approx(np.exp(-np.mean(np.log(mixed_SxT))))
+        low, high = actual["interval"]["test"][f"{system}_over_base"]
+        assert low < actual["perplexity"]["test"][system] / actual["perplexity"]["test"]["base"] < high < 1
     for split in ("validation", "test"):
-        of = found["perplexity"][split]
+        of = actual["perplexity"][split]
         expected = np.log(of["base"] / of["augmented"]) / np.log(of["base"] / of["knn_lm"])
-        assert found["gain_kept"][split] == pytest.approx(expected)
-    assert (found["interval"]["cluster"], found["interval"]["clusters"]) == ("document", 32)
-    assert set(found["perplexity"]["test"]) == {"base", "memory", "knn_lm", "augmented"}
-    json.dumps(found, allow_nan=False)
+        assert actual["gain_kept"][split] == pytest.approx(expected)
+    assert (actual["interval"]["cluster"], actual["interval"]["clusters"]) == ("document", 32)
+    assert set(actual["perplexity"]["test"]) == {"base", "memory", "knn_lm", "augmented"}
+    json.dumps(actual, allow_nan=False)
 
 
 def test_controls_are_compared_with_the_base_and_with_the_memory():
-    found = perplexities.compare(scores(0, continued=0.01), scores(1, continued=0.01), **SETTINGS)
-    continued = found["controls"]["continued"]
+    actual = perplexities.compare(scores(0, continued=0.01), scores(1, continued=0.01), **SETTINGS)
+    continued = actual["controls"]["continued"]
     assert continued["ratio_over_base"] == pytest.approx(np.exp(-0.01))
     assert continued["interval_over_base"] == pytest.approx([np.exp(-0.01)] * 2)
-    assert "continued" not in found["interpolation_weight"]
-    ce_only = found["controls"]["ce_only"]
-    assert 0 < found["interpolation_weight"]["ce_only"] < 1
+    assert "continued" not in actual["interpolation_weight"]
+    ce_only = actual["controls"]["ce_only"]
+    assert 0 < actual["interpolation_weight"]["ce_only"] < 1
     low, high = ce_only["interval_of_augmented_over_it"]
-    assert low < found["perplexity"]["test"]["augmented"] / ce_only["perplexity"]["test"] < high
+    assert low < actual["perplexity"]["test"]["augmented"] / ce_only["perplexity"]["test"] < high
 
 
 def test_a_search_that_gains_nothing_has_no_share_to_keep():
     validation, test = scores(0, knn_shift=-60.0), scores(1, knn_shift=-60.0)
-    found = perplexities.compare(validation, test, **SETTINGS)
-    assert found["interpolation_weight"]["knn_lm"] == 0.0
-    assert found["gain_kept"] == {"validation": None, "test": None}
-    assert found["interval"]["test"]["knn_lm_over_base"] == [1.0, 1.0]
+    actual = perplexities.compare(validation, test, **SETTINGS)
+    assert actual["interpolation_weight"]["knn_lm"] == 0.0
+    assert actual["gain_kept"] == {"validation": None, "test": None}
+    assert actual["interval"]["test"]["knn_lm_over_base"] == [1.0, 1.0]
 
 
 def test_curves_start_at_the_base_and_are_silent_where_infinite():
     validation, test = scores(0), scores(1)
-    found = perplexities.compare(validation, test, **SETTINGS)
-    curves = found["curves"]
-    assert curves["test"]["memory"][0] == curves["test"]["knn_lm"][0] == found["perplexity"]["test"]["base"]
-    assert curves["test"]["memory"][-1] == found["perplexity"]["test"]["memory"]
+    actual = perplexities.compare(validation, test, **SETTINGS)
+    curves = actual["curves"]
+    assert curves["test"]["memory"][0] == curves["test"]["knn_lm"][0] == actual["perplexity"]["test"]["base"]
+    assert curves["test"]["memory"][-1] == actual["perplexity"]["test"]["memory"]
     assert curves["test"]["knn_lm"][-1] is None
-    assert min(curves["validation"]["memory"]) >= found["perplexity"]["validation"]["augmented"] * (1 - 1e-9)
+    assert min(curves["validation"]["memory"]) >= actual["perplexity"]["validation"]["augmented"] * (1 - 1e-9)

@@ -85,17 +85,19 @@ def test_the_batch_is_sharded_as_the_config_says():
     """All four devices share the batch; six positions are no multiple of them."""
     rules = {**dict.fromkeys(RULES), "batch": ("slice", "fsdp", "tensor"), "embed": "fsdp"}
     sharding = Sharding(make_mesh(1, 2, 2, devices=jax.devices()[:4]), rules)
-    beside, base = fresh_models(jax.random.key(0))
-    beside = jax.device_put(beside, sharding.tree(memory.logical_axes(MEMORY)))
+    memory_parameters, base = fresh_models(jax.random.key(0))
+    memory_parameters = jax.device_put(memory_parameters, sharding.tree(memory.logical_axes(MEMORY)))
     base = jax.device_put(base, sharding.tree(gpt2.logical_axes(LANGUAGE_MODEL)))
     generator = np.random.default_rng(2)
     inputs_6xD = generator.normal(size=(6, 12)).astype(np.float32)
     tokens_6xT = generator.integers(36, size=(6, 8)).astype(np.int32)
-    memory_6xV = log_softmax_oracle(np.asarray(memory.logits(beside, MEMORY, inputs_6xD))[:, :37])
+    memory_6xV = log_softmax_oracle(np.asarray(memory.logits(memory_parameters, MEMORY, inputs_6xD))[:, :37])
     base_6xV = log_softmax_oracle(gpt2.logits(base, LANGUAGE_MODEL, tokens_6xT))[:, -1]
-    found_6 = scoring.memory_log_probabilities(beside, MEMORY, inputs_6xD, tokens_6xT[:, 0], sharding=sharding)
+    found_6 = scoring.memory_log_probabilities(
+        memory_parameters, MEMORY, inputs_6xD, tokens_6xT[:, 0], sharding=sharding
+    )
     np.testing.assert_allclose(found_6, memory_6xV[np.arange(6), tokens_6xT[:, 0]], rtol=1e-4, atol=1e-4)
-    found_6xV = scoring.memory_distributions(beside, MEMORY, inputs_6xD, sharding=sharding)
+    found_6xV = scoring.memory_distributions(memory_parameters, MEMORY, inputs_6xD, sharding=sharding)
     np.testing.assert_allclose(found_6xV, np.exp(memory_6xV), rtol=1e-3, atol=1e-6)
     next_6xT = np.roll(tokens_6xT, -1, axis=1)
     found_6xT = scoring.language_model_log_probabilities(base, LANGUAGE_MODEL, tokens_6xT, next_6xT, sharding=sharding)

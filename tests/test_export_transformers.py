@@ -13,7 +13,7 @@ from interop_data import GPT2, INPUT_BLOCK, MODELS, VOCABULARY, WEIGHT, WIDTH, w
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.corpus.tokens import encode_prompts
-from mlpmem_jax.inference.decoding import Models, Parameters, prepare
+from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare
 from mlpmem_jax.inference.generate import generate
 from mlpmem_jax.interop import export_model
 from mlpmem_jax.models import memory
@@ -26,17 +26,17 @@ PROMPTS = [[5, 9, 30], [44, 2, 17, 8, 51, 23, 3, 60], [12]]
 def exported(request, tmp_path_factory):
     """(what is in the working directory, the folder exported from it, the model loaded from that)."""
     root = tmp_path_factory.mktemp("export")
-    made = write_workdir(root / "work", *MODELS[request.param], begin=request.param != "gpt2")
-    folder = export_model.transformers_folder(made.config, str(root / "out"))
-    return made, folder, load(folder)
+    workdir = write_workdir(root / "work", *MODELS[request.param], begin=request.param != "gpt2")
+    folder = export_model.transformers_folder(workdir.config, str(root / "out"))
+    return workdir, folder, load(folder)
 
 
 @pytest.fixture(scope="module")
 def projected(tmp_path_factory):
     root = tmp_path_factory.mktemp("projected")
-    made = write_workdir(root / "work", *MODELS["gpt2-projected"])
-    folder = export_model.transformers_folder(made.config, str(root / "out"))
-    return made, folder, load(folder)
+    workdir = write_workdir(root / "work", *MODELS["gpt2-projected"])
+    folder = export_model.transformers_folder(workdir.config, str(root / "out"))
+    return workdir, folder, load(folder)
 
 
 def load(folder):
@@ -46,23 +46,26 @@ def load(folder):
 @torch.no_grad()
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
 def test_logits_are_the_log_mixture_of_jax(exported, weight):
-    made, _, model = exported
+    workdir, _, model = exported
     model.config.interpolation_weight = weight
     logits = model(torch.from_numpy(TOKENS)).logits.numpy()
     model.config.interpolation_weight = WEIGHT
-    np.testing.assert_allclose(logits, made.log_mixture(TOKENS, weight), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits, workdir.log_mixture(TOKENS, weight), rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("exported", ["gpt2", "llama-projected", "mistral"], indirect=True)
 def test_64_greedy_tokens_are_those_of_jax_also_in_a_left_padded_batch(exported):
     """Llama's and Mistral's tokenizers put a token before a text here, GPT-2's does not."""
-    made, folder, model = exported
-    models, parameters = Models(made.base_model, made.model, INPUT_BLOCK), Parameters(made.base, made.memory, WEIGHT)
+    workdir, folder, model = exported
+    models, parameters = (
+        DecoderConfig(workdir.base_model, workdir.model, INPUT_BLOCK),
+        Parameters(workdir.base, workdir.memory, WEIGHT),
+    )
     texts = [" ".join(f"w{token}" for token in prompt) for prompt in PROMPTS]
-    tokens = open_artifact(f"{made.config.workdir}/tokens", "tokens")
+    tokens = open_artifact(f"{workdir.config.workdir}/tokens", "tokens")
     prompts = encode_prompts(tokens, texts)
-    before = [] if made.base_model == GPT2 else [1]
+    before = [] if workdir.base_model == GPT2 else [1]
     assert prompts == [before + prompt for prompt in PROMPTS]
     expected = generate(models, prepare(parameters), prompts, count=64)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -70,19 +73,19 @@ def test_64_greedy_tokens_are_those_of_jax_also_in_a_left_padded_batch(exported)
     assert batch["input_ids"][0].tolist() == [0] * 5 + prompts[0]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (*before, 0, 0)[:2]
     assert model.generation_config.bos_token_id == tokenizer.bos_token_id
-    found = model.generate(**batch, max_new_tokens=64, eos_token_id=None, do_sample=False)[:, len(prompts[1]) :]
-    np.testing.assert_array_equal(found, expected)
+    actual = model.generate(**batch, max_new_tokens=64, eos_token_id=None, do_sample=False)[:, len(prompts[1]) :]
+    np.testing.assert_array_equal(actual, expected)
     logits = model(**tokenizer(texts[1:2], return_tensors="pt")).logits[0].numpy()
-    np.testing.assert_allclose(logits, made.log_mixture(np.array(prompts[1:2]), WEIGHT)[0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits, workdir.log_mixture(np.array(prompts[1:2]), WEIGHT)[0], rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
 def test_loss_is_the_negative_log_mixture_of_the_labels(projected):
-    made, _, model = projected
+    workdir, _, model = projected
     labels = TOKENS.copy()
     labels[0, 5:9] = -100
     loss = float(model(torch.from_numpy(TOKENS), labels=torch.from_numpy(labels)).loss)
-    log_BxTxV = made.log_mixture(TOKENS, WEIGHT)
+    log_BxTxV = workdir.log_mixture(TOKENS, WEIGHT)
     scores = [log_BxTxV[b, t, labels[b, t + 1]] for b in range(2) for t in range(23) if labels[b, t + 1] >= 0]
     assert loss == pytest.approx(-np.mean(scores), abs=1e-5)
 
@@ -107,14 +110,14 @@ def test_memory_runs_only_where_logits_are_asked_for_and_not_at_weight_zero(proj
 
 @torch.no_grad()
 def test_cache_beams_and_sampling_follow_the_mixture(projected):
-    made, _, model = projected
+    workdir, _, model = projected
     prompt = torch.tensor([PROMPTS[1]])
     fixed = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
     greedy = model.generate(prompt, **fixed, do_sample=False)
     torch.testing.assert_close(model.generate(prompt, **fixed, do_sample=False, use_cache=False), greedy)
 
     def score(tokens):
-        log_1xTxV = made.log_mixture(np.asarray(tokens)[None], WEIGHT)
+        log_1xTxV = workdir.log_mixture(np.asarray(tokens)[None], WEIGHT)
         return sum(log_1xTxV[0, at - 1, tokens[at]] for at in range(8, len(tokens)))
 
     beams = model.generate(prompt, **fixed, num_beams=4, return_dict_in_generate=True, output_scores=True)
@@ -124,23 +127,23 @@ def test_cache_beams_and_sampling_follow_the_mixture(projected):
 
     torch.manual_seed(0)
     drawn = model.generate(prompt.repeat(4000, 1), **{**fixed, "max_new_tokens": 1}, do_sample=True, top_k=0)[:, -1]
-    expected = np.exp(made.log_mixture(np.array([PROMPTS[1]]), WEIGHT)[0, -1])
+    expected = np.exp(workdir.log_mixture(np.array([PROMPTS[1]]), WEIGHT)[0, -1])
     shares = np.bincount(drawn, minlength=VOCABULARY) / 4000
     assert np.abs(shares - expected).max() < 5 * np.sqrt(0.25 / 4000)
 
 
 @torch.no_grad()
 def test_auto_model_is_the_memory_alone(exported):
-    made, folder, whole = exported
+    workdir, folder, whole = exported
     alone, report = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["mismatched_keys"]
     assert not [name for name in alone.state_dict() if name.startswith("base.")]
     inputs = np.random.default_rng(0).normal(size=(3, 5, WIDTH)).astype(np.float32)
-    found = alone(torch.from_numpy(inputs)).logits
-    torch.testing.assert_close(found, whole.memory(torch.from_numpy(inputs)).logits)
-    expected = np.asarray(memory.logits(made.memory, made.model, inputs))[..., :VOCABULARY]
-    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-4)
+    actual = alone(torch.from_numpy(inputs)).logits
+    torch.testing.assert_close(actual, whole.memory(torch.from_numpy(inputs)).logits)
+    expected = np.asarray(memory.logits(workdir.memory, workdir.model, inputs))[..., :VOCABULARY]
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-4)
 
 
 def test_a_saved_model_loads_again(projected, tmp_path):
@@ -153,8 +156,8 @@ def test_a_saved_model_loads_again(projected, tmp_path):
 
 @torch.no_grad()
 def test_shards_with_an_index_hold_the_same(projected, tmp_path):
-    made, _, model = projected
-    folder = export_model.transformers_folder(made.config, str(tmp_path / "out"), maximum_shard_bytes=20_000)
+    workdir, _, model = projected
+    folder = export_model.transformers_folder(workdir.config, str(tmp_path / "out"), maximum_shard_bytes=20_000)
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
     sizes = [file.stat().st_size for file in folder.glob("model-*")]
     assert max(sizes) < 24_000
@@ -163,7 +166,7 @@ def test_shards_with_an_index_hold_the_same(projected, tmp_path):
 
 
 def test_files_of_the_folder(projected):
-    made, folder, model = projected
+    workdir, folder, model = projected
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_mlp_memory.py",
         "tokenizer.json", "tokenizer_config.json",
@@ -172,13 +175,13 @@ def test_files_of_the_folder(projected):
     assert {file.stat().st_mode for file in folder.iterdir()} == {(folder.parent / "umask").stat().st_mode}
     card = (folder / "README.md").read_text()
     assert "No perplexities were measured" in card
-    assert made.config.workdir not in "".join((folder / name).read_text() for name in ("README.md", "config.json"))
+    assert workdir.config.workdir not in "".join((folder / name).read_text() for name in ("README.md", "config.json"))
     assert model.generation_config.eos_token_id == 0
 
 
 def test_the_card_and_the_weight_are_those_of_the_report(projected, tmp_path):
-    made, _, _ = projected
-    folder = pathlib.Path(made.config.workdir)
+    workdir, _, _ = projected
+    folder = pathlib.Path(workdir.config.workdir)
     fingerprint = json.loads((folder / "memory" / "manifest.json").read_text())["fingerprint"]
     systems = {"base": 61.0, "memory": 43.5, "augmented": 42.25, "knn_lm": 40.0}
     metrics = {
@@ -188,12 +191,12 @@ def test_the_card_and_the_weight_are_those_of_the_report(projected, tmp_path):
     }
     (folder / "report").mkdir()
     (folder / "report" / "metrics.json").write_text(json.dumps(metrics))
-    out = export_model.transformers_folder(made.config, str(tmp_path / "measured"))
+    out = export_model.transformers_folder(workdir.config, str(tmp_path / "measured"))
     assert json.loads((out / "config.json").read_text())["interpolation_weight"] == 0.6
     assert "| base + memory | 42.25 | 42.25 |" in (out / "README.md").read_text()
     metrics["provenance"]["fingerprints"]["memory"] = "another"
     (folder / "report" / "metrics.json").write_text(json.dumps(metrics))
-    out = export_model.transformers_folder(made.config, str(tmp_path / "stale"))
+    out = export_model.transformers_folder(workdir.config, str(tmp_path / "stale"))
     assert json.loads((out / "config.json").read_text())["interpolation_weight"] == WEIGHT
     (folder / "report" / "metrics.json").unlink()
 
@@ -210,8 +213,8 @@ def test_the_modeling_file_needs_torch_and_transformers_alone():
 
 
 def test_a_folder_with_something_in_it_is_left_alone(projected, tmp_path):
-    made, _, _ = projected
+    workdir, _, _ = projected
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=f"{tmp_path.name}: holds something already"):
-        export_model.transformers_folder(made.config, str(tmp_path))
+        export_model.transformers_folder(workdir.config, str(tmp_path))
     assert (tmp_path / "notes.txt").read_text() == "mine"

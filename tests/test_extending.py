@@ -26,10 +26,10 @@ RECIPES = {
 
 
 def module(file, name=None):
-    made = types.ModuleType(name or file.removesuffix(".py").replace("/", "."))
-    sys.modules[made.__name__] = made  # dataclasses look their module up
-    exec(compile(RECIPES[file], file, "exec"), made.__dict__)
-    return made
+    namespace = types.ModuleType(name or file.removesuffix(".py").replace("/", "."))
+    sys.modules[namespace.__name__] = namespace  # dataclasses look their module up
+    exec(compile(RECIPES[file], file, "exec"), namespace.__dict__)
+    return namespace
 
 
 @pytest.fixture(autouse=True)
@@ -97,13 +97,13 @@ def test_a_model_family(monkeypatch):
     parameters = language_model.init(config, jax.random.key(0))
     tokens = np.arange(8)[None]
     plain_llama = llama.LlamaConfig(40, 16, 12, 2, 4, 2, 6, 20)
-    ours, theirs = (language_model.logits(parameters, one, tokens) for one in (config, plain_llama))
+    ours, theirs = (language_model.logits(parameters, model, tokens) for model in (config, plain_llama))
     assert language_model.family(config) == "plain"
     np.testing.assert_allclose(ours[0, 0], theirs[0, 0], rtol=1e-5)  # the first position is turned by nothing
     assert float(np.abs(ours[0, 7] - theirs[0, 7]).max()) > 1e-6
     assert language_model.parameter_count(config) == sum(array.size for array in jax.tree.leaves(parameters))
-    _, taps = language_model.features(parameters, config, tokens, taps=(1, 2))
-    assert set(taps) == {1, 2}
+    _, block_inputs = language_model.features(parameters, config, tokens, input_blocks=(1, 2))
+    assert set(block_inputs) == {1, 2}
 
 
 def test_a_launcher(capsys):

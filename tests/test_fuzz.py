@@ -266,9 +266,9 @@ def test_damaged_artifacts_are_told_or_read_as_they_were_written(generator, work
         try:
             with answers(f"{trial}: {file}"):
                 told += 1
-                found = content_of(workdir, name)
+                actual = content_of(workdir, name)
                 told -= 1
-                assert found == expected[name], f"{trial}: {file} was changed, and read as good"
+                assert actual == expected[name], f"{trial}: {file} was changed, and read as good"
         finally:
             file.write_bytes(content)
     assert told > DAMAGES / 3, "hardly any damage was found: the test tests nothing"

@@ -16,7 +16,7 @@ from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.inference import decoding, drafting, sampling
-from mlpmem_jax.inference.decoding import Models, Parameters, Reading, can_change_the_likeliest, prepare
+from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, Reading, can_change_the_likeliest, prepare
 from mlpmem_jax.inference.generate import draw, first_tokens, generate
 from mlpmem_jax.inference.sampling import GREEDY, Sampling
 from mlpmem_jax.interop import huggingface
@@ -25,8 +25,8 @@ from mlpmem_jax.models import gpt2, memory
 BASE = gpt2.GPT2Config(vocab_size=40, context_length=64, width=16, blocks=2, heads=2)
 MEMORY = memory.MemoryConfig("gpt2", 40, 48, 16, 24, 2, 48)
 PROMPTS = [[3, 9, 27], [5, 1, 17, 30, 8, 8, 21], [11]]
-ALONE = Models(BASE)
-BOTH = Models(BASE, MEMORY, input_block=1)
+ALONE = DecoderConfig(BASE)
+BOTH = DecoderConfig(BASE, MEMORY, input_block=1)
 
 
 def scaled(parameters):
@@ -40,7 +40,7 @@ def base():
 
 
 @pytest.fixture(scope="module")
-def beside():
+def memory_parameters():
     parameters = scaled(jax.jit(memory.init, static_argnums=0)(MEMORY, jax.random.key(1)))
     return {**parameters, "lm_head": {"kernel": 20 * parameters["lm_head"]["kernel"]}}
 
@@ -51,38 +51,38 @@ def softmax(logits):
 
 
 @jax.jit
-def whole_forward_pass(base, beside, tokens_1xT):
+def whole_forward_pass(base, memory_parameters, tokens_1xT):
     """(logits of the base, logits of the memory) at every position."""
-    _, taps = gpt2.features(base, BASE, tokens_1xT, taps=(BOTH.input_block,))
-    beside_logits = beside and memory.logits(beside, MEMORY, taps[BOTH.input_block])
-    return gpt2.logits(base, BASE, tokens_1xT), beside_logits
+    _, block_inputs = gpt2.features(base, BASE, tokens_1xT, input_blocks=(BOTH.input_block,))
+    memory_logits = memory_parameters and memory.logits(memory_parameters, MEMORY, block_inputs[BOTH.input_block])
+    return gpt2.logits(base, BASE, tokens_1xT), memory_logits
 
 
-def distribution(base, beside, weight, tokens):
+def distribution(base, memory_parameters, weight, tokens):
     """p(next token) after `tokens`, float64 [V], from a whole forward pass and probabilities mixed outside JAX."""
     later_tokens_are_not_seen = [*tokens, *[0] * (40 - len(tokens))]
-    base_logits, beside_logits = whole_forward_pass(base, beside, np.asarray([later_tokens_are_not_seen]))
+    base_logits, memory_logits = whole_forward_pass(base, memory_parameters, np.asarray([later_tokens_are_not_seen]))
     p = softmax(np.asarray(base_logits, np.float64)[0, len(tokens) - 1])
-    if beside is None:
+    if memory_parameters is None:
         return p
-    return weight * softmax(np.asarray(beside_logits, np.float64)[0, len(tokens) - 1])[:40] + (1 - weight) * p
+    return weight * softmax(np.asarray(memory_logits, np.float64)[0, len(tokens) - 1])[:40] + (1 - weight) * p
 
 
-def continued(base, beside, weight, prompt, count):
+def continued(base, memory_parameters, weight, prompt, count):
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(np.argmax(distribution(base, beside, weight, tokens))))
+        tokens.append(int(np.argmax(distribution(base, memory_parameters, weight, tokens))))
     return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize("weight", [None, 0.4])
-def test_greedy_tokens_are_those_of_uncached_forward_passes(base, beside, weight):
+def test_greedy_tokens_are_those_of_uncached_forward_passes(base, memory_parameters, weight):
     models = ALONE if weight is None else BOTH
-    beside = None if weight is None else beside
-    parameters = prepare(Parameters(base, beside, weight))
+    memory_parameters = None if weight is None else memory_parameters
+    parameters = prepare(Parameters(base, memory_parameters, weight))
     together = generate(models, parameters, PROMPTS, count=6)
     for prompt, new in zip(PROMPTS, together, strict=True):
-        assert new.tolist() == continued(base, beside, weight, prompt, 6)
+        assert new.tolist() == continued(base, memory_parameters, weight, prompt, 6)
     assert len({tuple(new.tolist()) for new in together}) == len(PROMPTS)
 
 
@@ -98,14 +98,14 @@ def drafted(parameters, prompts, most, end=-1):
 
 @pytest.mark.parametrize("weight", [0.003, 0.01, 0.15])
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
-def test_drafts_that_wait_change_no_token(base, beside, weight, prompts):
+def test_drafts_that_wait_change_no_token(base, memory_parameters, weight, prompts):
     """Where drafts are mostly right, half of them, and none; and where one sequence of a batch ends early."""
-    parameters = prepare(Parameters(base, beside, weight))
-    expected = [continued(base, beside, weight, prompt, DRAFTED) for prompt in prompts]
-    found = drafted(parameters, prompts, 8)
-    np.testing.assert_array_equal(found.tokens_BxN, expected)
-    assert found.memory_passes < found.base_steps or weight == 0.15
-    assert found.base_steps > DRAFTED - 1 or weight != 0.01  # steps behind a wrong draft are done again
+    parameters = prepare(Parameters(base, memory_parameters, weight))
+    expected = [continued(base, memory_parameters, weight, prompt, DRAFTED) for prompt in prompts]
+    actual = drafted(parameters, prompts, 8)
+    np.testing.assert_array_equal(actual.tokens_BxN, expected)
+    assert actual.memory_passes < actual.base_steps or weight == 0.15
+    assert actual.base_steps > DRAFTED - 1 or weight != 0.01  # steps behind a wrong draft are done again
     end = expected[0][DRAFTED // 2]
     for row, whole in zip(drafted(parameters, prompts, 8, end).tokens_BxN.tolist(), expected, strict=True):
         place = whole.index(end) if end in whole else DRAFTED
@@ -122,8 +122,8 @@ def test_right_drafts_save_passes_of_the_memory(base):
     assert several.memory_passes == 7  # 1, 2, ... 6 drafts at once, and two at the end
 
 
-def test_prefill_and_step_give_the_mixture_of_both_models(base, beside):
-    parameters = prepare(Parameters(base, beside, 0.3))
+def test_prefill_and_step_give_the_mixture_of_both_models(base, memory_parameters):
+    parameters = prepare(Parameters(base, memory_parameters, 0.3))
     tokens_BxT = np.array([[0, 0, *PROMPTS[1][:4]], PROMPTS[1][:6]])
     prefill = jax.jit(decoding.prefill, static_argnums=(0, 4))
     before, cache = prefill(BOTH, parameters, tokens_BxT, np.array([2, 0]), 9)
@@ -132,7 +132,9 @@ def test_prefill_and_step_give_the_mixture_of_both_models(base, beside):
         for reading, tokens in ((before, prompt), (after, [*prompt, token])):
             memory_log = decoding.memory_log_probabilities(BOTH, parameters, reading)
             mixed = np.exp(decoding.mix(reading.base_log_BxV, memory_log, 0.3))
-            np.testing.assert_allclose(mixed[row], distribution(base, beside, 0.3, tokens), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(
+                mixed[row], distribution(base, memory_parameters, 0.3, tokens), rtol=1e-4, atol=1e-6
+            )
 
 
 def test_greedy_tokens_are_those_of_transformers(tmp_path):
@@ -150,8 +152,8 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path):
     expected = model.generate(
         torch.tensor([PROMPTS[1]]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
     )[0, len(PROMPTS[1]) :]
-    found = generate(Models(config), prepare(Parameters(parameters)), [PROMPTS[1]], count=6)
-    assert found[0].tolist() == expected.tolist()
+    actual = generate(DecoderConfig(config), prepare(Parameters(parameters)), [PROMPTS[1]], count=6)
+    assert actual[0].tolist() == expected.tolist()
 
 
 def test_generation_stops_at_the_end_of_text(base):
@@ -165,13 +167,15 @@ def test_generation_stops_at_the_end_of_text(base):
 
 
 @pytest.fixture(scope="module")
-def draws(beside):
+def draws(memory_parameters):
     """A function of (p_LM, weight, sampling, number of draws): tokens drawn beside a memory, and its p_MLP."""
     input_1xD = np.random.default_rng(4).normal(size=(1, BASE.width)).astype(np.float32)
-    memory_p_V = softmax(np.asarray(memory.logits(beside, MEMORY, input_1xD), np.float64))[0, :40]
+    memory_p_V = softmax(np.asarray(memory.logits(memory_parameters, MEMORY, input_1xD), np.float64))[0, :40]
 
-    def drawn(base_p_V, weight, how, count, beside=beside):
-        models, parameters = (ALONE, Parameters({})) if weight is None else (BOTH, Parameters({}, beside, weight))
+    def drawn(base_p_V, weight, how, count, memory_parameters=memory_parameters):
+        models, parameters = (
+            (ALONE, Parameters({})) if weight is None else (BOTH, Parameters({}, memory_parameters, weight))
+        )
         reading = Reading(jnp.tile(jnp.log(base_p_V), (count, 1)), jnp.tile(input_1xD, (count, 1)))
         return np.asarray(draw(models, parameters, reading, jax.random.key(3), how)), memory_p_V
 
@@ -185,12 +189,12 @@ def test_draws_follow_the_distribution(draws, weight, how):
     tokens, memory_p = draws(base_p, weight, how, 4000)
     mixed = base_p if weight is None else weight * memory_p + (1 - weight) * base_p
     expected = softmax(np.log(mixed) / how.temperature)
-    found = np.bincount(tokens, minlength=40) / 4000
-    assert np.all(np.abs(found - expected) < 5 * np.sqrt(expected / 4000) + 1e-3)
+    actual = np.bincount(tokens, minlength=40) / 4000
+    assert np.all(np.abs(actual - expected) < 5 * np.sqrt(expected / 4000) + 1e-3)
 
 
-def test_greedy_takes_the_likeliest_of_the_mixture_and_lets_the_memory_rest_where_it_can(draws, beside):
-    broken = jax.tree.map(lambda array: array * np.nan, beside)
+def test_greedy_takes_the_likeliest_of_the_mixture_and_lets_the_memory_rest_where_it_can(draws, memory_parameters):
+    broken = jax.tree.map(lambda array: array * np.nan, memory_parameters)
     certain, open_ = np.full(40, 0.3 / 39), np.full(40, 0.6 / 39)
     certain[7], open_[7] = 0.7, 0.4
     for base_p, rests in ((certain, True), (open_, False)):
@@ -233,11 +237,11 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens():
     log_p = np.log(softmax(3 * random.normal(size=(20, 30)))).astype(np.float32)
     for top_k, top_p in ((5, 1.0), (0, 0.7), (8, 0.5), (0, 1e-6), (100, 1.0)):
         kept = np.asarray(sampling.keep(log_p, Sampling(1.0, top_k, top_p)))
-        for row, found in zip(log_p, kept, strict=True):
+        for row, actual in zip(log_p, kept, strict=True):
             order = np.argsort(-row)[: top_k or None]
             mass = np.cumsum(np.exp(row[order], dtype=np.float64)) / np.exp(row[order], dtype=np.float64).sum()
             count = len(order) if top_p == 1 else int(np.searchsorted(mass, top_p)) + 1
-            assert set(np.flatnonzero(np.isfinite(found))) == set(order[:count])
+            assert set(np.flatnonzero(np.isfinite(actual))) == set(order[:count])
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
@@ -261,7 +265,7 @@ def test_the_ends_of_the_interpolation_are_one_model_exactly(weight):
 
 def test_tokens_that_the_memory_does_not_know_keep_the_share_of_the_base(base):
     config = dataclasses.replace(MEMORY, vocab_size=30)
-    models, parameters = Models(BASE, config, 1), Parameters(base, memory.init(config, jax.random.key(0)), 0.25)
+    models, parameters = DecoderConfig(BASE, config, 1), Parameters(base, memory.init(config, jax.random.key(0)), 0.25)
     reading = Reading(jnp.log(jnp.full((1, 40), 1 / 40)), jnp.ones((1, 16)))
     memory_log = decoding.memory_log_probabilities(models, parameters, reading)
     mixed = np.exp(decoding.mix(reading.base_log_BxV, memory_log, 0.25))

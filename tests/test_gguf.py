@@ -139,10 +139,10 @@ def test_a_sharded_model_is_the_same(tmp_path):
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
 def test_every_text_survives_the_tokenizer(tmp_path, pre):
-    found, _ = gguf_tokenizer.load(str(write(tmp_path / "model.gguf", pre=pre)))
+    actual, _ = gguf_tokenizer.load(str(write(tmp_path / "model.gguf", pre=pre)))
     for text in TEXTS:
-        assert found.decode(found.encode(text, add_special_tokens=False).ids) == text
-    assert found.token_to_id("<|im_end|>") == 1
+        assert actual.decode(actual.encode(text, add_special_tokens=False).ids) == text
+    assert actual.token_to_id("<|im_end|>") == 1
 
 
 def test_token_ids_are_those_of_transformers(tmp_path):

@@ -32,10 +32,10 @@ def gelu_new(x):
 
 
 def oracle(parameters, tokens_T):
-    """(hidden after ln_f, taps of all blocks, logits) of one sequence."""
+    """(hidden after ln_f, inputs of all blocks, logits) of one sequence."""
     parameters = jax.tree.map(lambda array: np.asarray(array, np.float64), parameters)
     x = parameters["wte"]["embedding"][tokens_T] + parameters["wpe"]["embedding"][: len(tokens_T)]
-    taps = {}
+    block_inputs = {}
     for block in range(CONFIG.blocks):
         layer = jax.tree.map(lambda array, block=block: array[block], parameters["h"])
         attention = layer["attn"]
@@ -48,11 +48,11 @@ def oracle(parameters, tokens_T):
                 weights = np.exp(scores - scores.max())
                 mixed[t, head] = weights @ value[: t + 1, head] / weights.sum()
         x = x + np.einsum("the,hed->td", mixed, attention["c_proj"]["kernel"]) + attention["c_proj"]["bias"]
-        taps[block + 1] = norm(x, layer["ln_2"])
-        middle = gelu_new(taps[block + 1] @ layer["mlp"]["c_fc"]["kernel"] + layer["mlp"]["c_fc"]["bias"])
+        block_inputs[block + 1] = norm(x, layer["ln_2"])
+        middle = gelu_new(block_inputs[block + 1] @ layer["mlp"]["c_fc"]["kernel"] + layer["mlp"]["c_fc"]["bias"])
         x = x + middle @ layer["mlp"]["c_proj"]["kernel"] + layer["mlp"]["c_proj"]["bias"]
     final = norm(x, parameters["ln_f"])
-    return final, taps, final @ parameters["wte"]["embedding"].T
+    return final, block_inputs, final @ parameters["wte"]["embedding"].T
 
 
 def tokens(sequences=2, length=9, seed=1):
@@ -61,15 +61,15 @@ def tokens(sequences=2, length=9, seed=1):
 
 def test_hidden_states_taps_and_logits_equal_the_equations():
     parameters, tokens_BxT = random_parameters(), tokens()
-    final, taps = gpt2.features(parameters, CONFIG, tokens_BxT, taps=(3, 1))
+    final, block_inputs = gpt2.features(parameters, CONFIG, tokens_BxT, input_blocks=(3, 1))
     logits = gpt2.logits(parameters, CONFIG, tokens_BxT)
-    assert list(taps) == [3, 1]
+    assert list(block_inputs) == [3, 1]
     for row, sequence in enumerate(tokens_BxT):
-        expected_final, expected_taps, expected_logits = oracle(parameters, sequence)
+        expected_final, expected_inputs, expected_logits = oracle(parameters, sequence)
         np.testing.assert_allclose(final[row], expected_final, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(logits[row], expected_logits, rtol=1e-4, atol=1e-4)
-        for tap in (1, 3):
-            np.testing.assert_allclose(taps[tap][row], expected_taps[tap], rtol=1e-4, atol=1e-4)
+        for number in (1, 3):
+            np.testing.assert_allclose(block_inputs[number][row], expected_inputs[number], rtol=1e-4, atol=1e-4)
 
 
 def test_a_position_sees_itself_and_those_before_it_alone():
@@ -85,7 +85,7 @@ def test_remat_changes_no_gradient():
     parameters, tokens_BxT = random_parameters(), tokens()
 
     def loss(parameters, remat):
-        return jnp.sum(gpt2.features(parameters, CONFIG, tokens_BxT, taps=(2,), remat=remat)[0][..., 0] ** 2)
+        return jnp.sum(gpt2.features(parameters, CONFIG, tokens_BxT, input_blocks=(2,), remat=remat)[0][..., 0] ** 2)
 
     kept, again = (jax.jit(jax.grad(loss), static_argnums=1)(parameters, remat) for remat in (False, True))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), kept, again)
@@ -128,12 +128,14 @@ def test_every_array_has_logical_axes_and_a_mesh_changes_no_hidden_state(sizes):
     placed = Sharding(mesh).tree(gpt2.logical_axes(CONFIG))
     parameters, tokens_BxT = random_parameters(), tokens(sequences=8)
     divided = jax.device_put(parameters, placed)
-    features = jax.jit(functools.partial(gpt2.features, config=CONFIG, taps=(2,)), static_argnames="activations")
-    expected, expected_taps = features(parameters, tokens_BxT=tokens_BxT)
+    features = jax.jit(
+        functools.partial(gpt2.features, config=CONFIG, input_blocks=(2,)), static_argnames="activations"
+    )
+    expected, expected_inputs = features(parameters, tokens_BxT=tokens_BxT)
     batch = Sharding(mesh).named("batch", None, None)
-    final, taps = features(divided, tokens_BxT=tokens_BxT, activations=batch)
+    final, block_inputs = features(divided, tokens_BxT=tokens_BxT, activations=batch)
     np.testing.assert_allclose(final, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(taps[2], expected_taps[2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(block_inputs[2], expected_inputs[2], rtol=1e-4, atol=1e-4)
     assert final.sharding.is_equivalent_to(batch, 3)
 
 
@@ -143,9 +145,9 @@ def test_a_vocabulary_is_cut_where_a_mesh_divides_it():
     assert (cut, whole) == (("vocab", "embed"), (None, "embed"))
 
 
-def test_a_tap_outside_the_model_and_a_sequence_too_long_are_refused():
+def test_an_input_block_outside_the_model_and_a_sequence_too_long_are_refused():
     parameters = random_parameters()
-    with pytest.raises(ValueError, match="taps"):
-        gpt2.features(parameters, CONFIG, tokens(), taps=(4,))
+    with pytest.raises(ValueError, match="input_blocks"):
+        gpt2.features(parameters, CONFIG, tokens(), input_blocks=(4,))
     with pytest.raises(ValueError, match="context length"):
         gpt2.features(parameters, CONFIG, tokens(length=13))

@@ -282,8 +282,8 @@ def test_what_the_mesh_does_not_divide_is_held_whole_by_every_device(tmp_path):
         assert not attention[divided]["kernel"].is_fully_replicated
         assert replicated is None or attention[replicated]["kernel"].is_fully_replicated
         jax.tree.map(np.testing.assert_array_equal, whole, parameters)
-        found = jax.jit(language_model.logits, static_argnums=1)(parameters, config, tokens_BxT)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+        actual = jax.jit(language_model.logits, static_argnums=1)(parameters, config, tokens_BxT)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
 
 
 # One of two processes: reads a folder, prints how many numbers of it, and writes the model as another folder.

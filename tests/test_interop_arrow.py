@@ -49,7 +49,7 @@ def test_datastore_and_targets_come_in_and_go_out_unchanged(work, tmp_path):
     config, streams, _ = work
     following = streams["train"][1:]
     keys = keys_of(len(following))
-    source = datastore_stream(tmp_path / "dstore.arrow", following, keys)  # goes on past the last whole sequence
+    source = datastore_stream(tmp_path / "dstore.arrow", following, keys)  # continues past the last whole sequence
     datastore = arrow_import.run(config, "train", source)
     assert datastore.arrays["keys"].shape == (SEQUENCES, LENGTH, WIDTH)
     np.testing.assert_array_equal(datastore.read("keys", 0, SEQUENCES).reshape(-1, WIDTH), keys[:POSITIONS])
@@ -70,14 +70,14 @@ def test_datastore_and_targets_come_in_and_go_out_unchanged(work, tmp_path):
         assert labels[row] == expected
 
     arrow_export.export_datastore(config, "train", str(tmp_path / "out" / "dstore.arrow"))
-    schema, found = read_stream(tmp_path / "out" / "dstore.arrow")
+    schema, actual = read_stream(tmp_path / "out" / "dstore.arrow")
     assert schema == pa.schema([("keys", pa.list_(pa.float16(), WIDTH)), ("vals", pa.int32())])
-    np.testing.assert_array_equal(np.array(found["keys"], np.float16), keys[:POSITIONS])
-    assert found["vals"] == following[:POSITIONS].tolist()
+    np.testing.assert_array_equal(np.array(actual["keys"], np.float16), keys[:POSITIONS])
+    assert actual["vals"] == following[:POSITIONS].tolist()
     arrow_export.export_targets(config, "train", str(tmp_path / "out" / "knn.arrow"))
-    schema, found = read_stream(tmp_path / "out" / "knn.arrow")
+    schema, actual = read_stream(tmp_path / "out" / "knn.arrow")
     assert schema == TARGETS
-    assert found == columns
+    assert actual == columns
 
 
 def test_streams_export_to_the_same_bytes_after_an_import(work, tmp_path):

@@ -82,8 +82,8 @@ class ReferenceMemory(nn.Module):
 @pytest.fixture(scope="module", params=MODELS)
 def exported(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("reference")
-    made = write_workdir(root / "work", *MODELS[request.param])
-    return made, export_model.reference_folder(made.config, str(root / "out")), request.param
+    workdir = write_workdir(root / "work", *MODELS[request.param])
+    return workdir, export_model.reference_folder(workdir.config, str(root / "out")), request.param
 
 
 def empty_workdir(folder, base=None, **overrides):
@@ -103,7 +103,7 @@ def same_bytes(left, right):
 
 @torch.no_grad()
 def test_the_reference_classes_load_it_strictly_and_agree(exported):
-    made, folder, name = exported
+    workdir, folder, name = exported
     config = transformers.AutoConfig.from_pretrained(folder)
     assert config.model_type == name.split("-")[0]
     values = json.loads((folder / "config.json").read_text())
@@ -111,30 +111,32 @@ def test_the_reference_classes_load_it_strictly_and_agree(exported):
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     module.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, strict=True)
     inputs = np.random.default_rng(1).normal(size=(5, WIDTH)).astype(np.float32)
-    expected = memory.logits(made.memory, made.model, inputs)[:, :VOCABULARY]
+    expected = memory.logits(workdir.memory, workdir.model, inputs)[:, :VOCABULARY]
     np.testing.assert_allclose(module(torch.from_numpy(inputs)).numpy(), expected, rtol=0, atol=1e-4)
 
 
 def test_reference_import_gives_the_same_parameters_and_exports_the_same_bytes(exported, tmp_path):
-    made, folder, _ = exported
-    config = empty_workdir(tmp_path / "work", made.base_model)
+    workdir, folder, _ = exported
+    config = empty_workdir(tmp_path / "work", workdir.base_model)
     artifact = import_model.run(config, str(folder))
-    found, model, _ = saved.load_memory(artifact.path, Sharding.of(config))
-    assert model == made.model
-    jax.tree.map(np.testing.assert_array_equal, found, made.memory)
+    actual, model, _ = saved.load_memory(artifact.path, Sharding.of(config))
+    assert model == workdir.model
+    jax.tree.map(np.testing.assert_array_equal, actual, workdir.memory)
     assert artifact.summary["validation"]["interpolation_weight"] == 0.25
     same_bytes(folder, export_model.reference_folder(config, str(tmp_path / "again")))
 
 
 def test_transformers_import_gives_base_and_memory_and_exports_the_same_bytes(exported, tmp_path):
-    made, _, _ = exported
-    folder = export_model.transformers_folder(made.config, str(tmp_path / "out"), maximum_shard_bytes=30_000)
+    workdir, _, _ = exported
+    folder = export_model.transformers_folder(workdir.config, str(tmp_path / "out"), maximum_shard_bytes=30_000)
     config = empty_workdir(tmp_path / "work")
     artifact = import_model.run(config, str(folder))
     base, model, _ = saved.load_language_model(epath.Path(config.workdir) / "base", Sharding.of(config))
-    assert model == made.base_model
-    jax.tree.map(np.testing.assert_array_equal, base, made.base)
-    jax.tree.map(np.testing.assert_array_equal, saved.load_memory(artifact.path, Sharding.of(config))[0], made.memory)
+    assert model == workdir.base_model
+    jax.tree.map(np.testing.assert_array_equal, base, workdir.base)
+    jax.tree.map(
+        np.testing.assert_array_equal, saved.load_memory(artifact.path, Sharding.of(config))[0], workdir.memory
+    )
     assert artifact.summary["validation"]["interpolation_weight"] == WEIGHT
     again = export_model.transformers_folder(config, str(tmp_path / "again"), maximum_shard_bytes=30_000)
     same_bytes(folder, again)
@@ -142,14 +144,14 @@ def test_transformers_import_gives_base_and_memory_and_exports_the_same_bytes(ex
 
 
 def test_pickled_weights_are_read_as_weights_alone(tmp_path):
-    made = write_workdir(tmp_path / "work", *MODELS["gpt2-projected"])
-    folder = export_model.reference_folder(made.config, str(tmp_path / "out"))
+    workdir = write_workdir(tmp_path / "work", *MODELS["gpt2-projected"])
+    folder = export_model.reference_folder(workdir.config, str(tmp_path / "out"))
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, folder / "pytorch_model.bin")
     config = empty_workdir(tmp_path / "again", GPT2)
-    found, _, _ = saved.load_memory(import_model.run(config, str(folder)).path, Sharding.of(config))
-    jax.tree.map(np.testing.assert_array_equal, found, made.memory)
+    actual, _, _ = saved.load_memory(import_model.run(config, str(folder)).path, Sharding.of(config))
+    jax.tree.map(np.testing.assert_array_equal, actual, workdir.memory)
 
     class Attack:
         def __reduce__(self):
@@ -165,9 +167,12 @@ def test_pickled_weights_are_read_as_weights_alone(tmp_path):
 def folders(tmp_path_factory):
     """Both formats of one memory."""
     root = tmp_path_factory.mktemp("bad")
-    made = write_workdir(root / "work", *MODELS["gpt2-projected"])
-    reference = export_model.reference_folder(made.config, str(root / "reference"))
-    return {"reference": reference, "transformers": export_model.transformers_folder(made.config, str(root / "both"))}
+    workdir = write_workdir(root / "work", *MODELS["gpt2-projected"])
+    reference = export_model.reference_folder(workdir.config, str(root / "reference"))
+    return {
+        "reference": reference,
+        "transformers": export_model.transformers_folder(workdir.config, str(root / "both")),
+    }
 
 
 def drop(name):
@@ -249,6 +254,6 @@ def test_what_is_there_is_not_overwritten(folders, tmp_path):
 
 def test_reference_has_no_gpt2_memory_of_another_feed_forward_width(tmp_path):
     narrow = memory.MemoryConfig("gpt2", VOCABULARY, 128, WIDTH, WIDTH, 1, 3 * WIDTH)
-    made = write_workdir(tmp_path / "work", GPT2, narrow)
+    workdir = write_workdir(tmp_path / "work", GPT2, narrow)
     with pytest.raises(UserError, match=r"48 wide; the reference's GPT-2 memory has 4 x 16"):
-        export_model.reference_folder(made.config, str(tmp_path / "out"))
+        export_model.reference_folder(workdir.config, str(tmp_path / "out"))

@@ -1,4 +1,4 @@
-"""Training and evaluation go on from what was imported: base, memory, datastores and targets."""
+"""Training and evaluation continue from what was imported: base, memory, datastores and targets."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from interop_data import (
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.evaluation import evaluate
-from mlpmem_jax.interop import arrow_import, base, export_model, import_model
+from mlpmem_jax.interop import arrow_import, base_model, export_model, import_model
 from mlpmem_jax.models import memory, saved
 from mlpmem_jax.training import train_memory
 
@@ -31,9 +31,9 @@ from mlpmem_jax.training import train_memory
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
     """(config, parameters of the memory, next tokens of the test split) of a directory where all is imported."""
-    root = tmp_path_factory.mktemp("goes_on")
-    made = write_workdir(root / "source", *MODELS["gpt2-projected"], input_block=GPT2.blocks)
-    folder = export_model.transformers_folder(made.config, str(root / "folder"))
+    root = tmp_path_factory.mktemp("resumed")
+    models = write_workdir(root / "source", *MODELS["gpt2-projected"], input_block=GPT2.blocks)
+    folder = export_model.transformers_folder(models.config, str(root / "folder"))
     streams = write_tokens(epath.Path(root / "work"))
     config = config_for(
         root / "work",
@@ -54,14 +54,14 @@ def imported(tmp_path_factory):
         arrow_import.run(config, split, datastore_stream(root / "d.arrow", following, keys_of(len(following))))
         columns = target_columns(following[: len(following) // LENGTH * LENGTH])
         arrow_import.run(config, split, write_stream(root / f"{split}.arrow", TARGETS, columns))
-    return config, made.memory, streams["test"][1:]
+    return config, models.memory, streams["test"][1:]
 
 
 def test_stages_take_what_was_imported_as_finished(imported):
     config, _, _ = imported
     workdir = epath.Path(config.workdir)
     before = {name: (workdir / name / "manifest.json").read_text() for name in ("base", "memory")}
-    assert base.run(config).summary["model"]["width"] == GPT2.width
+    assert base_model.run(config).summary["model"]["width"] == GPT2.width
     assert train_memory.run(config).config["imported"]
     assert before == {name: (workdir / name / "manifest.json").read_text() for name in before}
 
@@ -71,8 +71,8 @@ def test_training_starts_from_an_imported_memory(imported):
     config = config.copy_and_resolve_references()
     config.training.start = str(epath.Path(config.workdir) / "memory")
     artifact = train_memory.train(config, "trained_on")
-    found, _, _ = saved.load_memory(artifact.path, Sharding.of(config))
-    jax.tree.map(np.testing.assert_array_equal, found, parameters)  # the learning rate is 0
+    actual, _, _ = saved.load_memory(artifact.path, Sharding.of(config))
+    jax.tree.map(np.testing.assert_array_equal, actual, parameters)  # the learning rate is 0
     assert artifact.inputs["start"]
     config.memory.width = 32
     with pytest.raises(ConfigError, match=r"config\.training\.start: .* has width 24, the config asks for 32"):

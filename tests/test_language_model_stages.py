@@ -19,7 +19,7 @@ from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
 from mlpmem_jax.inference import side_by_side
 from mlpmem_jax.interop import huggingface
-from mlpmem_jax.interop.base import check_fits
+from mlpmem_jax.interop.base_model import check_fits
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.llama import LlamaConfig
 from mlpmem_jax.models.rotary import Rotary
@@ -78,9 +78,9 @@ def test_the_datastore_holds_its_states_and_log_probabilities(config, base):
     datastore = open_artifact(f"{config.workdir}/datastore/test", "datastore")
     tokens = open_artifact(f"{config.workdir}/tokens", "tokens")
     tokens_SxT, next_SxT, _ = read_sequences(TokenStream(tokens, "test"), 0, 2, 16)
-    final, taps = language_model.features(base, MISTRAL, tokens_SxT, taps=(2, 3))
-    np.testing.assert_allclose(datastore.read("keys", 0, 2), taps[3], atol=5e-3)
-    np.testing.assert_allclose(datastore.read("memory_inputs", 0, 2), taps[2], atol=5e-3)
+    final, block_inputs = language_model.features(base, MISTRAL, tokens_SxT, input_blocks=(2, 3))
+    np.testing.assert_allclose(datastore.read("keys", 0, 2), block_inputs[3], atol=5e-3)
+    np.testing.assert_allclose(datastore.read("memory_inputs", 0, 2), block_inputs[2], atol=5e-3)
     logits_SxTxV = np.asarray(final) @ np.asarray(base["lm_head"]["kernel"])
     log_SxTxV = jax.nn.log_softmax(logits_SxTxV)
     expected = np.take_along_axis(np.asarray(log_SxTxV), next_SxT[..., None], axis=-1)[..., 0]
@@ -172,16 +172,17 @@ def test_a_base_that_was_imported_is_trained_on_at_the_best_of_small_rates(confi
     own = config.copy_and_resolve_references()
     own.training.update({"steps": 40, "learning_rate": 0.02, "evaluate_every": 40, "optimizer": "muon"})
     control = controls.continued(own)
-    found = control.summary
-    assert found["rate_search"].keys() == {"1e-05", "3e-05", "0.0001"}
-    assert found["rate_search"][f"{found['learning_rate']:g}"] == min(found["rate_search"].values())
+    actual = control.summary
+    assert actual["rate_search"].keys() == {"1e-05", "3e-05", "0.0001"}
+    assert actual["rate_search"][f"{actual['learning_rate']:g}"] == min(actual["rate_search"].values())
     assert control.config["training"]["learning_rate"] == [1e-5, 3e-5, 1e-4, 3e-4]
     assert control.config["training"]["optimizer"] == "adamw"
     assert control.config["training"]["batch_sequences"] == config.training.batch_sequences
     trained = open_artifact(f"{config.workdir}/memory", "memory")
-    assert found["training_flops"] == pytest.approx(trained.summary["training_flops"], rel=0.5)
+    assert actual["training_flops"] == pytest.approx(trained.summary["training_flops"], rel=0.5)
     assert (
-        found["rate_search_flops"] == found["training_flops"] * 3 * max(1, round(found["steps"] / 8)) / found["steps"]
+        actual["rate_search_flops"]
+        == actual["training_flops"] * 3 * max(1, round(actual["steps"] / 8)) / actual["steps"]
     )
     assert not pathlib.Path(control.path, "rates").exists()
     assert controls.continued(own).fingerprint == control.fingerprint  # and nothing is tried again
@@ -221,16 +222,16 @@ def test_an_imported_base_is_fine_tuned_before_its_keys_are_taken(config, base, 
     )
     assert artifact.inputs == {"pretrained": pretrained.fingerprint, "tokens": tokens.fingerprint}
     assert pretrained.summary["parameters_fingerprint"] == parameters_fingerprint(base)
-    found = artifact.summary
-    assert found["rate_search"].keys() == {"0.003"}
-    assert (found["learning_rate"], found["steps"]) == (0.003, 8)
+    actual = artifact.summary
+    assert actual["rate_search"].keys() == {"0.003"}
+    assert (actual["learning_rate"], actual["steps"]) == (0.003, 8)
     stream = TokenStream(tokens, "validation")
     before, after = (
         continued._perplexity(parameters, MISTRAL, stream, 16, sharding)
         for sharding in [Sharding(make_mesh(1, 1, 1, jax.devices()[:1]))]
         for parameters in (base, saved.load_language_model(artifact.path, sharding)[0])
     )
-    assert found["perplexity"]["validation"] == pytest.approx(after)
+    assert actual["perplexity"]["validation"] == pytest.approx(after)
     assert after < 0.9 * before
     monkeypatch.setattr(continued.train_base, "train", lambda *_, **__: pytest.fail("trained again"))
     stages.run("base", own)

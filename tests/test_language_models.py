@@ -1,4 +1,4 @@
-"""GPT-2, Llama and Mistral against transformers: logits, taps, decoding with a cache, meshes, folders read and written.
+"""GPT-2, Llama and Mistral against transformers: logits, block inputs, decoding with a cache, meshes, folders.
 
 Random weights, tiny sizes. The oracle of a padded batch with a cache is a forward pass of each sequence by itself.
 """
@@ -20,7 +20,7 @@ from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.inference import decoding
-from mlpmem_jax.inference.decoding import Models, Parameters, prepare
+from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare
 from mlpmem_jax.interop import huggingface
 from mlpmem_jax.models import language_model
 
@@ -124,9 +124,9 @@ def test_logits_and_taps_equal_those_of_transformers(folders, name):
     for hook in hooks:
         hook.remove()
     np.testing.assert_allclose(language_model.logits(parameters, config, tokens_BxT), expected, rtol=0, atol=1e-4)
-    final, taps = language_model.features(parameters, config, tokens_BxT, taps=(3, 1))
-    for tap in (1, 3):
-        np.testing.assert_allclose(taps[tap], inputs[tap - 1], rtol=0, atol=1e-4)
+    final, block_inputs = language_model.features(parameters, config, tokens_BxT, input_blocks=(3, 1))
+    for number in (1, 3):
+        np.testing.assert_allclose(block_inputs[number], inputs[number - 1], rtol=0, atol=1e-4)
     np.testing.assert_allclose(language_model.vocabulary_logits(parameters, config, final), expected, rtol=0, atol=1e-4)
 
 
@@ -135,14 +135,14 @@ def test_padded_prompts_and_64_cached_steps_equal_single_forward_passes(folders,
     parameters, config = load(folders(name))
     steps, padding_B = 64, np.array([5, 0, 11])
     tokens_BxT = tokens(name, 3, 16 + steps)
-    models, prepared = Models(config), prepare(Parameters(parameters))
+    models, prepared = DecoderConfig(config), prepare(Parameters(parameters))
     prefill = jax.jit(decoding.prefill, static_argnums=(0, 4))
     reading, cache = prefill(models, prepared, tokens_BxT[:, :16], padding_B, 16 + steps)
-    step, found = jax.jit(decoding.step, static_argnums=0), [reading.base_log_BxV]
+    step, actual = jax.jit(decoding.step, static_argnums=0), [reading.base_log_BxV]
     for position in range(16, 16 + steps):
         reading, cache = step(models, prepared, cache, tokens_BxT[:, position])
-        found.append(reading.base_log_BxV)
-    found_BxNxV = np.stack(found, axis=1)
+        actual.append(reading.base_log_BxV)
+    found_BxNxV = np.stack(actual, axis=1)
     for row, padding in enumerate(padding_B):
         expected = jax.nn.log_softmax(expected_logits(name, tokens_BxT[row : row + 1, padding:]))[0, 15 - padding :]
         np.testing.assert_allclose(found_BxNxV[row], expected, rtol=0, atol=1e-4)
@@ -195,8 +195,8 @@ def test_transformers_loads_a_written_folder(folders, name, tmp_path):
     assert type(model) is type(reference(name))
     tokens_BxT = tokens(name)
     with torch.no_grad():
-        found = model(torch.from_numpy(tokens_BxT)).logits.numpy()
-    np.testing.assert_array_equal(found, expected_logits(name, tokens_BxT))
+        actual = model(torch.from_numpy(tokens_BxT)).logits.numpy()
+    np.testing.assert_array_equal(actual, expected_logits(name, tokens_BxT))
     with pytest.raises(UserError, match="holds weights already"):
         huggingface.save_language_model(tmp_path, *load(folders(name)))
 

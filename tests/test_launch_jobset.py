@@ -113,7 +113,7 @@ def test_a_slice_is_one_indexed_job_with_a_pod_on_each_host(manifests):
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     port = environment.pop("JAX_COORDINATOR_PORT")  # see below
     assert environment == {"MLPMEM_DISTRIBUTED": "1", "JAX_PLATFORMS": "tpu,cpu"}
-    assert int(port) in [one["containerPort"] for one in container["ports"]]
+    assert int(port) in [port_of["containerPort"] for port_of in container["ports"]]
     assert job_set["spec"]["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
     assert job_set["metadata"]["annotations"]
     assert job_set["metadata"]["namespace"] == config_map["metadata"]["namespace"] == "research"

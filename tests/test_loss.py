@@ -67,8 +67,8 @@ def loss_and_gradients(problem, sharding=LOCAL, **options):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(problem["hidden_NxD"], problem["kernel_DxV"])
 
 
-def assert_matches(found, expected, tolerance=2e-5):
-    (loss, statistics), gradients = found
+def assert_matches(actual, expected, tolerance=2e-5):
+    (loss, statistics), gradients = actual
     np.testing.assert_allclose(loss, expected[0], rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(statistics["kl"], expected[1], rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(statistics["cross_entropy"], expected[2], rtol=tolerance, atol=tolerance)
@@ -92,8 +92,8 @@ def assert_matches(found, expected, tolerance=2e-5):
 def test_equals_float64_numpy(positions, width, vocab_size, padding, entries, chunk, alpha, weighted, seed):
     problem = make_problem(positions, width, vocab_size, vocab_size + padding, entries, seed)
     weights_N = np.random.default_rng(seed).random(positions).round().astype(np.float32) if weighted else None
-    found = loss_and_gradients(problem, alpha=alpha, vocab_size=vocab_size, chunk=chunk, weights_N=weights_N)
-    assert_matches(found, oracle(problem, alpha, vocab_size, weights_N))
+    actual = loss_and_gradients(problem, alpha=alpha, vocab_size=vocab_size, chunk=chunk, weights_N=weights_N)
+    assert_matches(actual, oracle(problem, alpha, vocab_size, weights_N))
 
 
 def test_gradients_equal_finite_differences():
@@ -145,13 +145,13 @@ def test_probabilities_that_do_not_sum_to_one_are_renormalized():
 def test_bfloat16_gradients_are_near_float64():
     problem = make_problem(64, 16, 40, 48, 4)
     rounded = {**problem, "hidden_NxD": jnp.asarray(problem["hidden_NxD"], jnp.bfloat16)}
-    found = loss_and_gradients(rounded, alpha=0.4, vocab_size=40, chunk=24)
-    assert found[1][0].dtype == jnp.bfloat16
-    assert found[1][1].dtype == jnp.float32
+    actual = loss_and_gradients(rounded, alpha=0.4, vocab_size=40, chunk=24)
+    assert actual[1][0].dtype == jnp.bfloat16
+    assert actual[1][1].dtype == jnp.float32
     exact = {name: np.asarray(value, np.float32) for name, value in rounded.items() if name != "next_tokens_N"}
     exact |= {"token_ids_NxS": problem["token_ids_NxS"], "next_tokens_N": problem["next_tokens_N"]}
     exact["kernel_DxV"] = np.asarray(jnp.asarray(problem["kernel_DxV"], jnp.bfloat16), np.float32)
-    assert_matches(found, oracle(exact, 0.4, 40), tolerance=0.02)
+    assert_matches(actual, oracle(exact, 0.4, 40), tolerance=0.02)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 4), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
@@ -167,23 +167,23 @@ def test_every_mesh_gives_the_same(sizes, chunk):
         )
         for name, value in problem.items()
     }
-    found = loss_and_gradients(placed, sharding, alpha=0.4, vocab_size=37, chunk=chunk, weights_N=weights_N)
-    assert_matches(found, oracle(problem, 0.4, 37, weights_N))
-    assert found[1][1].sharding.is_equivalent_to(sharding.named("embed", "vocab"), 2)
+    actual = loss_and_gradients(placed, sharding, alpha=0.4, vocab_size=37, chunk=chunk, weights_N=weights_N)
+    assert_matches(actual, oracle(problem, 0.4, 37, weights_N))
+    assert actual[1][1].sharding.is_equivalent_to(sharding.named("embed", "vocab"), 2)
     rows = jax.sharding.PartitionSpec(("slice", "fsdp", "tensor"))
-    assert found[1][0].sharding.is_equivalent_to(jax.sharding.NamedSharding(sharding.mesh, rows), 2)
+    assert actual[1][0].sharding.is_equivalent_to(jax.sharding.NamedSharding(sharding.mesh, rows), 2)
 
 
 def test_positions_that_the_vocabulary_axes_do_not_divide_give_the_same():
     problem = make_problem(6, 8, 37, 40, 5)
-    found = loss_and_gradients(problem, Sharding(make_mesh(1, 2, 4)), alpha=0.4, vocab_size=37, chunk=2)
-    assert_matches(found, oracle(problem, 0.4, 37))
+    actual = loss_and_gradients(problem, Sharding(make_mesh(1, 2, 4)), alpha=0.4, vocab_size=37, chunk=2)
+    assert_matches(actual, oracle(problem, 0.4, 37))
 
 
 def test_a_vocabulary_that_the_mesh_does_not_divide_gives_the_same():
     problem = make_problem(16, 8, 37, 37, 3)
-    found = loss_and_gradients(problem, Sharding(make_mesh(1, 2, 4)), alpha=0.4, vocab_size=37, chunk=4)
-    assert_matches(found, oracle(problem, 0.4, 37))
+    actual = loss_and_gradients(problem, Sharding(make_mesh(1, 2, 4)), alpha=0.4, vocab_size=37, chunk=4)
+    assert_matches(actual, oracle(problem, 0.4, 37))
 
 
 def compiled_gradients(positions, width, vocab_size, entries, chunk, sharding=LOCAL):

@@ -127,8 +127,8 @@ def test_every_array_has_logical_axes_and_a_mesh_changes_no_hidden_state(config,
         return jnp.sum(parallel_memory.hidden(parameters, config, inputs, sharding=sharding) ** 3)
 
     expected = jax.grad(lambda parameters: jnp.sum(memory.hidden(parameters, config, inputs) ** 3))(parameters)
-    found = jax.jit(jax.grad(loss), static_argnames="sharding")(divided, sharding=Sharding(mesh))
-    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4), found, expected)
+    actual = jax.jit(jax.grad(loss), static_argnames="sharding")(divided, sharding=Sharding(mesh))
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4), actual, expected)
 
 
 def test_positions_that_tensor_shards_do_not_divide_stay_whole_in_each():

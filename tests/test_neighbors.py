@@ -21,6 +21,6 @@ def test_distances_rounded_below_zero_are_the_nearest():
     """Negative numbers' bits order behind infinity: duplicates in another shard of keys would be lost."""
     distances = np.array([[2.0, -1e-7, np.inf, -0.0, 1.0]], np.float32)
     packed = neighbors.pack(distances, np.arange(5, dtype=np.int32)[None])
-    found_distances, found = neighbors.unpack(neighbors.smallest(packed, 5))
-    assert found.tolist() == [[1, 3, 4, 0, neighbors.MISSING]]
+    found_distances, actual = neighbors.unpack(neighbors.smallest(packed, 5))
+    assert actual.tolist() == [[1, 3, 4, 0, neighbors.MISSING]]
     assert found_distances.tolist() == [[0.0, 0.0, 1.0, 2.0, np.inf]]

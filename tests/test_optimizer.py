@@ -62,8 +62,8 @@ def run(options, gradients, parameters, total_steps=10):
     return parameters
 
 
-def assert_trees_close(found, expected, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), found, expected)
+def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected)
 
 
 def numpy_adam(gradients, parameter, rates, beta1, beta2, decay=0.0, nesterov=False):
@@ -136,22 +136,24 @@ def test_adamw_equals_numpy_and_spares_norms_and_biases_the_decay():
 def test_muon_equals_numpy():
     options = settings(optimizer="muon", weight_decay=0.2)
     parameters, gradients = random_tree(0), [random_tree(seed) for seed in (1, 2, 3)]
-    found = run(options, gradients, parameters)
+    actual = run(options, gradients, parameters)
     rates, adam_rates = [0.0, 0.05, 0.1], [0.0, 0.015, 0.03]
 
     for name in ("kernel", "out"):
         for layer in range(3):
             steps = [gradient["h"][name][layer] for gradient in gradients]
             expected = numpy_muon(steps, parameters["h"][name][layer], rates, 0.2)
-            np.testing.assert_allclose(found["h"][name][layer], expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(actual["h"][name][layer], expected, rtol=1e-4, atol=1e-5)
     for layer in range(2):
         for part in range(3):
             steps = [gradient["attention"][layer, :, part].reshape(4, 4) for gradient in gradients]
             expected = numpy_muon(steps, parameters["attention"][layer, :, part].reshape(4, 4), rates, 0.2)
-            np.testing.assert_allclose(found["attention"][layer, :, part].reshape(4, 4), expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                actual["attention"][layer, :, part].reshape(4, 4), expected, rtol=1e-4, atol=1e-5
+            )
     for get in (lambda tree: tree["embedding"], lambda tree: tree["h"]["bias"], lambda tree: tree["scale"]):
         expected = numpy_adam([get(step) for step in gradients], get(parameters), adam_rates, 0.9, 0.95, nesterov=True)
-        np.testing.assert_allclose(get(found), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(get(actual), expected, rtol=1e-4, atol=1e-5)
 
 
 def taken_by_muon(config, module):

@@ -20,5 +20,5 @@ def test_any_legal_name_works(tmp_path, name):
     stored.write(writer.path, parameters)
     artifact = writer.seal({"parameters_fingerprint": stored.fingerprint(parameters)})
     abstract = jax.eval_shape(lambda: parameters)
-    found = stored.read(artifact, abstract, {"kernel": placed})
-    np.testing.assert_array_equal(found["kernel"], np.arange(48.0).reshape(16, 3))
+    actual = stored.read(artifact, abstract, {"kernel": placed})
+    np.testing.assert_array_equal(actual["kernel"], np.arange(48.0).reshape(16, 3))

@@ -67,11 +67,11 @@ def test_values_are_the_corpus_shifted_by_one(workdir, split):
     base, model, _ = saved.load_language_model(workdir / "base", Sharding(mesh))
     changed = tokens[:length].copy()
     changed[9:] = (changed[9:] + 1) % model.vocab_size  # only what comes after position 8 differs
-    _, tapped = gpt2.features(base, model, jnp.asarray(changed)[None], taps=(2, 3))
+    _, block_inputs = gpt2.features(base, model, jnp.asarray(changed)[None], input_blocks=(2, 3))
     keys, inputs = (datastore.read(name, 0, 1)[0].astype(np.float32) for name in ("keys", "memory_inputs"))
-    for stored, tap in ((keys, 3), (inputs, 2)):  # depth 0.7 of three blocks is block 2
-        np.testing.assert_allclose(stored[:9], tapped[tap][0, :9], atol=5e-3)
-        assert np.abs(stored[9:] - tapped[tap][0, 9:]).max() > 0.05
+    for stored, block in ((keys, 3), (inputs, 2)):  # depth 0.7 of three blocks is block 2
+        np.testing.assert_allclose(stored[:9], block_inputs[block][0, :9], atol=5e-3)
+        assert np.abs(stored[9:] - block_inputs[block][0, 9:]).max() > 0.05
 
 
 def brute_force(workdir, split, positions):
@@ -92,9 +92,9 @@ def brute_force(workdir, split, positions):
     clear = ranked[:, NEIGHBORS] - ranked[:, NEIGHBORS - 1] > 1e-4
     nearest = order[:, :NEIGHBORS]
     result = np.zeros((len(positions), 300))
-    for row, found in enumerate(nearest):
-        weights = np.exp(-(distances[row, found] - distances[row, found].min()) / 3.0)
-        np.add.at(result[row], values[found], weights / weights.sum())
+    for row, actual in enumerate(nearest):
+        weights = np.exp(-(distances[row, actual] - distances[row, actual].min()) / 3.0)
+        np.add.at(result[row], values[actual], weights / weights.sum())
     return result, clear
 
 
@@ -106,8 +106,8 @@ def test_targets_are_p_knn(workdir, split):
     assert clear.sum() > 40
     positions, expected = positions[clear], expected[clear]
     labels = datastore.read("next_tokens", 0, sequences).reshape(-1)[positions]
-    found = targets.read("label_probabilities", 0, sequences).reshape(-1)[positions]
-    np.testing.assert_allclose(found, expected[np.arange(len(positions)), labels], atol=2e-4)
+    actual = targets.read("label_probabilities", 0, sequences).reshape(-1)[positions]
+    np.testing.assert_allclose(actual, expected[np.arange(len(positions)), labels], atol=2e-4)
 
     source = data.TargetSource(datastore, targets)
     for position, row in zip(positions, expected, strict=True):

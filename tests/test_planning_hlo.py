@@ -75,11 +75,11 @@ def test_a_scanned_body_counts_as_often_as_it_runs(mesh):
         ((LAYERS, WIDTH, WIDTH), PartitionSpec(None, ("fsdp", "tensor"))),
     )
     assert program.flops == 2 * (ROWS // 8) * WIDTH * WIDTH * LAYERS
-    gathers = [one for one in program.collectives if one.kind == "all-gather"]
+    gathers = [operation for operation in program.collectives if operation.kind == "all-gather"]
     # The compiler may gather every layer by itself in the loop, or all of them before it: the bytes are the same.
-    assert sum(one.payload * one.times for one in gathers) == LAYERS * WIDTH * WIDTH * 4
-    assert sum(one.sent * one.times for one in gathers) == LAYERS * WIDTH * WIDTH * 4 * 7 / 8
-    assert all(one.group == tuple(range(8)) for one in gathers)
+    assert sum(operation.payload * operation.times for operation in gathers) == LAYERS * WIDTH * WIDTH * 4
+    assert sum(operation.sent * operation.times for operation in gathers) == LAYERS * WIDTH * WIDTH * 4 * 7 / 8
+    assert all(operation.group == tuple(range(8)) for operation in gathers)
 
 
 @pytest.mark.parametrize(
@@ -112,10 +112,10 @@ def test_a_scanned_body_counts_as_often_as_it_runs(mesh):
 def test_collectives_and_their_bytes(mesh, kind, call, result, payload, sent):
     mapped = jax.shard_map(call, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=result, check_vma=False)
     program = compiled(mapped, mesh, ((64, 32), PartitionSpec("fsdp")))  # 32 x 32 float32 on each device
-    (found,) = program.collectives
-    assert (found.kind, found.payload, found.sent, found.times) == (kind, payload, sent, 1)
+    (actual,) = program.collectives
+    assert (actual.kind, actual.payload, actual.sent, actual.times) == (kind, payload, sent, 1)
     expected = (0, 1) if kind == "collective-permute" else (0, 1, 2, 3)
-    assert found.group == expected
+    assert actual.group == expected
 
 
 def test_matrix_products_of_batches(mesh):
@@ -207,11 +207,11 @@ def test_programs_of_tpus(groups, first):
     starts, runs = ([len(step.starts) for step in loop.body], [step.operation is not None for step in loop.body])
     ends = [step.ends for step in loop.body]
     # Started before the product, waited for behind it; the other starts and ends in one place.
-    assert (loop.turns, starts, runs) == (8, [1, 0, 0, 1], [False, True, True, False])
+    assert (loop.trips, starts, runs) == (8, [1, 0, 0, 1], [False, True, True, False])
     assert ends[:3] == [(), ("21",), ()]
     assert len(ends[3]) == 1
     assert program.flops == 8 * 2 * 64 * 4096 * 512
-    product = next(one for one in program.operations if one.name == "fusion.1")
+    product = next(operation for operation in program.operations if operation.name == "fusion.1")
     assert product.traffic == 64 * 4096 * 2 + 64 * 512 * 4  # the gathered kernel is in the chip's own memory
 
 
@@ -268,9 +268,9 @@ ENTRY %main (a: f32[4096,512]) -> f32[4096,512] {
 """
 
 
-def test_a_collective_that_goes_on_through_a_loop_is_one():
+def test_a_collective_that_continues_through_a_loop_is_one():
     program = hlo.parse(ACROSS_A_LOOP)
-    assert [(one.payload, one.times) for one in program.collectives] == [(2**23, 1), (2**23, 6)]
+    assert [(operation.payload, operation.times) for operation in program.collectives] == [(2**23, 1), (2**23, 6)]
     begun, loop, done = program.steps
     assert [channel for channel, _ in begun.starts] == ["9"]
     assert (begun.ends, done.ends) == ((), ("9",))
@@ -315,7 +315,7 @@ def test_a_sparse_cores_collective_starts_with_its_operands():
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule nothing\n")
-    with pytest.raises(ValueError, match="number of turns"):
+    with pytest.raises(ValueError, match="trip count"):
         hlo.parse(TPU.replace("constant(8)", "add(%counter, %counter)"))
     with pytest.raises(ValueError, match="unknown form"):
         hlo.parse(TPU.replace("GROUPS", "@group"))

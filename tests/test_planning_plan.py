@@ -20,7 +20,7 @@ from mlpmem_jax.interop import published
 from mlpmem_jax.models import flops
 from mlpmem_jax.planning import changes, compilation, cost, hlo, mesh_choice, planned, programs
 from mlpmem_jax.planning.roofline import Roofline
-from mlpmem_jax.training import benchmark, data
+from mlpmem_jax.training import data, train_benchmark
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -38,11 +38,11 @@ def small_config():
 
 
 def test_the_planned_batch_is_the_one_that_training_reads(tmp_path):
-    source = data.TargetSource(*benchmark._write_sample(epath.Path(tmp_path), 128, 16))
+    source = data.TargetSource(*train_benchmark._write_sample(epath.Path(tmp_path), 128, 16))
     batch = next(data.batches(source, 4, seed=0))
     width = batch["memory_inputs"].shape[-1]
     abstract = data.abstract_batch(
-        4, 16, data.padded_entries(benchmark.ENTRIES), benchmark.VOCABULARY, (width, "float16")
+        4, 16, data.padded_entries(train_benchmark.ENTRIES), train_benchmark.VOCABULARY, (width, "float16")
     )
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         name: (array.shape, array.dtype) for name, array in abstract.items()
@@ -57,9 +57,9 @@ def test_programs_of_the_stages_compile_and_do_the_flops_of_the_dimensions(tenso
     for stage in ("train", "datastore"):
         for program in programs.build(config, stage, sharding, 100_000):
             text = program.function.lower(*program.arguments, **program.static).compile().as_text()
-            found = hlo.parse(text).flops * sharding.mesh.size
+            actual = hlo.parse(text).flops * sharding.mesh.size
             # Attention computes all positions of a block, of which its formula counts half.
-            assert found == pytest.approx(program.flops, rel=0.2), program.name
+            assert actual == pytest.approx(program.flops, rel=0.2), program.name
 
 
 def test_a_width_that_the_mesh_does_not_divide_is_an_error_of_the_config():
@@ -77,23 +77,23 @@ def test_gradients_are_sharded_and_logits_are_not_gathered():
     read = hlo.parse(step.function.lower(*step.arguments).compile().as_text())
     positions = config.training.batch_sequences * config.base.context_length
     logits = positions // 4 * config.tokenizer.vocab_size // 2 * 4  # bytes of one device
-    assert all(one.payload < logits for one in read.collectives if one.kind == "all-gather")
-    assert any(one.kind == "reduce-scatter" for one in read.collectives)
+    assert all(item.payload < logits for item in read.collectives if item.kind == "all-gather")
+    assert any(item.kind == "reduce-scatter" for item in read.collectives)
 
 
 def test_costs_of_the_papers_runs():
     large = wikitext103_gpt2_large.get_config()
-    found = {one.name: one for one in cost.artifacts(large, 100_000_000, 64)}
+    actual = {item.name: item for item in cost.artifacts(large, 100_000_000, 64)}
     # Keys of GPT-2 xl and inputs of GPT-2 large, 16 bits each; 774M parameters, and two checkpoints of three copies.
     held_out = 1 + large.corpus.validation_fraction + large.corpus.test_fraction
-    assert found["datastore"].storage == pytest.approx(100e6 * held_out * (2 * (1600 + 1280) + 8))
-    assert found["memory"].storage == pytest.approx(774e6 * 4 * 7, rel=0.01)
+    assert actual["datastore"].storage == pytest.approx(100e6 * held_out * (2 * (1600 + 1280) + 8))
+    assert actual["memory"].storage == pytest.approx(774e6 * 4 * 7, rel=0.01)
     # An index of ScaNN stands whole in each host (docs/neighbors.md); of an exact one each of 64 hosts holds its part.
     rows, width = large.targets.key_shard_rows, 1600
     for backend, of_key in (("auto", 5.5 * width + 96), ("exact", 4 * width / 64)):
         large.targets.backend, hosts = backend, []
         for large.targets.key_shard_rows in (rows, rows - 10**6):
-            hosts += [one.host for one in cost.artifacts(large, 100_000_000, 64) if one.name == "targets"]
+            hosts += [item.host for item in cost.artifacts(large, 100_000_000, 64) if item.name == "targets"]
         assert hosts[0] - hosts[1] == pytest.approx(10**6 * of_key)
     memory = mistral_7b.get_config()
     run = cost.estimate(memory, 5_000_000_000, "v5e:16x16", utilization=0.5)
@@ -106,14 +106,14 @@ def test_costs_of_the_papers_runs():
 def test_a_base_that_is_trained_on_needs_no_datastore():
     config = wikitext103_gpt2_large.get_config()
     config.training.epochs, config.datastore.key_model = 2.0, ""
-    beside = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5)
+    memory_config = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5)
     run = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5, arm="continued")
     sequence = flops.language_model_forward(published.dimensions(config.base.path), 1024) * 1024
     assert run.training_flops == pytest.approx(3 * sequence * run.steps * config.training.batch_sequences)
     assert run.chip_hours == pytest.approx(run.training_flops / 0.5 / 197e12 / 3600)
     tokens = 2 * 100e6 * (1 + config.corpus.validation_fraction + config.corpus.test_fraction)
     assert run.storage == pytest.approx(tokens + 774e6 * (4 + 4 + 24), rel=0.01)
-    assert run.storage < beside.storage / 5
+    assert run.storage < memory_config.storage / 5
 
 
 def test_the_price_of_a_run_holds_the_fine_tuning_of_its_base_and_the_choice_of_its_rate():
@@ -132,8 +132,8 @@ def test_the_search_is_planned_with_the_candidates_that_it_asks_for():
     for dimensions, candidates in ((0, 8), (4, 12)):
         config.targets.search_dimensions = dimensions
         [search] = programs.build(config, "neighbors", Sharding.of(config), 10_000)
-        found = jax.eval_shape(search.function, *search.arguments)
-        assert {leaf.shape[-1] for leaf in jax.tree.leaves(found) if leaf.ndim > 1} == {candidates}
+        actual = jax.eval_shape(search.function, *search.arguments)
+        assert {leaf.shape[-1] for leaf in jax.tree.leaves(actual) if leaf.ndim > 1} == {candidates}
 
 
 def test_dimensions_of_published_models(tmp_path):
@@ -148,11 +148,11 @@ def test_dimensions_of_published_models(tmp_path):
 def test_changes_come_in_the_stated_order():
     config = small_config()
     config.training.loss_chunk = 512
-    found = list(changes.changes(config, "train"))
-    assert found[0] == {"training.remat": True}
-    assert found[1:3] == [{"training.remat": True, "training.loss_chunk": chunk} for chunk in (256, 128)]
-    assert [one["training.accumulation_steps"] for one in found[3:7]] == [2, 4, 8, 16]
-    assert [one["mesh.tensor"] for one in found[7:]] == [2, 4, 8, 16]
+    actual = list(changes.changes(config, "train"))
+    assert actual[0] == {"training.remat": True}
+    assert actual[1:3] == [{"training.remat": True, "training.loss_chunk": chunk} for chunk in (256, 128)]
+    assert [item["training.accumulation_steps"] for item in actual[3:7]] == [2, 4, 8, 16]
+    assert [item["mesh.tensor"] for item in actual[7:]] == [2, 4, 8, 16]
 
 
 def test_the_smallest_change_is_the_first_that_compiles_less_what_is_not_needed(monkeypatch):
@@ -190,12 +190,12 @@ def test_the_fastest_mesh_is_named_and_the_others_say_what_is_wrong_with_them(mo
     mesh_choice.run(config, "v5e:2x4", positions=100_000, json_file=f"{tmp_path / 'meshes.json'}")
     printed = capsys.readouterr().out
     assert "The fastest is --config.mesh.tensor=4\n" in printed
-    found = json.loads((tmp_path / "meshes.json").read_text())
-    assert found["fastest"] == 4
-    assert [(one["tensor"], one["fsdp"], one["fits"]) for one in found["meshes"]] == [
+    actual = json.loads((tmp_path / "meshes.json").read_text())
+    assert actual["fastest"] == 4
+    assert [(item["tensor"], item["fsdp"], item["fits"]) for item in actual["meshes"]] == [
         (1, 8, False), (2, 4, True), (4, 2, True), (8, 1, False), (16, 0, False),
     ]  # fmt: skip
-    reasons = [one.get("reason", "") for one in found["meshes"]]
+    reasons = [item.get("reason", "") for item in actual["meshes"]]
     assert "4 sequences, which 8 batch shards" in reasons[0]
     assert reasons[3] == "20 GiB of 16"
     assert "does not fit 8 devices" in reasons[4]
@@ -238,9 +238,9 @@ def test_a_real_compilation_for_tpus(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Memory of one chip" in done.stdout
-    found = json.loads((tmp_path / "plan.json").read_text())
-    step = found["programs"][0]
+    actual = json.loads((tmp_path / "plan.json").read_text())
+    step = actual["programs"][0]
     assert step["fits"]
     assert step["executed_flops_per_chip"] * 8 == pytest.approx(step["model_flops"], rel=0.35)
-    assert {one["kind"] for one in step["collectives"]} & {"all-gather", "reduce-scatter"}
+    assert {item["kind"] for item in step["collectives"]} & {"all-gather", "reduce-scatter"}
     assert 0 < step["utilization"] < 1

@@ -15,9 +15,9 @@ def collective(kind="all-gather", payload=160.0, group=tuple(range(16)), times=1
     return Collective(kind, payload, group, times, rings, "")
 
 
-def started_and_ended(one):
+def started_and_ended(item):
     """The step of a collective that nothing runs beside."""
-    return Step(starts=(("0", one),), ends=("0",))
+    return Step(starts=(("0", item),), ends=("0",))
 
 
 def work(seconds, times=1.0):
@@ -65,7 +65,7 @@ def plan(program, slices=1):
 
 def test_operations_one_after_the_other_each_at_its_own_limit():
     operations = (Operation(1000.0, 10.0, 2.0, False, ""), Operation(0.0, 30.0, 1.0, False, ""))
-    line = plan(Program((Step(body=(Step(operations[0]),), turns=2.0), Step(operations[1]))))
+    line = plan(Program((Step(body=(Step(operations[0]),), trips=2.0), Step(operations[1]))))
     assert (line.compute, line.memory, line.operations) == (20.0, 5.0, 20.0 + 3.0)
     assert (line.step, line.bound) == (23.0, "compute")
 
@@ -90,7 +90,7 @@ def test_collectives_on_the_same_links_run_one_after_the_other():
 def test_a_loop_waits_in_every_turn():
     gather = collective(payload=64.0, times=3.0)
     body = (Step(starts=(("a", gather),)), work(10.0, times=3.0), Step(ends=("a",)))
-    line = plan(Program((Step(body=body, turns=3.0),)))
+    line = plan(Program((Step(body=body, trips=3.0),)))
     assert (line.operations, line.exposed, line.step) == (30.0, 15.0, 45.0)
     assert line.traffic[0].seconds == 45.0
 

@@ -61,7 +61,7 @@ def after(owner, name, calls, signum, argument=None, then=None):
 if me == 1:
     if event == "killed_in_shard": after(artifacts.ArtifactWriter, "write_shard", 1, signal.SIGKILL)
     if event == "killed_in_targets": after(targets_artifact.TargetsWriter, "write_shard", 1, signal.SIGKILL)
-    if event == "killed_in_save": after(state.Checkpoints, "save", 2, signal.SIGKILL)  # the save goes on in a thread
+    if event == "killed_in_save": after(state.Checkpoints, "save", 2, signal.SIGKILL)  # a thread saves
     if event == "killed_in_step": after(goodput.Stopwatch, "lap", 10, signal.SIGKILL, "input wait")
     if event == "asked_to_stop_in_step":
         after(goodput.Stopwatch, "lap", 2, signal.SIGTERM, "input wait", then=agree)
@@ -159,9 +159,9 @@ def files(folder):
 
 
 def assert_same_losses(workdir, reference, name):
-    expected, found = losses(reference, name), losses(workdir, name)
-    assert list(found) == list(expected) == list(range(EVERY, STEPS + 1, EVERY))
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+    expected, actual = losses(reference, name), losses(workdir, name)
+    assert list(actual) == list(expected) == list(range(EVERY, STEPS + 1, EVERY))
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=1e-4)
 
 
 def assert_same(workdir, reference, stage):
@@ -174,8 +174,8 @@ def assert_same(workdir, reference, stage):
         assert ours.arrays == theirs.arrays
         sequences = theirs.arrays["keys"].shape[0]
         for name in theirs.arrays:
-            found, expected = (artifact.read(name, 0, sequences).astype(np.float64) for artifact in (ours, theirs))
-            np.testing.assert_allclose(found, expected, atol=5e-3 if theirs.arrays[name].dtype[0] == "f" else 0)
+            actual, expected = (artifact.read(name, 0, sequences).astype(np.float64) for artifact in (ours, theirs))
+            np.testing.assert_allclose(actual, expected, atol=5e-3 if theirs.arrays[name].dtype[0] == "f" else 0)
 
 
 def assert_lost(codes, printed):
@@ -231,7 +231,7 @@ def test_a_killed_stage_is_finished_by_another_number_of_processes(reference, tm
     ]
     * (KILLS - 1),
 )
-def test_a_killed_training_goes_on_with_other_processes_on_another_mesh(reference, tmp_path, event, killed, again):
+def test_a_killed_training_resumes_with_other_processes_on_another_mesh(reference, tmp_path, event, killed, again):
     workdir = seeded(reference, tmp_path, *DATA, "targets")
     assert_lost(*launch(workdir, "train", killed, event))
     codes, printed = launch(workdir, "train", again)
@@ -250,8 +250,8 @@ def test_a_notice_to_one_process_leads_to_one_checkpoint_of_all(reference, tmp_p
     assert len(stopped) == 1  # both say the same step
     assert (workdir / "memory" / "checkpoints" / stopped.pop()).exists()
     assert launch(workdir, "train", Job(1, 8))[0] == [0]
-    found, expected = losses(workdir, "memory"), losses(reference, "memory")
-    np.testing.assert_allclose([found[step] for step in expected], list(expected.values()), rtol=1e-4)
+    actual, expected = losses(workdir, "memory"), losses(reference, "memory")
+    np.testing.assert_allclose([actual[step] for step in expected], list(expected.values()), rtol=1e-4)
     records = [json.loads(line) for line in (workdir / "memory" / "metrics.jsonl").read_text().splitlines()]
     spent = goodput.summary(records)
     assert spent["restore"] > 0

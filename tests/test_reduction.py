@@ -23,20 +23,20 @@ def test_components_are_those_of_the_singular_value_decomposition(keys):
     centered = keys.astype(float) - keys.astype(float).mean(axis=0)
     _, values, rows = np.linalg.svd(centered, full_matrices=False)
     expected = centered @ rows[:6].T
-    found = projection(keys)
+    actual = projection(keys)
     # The same points but for a rotation: all inner products agree.
-    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=5e-2)
+    np.testing.assert_allclose(actual @ actual.T, expected @ expected.T, atol=5e-2)
     assert projection.variance_kept == pytest.approx((values[:6] ** 2).sum() / (values**2).sum(), abs=1e-5)
     assert 0.99 < projection.variance_kept < 1
 
 
 def test_all_dimensions_are_rotated_and_distances_kept(keys):
     projection = reduction.fit(keys, keys.shape[1])
-    found = projection(keys)
+    actual = projection(keys)
     np.testing.assert_allclose(projection.basis_DxM.T @ projection.basis_DxM, np.eye(24), atol=1e-6)
-    np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(actual.mean(axis=0), 0, atol=1e-3)
     truth = ((keys[:, None] - keys[None, :50]) ** 2).sum(axis=2)
-    np.testing.assert_allclose(((found[:, None] - found[None, :50]) ** 2).sum(axis=2), truth, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(((actual[:, None] - actual[None, :50]) ** 2).sum(axis=2), truth, rtol=1e-4, atol=1e-4)
     assert projection.variance_kept == 1
 
 

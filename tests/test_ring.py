@@ -46,9 +46,9 @@ def test_it_agrees_with_brute_force(keys, shape, k, excluded, scores_per_block, 
 def test_groups_of_a_long_block_lose_nothing():
     keys = mixture(np.random.default_rng(1), 20_000, clusters=3).astype(np.float32)
     scores = ((keys[:5, None] - keys[None]) ** 2).sum(axis=2)
-    found, places = ring._select(jnp.asarray(scores[:, :19_968]), k=7, num_keys=20_000, recall_target=1.0)
+    actual, places = ring._select(jnp.asarray(scores[:, :19_968]), k=7, num_keys=20_000, recall_target=1.0)
     np.testing.assert_array_equal(np.asarray(places), np.argsort(scores[:, :19_968], axis=1)[:, :7])
-    np.testing.assert_array_equal(np.asarray(found), np.sort(scores[:, :19_968], axis=1)[:, :7])
+    np.testing.assert_array_equal(np.asarray(actual), np.sort(scores[:, :19_968], axis=1)[:, :7])
 
 
 def duplicated(count=1003, different=40):
@@ -72,11 +72,11 @@ def test_of_equal_distances_the_smaller_ids_are_taken_on_every_mesh(devices, k, 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_distances_have_the_same_bits_on_every_mesh(keys, dtype):
     keys = np.concatenate([keys, keys[::3]])  # rounded distances, and equal ones
-    found = [index_of(keys, devices=devices, dtype=dtype).search(keys[QUERIES], 50, SELF) for devices in (1, 2, 8)]
-    for distances, ids in found[1:]:
-        np.testing.assert_array_equal(ids, found[0][1])
-        np.testing.assert_array_equal(distances.view(np.int32), found[0][0].view(np.int32))
-    distances, ids = found[0]
+    actual = [index_of(keys, devices=devices, dtype=dtype).search(keys[QUERIES], 50, SELF) for devices in (1, 2, 8)]
+    for distances, ids in actual[1:]:
+        np.testing.assert_array_equal(ids, actual[0][1])
+        np.testing.assert_array_equal(distances.view(np.int32), actual[0][0].view(np.int32))
+    distances, ids = actual[0]
     assert ((np.diff(distances) > 0) | ((np.diff(distances) == 0) & (np.diff(ids) > 0))).all()
 
 

@@ -57,38 +57,38 @@ def values(tree):
 
 def test_the_papers_laws_with_noise_lie_within_their_intervals(tmp_path):
     returned = fit.run(sizes_sweep(tmp_path / "p.csv"), tmp_path / "out", **SETTINGS)
-    found = json.loads((tmp_path / "out" / "fit.json").read_text())
-    assert found == returned
+    actual = json.loads((tmp_path / "out" / "fit.json").read_text())
+    assert actual == returned
     for arm, (beta, gamma) in LAWS.items():
-        law = found["arms"][arm]["power_law"]
+        law = actual["arms"][arm]["power_law"]
         assert law["gamma"]["low"] < gamma < law["gamma"]["high"]
         assert law["beta"]["low"] < beta < law["beta"]["high"]
-        assert found["arms"][arm]["chinchilla"] is None
-        assert "numbers of tokens" in found["arms"][arm]["chinchilla_absent"]
-    comparison = found["comparison"]
+        assert actual["arms"][arm]["chinchilla"] is None
+        assert "numbers of tokens" in actual["arms"][arm]["chinchilla_absent"]
+    comparison = actual["comparison"]
     assert (comparison["reference"], comparison["arm"]) == ("continued", "augmented")
     assert comparison["gamma_ratio"]["low"] < 0.168 / 0.143 < comparison["gamma_ratio"]["high"]
     assert comparison["equal_compute"]
     assert comparison["verdict"].startswith("The data ")
-    assert all(each["low"] is None or each["low"] <= each["value"] <= each["high"] for each in values(found))
+    assert all(each["low"] is None or each["low"] <= each["value"] <= each["high"] for each in values(actual))
 
 
 def test_the_papers_laws_without_noise(tmp_path):
-    found = fit.run(sizes_sweep(tmp_path / "p.csv", noise=0.0), tmp_path / "out", **SETTINGS)
+    actual = fit.run(sizes_sweep(tmp_path / "p.csv", noise=0.0), tmp_path / "out", **SETTINGS)
     for arm, (beta, gamma) in LAWS.items():
-        assert found["arms"][arm]["power_law"]["gamma"]["value"] == pytest.approx(gamma, abs=1e-6)
-        assert found["arms"][arm]["power_law"]["beta"]["value"] == pytest.approx(beta, rel=1e-4)
-    assert found["comparison"]["gamma_ratio"]["value"] == pytest.approx(0.168 / 0.143, rel=1e-6)
-    assert "support a steeper exponent of augmented" in found["comparison"]["verdict"]
+        assert actual["arms"][arm]["power_law"]["gamma"]["value"] == pytest.approx(gamma, abs=1e-6)
+        assert actual["arms"][arm]["power_law"]["beta"]["value"] == pytest.approx(beta, rel=1e-4)
+    assert actual["comparison"]["gamma_ratio"]["value"] == pytest.approx(0.168 / 0.143, rel=1e-6)
+    assert "support a steeper exponent of augmented" in actual["comparison"]["verdict"]
 
 
 @pytest.mark.parametrize("isoflop", [True, False])
 def test_budgets_bring_chinchillas_law_the_frontier_and_its_picture(tmp_path, isoflop):
-    found = fit.run(budgets_sweep(tmp_path / "p.csv", isoflop), tmp_path / "out", **SETTINGS)
+    actual = fit.run(budgets_sweep(tmp_path / "p.csv", isoflop), tmp_path / "out", **SETTINGS)
     for name, truth in {"E": 1.6, "A": 406.4, "B": 410.7, "a": 0.34, "b": 0.28}.items():
-        assert found["arms"]["augmented"]["chinchilla"][name]["value"] == pytest.approx(truth, rel=0.02)
-    assert ("budgets" in found["arms"]["augmented"]["frontier"]["isoflop"]) == isoflop
-    assert found["arms"]["augmented"]["frontier"]["envelope"]["exponents"]["optimal_parameters"]["value"] > 0
+        assert actual["arms"]["augmented"]["chinchilla"][name]["value"] == pytest.approx(truth, rel=0.02)
+    assert ("budgets" in actual["arms"]["augmented"]["frontier"]["isoflop"]) == isoflop
+    assert actual["arms"]["augmented"]["frontier"]["envelope"]["exponents"]["optimal_parameters"]["value"] > 0
     pictures = {"fit.svg", "fit.png", "frontier.svg", "frontier.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == pictures | {"fit.json"}
     for name in pictures:
@@ -114,16 +114,16 @@ def test_the_same_points_give_the_same_bytes_and_another_seed_other_draws(tmp_pa
 
 def test_one_arm_has_nothing_to_be_compared_with(tmp_path):
     law = {"any $arm$": (9.3e-17, -0.143)}
-    found = fit.run(sizes_sweep(tmp_path / "p.csv", laws=law, sizes=3), tmp_path / "out", **SETTINGS)
-    assert found["comparison"] is None
-    assert found["further_comparisons"] == []
+    actual = fit.run(sizes_sweep(tmp_path / "p.csv", laws=law, sizes=3), tmp_path / "out", **SETTINGS)
+    assert actual["comparison"] is None
+    assert actual["further_comparisons"] == []
 
 
 def test_many_arms_are_all_compared_with_the_continued_one(tmp_path):
     laws = {f"alpha_{n}": (9.3e-17, -0.14 - 0.01 * n) for n in range(7)} | LAWS
-    found = fit.run(sizes_sweep(tmp_path / "p.csv", laws=laws), tmp_path / "out", **SETTINGS)
-    assert (found["comparison"]["reference"], found["comparison"]["arm"]) == ("continued", "augmented")
-    assert [each["arm"] for each in found["further_comparisons"]] == [f"alpha_{n}" for n in range(7)]
+    actual = fit.run(sizes_sweep(tmp_path / "p.csv", laws=laws), tmp_path / "out", **SETTINGS)
+    assert (actual["comparison"]["reference"], actual["comparison"]["arm"]) == ("continued", "augmented")
+    assert [each["arm"] for each in actual["further_comparisons"]] == [f"alpha_{n}" for n in range(7)]
 
 
 def test_perplexities_unlike_any_law_still_give_a_report(tmp_path):
@@ -157,8 +157,8 @@ def test_options_that_cannot_be(tmp_path, options, words):
 
 def test_a_law_in_compute(tmp_path):
     rows = [["a", 1e9, c / 6e9, c, 30 * (c / 1e18) ** -0.05, s] for c in (1e18, 3e18, 1e19, 3e19) for s in (0, 1)]
-    found = fit.run(write(tmp_path / "p.csv", rows), tmp_path / "out", against="flops", **SETTINGS)
-    assert found["arms"]["a"]["power_law"]["gamma"]["value"] == pytest.approx(-0.05)
+    actual = fit.run(write(tmp_path / "p.csv", rows), tmp_path / "out", against="flops", **SETTINGS)
+    assert actual["arms"]["a"]["power_law"]["gamma"]["value"] == pytest.approx(-0.05)
 
 
 def test_the_command_reads_points_or_the_workdir_of_a_sweep(tmp_path, capsys):

@@ -44,30 +44,30 @@ def generator():
 @pytest.mark.parametrize("runs", [grid(), grid(3, 3), isoflop()], ids=["grid", "3x3", "isoflop"])
 def test_five_coefficients_of_a_known_law(runs):
     assert chinchilla.absent(runs) is None
-    found = chinchilla.fit(runs, **SETTINGS, generator=generator())
+    actual = chinchilla.fit(runs, **SETTINGS, generator=generator())
     for name, truth in LAW.items():
-        assert found[name]["value"] == pytest.approx(truth, rel=0.001), name
-        assert found[name]["low"] <= truth <= found[name]["high"], name
-    assert found["optimal_parameters"]["value"] == pytest.approx(0.28 / 0.62, rel=1e-3)
-    assert found["leave_one_out"]["root_mean_square_error"] < 1e-4
+        assert actual[name]["value"] == pytest.approx(truth, rel=0.001), name
+        assert actual[name]["low"] <= truth <= actual[name]["high"], name
+    assert actual["optimal_parameters"]["value"] == pytest.approx(0.28 / 0.62, rel=1e-3)
+    assert actual["leave_one_out"]["root_mean_square_error"] < 1e-4
 
 
 def test_five_coefficients_with_noise_lie_within_their_intervals():
-    found = chinchilla.fit(grid(6, 6, noise=0.003, seed=4), **SETTINGS, generator=generator())
+    actual = chinchilla.fit(grid(6, 6, noise=0.003, seed=4), **SETTINGS, generator=generator())
     for name, truth in LAW.items():
-        assert found[name]["low"] < truth < found[name]["high"], name
-        assert found[name]["low"] < found[name]["value"] < found[name]["high"], name
-    assert found["goodness"]["scatter"] == pytest.approx(0.003, rel=0.4)
-    assert found["leave_one_out"]["root_mean_square_error"] < 0.05
+        assert actual[name]["low"] < truth < actual[name]["high"], name
+        assert actual[name]["low"] < actual[name]["value"] < actual[name]["high"], name
+    assert actual["goodness"]["scatter"] == pytest.approx(0.003, rel=0.4)
+    assert actual["leave_one_out"]["root_mean_square_error"] < 0.05
 
 
 def test_one_run_that_went_wrong_hardly_moves_the_law():
     runs = grid(6, 5)
     runs.losses_R[13] *= 1.3
-    found = chinchilla.fit(runs, **SETTINGS, generator=generator())
+    actual = chinchilla.fit(runs, **SETTINGS, generator=generator())
     for name, truth in LAW.items():
-        assert found[name]["value"] == pytest.approx(truth, rel=0.02), name
-    errors = [abs(prediction["error"]) for prediction in found["leave_one_out"]["predictions"]]
+        assert actual[name]["value"] == pytest.approx(truth, rel=0.02), name
+    errors = [abs(prediction["error"]) for prediction in actual["leave_one_out"]["predictions"]]
     assert np.argmax(errors) == 13
 
 
@@ -96,9 +96,9 @@ def test_refits_of_many_draws_are_the_optima_of_lbfgs():
         assert points.objective(refitted_Sx5[draw], observed_SxR[draw])[0] == pytest.approx(best, rel=1e-4)
     without = chinchilla._Points(grid().take(counted_SxR[5] > 0))
     expected = without.coefficients(without.fit(observed_SxR[5][counted_SxR[5] > 0]))
-    found = points.coefficients(refitted_Sx5[5])
+    actual = points.coefficients(refitted_Sx5[5])
     for name in LAW:
-        assert found[name] == pytest.approx(expected[name], rel=0.02), name
+        assert actual[name] == pytest.approx(expected[name], rel=0.02), name
 
 
 def test_runs_that_cannot_tell_the_coefficients_apart():
@@ -116,24 +116,24 @@ def test_intervals_of_chinchilla_cover_the_truth():
     sweeps, covered = 25, dict.fromkeys(LAW, 0)
     for sweep in range(sweeps):
         runs = grid(noise=0.005, seed=sweep)
-        found = chinchilla.fit(runs, confidence=0.9, samples=60, generator=np.random.default_rng(sweep))
+        actual = chinchilla.fit(runs, confidence=0.9, samples=60, generator=np.random.default_rng(sweep))
         for name, truth in LAW.items():
-            covered[name] += found[name]["low"] <= truth <= found[name]["high"]
+            covered[name] += actual[name]["low"] <= truth <= actual[name]["high"]
     # 0.9 within three standard errors of 25 sweeps
     assert all(count / sweeps >= 0.72 for count in covered.values()), covered
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.002])
 def test_isoflop_minima_are_the_best_sizes(noise):
-    found = frontier.isoflop(isoflop(noise=noise), confidence=0.95, samples=1000, generator=generator())
-    assert [budget["inside"] for budget in found["budgets"]] == [True] * 5
-    for budget in found["budgets"]:
+    actual = frontier.isoflop(isoflop(noise=noise), confidence=0.95, samples=1000, generator=generator())
+    assert [budget["inside"] for budget in actual["budgets"]] == [True] * 5
+    for budget in actual["budgets"]:
         assert budget["parameters"]["value"] == pytest.approx(best_size(budget["flops"]), rel=0.2)
         tokens = budget["flops"] / 6 / budget["parameters"]["value"]
         assert budget["tokens"]["value"] == pytest.approx(tokens, rel=1e-6)
     for name, truth in (("optimal_parameters", 0.28 / 0.62), ("optimal_tokens", 0.34 / 0.62)):
-        assert found["exponents"][name]["value"] == pytest.approx(truth, abs=0.03)
-        assert found["exponents"][name]["low"] < truth < found["exponents"][name]["high"]
+        assert actual["exponents"][name]["value"] == pytest.approx(truth, abs=0.03)
+        assert actual["exponents"][name]["low"] < truth < actual["exponents"][name]["high"]
 
 
 def test_a_parabola_is_the_polynomial_fit_of_its_budget():
@@ -147,28 +147,28 @@ def test_a_parabola_is_the_polynomial_fit_of_its_budget():
 def test_budgets_without_a_minimum_say_so():
     falling = isoflop().take(slice(None))
     falling.losses_R[:] = 5.0 - 0.1 * np.log(falling.parameters_R) - 0.001 * np.log(falling.parameters_R) ** 2
-    found = frontier.isoflop(falling, confidence=0.95, samples=50, generator=generator())
-    assert found["exponents"] is None
-    assert not any(budget["inside"] for budget in found["budgets"])
-    assert found["budgets"][0]["parameters"]["value"] is None
+    actual = frontier.isoflop(falling, confidence=0.95, samples=50, generator=generator())
+    assert actual["exponents"] is None
+    assert not any(budget["inside"] for budget in actual["budgets"])
+    assert actual["budgets"][0]["parameters"]["value"] is None
 
 
 def test_isoflop_without_a_degree_of_freedom_has_no_intervals():
-    found = frontier.isoflop(isoflop(sizes=3), confidence=0.95, samples=50, generator=generator())
-    assert found["exponents"]["optimal_parameters"]["value"] == pytest.approx(0.28 / 0.62, abs=0.05)
-    assert found["exponents"]["optimal_parameters"]["low"] is None
+    actual = frontier.isoflop(isoflop(sizes=3), confidence=0.95, samples=50, generator=generator())
+    assert actual["exponents"]["optimal_parameters"]["value"] == pytest.approx(0.28 / 0.62, abs=0.05)
+    assert actual["exponents"]["optimal_parameters"]["low"] is None
 
 
 def test_envelope_keeps_runs_that_none_of_less_compute_beats():
     runs = grid(noise=0.001)
-    found = frontier.envelope(runs, confidence=0.95, samples=1000, generator=generator())
+    actual = frontier.envelope(runs, confidence=0.95, samples=1000, generator=generator())
     expected = [
         loss
         for flops, loss in sorted(zip(runs.flops_R, runs.losses_R, strict=True))
         if loss <= min(runs.losses_R[runs.flops_R <= flops * (1 + 1e-9)])
     ]
-    assert np.log([run["perplexity"] for run in found["runs"]]) == pytest.approx(expected)
-    exponent = found["exponents"]["optimal_parameters"]
+    assert np.log([run["perplexity"] for run in actual["runs"]]) == pytest.approx(expected)
+    exponent = actual["exponents"]["optimal_parameters"]
     assert exponent["low"] < 0.28 / 0.62 < exponent["high"]
 
 

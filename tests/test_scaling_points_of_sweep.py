@@ -51,13 +51,13 @@ def trained(tmp_path_factory):
     file = folder / "toy.py"
     text = SWEEP.format(workdir=str(folder / "work"), text=str(folder / "text.txt"))
     file.write_text(textwrap.dedent(text))
-    found = sweep.read(str(file))
-    for task in tasks.of_sweep(found):
+    actual = sweep.read(str(file))
+    for task in tasks.of_sweep(actual):
         assert not task.is_finished()
         task.prepare()
         cli.main([task.verb, f"--config={task.config.workdir}/config.py"])
         assert task.is_finished(), task.name
-    return found
+    return actual
 
 
 def test_points_say_what_was_trained_and_what_it_cost(trained):
@@ -92,38 +92,38 @@ def test_points_say_what_was_trained_and_what_it_cost(trained):
 
 
 def test_artifacts_are_made_once_and_linked(trained):
-    made = {}
+    opened_by_task = {}
     for task in tasks.of_sweep(trained):
         for folder in task.links:
             opened = artifacts.open_artifact(f"{task.config.workdir}/{folder}", folder.split("/")[0])
-            made.setdefault(folder, set()).add(opened.path)
-    assert len(made["tokens"]) == 1
-    assert len(made["base"]) == len(made["targets/train"]) == 2
-    assert all("/shared/" in path for paths in made.values() for path in paths)
+            opened_by_task.setdefault(folder, set()).add(opened.path)
+    assert len(opened_by_task["tokens"]) == 1
+    assert len(opened_by_task["base"]) == len(opened_by_task["targets/train"]) == 2
+    assert all("/shared/" in path for paths in opened_by_task.values() for path in paths)
 
 
 def test_a_changed_point_is_not_taken_for_the_finished_one(trained):
-    found = {task.name: task for task in tasks.of_sweep(trained)}
+    actual = {task.name: task for task in tasks.of_sweep(trained)}
     for name in ("w16-augmented", "w16-continued"):
-        assert found[name].is_finished()
-        found[name].config.training.steps += 1
-        assert not found[name].is_finished()
-        found[name].config.training.steps -= 1
+        assert actual[name].is_finished()
+        actual[name].config.training.steps += 1
+        assert not actual[name].is_finished()
+        actual[name].config.training.steps -= 1
 
 
 def test_points_of_different_tokens_are_refused(trained, tmp_path):
     """Texts that changed between two runs of a sweep, say, under the same config."""
     elsewhere = tmp_path / "tokens"
-    found = {point.name: point for point in trained.points}["w16-continued"]
-    link = f"{found.config.workdir}/tokens/{manifests.LINK}"
+    actual = {point.name: point for point in trained.points}["w16-continued"]
+    link = f"{actual.config.workdir}/tokens/{manifests.LINK}"
     with open(link, encoding="utf-8") as file:
         before = file.read()
-    content = manifests.read_manifest(artifacts.open_artifact(f"{found.config.workdir}/tokens", "tokens").path)
+    content = manifests.read_manifest(artifacts.open_artifact(f"{actual.config.workdir}/tokens", "tokens").path)
     content = {**content, "inputs": {"other": "text"}, "shards": []}
     content["fingerprint"] = manifests.fingerprint(content)
     elsewhere.mkdir()
     (elsewhere / "manifest.json").write_text(json.dumps(content))
-    manifests.link(f"{found.config.workdir}/tokens", elsewhere)
+    manifests.link(f"{actual.config.workdir}/tokens", elsewhere)
     try:
         with pytest.raises(ArtifactError, match="were trained on different tokens"):
             collection.write(trained, {point.name for point in trained.points})
@@ -145,8 +145,8 @@ def test_links_are_for_reading_finished_artifacts(tmp_path):
     for shard in range(2):
         writer.write_shard(shard, {"numbers": np.arange(2) + 2 * shard})
     writer.seal({})
-    found = artifacts.find_finished(tmp_path / "used" / "tokens", "tokens", {"a": 1}, {})
-    np.testing.assert_array_equal(found.read("numbers", 0, 4), np.arange(4))
+    actual = artifacts.find_finished(tmp_path / "used" / "tokens", "tokens", {"a": 1}, {})
+    np.testing.assert_array_equal(actual.read("numbers", 0, 4), np.arange(4))
     with pytest.raises(ArtifactError, match="was made by another config"):
         artifacts.find_finished(tmp_path / "used" / "tokens", "tokens", {"a": 2}, {})
     (tmp_path / "moved").mkdir()

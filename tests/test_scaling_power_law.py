@@ -42,13 +42,13 @@ def holds(interval, truth):
 def test_published_laws_without_noise(corpus, arm, task):
     beta, gamma = PUBLISHED[corpus][arm]
     sizes_U = np.array(SIZES[arm])
-    found = power_law.summary(fit(sizes_U, gamma * np.log(beta * task * sizes_U)), 0.95)
-    assert found["gamma"]["value"] == pytest.approx(gamma, abs=1e-6)
-    assert found["beta"]["value"] == pytest.approx(beta * task, rel=1e-6)
-    assert holds(found["gamma"], gamma)
-    assert holds(found["beta"], beta * task)
-    assert found["goodness"]["r_squared"] == pytest.approx(1.0)
-    assert found["leave_one_out"]["root_mean_square_error"] < 1e-9
+    actual = power_law.summary(fit(sizes_U, gamma * np.log(beta * task * sizes_U)), 0.95)
+    assert actual["gamma"]["value"] == pytest.approx(gamma, abs=1e-6)
+    assert actual["beta"]["value"] == pytest.approx(beta * task, rel=1e-6)
+    assert holds(actual["gamma"], gamma)
+    assert holds(actual["beta"], beta * task)
+    assert actual["goodness"]["r_squared"] == pytest.approx(1.0)
+    assert actual["leave_one_out"]["root_mean_square_error"] < 1e-9
 
 
 def test_published_betas_belong_to_billions_of_parameters():
@@ -60,27 +60,27 @@ def test_gamma_is_textbook_regression_with_students_interval():
     generator = np.random.default_rng(3)
     log_sizes_U = np.log(np.geomspace(1e6, 1e9, 6))
     losses_U = 5.0 - 0.1 * log_sizes_U + 0.02 * generator.normal(size=6)
-    found = power_law.summary(fit(np.exp(log_sizes_U), losses_U, samples=200_000), 0.9)
+    actual = power_law.summary(fit(np.exp(log_sizes_U), losses_U, samples=200_000), 0.9)
     expected = scipy.stats.linregress(log_sizes_U, losses_U)
     half = scipy.stats.t.ppf(0.95, 4) * expected.stderr
-    assert found["gamma"]["value"] == pytest.approx(expected.slope, rel=1e-9)
-    assert found["gamma"]["low"] == pytest.approx(expected.slope - half, abs=0.02 * half)
-    assert found["gamma"]["high"] == pytest.approx(expected.slope + half, abs=0.02 * half)
-    assert found["beta"]["value"] == pytest.approx(math.exp(expected.intercept / expected.slope), rel=1e-6)
-    assert found["goodness"]["r_squared"] == pytest.approx(expected.rvalue**2)
+    assert actual["gamma"]["value"] == pytest.approx(expected.slope, rel=1e-9)
+    assert actual["gamma"]["low"] == pytest.approx(expected.slope - half, abs=0.02 * half)
+    assert actual["gamma"]["high"] == pytest.approx(expected.slope + half, abs=0.02 * half)
+    assert actual["beta"]["value"] == pytest.approx(math.exp(expected.intercept / expected.slope), rel=1e-6)
+    assert actual["goodness"]["r_squared"] == pytest.approx(expected.rvalue**2)
 
 
 def test_leave_one_out_is_a_refit_without_each_size():
     log_sizes_U, losses_U = np.log([1e6, 4e6, 9e6, 3e7]), np.array([4.0, 3.8, 3.75, 3.4])
-    found = power_law.leave_one_out(fit(np.exp(log_sizes_U), losses_U))
+    actual = power_law.leave_one_out(fit(np.exp(log_sizes_U), losses_U))
     errors = []
     for left_out in range(4):
         others = np.arange(4) != left_out
         line = scipy.stats.linregress(log_sizes_U[others], losses_U[others])
         predicted = line.intercept + line.slope * log_sizes_U[left_out]
         errors.append(math.exp(predicted - losses_U[left_out]) - 1.0)
-    assert [prediction["error"] for prediction in found["predictions"]] == pytest.approx(errors)
-    assert found["largest_error"] == pytest.approx(max(errors, key=abs))
+    assert [prediction["error"] for prediction in actual["predictions"]] == pytest.approx(errors)
+    assert actual["largest_error"] == pytest.approx(max(errors, key=abs))
 
 
 def test_the_best_run_of_a_size_stands_for_it():
@@ -94,16 +94,16 @@ def test_perplexities_that_do_not_fall_have_an_unbounded_beta_and_no_comparison(
     flat = fit([1e6, 1e7, 1e8, 1e9], [3.0, 3.1, 2.95, 3.05])
     steep = fit([1e6, 1e7, 1e8, 1e9], [4.0, 3.5, 3.01, 2.5])
     assert power_law.summary(flat, 0.95)["beta"]["low"] is None
-    found = exponents.compare(("a", flat), ("b", steep), against="parameters", confidence=0.95)
-    assert found["gamma_ratio"]["low"] is found["gamma_ratio"]["high"] is None
-    assert found["verdict"].startswith("The exponents cannot be compared: the perplexity of a is not shown to fall")
+    actual = exponents.compare(("a", flat), ("b", steep), against="parameters", confidence=0.95)
+    assert actual["gamma_ratio"]["low"] is actual["gamma_ratio"]["high"] is None
+    assert actual["verdict"].startswith("The exponents cannot be compared: the perplexity of a is not shown to fall")
 
 
 def test_equal_perplexities_everywhere_are_still_json():
     constant = fit([1e6, 1e7, 1e8], [3.0, 3.0, 3.0])
     assert power_law.summary(constant, 0.95)["beta"]["low"] is None
-    found = exponents.compare(("a", constant), ("b", constant), against="parameters", confidence=0.95)
-    assert "cannot be compared" in found["verdict"]
+    actual = exponents.compare(("a", constant), ("b", constant), against="parameters", confidence=0.95)
+    assert "cannot be compared" in actual["verdict"]
 
 
 def test_lack_of_fit_compares_a_bend_with_the_seeds():
@@ -122,23 +122,23 @@ def test_lack_of_fit_compares_a_bend_with_the_seeds():
         power_law.goodness(fit(np.exp(log_sizes_U), straight_U[:, None] + generator.normal(size=(5, 3)), samples=2))
         for _ in range(300)
     ]
-    assert scipy.stats.kstest([found["lack_of_fit_p"] for found in under_the_law], "uniform").pvalue > 0.01
+    assert scipy.stats.kstest([actual["lack_of_fit_p"] for actual in under_the_law], "uniform").pvalue > 0.01
 
 
 def test_ratio_is_fiellers_interval_and_the_verdict_follows_it():
     sizes_U, noise_U = np.geomspace(1e6, 1e8, 6), 0.004 * np.array([1.0, -1.0, 0.5, -0.5, 1.0, -1.0])
     laws = [fit(sizes_U, 6.0 + gamma * np.log(sizes_U) + noise_U) for gamma in (-0.1, -0.13)]
-    found = exponents.compare(("a", laws[0]), ("b", laws[1]), against="parameters", confidence=0.95)
+    actual = exponents.compare(("a", laws[0]), ("b", laws[1]), against="parameters", confidence=0.95)
     # Fieller's quadratic; equal scatters of equal designs leave Welch 4 + 4 degrees of freedom where r is about 1.
     gammas, variance = [law.gamma for law in laws], laws[0].line.covariance_KxK[1, 1]
-    for r in (found["gamma_ratio"]["low"], found["gamma_ratio"]["high"]):
+    for r in (actual["gamma_ratio"]["low"], actual["gamma_ratio"]["high"]):
         degrees = 4 * (1 + r**2) ** 2 / (1 + r**4)
         t = (gammas[1] - r * gammas[0]) / math.sqrt(variance * (1 + r**2))
         assert 2 * scipy.stats.t.sf(abs(t), degrees) == pytest.approx(0.05, rel=1e-6)
-    assert found["verdict"].startswith("The data support a steeper exponent of b than of a")
+    assert actual["verdict"].startswith("The data support a steeper exponent of b than of a")
     back = exponents.compare(("b", laws[1]), ("a", laws[0]), against="parameters", confidence=0.95)
     assert back["verdict"].startswith("The data support a shallower exponent of a than of b")
-    assert back["gamma_ratio"]["low"] == pytest.approx(1.0 / found["gamma_ratio"]["high"])
+    assert back["gamma_ratio"]["low"] == pytest.approx(1.0 / actual["gamma_ratio"]["high"])
     same = exponents.compare(("a", laws[0]), ("a2", laws[0]), against="parameters", confidence=0.95)
     assert same["verdict"].startswith("The data do not support a difference")
     assert same["perplexity_ratio"]["value"] == pytest.approx(1.0)
@@ -159,14 +159,14 @@ def test_intervals_of_500_sweeps_cover_the_published_laws(sizes, seeds):
             fitted[arm] = power_law.fit(
                 runs_of(x_U, losses_UxM), against="parameters", samples=1000, generator=generator
             )
-        found = power_law.summary(fitted["continued"], 0.95)
-        found |= exponents.compare(*fitted.items(), against="parameters", confidence=0.95)
+        actual = power_law.summary(fitted["continued"], 0.95)
+        actual |= exponents.compare(*fitted.items(), against="parameters", confidence=0.95)
         truth["perplexity_ratio"] = math.prod(
             (beta * x_U[-1]) ** (sign * gamma) for (beta, gamma), sign in zip(laws.values(), (-1, 1), strict=True)
         )
         truth["beta"], truth["gamma"] = laws["continued"]
         for name in covered:
-            covered[name] += holds(found[name], truth[name])
+            covered[name] += holds(actual[name], truth[name])
     for name, count in covered.items():
         assert abs(count / sweeps - 0.95) <= 0.03, (name, count / sweeps)
 

@@ -76,11 +76,11 @@ def test_construction_counts_forward_passes_and_the_search():
     base = GPT2Config(vocab_size=100, context_length=8, width=16, blocks=2, heads=2)
     keys = GPT2Config(vocab_size=100, context_length=8, width=32, blocks=3, heads=2)
     targets = quickstart.get_config().targets.to_dict()
-    made = budgets.construction(base, None, 8, 1000, "exact", targets)
+    cost = budgets.construction(base, None, 8, 1000, "exact", targets)
     forward = 2 * (2 * 12 * 16**2) + 2 * 8 * 2 * 16  # twice the blocks' weights, and attention
-    assert made == 1000 * forward + 2 * 16 * 1000 * 1000
+    assert cost == 1000 * forward + 2 * 16 * 1000 * 1000
     with_keys = budgets.construction(base, keys, 8, 1000, "exact", targets)
-    assert with_keys == made - 2 * 16 * 1000**2 + 1000 * (2 * 3 * 12 * 32**2 + 2 * 8 * 3 * 32) + 2 * 32 * 1000**2
+    assert with_keys == cost - 2 * 16 * 1000**2 + 1000 * (2 * 3 * 12 * 32**2 + 2 * 8 * 3 * 32) + 2 * 32 * 1000**2
     many = 1_000_000
     scann = budgets.construction(base, None, 8, many, "scann", targets)
     assert many * forward < scann < 0.2 * budgets.construction(base, None, 8, many, "exact", targets)
@@ -134,26 +134,26 @@ def test_files_that_are_no_sweep(tmp_path):
 
 @pytest.mark.parametrize("file", READY, ids=[file.stem for file in READY])
 def test_ready_sweeps_spend_their_budgets(file):
-    found = sweep.read(str(file))
-    for each in found.points:
+    actual = sweep.read(str(file))
+    for each in actual.points:
         config = each.config
         positions = config.training.steps * config.training.batch_sequences * config.base.context_length
         assert positions * budgets.per_position(each.arm, config) == pytest.approx(each.flops, rel=0.01)
-    assert found.workdir == f"runs/{file.stem}"
+    assert actual.workdir == f"runs/{file.stem}"
 
 
 def test_points_find_what_a_fine_tuned_base_was_made_from():
     """Their own stage `base` looks for it, and would import it again."""
     file = str(next(file for file in READY if file.stem == "ablation_alpha"))
     for overrides, expected in (([], False), (["--config.base.finetune_steps=10"], True)):
-        found = tasks.of_sweep(sweep.read(file, overrides))
-        assert all(("pretrained" in task.links) == expected for task in found if "base" in task.links)
+        actual = tasks.of_sweep(sweep.read(file, overrides))
+        assert all(("pretrained" in task.links) == expected for task in actual if "base" in task.links)
 
 
 def test_quickstart_sizes_are_five_over_one_and_a_half_decades():
-    found = sweep.read(str(next(file for file in READY if file.stem == "quickstart_sizes")))
+    actual = sweep.read(str(next(file for file in READY if file.stem == "quickstart_sizes")))
     for arm in sweep.ARMS:
-        of_arm = [each for each in found.points if each.arm == arm]
+        of_arm = [each for each in actual.points if each.arm == arm]
         sizes = set()
         for each in of_arm:
             parameters = flops.language_model_parameters(budgets.base_model(each.config))
@@ -164,13 +164,13 @@ def test_quickstart_sizes_are_five_over_one_and_a_half_decades():
         assert max(sizes) / min(sizes) >= 10**1.5
         assert len({each.seed for each in of_arm}) >= 2
     budgets_by_size = {}
-    for each in found.points:
+    for each in actual.points:
         budgets_by_size.setdefault(each.config.base.width, set()).add(each.flops)
     assert all(len(each) == 1 for each in budgets_by_size.values())
 
 
-def counts(found):
-    verbs = [task.verb for task in tasks.of_sweep(found)]
+def counts(actual):
+    verbs = [task.verb for task in tasks.of_sweep(actual)]
     return {verb: verbs.count(verb) for verb in dict.fromkeys(verbs)}
 
 
@@ -188,16 +188,16 @@ def test_points_share_what_they_can(tmp_path):
 
 
 def test_units_come_after_what_they_need_and_link_to_it(tmp_path):
-    found = tasks.of_sweep(sweep.read(file_of(tmp_path, SIZES)))
-    names = [task.name for task in found]
-    for task in found:
+    actual = tasks.of_sweep(sweep.read(file_of(tmp_path, SIZES)))
+    names = [task.name for task in actual]
+    for task in actual:
         assert all(names.index(needed) < names.index(task.name) for needed in task.needs)
-        places = {each.config.workdir for each in found}
+        places = {each.config.workdir for each in actual}
         assert all(any(target.startswith(place) for place in places) for target in task.links.values())
-    longest = max(found, key=lambda task: task.path_flops)
+    longest = max(actual, key=lambda task: task.path_flops)
     assert longest.verb == "tokens"
-    large = [task for task in found if task.verb == "base" and task.config.base.width == 32]
-    small = [task for task in found if task.verb == "base" and task.config.base.width == 16]
+    large = [task for task in actual if task.verb == "base" and task.config.base.width == 32]
+    small = [task for task in actual if task.verb == "base" and task.config.base.width == 16]
     assert large[0].path_flops > small[0].path_flops
 
 
@@ -239,35 +239,35 @@ def started(workdir):
 
 
 def test_a_failed_point_is_named_and_does_not_stop_the_others(toy):
-    found, workdir, written = toy
+    actual, workdir, written = toy
     (workdir / "fails.txt").write_text("w16-augmented")
     with pytest.raises(UserError, match=r"w16-augmented: exit code 1: something of this very point is wrong") as error:
-        runner.run(found, 2)
+        runner.run(actual, 2)
     assert "points without a result: w16-augmented" in str(error.value)
     assert written[-1] == {"w16-continued", "w32-continued", "w32-augmented"}
     first = started(workdir)
     assert len(first) == len(set(first)) == 11
     (workdir / "fails.txt").write_text("")
-    runner.run(found, 2)
+    runner.run(actual, 2)
     assert started(workdir)[11:] == ["w16-augmented"]
     assert len(written[-1]) == 4
 
 
 def test_what_needs_a_failed_unit_is_not_started(toy):
-    found, workdir, written = toy
-    base = next(task.name for task in tasks.of_sweep(found) if task.verb == "base" and task.config.base.width == 16)
+    actual, workdir, written = toy
+    base = next(task.name for task in tasks.of_sweep(actual) if task.verb == "base" and task.config.base.width == 16)
     (workdir / "fails.txt").write_text(base)
     with pytest.raises(UserError, match="points without a result: w16-continued, w16-augmented"):
-        runner.run(found, 1)
+        runner.run(actual, 1)
     assert written[-1] == {"w32-continued", "w32-augmented"}
     assert "w16-continued" not in started(workdir)
 
 
 def test_no_more_children_than_workers_and_none_before_what_it_needs(toy):
-    found, workdir, _ = toy
-    runner.run(found, 2)
+    actual, workdir, _ = toy
+    runner.run(actual, 2)
     at_once, done = set(), set()
-    needs = {task.name: task.needs for task in tasks.of_sweep(found)}
+    needs = {task.name: task.needs for task in tasks.of_sweep(actual)}
     for line in (workdir / "order.txt").read_text().splitlines():
         what, name = line.split()
         if what == "start":
@@ -281,7 +281,7 @@ def test_no_more_children_than_workers_and_none_before_what_it_needs(toy):
 
 
 def test_a_sweep_that_is_stopped_stops_its_children(toy):
-    found, workdir, _ = toy
+    actual, workdir, _ = toy
     (workdir / "quick").unlink()
     waiting = subprocess.Popen(
         [
@@ -294,7 +294,7 @@ def test_a_sweep_that_is_stopped_stops_its_children(toy):
     )
     start = time.monotonic()
     with pytest.raises(Stopped, match="run the same command again"):
-        runner.run(found, 1)
+        runner.run(actual, 1)
     waiting.wait()
     assert time.monotonic() - start < 40  # its child would have slept for 60
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -309,8 +309,8 @@ def test_what_cannot_be_run_here(tmp_path, monkeypatch, workers, workdir, messag
 
 def test_jobs_for_other_machines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = sweep.read(file_of(tmp_path, SIZES, workdir=tmp_path / "work"))
-    scripts = launching.write(found, "slurm")
+    actual = sweep.read(file_of(tmp_path, SIZES, workdir=tmp_path / "work"))
+    scripts = launching.write(actual, "slurm")
     assert [script.name for script in scripts] == [
         *("0-tokens.sh", "1-base.sh", "2-datastore.sh", "3-targets.sh", "4-points.sh")
     ]
@@ -336,22 +336,22 @@ def test_points_are_dictionaries_with_every_key():
 
 def test_one_sweep_at_a_time_in_a_workdir(toy, monkeypatch):
     """Children of a killed sweep, which inherit its lock, count as one until they have ended."""
-    found, workdir, _ = toy
+    actual, workdir, _ = toy
     (workdir / "logs").mkdir()
     with runner._alone(workdir / "logs") as lock:
         child = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
     monkeypatch.setattr(runner, "_GRACE_SECONDS", 0.3)
     with pytest.raises(UserError, match="another mlpmem sweep runs in this workdir"):
-        runner.run(found, 1)
+        runner.run(actual, 1)
     assert not (workdir / "order.txt").exists()
     child.kill()
     child.wait()
-    runner.run(found, 2)
+    runner.run(actual, 2)
     assert len(started(workdir)) == 11
 
 
 def test_a_child_does_not_outlive_its_sweep(tmp_path):
-    """Killed without notice, a sweep leaves no orphan that goes on writing."""
+    """Killed without notice, a sweep leaves no orphan that still writes."""
     child = (
         "import pathlib, time, mlpmem_jax.scaling.worker as worker\n"
         f"ready = pathlib.Path({str(tmp_path / 'ready')!r})\n"

@@ -17,7 +17,7 @@ from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import ArtifactError, UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
-from mlpmem_jax.interop import base, huggingface, sources
+from mlpmem_jax.interop import base_model, huggingface, sources
 from mlpmem_jax.models import language_model
 
 
@@ -44,11 +44,11 @@ def test_other_weights_under_the_same_path_are_refused(tmp_path, monkeypatch, ha
     monkeypatch.setattr(storage, "_HASHED_BYTES", hashed_bytes)
     write_model(tmp_path / "model")
     config = config_of(tmp_path / "run", tmp_path / "model")
-    first = base.run(config)
-    assert base.run(config).fingerprint == first.fingerprint
+    first = base_model.run(config)
+    assert base_model.run(config).fingerprint == first.fingerprint
     write_model(tmp_path / "model", seed=1)  # of the same sizes
     with pytest.raises(ArtifactError, match=r"inputs\.weights: "):
-        base.run(config)
+        base_model.run(config)
 
 
 class Bucket(MemoryFileSystem):
@@ -128,7 +128,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "commit"), [("owner/model", "c0ffee"), ("owner/model@v1", "decade")])
 def test_the_commit_of_a_hub_model_stands_in_the_manifest(tmp_path, hub, name, commit):
-    artifact = base.run(config_of(tmp_path / "run", name))
+    artifact = base_model.run(config_of(tmp_path / "run", name))
     assert artifact.summary["commit"] == commit
     assert hub.asked == [("owner/model", commit, ["config.json", "model.safetensors"])]
 

@@ -70,9 +70,9 @@ def test_targets_are_the_papers_distributions(workdir, backend, key_shard_rows, 
     artifacts = targets.run(config)
     for split in ("train", "validation", "test"):
         expected, labels = expected_rows(arrays, split, 12, 0.5, exclude)
-        found = read_rows(artifacts[split], arrays[split])
-        assert len(found) == len(expected)
-        for row, truth in zip(found, expected, strict=True):
+        actual = read_rows(artifacts[split], arrays[split])
+        assert len(actual) == len(expected)
+        for row, truth in zip(actual, expected, strict=True):
             assert set(row) <= set(truth)
             for token, probability in truth.items():
                 assert row.get(token, 0) == pytest.approx(probability, rel=2e-3, abs=1e-5)
@@ -81,7 +81,7 @@ def test_targets_are_the_papers_distributions(workdir, backend, key_shard_rows, 
         np.testing.assert_allclose(stored, labels, rtol=1e-3, atol=1e-6)
         assert artifacts[split].arrays["token_ids"].dtype == "uint16"
         assert artifacts[split].summary["positions_lacking_k"] == 0
-        assert artifacts[split].summary["max_entries"] == max(len(row) for row in found)
+        assert artifacts[split].summary["max_entries"] == max(len(row) for row in actual)
     assert artifacts["train"].summary["recall_at_k"] > 0.999
     assert not (folder / "targets" / "scratch").exists()
 

@@ -26,8 +26,8 @@ def config_of(source, path):
     return config
 
 
-def ready(made):
-    return tokenizer.from_bytes(made.to_str().encode(), "test")
+def ready(built):
+    return tokenizer.from_bytes(built.to_str().encode(), "test")
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +98,10 @@ def test_a_file_or_its_folder_can_be_loaded(tmp_path, trained):
 def words(special=(), names=("a", "[UNK]")):
     """A tokenizer of whole words, with special tokens added."""
     model = tokenizers.models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="[UNK]")
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.add_special_tokens(list(special))
-    return made
+    built = tokenizers.Tokenizer(model)
+    built.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    built.add_special_tokens(list(special))
+    return built
 
 
 def test_other_names_of_the_end_of_text(tmp_path):
@@ -123,11 +123,11 @@ def test_other_names_of_the_end_of_text(tmp_path):
 
 
 def test_special_tokens_that_no_document_can_have_need_no_row():
-    made = words(["</s>", "[PAD]"])
-    assert tokenizer.vocab_size(made, "</s>") == 3
-    assert tokenizer.vocab_size(made, "[PAD]") == 4
-    made.add_tokens(["b"])  # one that a text can have
-    assert tokenizer.vocab_size(made, "</s>") == 5
+    built = words(["</s>", "[PAD]"])
+    assert tokenizer.vocab_size(built, "</s>") == 3
+    assert tokenizer.vocab_size(built, "[PAD]") == 4
+    built.add_tokens(["b"])  # one that a text can have
+    assert tokenizer.vocab_size(built, "</s>") == 5
 
 
 @pytest.mark.parametrize(
@@ -135,36 +135,36 @@ def test_special_tokens_that_no_document_can_have_need_no_row():
     [(None, []), ("$A </s>", []), ("<s> $A", ["<s>"]), ("<s> $A </s>", ["<s>"]), ("<s> [X] $A", ["<s>", "[X]"])],
 )
 def test_what_stands_before_a_text_is_kept_and_what_stands_after_it_is_not(tmp_path, template, begin):
-    made = words(["<s>", "</s>", "[X]"])
+    built = words(["<s>", "</s>", "[X]"])
     if template:
-        special = [(name, made.token_to_id(name)) for name in ("<s>", "</s>", "[X]")]
-        made.post_processor = tokenizers.processors.Sequence(
+        special = [(name, built.token_to_id(name)) for name in ("<s>", "</s>", "[X]")]
+        built.post_processor = tokenizers.processors.Sequence(
             [
                 tokenizers.processors.ByteLevel(),
                 tokenizers.processors.TemplateProcessing(single=template, special_tokens=special),
             ]
         )
-    made.save(str(tmp_path / "tokenizer.json"))
+    built.save(str(tmp_path / "tokenizer.json"))
     loaded, end = tokenizer.load(config_of("file", tmp_path))
-    ids = [made.token_to_id(name) for name in begin]
+    ids = [built.token_to_id(name) for name in begin]
     assert end == "</s>"
     assert tokenizer.begin_ids(loaded) == ids
     assert loaded.encode("a a").ids == [*ids, 0, 0]
 
 
 def test_a_text_without_a_token_for_it_is_one_clear_error():
-    made = ready(words(["</s>"], names=("a",)))
+    built = ready(words(["</s>"], names=("a",)))
     with pytest.raises(UserError, match=r"config\.tokenizer: a text cannot be encoded .*nor one for unknown text"):
-        tokenizer.encode(made, ["a b"])
+        tokenizer.encode(built, ["a b"])
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
 def test_no_character_grows_more_in_a_normal_form_than_there_is_room_for(form):
-    made = words()
-    made.normalizer = getattr(tokenizers.normalizers, form)()
+    built = words()
+    built.normalizer = getattr(tokenizers.normalizers, form)()
     characters = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
     largest = max(len(unicodedata.normalize(form, c).encode()) / len(c.encode()) for c in characters)
-    assert largest <= tokenizer.growth(made) < largest + 1
+    assert largest <= tokenizer.growth(built) < largest + 1
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):

@@ -76,32 +76,32 @@ def test_the_streams_hold_every_document_once_in_its_split(corpus):
     config, texts = corpus
     artifact = tokens.run(config)
     assert artifact.num_shards > 4
-    found = {split: reference_documents(artifact, split) for split in SPLITS}
-    assert sorted(itertools.chain(*found.values())) == sorted(texts)
-    assert all(found.values())
+    actual = {split: reference_documents(artifact, split) for split in SPLITS}
+    assert sorted(itertools.chain(*actual.values())) == sorted(texts)
+    assert all(actual.values())
     for split in SPLITS:
-        others = {text for other in SPLITS if other != split for text in found[other]}
-        assert not others & set(found[split])
-        assert found[split] == [text for text in texts if text in found[split]]  # the order of the corpus
-        assert artifact.summary["documents"][split] == len(found[split])
-        assert artifact.summary["bytes"][split] == sum(len(text.encode()) for text in found[split])
+        others = {text for other in SPLITS if other != split for text in actual[other]}
+        assert not others & set(actual[split])
+        assert actual[split] == [text for text in texts if text in actual[split]]  # the order of the corpus
+        assert artifact.summary["documents"][split] == len(actual[split])
+        assert artifact.summary["bytes"][split] == sum(len(text.encode()) for text in actual[split])
     assert artifact.summary["vocab_size"] == 280
 
 
 def test_documents_begin_with_what_the_tokenizer_puts_before_a_text(corpus, tmp_path):
     config, texts = corpus
-    made = tokenizer.train(iter(texts), 280)
-    made.normalizer = tokenizers.normalizers.NFKC()
-    made.add_special_tokens(["<s>", "[PAD]"])
-    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 280)])
-    made.save(str(tmp_path / "tokenizer.json"))
+    built = tokenizer.train(iter(texts), 280)
+    built.normalizer = tokenizers.normalizers.NFKC()
+    built.add_special_tokens(["<s>", "[PAD]"])
+    built.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 280)])
+    built.save(str(tmp_path / "tokenizer.json"))
     config.tokenizer.update({"source": "file", "path": str(tmp_path)})
     (tmp_path / "text" / "grows.txt").write_text("\ufdfa" * 400)  # one character becomes eighteen
     artifact = tokens.run(config)
-    found = [text for split in SPLITS for text in reference_documents(artifact, split)]
-    assert sorted(found) == sorted(unicodedata.normalize("NFKC", text) for text in [*texts, "\ufdfa" * 400])
+    actual = [text for split in SPLITS for text in reference_documents(artifact, split)]
+    assert sorted(actual) == sorted(unicodedata.normalize("NFKC", text) for text in [*texts, "\ufdfa" * 400])
     assert artifact.summary["vocab_size"] == 281
-    ids = made.encode("gamma", add_special_tokens=False).ids
+    ids = built.encode("gamma", add_special_tokens=False).ids
     assert tokens.encode_prompts(artifact, ["gamma", ""]) == [[280, *ids], [280]]
 
 
@@ -214,9 +214,9 @@ def test_every_shard_has_a_document_that_is_used(corpus):
     config, _ = corpus
     parts = tokens.open_source(config.corpus).parts()
     for config.corpus.max_bytes in range(1500, 9000, 125):  # used documents may end anywhere in a shard
-        plan = documents.make_plan(parts, config.corpus)
-        used = set(plan.shard_N[plan.split_N >= 0].tolist())
-        assert used == set(range(plan.num_shards)), config.corpus.max_bytes
+        partition = documents.make_partition(parts, config.corpus)
+        used = set(partition.shard_N[partition.split_N >= 0].tolist())
+        assert used == set(range(partition.num_shards)), config.corpus.max_bytes
 
 
 def test_a_finished_stage_is_not_made_again(corpus, monkeypatch):

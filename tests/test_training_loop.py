@@ -187,18 +187,18 @@ def interrupted(folder, first_mesh, second_mesh, signum=signal.SIGTERM):
     return fit(folder, second_mesh, task=task())
 
 
-def test_a_stopped_run_goes_on_to_the_very_same_parameters(tmp_path):
+def test_a_preempted_run_resumes_to_the_very_same_parameters(tmp_path):
     """SIGTERM in the middle: a checkpoint, a clear message, and the rerun ends bit for bit where one run ends."""
     mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4])
-    whole, figures = fit(tmp_path / "whole", mesh, task=task())
-    parts, figures_again = interrupted(tmp_path / "parts", mesh, mesh)
+    whole, summary = fit(tmp_path / "whole", mesh, task=task())
+    parts, summary_again = interrupted(tmp_path / "parts", mesh, mesh)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
-    assert figures == figures_again
+    assert summary == summary_again
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
 
 
-def test_a_stopped_run_goes_on_on_another_mesh(tmp_path):
+def test_a_preempted_run_resumes_on_another_mesh(tmp_path):
     first = make_mesh(1, 4, 1, devices=jax.devices()[:4])
     second = make_mesh(1, 2, 4)
     whole, _ = fit(tmp_path / "whole", first, task=task())
@@ -234,9 +234,9 @@ def test_the_best_validation_is_kept(tmp_path, monkeypatch):
         seen.append(jax.tree.map(np.array, parameters))
         return {"perplexity": 5.0 if len(seen) == 2 else 7.0}
 
-    kept, figures = fit(tmp_path, mesh, task=task(evaluate_every=5), validate=validate)
-    assert figures["step"] == 10
-    assert figures["validation"] == {"perplexity": 5.0}
+    kept, summary = fit(tmp_path, mesh, task=task(evaluate_every=5), validate=validate)
+    assert summary["step"] == 10
+    assert summary["validation"] == {"perplexity": 5.0}
     jax.tree.map(np.testing.assert_array_equal, kept, seen[1])
 
 

@@ -44,11 +44,11 @@ def test_a_flipped_bit_is_found_or_does_no_harm(tmp_path):
             flipped[place] ^= 1 << random.integers(8)
             file.write_bytes(flipped)
             try:
-                found = restored(tmp_path)
+                actual = restored(tmp_path)
             except ArtifactError as error:
                 told.append(str(error))
             else:
-                jax.tree.map(np.testing.assert_array_equal, found, expected)
+                jax.tree.map(np.testing.assert_array_equal, actual, expected)
         file.write_bytes(content)
     assert len(told) > 3
     for text in told:

@@ -16,7 +16,7 @@ from mlpmem_jax.comparison.reading import Model
 from mlpmem_jax.comparison.sides import Side
 from mlpmem_jax.core.progress import progress
 from mlpmem_jax.inference import decoding
-from mlpmem_jax.inference.decoding import Models, Parameters
+from mlpmem_jax.inference.decoding import DecoderConfig, Parameters
 
 _BATCH = 16  # prompts at once
 _MULTIPLE = 64  # prompts are padded to whole multiples, so that few lengths are compiled
@@ -26,7 +26,7 @@ class Decoder:
     """A language model with the state that decoding needs; it tells log p and the input of a side."""
 
     def __init__(self, model: Model, side: Side | None):
-        self._models = Models(model.config, None, side.block if side else 0)
+        self._models = DecoderConfig(model.config, None, side.block if side else 0)
         self._parameters = decoding.prepare(Parameters(model.parameters))
         self.side = side
 

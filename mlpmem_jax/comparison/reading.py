@@ -83,21 +83,21 @@ def read(
       sharding: of the model.
       name: what the user is told is being read.
     """
-    taps = tuple(sorted({side.block for side in sides.values()}))
+    input_blocks = tuple(sorted({side.block for side in sides.values()}))
     found = {source: [np.zeros(0)] * len(rows) for source in ("model", *sides)}
     with progress(len(rows), name, "texts") as bar:
         for chosen, tokens_BxT, positions_BxP, ids_BxPxC in _batches(rows, sharding.shards("batch")):
-            log_BxPxC, tapped = _read(
+            log_BxPxC, block_inputs = _read(
                 model.parameters,
                 *_placed(sharding, tokens_BxT, positions_BxP, ids_BxPxC),
                 config=model.config,
-                taps=taps,
+                input_blocks=input_blocks,
                 compute_dtype=jnp.dtype(model.compute_dtype),
                 sharding=sharding,
             )
             computed = {"model": log_BxPxC}
             for source, side in sides.items():
-                computed[source] = side.log_probabilities(tapped[side.block], ids_BxPxC)
+                computed[source] = side.log_probabilities(block_inputs[side.block], ids_BxPxC)
             for source, values_BxPxC in computed.items():
                 values_BxPxC = np.asarray(values_BxPxC)
                 for row, values_PxC in zip(chosen, values_BxPxC, strict=False):
@@ -122,20 +122,20 @@ def read_mixture(
       sharding: of the model.
       name: what the user is told is being read.
     """
-    taps = (side.block,) if side else ()
+    input_blocks = (side.block,) if side else ()
     found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0, bool))] * len(rows)
     with progress(len(rows), name, "texts") as bar:
         for chosen, tokens_BxT, positions_BxP, ids_BxPxC in _batches(rows, sharding.shards("batch")):
-            log_BxPxV, tapped = _distributions(
+            log_BxPxV, block_inputs = _distributions(
                 model.parameters,
                 *_placed(sharding, tokens_BxT, positions_BxP),
                 config=model.config,
-                taps=taps,
+                input_blocks=input_blocks,
                 compute_dtype=jnp.dtype(model.compute_dtype),
                 sharding=sharding,
             )
             if side and weight:
-                states_BxPxD = tapped[side.block]
+                states_BxPxD = block_inputs[side.block]
                 side_QxV = side.distributions(states_BxPxD.reshape(-1, states_BxPxD.shape[-1]), log_BxPxV.shape[-1])
                 side_BxPxV = jnp.asarray(side_QxV, jnp.float32).reshape(log_BxPxV.shape)
                 log_BxPxV = jnp.logaddexp(jnp.log(weight) + side_BxPxV, jnp.log1p(-weight) + log_BxPxV)
@@ -157,10 +157,10 @@ def _placed(sharding: Sharding, *arrays: np.ndarray) -> list[jax.Array]:
     ]
 
 
-def _at_positions(parameters, tokens_BxT, positions_BxP, config, taps, compute_dtype):
-    """(logits [B, P, V], {tap: hidden states [B, P, D]}) at the positions that are read."""
-    final_BxTxD, tapped = language_model.features(
-        parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype
+def _at_positions(parameters, tokens_BxT, positions_BxP, config, input_blocks, compute_dtype):
+    """(logits [B, P, V], {block: hidden states [B, P, D]}) at the positions that are read."""
+    final_BxTxD, block_inputs = language_model.features(
+        parameters, config, tokens_BxT, input_blocks=input_blocks, compute_dtype=compute_dtype
     )
 
     def taken(states_BxTxD):
@@ -168,23 +168,27 @@ def _at_positions(parameters, tokens_BxT, positions_BxP, config, taps, compute_d
 
     kernel_DxV = language_model.output_kernel(parameters).astype(compute_dtype)
     logits_BxPxV = jnp.dot(taken(final_BxTxD).astype(compute_dtype), kernel_DxV, preferred_element_type=jnp.float32)
-    return logits_BxPxV, {tap: taken(states) for tap, states in tapped.items()}
+    return logits_BxPxV, {block: taken(states) for block, states in block_inputs.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "taps", "compute_dtype", "sharding"))
-def _read(parameters, tokens_BxT, positions_BxP, ids_BxPxC, *, config, taps, compute_dtype, sharding):
-    """(log-probabilities [B, P, C], {tap: hidden states [B, P, D]}), both on every device."""
-    logits_BxPxV, tapped = _at_positions(parameters, tokens_BxT, positions_BxP, config, taps, compute_dtype)
+@functools.partial(jax.jit, static_argnames=("config", "input_blocks", "compute_dtype", "sharding"))
+def _read(parameters, tokens_BxT, positions_BxP, ids_BxPxC, *, config, input_blocks, compute_dtype, sharding):
+    """(log-probabilities [B, P, C], {block: hidden states [B, P, D]}), both on every device."""
+    logits_BxPxV, block_inputs = _at_positions(
+        parameters, tokens_BxT, positions_BxP, config, input_blocks, compute_dtype
+    )
     chosen_BxPxC = jnp.take_along_axis(logits_BxPxV, ids_BxPxC, axis=2)
     log_BxPxC = chosen_BxPxC - jax.nn.logsumexp(logits_BxPxV, axis=2, keepdims=True)
-    return jax.lax.with_sharding_constraint((log_BxPxC, tapped), sharding.named())
+    return jax.lax.with_sharding_constraint((log_BxPxC, block_inputs), sharding.named())
 
 
-@functools.partial(jax.jit, static_argnames=("config", "taps", "compute_dtype", "sharding"))
-def _distributions(parameters, tokens_BxT, positions_BxP, *, config, taps, compute_dtype, sharding):
-    """(log-probabilities [B, P, V], {tap: hidden states [B, P, D]}), both on every device."""
-    logits_BxPxV, tapped = _at_positions(parameters, tokens_BxT, positions_BxP, config, taps, compute_dtype)
-    return jax.lax.with_sharding_constraint((jax.nn.log_softmax(logits_BxPxV), tapped), sharding.named())
+@functools.partial(jax.jit, static_argnames=("config", "input_blocks", "compute_dtype", "sharding"))
+def _distributions(parameters, tokens_BxT, positions_BxP, *, config, input_blocks, compute_dtype, sharding):
+    """(log-probabilities [B, P, V], {block: hidden states [B, P, D]}), both on every device."""
+    logits_BxPxV, block_inputs = _at_positions(
+        parameters, tokens_BxT, positions_BxP, config, input_blocks, compute_dtype
+    )
+    return jax.lax.with_sharding_constraint((jax.nn.log_softmax(logits_BxPxV), block_inputs), sharding.named())
 
 
 def _batches(rows: Sequence[Row], shards: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:

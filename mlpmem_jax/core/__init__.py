@@ -1,1 +1,1 @@
-"""Floor 0: errors, config checks, artifacts, mesh and sharding rules, progress and metrics."""
+"""What every other package uses: errors, config checks, artifacts, mesh and sharding rules, progress and metrics."""

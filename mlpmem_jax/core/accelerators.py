@@ -126,7 +126,7 @@ class Slice:
 
 
 def _most_cubic(candidates: list[Slice]) -> Slice:
-    return min(candidates, key=lambda candidate: sum(candidate.shape))
+    return min(candidates, key=lambda tpu: sum(tpu.shape))
 
 
 def slices(generation: Generation) -> list[Slice]:
@@ -136,7 +136,7 @@ def slices(generation: Generation) -> list[Slice]:
         cubes = generation.max_chips // 64
         sides = itertools.combinations_with_replacement(range(1, cubes + 1), 2)
         shapes += [(4 * a, 4 * b, 4 * c) for a, b in sides for c in range(b, cubes // (a * b) + 1)]
-    return sorted((Slice(generation, shape) for shape in shapes), key=lambda one: (one.chips, sum(one.shape)))
+    return sorted((Slice(generation, shape) for shape in shapes), key=lambda tpu: (tpu.chips, sum(tpu.shape)))
 
 
 def resolve(name: str, option: str = "--accelerator") -> Slice:
@@ -155,14 +155,14 @@ def resolve(name: str, option: str = "--accelerator") -> Slice:
     possible = slices(generation)
     if match[3]:
         shape = tuple(map(int, match[3].split("x")))
-        found = [one for one in possible if one.shape == shape]
+        matching = [tpu for tpu in possible if tpu.shape == shape]
         chips = math.prod(shape)
     else:
         chips = int(match[2]) / generation.cores_per_chip
-        found = [one for one in possible if one.chips == chips]
-    if not found:
+        matching = [tpu for tpu in possible if tpu.chips == chips]
+    if not matching:
         raise _impossible(name, option, generation, chips)
-    return _most_cubic(found)
+    return _most_cubic(matching)
 
 
 def _unknown(name: str, option: str) -> UserError:
@@ -176,17 +176,17 @@ def _unknown(name: str, option: str) -> UserError:
 
 
 def _names(family: str) -> list[str]:
-    ends = [one.accelerator_type.rpartition("-")[2] for one in slices(GENERATIONS[family])]
+    ends = [tpu.accelerator_type.rpartition("-")[2] for tpu in slices(GENERATIONS[family])]
     return [f"{prefix}-{end}" for prefix in {family, GENERATIONS[family].prefix} for end in dict.fromkeys(ends)]
 
 
 def _impossible(name: str, option: str, generation: Generation, chips: float) -> UserError:
     possible = slices(generation)
-    below = max((one.chips for one in possible if one.chips <= chips), default=None)
-    above = min((one.chips for one in possible if one.chips >= chips), default=None)
-    near = [_most_cubic([one for one in possible if one.chips == size]) for size in (below, above) if size is not None]
-    unit = "TensorCores, two a chip" if generation.cores_per_chip == 2 else "chips"
+    below = max((tpu.chips for tpu in possible if tpu.chips <= chips), default=None)
+    above = min((tpu.chips for tpu in possible if tpu.chips >= chips), default=None)
+    near = [_most_cubic([tpu for tpu in possible if tpu.chips == size]) for size in (below, above) if size is not None]
+    counted = "TensorCores, two a chip" if generation.cores_per_chip == 2 else "chips"
     return UserError(
-        f"{option}={name}: no such slice (the number in {generation.prefix}-N counts {unit}); the nearest: "
+        f"{option}={name}: no such slice (the number in {generation.prefix}-N counts {counted}); the nearest: "
         + ", ".join(dict.fromkeys(map(str, near)))
     )

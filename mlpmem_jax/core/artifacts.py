@@ -222,10 +222,10 @@ class Artifact:
         """
         for index, shard in enumerate(self._shards):
             for name, record in shard["arrays"].items():
-                if (found := _shard_bytes(self.path, name, self.arrays[name], index)) != record["bytes"]:
+                if (stored := _shard_bytes(self.path, name, self.arrays[name], index)) != record["bytes"]:
                     raise ArtifactError(
                         f"{_shard_file(self.path, name, self.arrays[name], index)}: expected {record['bytes']} bytes, "
-                        f"found {found}; delete {self.path} and run the stage that makes it again"
+                        f"found {stored}; delete {self.path} and run the stage that makes it again"
                     )
 
 
@@ -365,7 +365,7 @@ class ArtifactWriter:
         """Makes the artifact readable. Call it in one process, when every shard is complete.
 
         Args:
-          summary: figures about the content, JSON values that do not vary between runs.
+          summary: metrics of the content, JSON values that do not vary between runs.
           files: names of the side files that belong to it.
 
         Raises:
@@ -393,13 +393,13 @@ class ArtifactWriter:
 
 def library_versions(names: tuple[str, ...]) -> dict[str, str]:
     """Installed versions by package name; absent packages are left out."""
-    found = {}
+    stored = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            stored[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return stored
 
 
 def _remove_shard_records(path: str) -> None:

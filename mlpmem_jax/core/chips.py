@@ -1,4 +1,4 @@
-"""What one chip can do, TPU or GPU: the published figures that a roofline and a utilization are made of.
+"""What one chip can do, TPU or GPU: the published rates that a roofline and a utilization are made of.
 
 Sources, Google Cloud documentation where nothing else is said:
   docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: peak rate, memory, interconnect, data-center network

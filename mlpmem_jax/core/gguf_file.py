@@ -32,10 +32,10 @@ class GGUFFile:
 
     def value(self, name: str, default=None):
         """Metadata of this name; UserError where it is missing and has no default."""
-        found = self.values.get(name, default)
-        if found is None:
+        value = self.values.get(name, default)
+        if value is None:
             raise UserError(f"{self.path}: has no {name}; this is no complete model of llama.cpp's")
-        return found
+        return value
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor as PyTorch has it: rows first."""

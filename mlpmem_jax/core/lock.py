@@ -95,12 +95,12 @@ class _Lock:
 
     def read(self) -> tuple[Holder | None, bytes]:
         """Who holds it, and the generation of the file."""
-        found = self._store.read(FILE).result()
+        read = self._store.read(FILE).result()
         try:
-            holder = Holder(**json.loads(found.value)["holder"]) if found.state == "value" else None
+            holder = Holder(**json.loads(read.value)["holder"]) if read.state == "value" else None
         except (ValueError, KeyError, TypeError):
             holder = None  # half a file, or another program's
-        return holder, found.stamp.generation
+        return holder, read.stamp.generation
 
     def write(self, generation: bytes, remove: bool = False) -> bool:
         """Writes this process into the file of this generation, or removes it; False where it no longer is that."""

@@ -86,15 +86,15 @@ def read_manifest(path: str) -> dict | None:
     return manifest
 
 
-def _differences(found, wanted, prefix="") -> list[str]:
+def _differences(stored, expected, prefix="") -> list[str]:
     """Human-readable differences between two trees of dictionaries."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
+    if isinstance(stored, dict) and isinstance(expected, dict):
         return [
             line
-            for key in sorted({*found, *wanted})
-            for line in _differences(found.get(key, "(absent)"), wanted.get(key, "(absent)"), f"{prefix}{key}.")
+            for key in sorted({*stored, *expected})
+            for line in _differences(stored.get(key, "(absent)"), expected.get(key, "(absent)"), f"{prefix}{key}.")
         ]
-    return [] if found == wanted else [f"{prefix[:-1]}: {found!r} there, {wanted!r} now"]
+    return [] if stored == expected else [f"{prefix[:-1]}: {stored!r} there, {expected!r} now"]
 
 
 def check_same_origin(path: str, manifest: Mapping, kind: str, config: Mapping, inputs: Mapping) -> None:
@@ -103,9 +103,9 @@ def check_same_origin(path: str, manifest: Mapping, kind: str, config: Mapping, 
     Raises:
       ArtifactError: it was not; names what differs.
     """
-    wanted = json.loads(json.dumps({"kind": kind, "config": config, "inputs": inputs}))
-    found = {key: manifest[key] for key in wanted}
-    if lines := _differences(found, wanted):
+    expected = json.loads(json.dumps({"kind": kind, "config": config, "inputs": inputs}))
+    stored = {key: manifest[key] for key in expected}
+    if lines := _differences(stored, expected):
         raise ArtifactError(
             f"{path}: was made by another config: {'; '.join(lines[:6])}{' ...' if len(lines) > 6 else ''}. "
             "Choose another config.workdir, restore these values, or delete that folder to make it anew"

@@ -39,17 +39,17 @@ def check_devices(config: ml_collections.ConfigDict, devices: int, processes: in
     """
     sizes, rules = mesh_sizes(config, devices), mesh_rules(config)
     axes = {name: (rule,) if isinstance(rule, str) else rule or () for name, rule in rules.items()}
-    shards = {name: math.prod(sizes[axis] for axis in found) for name, found in axes.items()}
+    shards = {name: math.prod(sizes[axis] for axis in mesh_axes) for name, mesh_axes in axes.items()}
     _check_rules(axes, devices)
     groups = {"datastore": config.datastore, "training": config.training}
     if config.base.source == "train" or config.base.finetune_steps:
         groups["base.training"] = config.base.training
     wrong = []
     for name, group in groups.items():
-        unit = math.lcm(shards["batch"] * group.get("accumulation_steps", 1), processes)
-        if group.batch_sequences % unit:
+        multiple = math.lcm(shards["batch"] * group.get("accumulation_steps", 1), processes)
+        if group.batch_sequences % multiple:
             wrong.append(
-                f"config.{name}.batch_sequences: expected a multiple of {unit}, found {group.batch_sequences}; "
+                f"config.{name}.batch_sequences: expected a multiple of {multiple}, found {group.batch_sequences}; "
             )
     if wrong:
         raise ConfigError(
@@ -79,13 +79,13 @@ def _check_rules(axes: dict[str, tuple[str, ...]], devices: int) -> None:
 def _dimensions_of_memory(config: ml_collections.ConfigDict) -> list[tuple[str, str, int]]:
     """(key, logical axis, size) of each dimension that the mesh has to divide."""
     width, feed_forward = config.memory.width, config.memory.feed_forward_width
-    found = [
+    dimensions = [
         ("memory.width", "embed", width),
         ("memory.feed_forward_width", "mlp", feed_forward) if feed_forward else ("memory.width", "mlp", 4 * width),
     ]
     if config.base.source == "train" and config.base.width != width:  # the memory's first matrix is as wide
-        found.append(("base.width", "embed", config.base.width))
-    return found
+        dimensions.append(("base.width", "embed", config.base.width))
+    return dimensions
 
 
 def check_models(config: ml_collections.ConfigDict, devices: int) -> None:
@@ -204,11 +204,11 @@ def _check_start(config: ml_collections.ConfigDict, manifest: dict | None) -> No
     start = config.training.start
     if manifest is None or manifest["kind"] != "memory":
         raise ConfigError(f"config.training.start: expected a folder with a finished memory, found none at {start}")
-    found, memory = manifest["summary"]["model"], config.memory
-    wanted = {"feed_forward_width": memory.feed_forward_width or 4 * memory.width}
+    stored, memory = manifest["summary"]["model"], config.memory
+    defaults = {"feed_forward_width": memory.feed_forward_width or 4 * memory.width}
     for name in ("family", "width", "blocks", "feed_forward_width"):
-        if found[name] != (asked := wanted.get(name, memory[name])):
+        if stored[name] != (expected := defaults.get(name, memory[name])):
             raise ConfigError(
-                f"config.training.start: {start} has {name} {found[name]}, the config asks for {asked}; set "
+                f"config.training.start: {start} has {name} {stored[name]}, the config asks for {expected}; set "
                 f"config.memory.{name} to what is there"
             )

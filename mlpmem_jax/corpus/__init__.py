@@ -1,1 +1,1 @@
-"""Floor 2: documents from files, installed documentation or the Hugging Face hub; tokenizer; token streams."""
+"""Documents from files, installed documentation or the Hugging Face hub; tokenizer; token streams."""

@@ -1,7 +1,7 @@
 """Which document goes where: the sample, the splits and the shards of a corpus, from one pass over its documents.
 
 Everything here follows from the documents' text, their order and the config, so every process and every restart
-comes to the same plan. Documents themselves are never held: only 16 bytes of hash and a length for each.
+arrives at the same partition. Documents themselves are never held: only 16 bytes of hash and a length for each.
 
 Splits are made of whole groups: the pieces of a file, an article, the rows of one book. Text that continues across a
 split would let a model, and any search, recognize what it is evaluated on.
@@ -72,7 +72,7 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Partition:
     """Where each of N documents goes.
 
     Attributes:
@@ -252,7 +252,7 @@ def _number_groups(split_N: np.ndarray, group_hash_N: np.ndarray) -> tuple[np.nd
     return number_N, scattered
 
 
-def make_plan(parts: Sequence[Part], corpus: ml_collections.ConfigDict) -> Plan:
+def make_partition(parts: Sequence[Part], corpus: ml_collections.ConfigDict) -> Partition:
     """Reads all documents once and decides which are used, in which split and in which shard.
 
     Where a data set has splits of its own they are kept, and a missing one is taken from its training documents, group
@@ -307,13 +307,15 @@ def make_plan(parts: Sequence[Part], corpus: ml_collections.ConfigDict) -> Plan:
     # Documents after the last one that is used would make a shard of nothing.
     shard_N = np.minimum(shard_N, shard_N[split_N >= 0].max())
     _, shard_N = np.unique(shard_N, return_inverse=True)  # a document larger than a shard leaves numbers out
-    return Plan(split_N, group_N, shard_N.astype(np.int32), bytes_N, scan.text_hash_N, scan.part_ends, tuple(notes))
+    return Partition(
+        split_N, group_N, shard_N.astype(np.int32), bytes_N, scan.text_hash_N, scan.part_ends, tuple(notes)
+    )
 
 
-def read_selected(parts: Sequence[Part], plan: Plan, selected_N: np.ndarray) -> Iterator[tuple[int, str]]:
+def read_selected(parts: Sequence[Part], partition: Partition, selected_N: np.ndarray) -> Iterator[tuple[int, str]]:
     """Texts where `selected_N` is true, with their index, in order; parts that hold none are not opened."""
     start = 0
-    for part, end in zip(parts, plan.part_ends, strict=True):
+    for part, end in zip(parts, partition.part_ends, strict=True):
         wanted = np.flatnonzero(selected_N[start:end])
         if wanted.size:
             last = start + int(wanted[-1])

@@ -47,8 +47,8 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
     try:
         if not root.exists():
             raise UserError(f"config.corpus.path: {root} does not exist; expected a file or folder of {known}")
-        found = dict(_walk(root, "", {_real(root)})) if root.is_dir() else {root.name: root}
-        files = {name: found[name] for name in sorted(found) if _kind(found[name]) and found[name].exists()}
+        names = dict(_walk(root, "", {_real(root)})) if root.is_dir() else {root.name: root}
+        files = {name: names[name] for name in sorted(names) if _kind(names[name]) and names[name].exists()}
         if root.is_dir():
             files = {name: file for name, file in files.items() if _suffix(file) != ".json" or _has_rows(file, rows)}
         inputs = {"files": storage.checksum(files)}
@@ -63,7 +63,7 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
             f"(.json with the field {corpus.text_key!r})"
         )
     notes = []
-    if omitted := [_shown(name) for name in sorted(found) if name not in files]:
+    if omitted := [_shown(name) for name in sorted(names) if name not in files]:
         notes.append(
             "left out, files with other endings, .json files without the text field and links to nothing: "
             f"{len(omitted):,} ({', '.join(omitted[:5])}{', ...' if len(omitted) > 5 else ''})"
@@ -221,9 +221,9 @@ def _read_parquet(file: epath.Path, stream: BinaryIO, rows: RowReader) -> Iterat
     columns = rows.columns(schema.names)
     for column in columns:
         if schema.names.count(column) != 1:
-            found = ", ".join(f"{field.name} ({field.type})" for field in schema)
+            names = ", ".join(f"{field.name} ({field.type})" for field in schema)
             raise UserError(
-                f"{_shown(file)}: expected one column {column!r}, found {found}; set config.corpus.text_key, group_key"
+                f"{_shown(file)}: expected one column {column!r}, found {names}; set config.corpus.text_key, group_key"
             )
     number = 0
     for batch in table.iter_batches(batch_size=1024, columns=columns):

@@ -53,8 +53,8 @@ def load(path: str) -> tuple[tokenizers.Tokenizer, str]:
         add(
             [
                 tokenizers.AddedToken(token, normalized=False, special=kind_of_token == _SPECIAL)
-                for token, found in zip(tokens, types, strict=True)
-                if found == kind_of_token
+                for token, token_kind in zip(tokens, types, strict=True)
+                if token_kind == kind_of_token
             ]
         )
     alone, words = _WORDS[split]

@@ -40,13 +40,13 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
     names = corpus.name.split(",")
     entries = {"name": names}
     for key in ("subset", "text_key", "group_key", "articles"):
-        found = corpus[key].split(",")
-        if len(found) not in (1, len(names)):
+        given = corpus[key].split(",")
+        if len(given) not in (1, len(names)):
             raise UserError(
                 f"config.corpus.{key}: expected {len(names)} entries, one for each data set in config.corpus.name, or "
-                f"one for all, found {len(found)}: {corpus[key]!r}"
+                f"one for all, found {len(given)}: {corpus[key]!r}"
             )
-        entries[key] = found * len(names) if len(found) == 1 else found
+        entries[key] = given * len(names) if len(given) == 1 else given
     chosen = [
         (name, subset, RowReader(text_key, group_key, corpus.group_part), articles)
         for name, subset, text_key, group_key, articles in zip(*entries.values(), strict=True)

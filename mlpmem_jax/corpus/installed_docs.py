@@ -60,7 +60,7 @@ def dependencies(package: str) -> dict[str, importlib.metadata.Distribution]:
     Raises:
       UserError: the package itself is not installed.
     """
-    found: dict[str, importlib.metadata.Distribution] = {}
+    distributions: dict[str, importlib.metadata.Distribution] = {}
     visited, waiting = set(), [(package, frozenset())]
     while waiting:
         name, extras = waiting.pop()
@@ -77,14 +77,14 @@ def dependencies(package: str) -> dict[str, importlib.metadata.Distribution]:
                     "dependencies are looked up there; or choose config.corpus.source='files'"
                 ) from error
             continue  # a dependency that is not for this platform
-        found[name] = distribution
+        distributions[name] = distribution
         for line in distribution.requires or []:
             requirement = packaging.requirements.Requirement(line)
             marker = requirement.marker
             if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
                 waiting.append((requirement.name, frozenset(requirement.extras)))
-    del found[packaging.utils.canonicalize_name(package)]
-    return dict(sorted(found.items()))
+    del distributions[packaging.utils.canonicalize_name(package)]
+    return dict(sorted(distributions.items()))
 
 
 @functools.cache
@@ -134,9 +134,9 @@ def _without_repeated_runs(texts: Sequence[Document]) -> Iterator[Document]:
     numbers, words, counts = WordNumbers(), [], []
     for text, _ in texts:
         for line in text.split("\n"):
-            found = numbers.add(line)
-            words += found
-            counts.append(len(found))
+            line_words = numbers.add(line)
+            words += line_words
+            counts.append(len(line_words))
         words.append(END)
         counts.append(1)
     words_N = np.array(words)

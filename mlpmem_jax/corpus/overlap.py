@@ -118,8 +118,8 @@ def measure(train: Iterable[str], held_out: dict[str, Iterable[str]]) -> dict[st
     words = {split: next(_batches(map(numbers.add, texts), None), _NONE) for split, texts in held_out.items()}
     runs = {length: _Runs(length, list(words.values())) for length in LENGTHS}
     for words_N in _batches(map(numbers.known, train), _BATCH_WORDS):
-        for found in runs.values():
-            found.see(words_N)
+        for counter in runs.values():
+            counter.see(words_N)
     return {split: {str(length): runs[length].share(words_N) for length in LENGTHS} for split, words_N in words.items()}
 
 

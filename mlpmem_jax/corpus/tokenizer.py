@@ -54,8 +54,8 @@ def load(config: ml_collections.ConfigDict) -> tuple[tokenizers.Tokenizer, str]:
       UserError: it cannot be had, or it lacks an end-of-text token.
     """
     if config.source == "gguf":
-        made, own_end = gguf_tokenizer.load(config.path)
-        content, name = made.to_str().encode(), config.path
+        parsed, own_end = gguf_tokenizer.load(config.path)
+        content, name = parsed.to_str().encode(), config.path
     elif config.source == "file":
         file = epath.Path(config.path).expanduser()
         file = file / _FILE if file.is_dir() else file
@@ -94,11 +94,11 @@ def _end_beside(file: epath.Path) -> str:
     return token if isinstance(token, str) else ""
 
 
-def _end_of_text(tokenizer: tokenizers.Tokenizer, asked: str, own: str, name: str) -> str:
+def _end_of_text(tokenizer: tokenizers.Tokenizer, requested: str, own: str, name: str) -> str:
     """The token asked for, else a usual name, as in pretraining, rather than what ends a turn of a chat."""
-    if asked and tokenizer.token_to_id(asked) is None:
-        raise UserError(f"config.tokenizer.end_of_text: {asked!r} is no token of {name}")
-    for token in [asked] if asked else (*_END_OF_TEXT_NAMES, own):
+    if requested and tokenizer.token_to_id(requested) is None:
+        raise UserError(f"config.tokenizer.end_of_text: {requested!r} is no token of {name}")
+    for token in [requested] if requested else (*_END_OF_TEXT_NAMES, own):
         if token and tokenizer.token_to_id(token) is not None:
             return token
     raise UserError(

@@ -86,18 +86,18 @@ def _build(
 ) -> Artifact:
     is_first = jax.process_index() == 0
     parts = source.parts()
-    plan = documents.make_plan(parts, config.corpus)
-    for note in (*source.notes, *plan.notes):
+    partition = documents.make_partition(parts, config.corpus)
+    for note in (*source.notes, *partition.notes):
         say(note)
     size = config.tokenizer.vocab_size if loaded is None else tokenizer.vocab_size(loaded, end_of_text)
     growth, before = (1, 0) if loaded is None else (tokenizer.growth(loaded), len(tokenizer.begin_ids(loaded)))
-    arrays = _arrays(plan, size, growth, before + 2)
+    arrays = _arrays(partition, size, growth, before + 2)
     create = functools.partial(ArtifactWriter.create, path, KIND, made_by, inputs, arrays)
     if is_first:
         writer = create()
         if not (epath.Path(path) / TOKENIZER_FILE).exists():
-            made = loaded or _train_tokenizer(parts, plan, config.tokenizer.vocab_size)
-            writer.write_file(TOKENIZER_FILE, made.to_str().encode())
+            trained = loaded or _train_tokenizer(parts, partition, config.tokenizer.vocab_size)
+            writer.write_file(TOKENIZER_FILE, trained.to_str().encode())
     mesh.barrier("tokenizer written")
     writer = create()
     encoder = tokenizer.from_bytes((epath.Path(path) / TOKENIZER_FILE).read_bytes(), f"{path}/{TOKENIZER_FILE}")
@@ -105,11 +105,11 @@ def _build(
     mesh.barrier("incomplete shards listed")
     end_id = encoder.token_to_id(end_of_text)
     mine = incomplete[jax.process_index() :: jax.process_count()]
-    _write_shards(writer, parts, plan, functools.partial(_encode, encoder, end_id), mine)
+    _write_shards(writer, parts, partition, functools.partial(_encode, encoder, end_id), mine)
     mesh.barrier("token shards written")
     if is_first:
-        summary = _summary(plan, encoder, end_of_text) | {
-            "overlap": _overlap(parts, plan),
+        summary = _summary(partition, encoder, end_of_text) | {
+            "overlap": _overlap(parts, partition),
             "revisions": {part.data_set: part.revision for part in parts if part.revision},
         }
         writer.seal(summary, files=(TOKENIZER_FILE,))
@@ -117,22 +117,22 @@ def _build(
     return open_artifact(path, KIND)
 
 
-def _arrays(plan: documents.Plan, vocab_size: int, growth: int, framing: int) -> dict[str, ArraySpec]:
+def _arrays(partition: documents.Partition, vocab_size: int, growth: int, framing: int) -> dict[str, ArraySpec]:
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     arrays = {}
     for index, split in enumerate(SPLITS):
-        capacity = plan.capacity(index, growth, framing)
-        arrays[split] = ArraySpec((plan.num_shards, capacity), dtype, 1, (1, _READ_CHUNK))
-        shape = (plan.num_shards, plan.capacity(index))
+        capacity = partition.capacity(index, growth, framing)
+        arrays[split] = ArraySpec((partition.num_shards, capacity), dtype, 1, (1, _READ_CHUNK))
+        shape = (partition.num_shards, partition.capacity(index))
         arrays[f"{split}_lengths"] = ArraySpec(shape, "uint32", 1, (1, _READ_CHUNK))
         arrays[f"{split}_groups"] = ArraySpec(shape, "uint32", 1, (1, _READ_CHUNK))
     return arrays
 
 
-def _train_tokenizer(parts, plan: documents.Plan, vocab_size: int) -> tokenizers.Tokenizer:
-    sample = plan.sample(SPLITS.index("train"), _TRAINING_BYTES)
-    say(f"training a tokenizer of {vocab_size:,} tokens on {plan.bytes_N[sample].sum() / 1e6:.1f} MB")
-    texts = (text for _, text in documents.read_selected(parts, plan, sample))
+def _train_tokenizer(parts, partition: documents.Partition, vocab_size: int) -> tokenizers.Tokenizer:
+    sample = partition.sample(SPLITS.index("train"), _TRAINING_BYTES)
+    say(f"training a tokenizer of {vocab_size:,} tokens on {partition.bytes_N[sample].sum() / 1e6:.1f} MB")
+    texts = (text for _, text in documents.read_selected(parts, partition, sample))
     return tokenizer.train(itertools.chain.from_iterable(map(_shortened_words, texts)), vocab_size)
 
 
@@ -148,27 +148,30 @@ def _shortened_words(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _write_shards(writer: ArtifactWriter, parts, plan: documents.Plan, encode, shards: list[int]) -> None:
-    selected = np.isin(plan.shard_N, shards) & (plan.split_N >= 0)
-    total = plan.bytes_N[selected].sum()
+def _write_shards(writer: ArtifactWriter, parts, partition: documents.Partition, encode, shards: list[int]) -> None:
+    selected = np.isin(partition.shard_N, shards) & (partition.split_N >= 0)
+    total = partition.bytes_N[selected].sum()
     with progress(total / 1e6, "tokens", "MB") as bar:
         shard, ids, indices = None, [], []
-        for batch in _batches(documents.read_selected(parts, plan, selected), plan):
-            if shard is not None and plan.shard_N[batch[0][0]] != shard:
-                writer.write_shard(shard, _shard_arrays(ids, indices, plan))
+        for batch in _batches(documents.read_selected(parts, partition, selected), partition):
+            if shard is not None and partition.shard_N[batch[0][0]] != shard:
+                writer.write_shard(shard, _shard_arrays(ids, indices, partition))
                 ids, indices = [], []
-            shard = int(plan.shard_N[batch[0][0]])
+            shard = int(partition.shard_N[batch[0][0]])
             ids += encode([text for _, text in batch])
             indices += [index for index, _ in batch]
-            bar.advance(sum(plan.bytes_N[index] for index, _ in batch) / 1e6)
+            bar.advance(sum(partition.bytes_N[index] for index, _ in batch) / 1e6)
         if shard is not None:
-            writer.write_shard(shard, _shard_arrays(ids, indices, plan))
+            writer.write_shard(shard, _shard_arrays(ids, indices, partition))
 
 
-def _overlap(parts, plan: documents.Plan) -> dict[str, dict[str, float]]:
+def _overlap(parts, partition: documents.Partition) -> dict[str, dict[str, float]]:
     """The shares of held-out words that stand word for word in the training split, by split and length of the run."""
     texts = {
-        split: (text for _, text in documents.read_selected(parts, plan, plan.sample(index, _OVERLAP_BYTES[split])))
+        split: (
+            text
+            for _, text in documents.read_selected(parts, partition, partition.sample(index, _OVERLAP_BYTES[split]))
+        )
         for index, split in enumerate(SPLITS)
     }
     shares = overlap.measure(texts.pop("train"), texts)
@@ -178,22 +181,22 @@ def _overlap(parts, plan: documents.Plan) -> dict[str, dict[str, float]]:
     )
     if max(share["13"] for share in shares.values()) > _MUCH_OVERLAP:
         say(
-            f"warning: more than {_MUCH_OVERLAP:.0%} of a held-out split repeats training text, and figures on it show "
+            f"warning: more than {_MUCH_OVERLAP:.0%} of a held-out split repeats training text, and metrics on it show "
             "in part how well text is copied: group what belongs together (config.corpus.group_key), or remove what is "
             "repeated"
         )
     return shares
 
 
-def _batches(selected: Iterator[tuple[int, str]], plan: documents.Plan) -> Iterator[list[tuple[int, str]]]:
+def _batches(selected: Iterator[tuple[int, str]], partition: documents.Partition) -> Iterator[list[tuple[int, str]]]:
     """Runs of documents of one shard, about `_BATCH_BYTES` each."""
     batch, size = [], 0
     for index, text in selected:
-        if batch and (size >= _BATCH_BYTES or plan.shard_N[index] != plan.shard_N[batch[0][0]]):
+        if batch and (size >= _BATCH_BYTES or partition.shard_N[index] != partition.shard_N[batch[0][0]]):
             yield batch
             batch, size = [], 0
         batch.append((index, text))
-        size += plan.bytes_N[index]
+        size += partition.bytes_N[index]
     if batch:
         yield batch
 
@@ -204,25 +207,27 @@ def _encode(encoder: tokenizers.Tokenizer, end_id: int, texts: list[str]) -> lis
     return [np.concatenate([begin, ids, [end_id]]) for ids in tokenizer.encode(encoder, texts)]
 
 
-def _shard_arrays(ids: list[np.ndarray], indices: list[int], plan: documents.Plan) -> dict[str, np.ndarray]:
-    """The arrays of one shard from the token ids of its documents and their indices in the plan."""
+def _shard_arrays(ids: list[np.ndarray], indices: list[int], partition: documents.Partition) -> dict[str, np.ndarray]:
+    """The arrays of one shard from the token ids of its documents and their indices in the partition."""
     indices_N = np.array(indices)
-    splits_N = plan.split_N[indices_N]
+    splits_N = partition.split_N[indices_N]
     arrays = {}
     for index, split in enumerate(SPLITS):
         chosen = np.flatnonzero(splits_N == index)
         arrays[split] = np.concatenate([np.empty(0, np.int64), *(ids[document] for document in chosen)])[None]
         arrays[f"{split}_lengths"] = np.array([[len(ids[document]) for document in chosen]], np.int64)
-        arrays[f"{split}_groups"] = plan.group_N[indices_N[chosen]][None]
+        arrays[f"{split}_groups"] = partition.group_N[indices_N[chosen]][None]
     return arrays
 
 
-def _summary(plan: documents.Plan, encoder: tokenizers.Tokenizer, end_of_text: str) -> dict:
+def _summary(partition: documents.Partition, encoder: tokenizers.Tokenizer, end_of_text: str) -> dict:
     return {
         "vocab_size": tokenizer.vocab_size(encoder, end_of_text),
         "end_of_text_id": encoder.token_to_id(end_of_text),
-        "documents": {split: int((plan.split_N == index).sum()) for index, split in enumerate(SPLITS)},
-        "bytes": {split: int(plan.bytes_N[plan.split_N == index].sum()) for index, split in enumerate(SPLITS)},
+        "documents": {split: int((partition.split_N == index).sum()) for index, split in enumerate(SPLITS)},
+        "bytes": {
+            split: int(partition.bytes_N[partition.split_N == index].sum()) for index, split in enumerate(SPLITS)
+        },
     }
 
 

@@ -44,10 +44,10 @@ class ContextCounter:
         self._tail = tokens[max(len(tokens) - CONTEXT + 1, 0) :]
         if len(tokens) < CONTEXT or not len(self._keys_K):
             return
-        places, found = _look_up(self._pairs_P, tokens[:-1] * self._vocab_size + tokens[1:])
-        both = found[:-2] & found[2:]
-        places, found = _look_up(self._keys_K, places[:-2][both] * len(self._pairs_P) + places[2:][both])
-        self._counts_K += np.bincount(places[found], minlength=len(self._keys_K))
+        places, is_known = _look_up(self._pairs_P, tokens[:-1] * self._vocab_size + tokens[1:])
+        both = is_known[:-2] & is_known[2:]
+        places, is_known = _look_up(self._keys_K, places[:-2][both] * len(self._pairs_P) + places[2:][both])
+        self._counts_K += np.bincount(places[is_known], minlength=len(self._keys_K))
 
     def counts(self) -> np.ndarray:
         """Occurrences so far of each of the 4-grams given, int64 [N]."""

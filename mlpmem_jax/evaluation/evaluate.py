@@ -255,15 +255,15 @@ def _figures(trained: Artifact) -> dict:
 def _facts(opened: Inputs) -> dict:
     """Everything of metrics.json that is read rather than computed."""
     artifacts, workdir = opened.artifacts, opened.config.workdir
-    found = artifacts["targets/train"].summary
+    targets_summary = artifacts["targets/train"].summary
     every = {**artifacts, **{f"controls/{name}": artifact for name, artifact in opened.controls.items()}}
     lengths = {split: opened.sequences(split) for split in ("train", *HELD_OUT)}
     return {
         "compute_dtype": opened.compute_dtype,
         "controls_left_out": opened.controls_left_out,
         "overlap": artifacts["tokens"].summary.get("overlap", {}),
-        "targets": {name: value for name, value in found.items() if name != "search_curve"},
-        "search_curve": found.get("search_curve", []),
+        "targets": {name: value for name, value in targets_summary.items() if name != "search_curve"},
+        "search_curve": targets_summary.get("search_curve", []),
         "counts": {
             "sequence_length": lengths["test"][1],
             "vocabulary": artifacts["tokens"].summary["vocab_size"],

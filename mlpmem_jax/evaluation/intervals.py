@@ -59,7 +59,7 @@ def ratio_intervals(
     reference_N = np.asarray(reference_log_probabilities_N, np.float64)
     if clusters_N.max() < 1:
         raise ValueError("an interval needs at least two clusters")
-    found = {}
+    result = {}
     for name, log_probabilities_N in systems.items():
         system_N = np.asarray(log_probabilities_N, np.float64)
         if system_N.shape != reference_N.shape:
@@ -67,8 +67,8 @@ def ratio_intervals(
         if not (np.isfinite(system_N).all() and np.isfinite(reference_N).all()):
             raise ValueError("an interval needs finite log-probabilities; compare mixtures, not p_kNN alone")
         low, high = mean_interval((reference_N - system_N).ravel(), clusters_N.ravel(), confidence=confidence)
-        found[name] = [float(np.exp(low)), float(np.exp(high))]
-    return found
+        result[name] = [float(np.exp(low)), float(np.exp(high))]
+    return result
 
 
 def mean_interval(values_N: np.ndarray, clusters_N: np.ndarray, *, confidence: float) -> list[float]:

@@ -322,9 +322,9 @@ def _targets_section(metrics: dict) -> str:
         "bytes_per_position": "bytes per position",
         "positions_lacking_k": "positions with fewer than k neighbors",
     }
-    found = metrics["targets"]
-    lines = [(words, wording.quantity(found[name])) for name, words in names.items() if name in found]
-    heads = ("neighbor search", str(found.get("backend", "")))
+    targets = metrics["targets"]
+    lines = [(words, wording.quantity(targets[name])) for name, words in names.items() if name in targets]
+    heads = ("neighbor search", str(targets.get("backend", "")))
     return f"<div><h2>Targets</h2>{_table(heads, lines)}{_search_table(metrics['search_curve'])}</div>"
 
 
@@ -350,24 +350,24 @@ def _search_table(curve: list[dict]) -> str:
 
 def _stages_section(metrics: dict) -> str:
     seconds, peaks = metrics["seconds"], metrics["peak_rss_bytes"]
-    made = {}
+    bytes_by_stage = {}
     for name, size in metrics["bytes"].items():
         stage = {"memory": "train"}.get(name, name if name in seconds else name.split("/")[0])
-        made[stage] = made.get(stage, 0) + size
+        bytes_by_stage[stage] = bytes_by_stage.get(stage, 0) + size
     lines = [
         (
             stage,
             f"{seconds[stage]:,.1f}" if stage in seconds else wording.ABSENT,
             f"{peaks[stage] / 2**30:.2f}" if stage in peaks else wording.ABSENT,
-            f"{made[stage] / 2**20:,.1f}" if stage in made else wording.ABSENT,
+            f"{bytes_by_stage[stage] / 2**20:,.1f}" if stage in bytes_by_stage else wording.ABSENT,
         )
-        for stage in dict.fromkeys([*made, *seconds])
+        for stage in dict.fromkeys([*bytes_by_stage, *seconds])
     ]
     total = (
         "all",
         f"{sum(seconds.values()):,.1f}",
         f"{max(peaks.values()) / 2**30:.2f}",
-        f"{sum(made.values()) / 2**20:,.1f}",
+        f"{sum(bytes_by_stage.values()) / 2**20:,.1f}",
     )
     heads = ("stage", "seconds", "peak memory, GiB", "written, MiB")
     return f"<div><h2>Cost</h2>{_table(heads, [*lines, total], main='all')}</div>"

@@ -72,28 +72,28 @@ def compare(validation: Scores, test: Scores, *, confidence: float) -> dict:
     cluster, clusters_SxT = intervals.clusters_of(test.documents)
     common = {"clusters_N": clusters_SxT, "confidence": confidence}
     compared = {name: systems["test"][name] for name in ("augmented", "knn_lm", "memory", *controls)}
-    found = {
+    test_intervals = {
         f"{name}_over_base": interval
         for name, interval in intervals.ratio_intervals(test.base, compared, **common).items()
     }
     for reference in ("knn_lm", *controls):
         augmented = {"augmented": systems["test"]["augmented"]}
         interval = intervals.ratio_intervals(systems["test"][reference], augmented, **common)["augmented"]
-        found[f"augmented_over_{reference}"] = interval
+        test_intervals[f"augmented_over_{reference}"] = interval
     return {
         "perplexity": {
             split: {name: value for name, value in scores.items() if name not in controls}
             for split, scores in perplexity.items()
         },
         "interpolation_weight": weights,
-        "interval": {"test": found, "cluster": cluster, "clusters": int(clusters_SxT.max()) + 1},
+        "interval": {"test": test_intervals, "cluster": cluster, "clusters": int(clusters_SxT.max()) + 1},
         "gain_kept": {split: _share_of_gain(scores, "augmented", of="knn_lm") for split, scores in perplexity.items()},
         "controls": {
             name: {
                 "perplexity": {split: scores[name] for split, scores in perplexity.items()},
                 "ratio_over_base": perplexity["test"][name] / perplexity["test"]["base"],
-                "interval_over_base": found[f"{name}_over_base"],
-                "interval_of_augmented_over_it": found[f"augmented_over_{name}"],
+                "interval_over_base": test_intervals[f"{name}_over_base"],
+                "interval_of_augmented_over_it": test_intervals[f"augmented_over_{name}"],
                 "share_of_memory_gain": _share_of_gain(perplexity["test"], name, of="augmented"),
             }
             for name in controls

@@ -1,4 +1,4 @@
-"""Where a report's figures come from: what the stages cost, how training went, sizes, versions, fingerprints."""
+"""Where a report's metrics come from: what the stages cost, how training went, sizes, versions, fingerprints."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _folder_bytes(folder: epath.Path) -> int:
 
 
 def environment(artifacts: dict[str, Artifact]) -> dict:
-    """Versions, devices, and the fingerprint of every artifact that the figures rest on."""
+    """Versions, devices, and the fingerprint of every artifact that the metrics rest on."""
     devices = jax.devices()
     return {
         "libraries": library_versions(("mlpmem_jax", *_LIBRARIES)),

@@ -22,8 +22,8 @@ from mlpmem_jax.models.memory import MemoryConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Models:
-    """Dimensions of a base LM and of its memory, if any; the memory reads tap `input_block` of the base."""
+class DecoderConfig:
+    """Dimensions of a base LM and of its memory, if any, which reads the input of block `input_block`."""
 
     base: language_model.Config
     memory: MemoryConfig | None = None
@@ -57,12 +57,12 @@ class Reading(NamedTuple):
 @jax.jit
 def prepare(parameters: Parameters) -> Parameters:
     """Parameters as `prefill` and `step` take them: each block's arrays on their own, read where they lie."""
-    base, beside, weight = parameters
-    return Parameters(modules.unstack(base), beside and modules.unstack(beside), weight)
+    base, memory, weight = parameters
+    return Parameters(modules.unstack(base), memory and modules.unstack(memory), weight)
 
 
 def prefill(
-    models: Models, parameters: Parameters, tokens_BxT: jax.Array, padding_B: jax.Array, room: int
+    models: DecoderConfig, parameters: Parameters, tokens_BxT: jax.Array, padding_B: jax.Array, room: int
 ) -> tuple[Reading, Cache]:
     """Reads the prompts.
 
@@ -93,7 +93,7 @@ def prefill(
     return reading, Cache(tuple(keys), tuple(values), jnp.int32(length), padding_B)
 
 
-def step(models: Models, parameters: Parameters, cache: Cache, tokens_B: jax.Array) -> tuple[Reading, Cache]:
+def step(models: DecoderConfig, parameters: Parameters, cache: Cache, tokens_B: jax.Array) -> tuple[Reading, Cache]:
     """Reads one more token of each sequence, int32 [B]."""
     positions_S = jnp.arange(cache.keys[0].shape[2])
     seen_BxS = (positions_S < cache.length) & (positions_S >= cache.padding_B[:, None])
@@ -123,7 +123,7 @@ def step(models: Models, parameters: Parameters, cache: Cache, tokens_B: jax.Arr
     return reading, Cache(*longer, cache.length + 1, cache.padding_B)
 
 
-def memory_log_probabilities(models: Models, parameters: Parameters, reading: Reading) -> jax.Array:
+def memory_log_probabilities(models: DecoderConfig, parameters: Parameters, reading: Reading) -> jax.Array:
     """log p_MLP, float32 [B, V]; minus infinity for tokens of the base that the memory does not know."""
     logits_BxV = memory.logits(parameters.memory, models.memory, reading.memory_input_BxD)
     log_BxV = jax.nn.log_softmax(logits_BxV[:, : models.memory.vocab_size])
@@ -148,16 +148,16 @@ def can_change_the_likeliest(base_log_BxV: jax.Array, weight: float | jax.Array)
 
 
 def _read(
-    models: Models, base: dict, tokens_BxT: jax.Array, positions_BxT: jax.Array, attention_of: Callable
+    models: DecoderConfig, base: dict, tokens_BxT: jax.Array, positions_BxT: jax.Array, attention_of: Callable
 ) -> Reading:
     """The base LM over new positions; `attention_of(block)` is a block's attention."""
     x_BxTxD = language_model.embed(base, models.base, tokens_BxT, positions_BxT)
     memory_input_BxD = None
     build = functools.partial(language_model.build_block, models.base)
     for index, block in enumerate(base["h"]):
-        x_BxTxD, tap_BxTxD = modules.bind(build, block)(x_BxTxD, attention_of(index))
+        x_BxTxD, input_BxTxD = modules.bind(build, block)(x_BxTxD, attention_of(index))
         if index + 1 == models.input_block:
-            memory_input_BxD = tap_BxTxD[:, -1]
+            memory_input_BxD = input_BxTxD[:, -1]
     last_BxD = language_model.final_norm(base, models.base, x_BxTxD[:, -1])
     logits_BxV = language_model.vocabulary_logits(base, models.base, last_BxD)
     return Reading(jax.nn.log_softmax(logits_BxV), memory_input_BxD)

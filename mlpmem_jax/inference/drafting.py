@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from mlpmem_jax.inference.decoding import (
     Cache,
-    Models,
+    DecoderConfig,
     Parameters,
     Reading,
     can_change_the_likeliest,
@@ -71,7 +71,7 @@ class _State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("models", "count", "most"))
 def greedy_tokens(
-    models: Models,
+    models: DecoderConfig,
     parameters: Parameters,
     cache: Cache,
     tokens_B: jax.Array,
@@ -115,7 +115,7 @@ def greedy_tokens(
     return Drafted(tokens_BxN, final.base_steps, final.memory_passes)
 
 
-def _advance(models: Models, parameters: Parameters, end_token, count: int, most: int, state: _State) -> _State:
+def _advance(models: DecoderConfig, parameters: Parameters, end_token, count: int, most: int, state: _State) -> _State:
     """One step of the base, and the check of what waits where it is due."""
     place, slot = state.known + state.waiting, state.waiting
     last_B = state.tokens_BxN[:, place - 1]
@@ -172,7 +172,7 @@ def _advance(models: Models, parameters: Parameters, end_token, count: int, most
     )
 
 
-def _likeliest(models: Models, parameters: Parameters, state: _State, most: int) -> jax.Array:
+def _likeliest(models: DecoderConfig, parameters: Parameters, state: _State, most: int) -> jax.Array:
     """The likeliest token of the mixture wherever a draft may wait, int32 [W, B]."""
     base_log_RxV = state.base_log_WxBxV.reshape(-1, models.base.vocab_size)
     reading = Reading(base_log_RxV, state.memory_input_WxBxD.reshape(-1, models.memory.input_width))

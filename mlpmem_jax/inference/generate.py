@@ -16,7 +16,7 @@ from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.inference import drafting
 from mlpmem_jax.inference.decoding import (
     Cache,
-    Models,
+    DecoderConfig,
     Parameters,
     Reading,
     can_change_the_likeliest,
@@ -31,7 +31,7 @@ _PROMPT_MULTIPLE = 32  # prompts are padded to whole multiples, so that few leng
 
 
 def generate(
-    models: Models,
+    models: DecoderConfig,
     parameters: Parameters,
     prompts: Sequence[Sequence[int]],
     *,
@@ -106,7 +106,9 @@ def following_tokens(models, parameters, cache, tokens_B, key, end_token, *, cou
     return jax.lax.while_loop(unfinished, advance, (1, tokens_B, tokens_BxN, cache))[2]
 
 
-def draw(models: Models, parameters: Parameters, reading: Reading, key: jax.Array, sampling: Sampling) -> jax.Array:
+def draw(
+    models: DecoderConfig, parameters: Parameters, reading: Reading, key: jax.Array, sampling: Sampling
+) -> jax.Array:
     """The next token of each sequence, int32 [B].
 
     The memory runs only if a token depends on it. Greedily that is where it can change which token is likeliest. A

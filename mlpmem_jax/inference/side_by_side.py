@@ -12,7 +12,7 @@ from etils import epath
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import encode_prompts, read_tokenizer
-from mlpmem_jax.inference.decoding import Models, Parameters, prepare
+from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare
 from mlpmem_jax.inference.generate import generate
 from mlpmem_jax.inference.sampling import Sampling
 from mlpmem_jax.inference.weight import find_weight
@@ -54,10 +54,10 @@ def run(
     tokenizer, prompts = read_tokenizer(tokens), encode_prompts(tokens, texts)
     columns = {}
     for title, models, parameters in (
-        ("base LM", Models(base_config), Parameters(base)),
+        ("base LM", DecoderConfig(base_config), Parameters(base)),
         (
             f"base LM + memory (lambda {weight.value:.2f})",
-            Models(base_config, memory_config, block),
+            DecoderConfig(base_config, memory_config, block),
             Parameters(base, memory, weight.value),
         ),
     ):

@@ -1,6 +1,6 @@
 """Targets and datastores from the reference implementation's Arrow streams, one shard in memory at a time.
 
-Rows are the positions of a split in order, as `arrow_export` describes them. A stream may go on past the last whole
+Rows are the positions of a split in order, as `arrow_export` describes them. A stream may continue past the last whole
 sequence; what follows is left out.
 """
 

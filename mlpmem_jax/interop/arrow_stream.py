@@ -29,11 +29,11 @@ class Stream:
         except (OSError, self._pa.ArrowInvalid) as error:
             raise UserError(f"{source}: expected an Arrow stream: {error}") from error
         names = set(self._reader.schema.names)
-        found = [kind for kind, columns in _COLUMNS.items() if names >= set(columns)]
-        if not found:
+        kinds = [kind for kind, columns in _COLUMNS.items() if names >= set(columns)]
+        if not kinds:
             expected = " or ".join(f"{', '.join(columns)} ({kind})" for kind, columns in _COLUMNS.items())
             raise UserError(f"{source}: has the columns {', '.join(sorted(names))}; expected {expected}")
-        self.kind = found[0]
+        self.kind = kinds[0]
         self.origin = {"imported": {"file": pathlib.Path(source).name, "bytes": self._file.size()}}
 
     def error(self, row: int, text: str) -> UserError:

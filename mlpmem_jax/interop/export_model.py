@@ -50,7 +50,7 @@ def transformers_folder(
     sharding = Sharding.of(config)
     tokens = open_artifact(workdir / "tokens", "tokens")
     base, base_model, base_artifact = saved.load_language_model(workdir / "base", sharding)
-    beside, model, artifact = saved.load_memory(workdir / "memory", sharding)
+    memory, model, artifact = saved.load_memory(workdir / "memory", sharding)
     artifact.check_made_from({"base": base_artifact})
     base_artifact.check_made_from({"tokens": tokens})
     weight = find_weight(workdir, artifact)
@@ -76,11 +76,11 @@ def transformers_folder(
         values["provenance"]["perplexity"] = measured["perplexity"]
     tensors = [
         dataclasses.replace(tensor, name=f"{prefix}{tensor.name}")
-        for prefix, found in (
+        for prefix, group in (
             (BASE_PREFIX, huggingface.tensors(base, base_model)),
-            (MEMORY_PREFIX, memory_tensors.tensors(beside, model)),
+            (MEMORY_PREFIX, memory_tensors.tensors(memory, model)),
         )
-        for tensor in found
+        for tensor in group
     ]
     with output_folder(output) as folder:
         tensor_files.write(folder, tensors, maximum_shard_bytes)
@@ -172,10 +172,11 @@ def _provenance(tokens: Artifact, base: Artifact, memory: Artifact) -> dict:
     """What made the memory; of an imported one, what was said where it comes from."""
     if "provenance" in memory.summary:
         return dict(memory.summary["provenance"])
-    figures = {name: memory.summary[name] for name in ("step", "positions", "training_flops") if name in memory.summary}
+    names = ("step", "positions", "training_flops")
+    training = {name: memory.summary[name] for name in names if name in memory.summary}
     return {
         "parameters": {"base": base.summary["parameter_count"], "memory": memory.summary["parameter_count"]},
         "fingerprints": {"tokens": tokens.fingerprint, **memory.inputs, "memory": memory.fingerprint},
         "made_by": memory.config,
-        "training": figures,
+        "training": training,
     }

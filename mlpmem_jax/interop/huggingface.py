@@ -80,12 +80,12 @@ def _check_tensors(folder: pathlib.Path, files: Files, stored: list[Layout], has
     for name, shape in expected.items():
         if name not in files:
             raise UserError(f"{folder}: tensor {name!r} of shape {shape} is missing; config.json and weights disagree")
-        found = files[name]
-        if found.shape != shape:
-            raise UserError(f"{found.file}: tensor {found.name!r} is {found.shape}; config.json says {shape}")
-        if found.dtype not in _DTYPES:
+        tensor = files[name]
+        if tensor.shape != shape:
+            raise UserError(f"{tensor.file}: tensor {tensor.name!r} is {tensor.shape}; config.json says {shape}")
+        if tensor.dtype not in _DTYPES:
             raise UserError(
-                f"{found.file}: tensor {found.name!r} is stored as {found.dtype}; expected {' or '.join(_DTYPES)}"
+                f"{tensor.file}: tensor {tensor.name!r} is stored as {tensor.dtype}; expected {' or '.join(_DTYPES)}"
             )
     extra = sorted(files.keys() - expected.keys() - {_OUTPUT})
     if extra:
@@ -140,14 +140,14 @@ def place(read: Read, bar, layout: Layout, placed: NamedSharding) -> jax.Array:
         return of_one(layout.names[0], placed)
     array = jnp.zeros((len(layout.names), *layout.shape), device=placed)
     for block, name in enumerate(layout.names):
-        one = of_one(name, NamedSharding(placed.mesh, PartitionSpec(*placed.spec[1:])))
-        array = jax.block_until_ready(_with_block(array, one, block, sharding=placed))
+        of_layer = of_one(name, NamedSharding(placed.mesh, PartitionSpec(*placed.spec[1:])))
+        array = jax.block_until_ready(_with_block(array, of_layer, block, sharding=placed))
     return array
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="sharding")
-def _with_block(array: jax.Array, one: jax.Array, block: int, *, sharding: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_index_in_dim(array, one, block, 0), sharding)
+def _with_block(array: jax.Array, layer: jax.Array, block: int, *, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_index_in_dim(array, layer, block, 0), sharding)
 
 
 def save_language_model(
@@ -189,14 +189,14 @@ def save_language_model(
 def tensors(parameters: dict, config: language_model.Config) -> list[Tensor]:
     """The tensors of a checkpoint by their full names; each is fetched from the devices when it is read."""
     family = language_model.family(config)
-    found = []
+    result = []
     for layout, array in zip(
         jax.tree.leaves(layouts(family, parameters, config.blocks)), jax.tree.leaves(parameters), strict=True
     ):
         for block, name in enumerate(layout.names):
             read = functools.partial(_tensor, layout, array, block)
-            found.append(Tensor(full_name(family, name), layout.tensor_shape, read))
-    return found
+            result.append(Tensor(full_name(family, name), layout.tensor_shape, read))
+    return result
 
 
 def _tensor(layout: Layout, array: jax.Array, block: int) -> np.ndarray:

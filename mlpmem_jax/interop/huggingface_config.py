@@ -79,9 +79,9 @@ def read_config(folder: pathlib.Path | epath.Path, part: str = "") -> language_m
     return _gpt2(file, values) if family == "gpt2" else _llama(file, family, values)
 
 
-def _check_allowed(file: pathlib.Path, key: str, found, allowed: tuple) -> None:
-    if found not in allowed:
-        raise UserError(f"{file}: {key} is {found!r}; only {' or '.join(map(repr, allowed))} can be imported")
+def _check_allowed(file: pathlib.Path, key: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise UserError(f"{file}: {key} is {value!r}; only {' or '.join(map(repr, allowed))} can be imported")
 
 
 def _dimensions(file: pathlib.Path, values: dict, keys: tuple[str, ...], family: str) -> list[int]:
@@ -133,7 +133,7 @@ def _llama(file: pathlib.Path, family: str, values: dict) -> LlamaConfig:
     _check_divides(file, values, "num_key_value_heads", "num_attention_heads")
     window = 0 if "sliding_window" in values else 4096
     turned = _rotary(file, values, positions)
-    # The frequencies of this type depend on the length, to go on beyond the positions of the config.
+    # The frequencies of this type depend on the length, to extend beyond the positions of the config.
     stretch = turned.factor if turned.type == "dynamic" else 1
     return LlamaConfig(
         vocab_size=vocab_size,

@@ -1,7 +1,7 @@
 """A folder of PyTorch weights as artifacts: `mlpmem import --from=DIR`.
 
 Both formats of `export_model` are read; of the reference's, weights may also be in pytorch_model.bin. What was imported
-is an artifact like any other: training, evaluation and generation go on from it.
+is an artifact like any other: training, evaluation and generation continue from it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TOKENIZER_FILE
 from mlpmem_jax.interop import huggingface, huggingface_config, memory_tensors, tensor_files
-from mlpmem_jax.interop.base import check_fits
+from mlpmem_jax.interop.base_model import check_fits
 from mlpmem_jax.interop.export_model import BASE_PREFIX, MEMORY_PREFIX
 from mlpmem_jax.interop.tensor_files import Tensor
 from mlpmem_jax.models import language_model, saved
@@ -53,7 +53,7 @@ def run(config: ml_collections.ConfigDict, source: str) -> Artifact:
     if values.get("model_type") != "mlp_memory":
         base = open_artifact(workdir / "base", "base")
         model = _memory_config(folder, values, tensors, saved.language_model_config(base), tokens, multiple)
-        figures = {"validation": {"interpolation_weight": _DEFAULT_WEIGHT}}
+        summary = {"validation": {"interpolation_weight": _DEFAULT_WEIGHT}}
         say(f"import: {folder} holds no interpolation weight; taking {_DEFAULT_WEIGHT}")
     else:
         base_model = huggingface_config.read_config(folder, "base")
@@ -62,12 +62,12 @@ def run(config: ml_collections.ConfigDict, source: str) -> Artifact:
         model = _memory_config(folder, values["memory_config"], tensors, base_model, tokens, multiple, MEMORY_PREFIX)
         base_parameters, _ = huggingface.load_language_model(source, sharding, part="base")
         base = _sealed(workdir, "base", base_model, base_parameters, {}, {"tokens": tokens.fingerprint})
-        figures = {"validation": {"interpolation_weight": values["interpolation_weight"]}}
-        figures["provenance"] = values["provenance"]
+        summary = {"validation": {"interpolation_weight": values["interpolation_weight"]}}
+        summary["provenance"] = values["provenance"]
     blocks = saved.language_model_config(base).blocks
-    figures["input_block"] = block_at_depth(blocks, config.datastore.input_depth)
+    summary["input_block"] = block_at_depth(blocks, config.datastore.input_depth)
     parameters = memory_tensors.load(tensors, model, sharding)
-    return _sealed(workdir, "memory", model, parameters, figures, {"base": base.fingerprint})
+    return _sealed(workdir, "memory", model, parameters, summary, {"base": base.fingerprint})
 
 
 def _read_config(folder: pathlib.Path) -> dict:
@@ -145,7 +145,7 @@ def _memory_config(
 
 
 def _sealed(
-    workdir: epath.Path, kind: str, model: language_model.Config | MemoryConfig, parameters, figures: dict, inputs: dict
+    workdir: epath.Path, kind: str, model: language_model.Config | MemoryConfig, parameters, summary: dict, inputs: dict
 ) -> Artifact:
     """The artifact of imported parameters; what is there already must be the same."""
     path, fingerprint = workdir / kind, stored.fingerprint(parameters)
@@ -156,12 +156,12 @@ def _sealed(
         if artifact.summary["parameters_fingerprint"] == fingerprint and from_tokens:
             say("base: is the same already")
             return artifact
-    made_by = {"imported": {"parameters": fingerprint, **figures}}
+    made_by = {"imported": {"parameters": fingerprint, **summary}}
     if finished := find_finished(path, kind, made_by, inputs):
         say(f"{kind}: imported already")
         return finished
     writer = ArtifactWriter.create(path, kind, made_by, inputs, {})
-    saved.seal(writer, model, parameters, figures)
+    saved.seal(writer, model, parameters, summary)
     count = sum(array.size for array in jax.tree.leaves(parameters))
     say(f"import: {path}, {count:,} parameters")
     return open_artifact(path, kind)

@@ -71,7 +71,7 @@ def shapes(config: MemoryConfig) -> dict[str, tuple[int, ...]]:
 
 def tensors(parameters: dict, config: MemoryConfig) -> list[Tensor]:
     """The memory's parameters as PyTorch has them; each is fetched from the devices when it is read."""
-    found = []
+    result = []
     for path, array in jax.tree_util.tree_leaves_with_path(parameters):
         shape = _tensor_shape(path, array.shape, config)
         name, is_linear = _name(path, config.family), _is_linear(path, config.family)
@@ -82,20 +82,20 @@ def tensors(parameters: dict, config: MemoryConfig) -> list[Tensor]:
 
         if path[0].key == "h":
             numbers = range(config.blocks)
-            found += [Tensor(name.format(block), shape, functools.partial(values, block)) for block in numbers]
+            result += [Tensor(name.format(block), shape, functools.partial(values, block)) for block in numbers]
         else:
-            found.append(Tensor(name, shape, values))
-    return found
+            result.append(Tensor(name, shape, values))
+    return result
 
 
-def load(found: Mapping[str, Tensor], config: MemoryConfig, sharding: Sharding) -> dict:
+def load(tensors_by_name: Mapping[str, Tensor], config: MemoryConfig, sharding: Sharding) -> dict:
     """Parameters on the mesh, the tree of `memory.init`, from tensors that `tensor_files.check` found right."""
 
     def array(path, abstract, sharding) -> jax.Array:
         name, is_linear = _name(path, config.family), _is_linear(path, config.family)
 
         def whole(block: int) -> np.ndarray:
-            values = found[name.format(block)].read()
+            values = tensors_by_name[name.format(block)].read()
             values = values.T if is_linear else values
             if path[0].key == "lm_head":
                 values = np.pad(values, ((0, 0), (0, config.padded_vocab_size - config.vocab_size)))

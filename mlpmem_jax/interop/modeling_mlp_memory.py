@@ -188,8 +188,8 @@ class MLPMemoryForCausalLM(MLPMemoryPreTrainedModel, GenerationMixin):
         """
         blocks = getattr(self.base.base_model, "h", None) or self.base.base_model.layers
         read = []
-        tapped = blocks[self.config.input_block - 1].mlp
-        tap = tapped.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        layer = blocks[self.config.input_block - 1].mlp
+        hook = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
         try:
             outputs = self.base(
                 input_ids=input_ids,
@@ -199,7 +199,7 @@ class MLPMemoryForCausalLM(MLPMemoryPreTrainedModel, GenerationMixin):
                 **{**kwargs, "return_dict": True},
             )
         finally:
-            tap.remove()
+            hook.remove()
         logits, loss = self._mixture(outputs.logits, read[0], logits_to_keep), None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)

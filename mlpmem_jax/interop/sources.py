@@ -75,10 +75,10 @@ def _snapshot(source: str) -> pathlib.Path:
     name, _, revision = source.partition("@")
     try:
         try:
-            found = hub.HfApi().model_info(name, revision=revision or None)
+            info = hub.HfApi().model_info(name, revision=revision or None)
         except Exception:  # offline, say: what was downloaded before will do
             return pathlib.Path(hub.snapshot_download(name, revision=revision or None, local_files_only=True))
-        needed = _needed(sibling.rfilename for sibling in found.siblings)
-        return pathlib.Path(hub.snapshot_download(name, revision=found.sha, allow_patterns=needed))
+        needed = _needed(sibling.rfilename for sibling in info.siblings)
+        return pathlib.Path(hub.snapshot_download(name, revision=info.sha, allow_patterns=needed))
     except Exception as error:  # the hub's client raises errors of several libraries
         raise UserError(f"{source}: neither a folder nor a model that the Hugging Face hub gave: {error}") from error

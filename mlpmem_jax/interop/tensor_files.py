@@ -116,8 +116,8 @@ def _safetensors(file: pathlib.Path) -> Iterator[Tensor]:
 
     with _explained(file, "weights in safetensors"), safetensors.safe_open(file, framework="numpy") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        found = {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
-    for name, (shape, dtype) in found.items():
+        stored = {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in slices.items()}
+    for name, (shape, dtype) in stored.items():
         yield Tensor(name, shape, functools.partial(values, name), str(file), dtype)
 
 

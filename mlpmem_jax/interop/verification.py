@@ -32,7 +32,7 @@ def perplexities(folder: pathlib.Path, tokens_SxT: np.ndarray, next_SxT: np.ndar
     weights = {"base": 0.0, "memory": 1.0, "augmented": model.config.interpolation_weight}
     length = tokens_SxT.shape[1]
     batch = max(1, _LOGITS_AT_ONCE // (length * model.config.base_config.vocab_size))
-    found = {}
+    result = {}
     with torch.inference_mode(), progress(len(weights) * tokens_SxT.size, "verify: PyTorch", "positions") as bar:
         for name, weight in weights.items():
             model.config.interpolation_weight = weight
@@ -43,8 +43,8 @@ def perplexities(folder: pathlib.Path, tokens_SxT: np.ndarray, next_SxT: np.ndar
                 logits = model(torch.from_numpy(tokens_SxT[rows].astype(np.int64)), use_cache=False).logits
                 total += float(logits.gather(-1, following[..., None]).double().sum())
                 bar.advance(following.numel())
-            found[name] = math.exp(-total / tokens_SxT.size)
-    return found
+            result[name] = math.exp(-total / tokens_SxT.size)
+    return result
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, float]:
@@ -59,9 +59,9 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, fl
     expected = json.loads(file.read_text())["perplexity"]["test"]
     stream = TokenStream(open_artifact(epath.Path(config.workdir) / "tokens", "tokens"), "test")
     length = config.base.context_length
-    found = perplexities(folder, *read_sequences(stream, 0, num_sequences(stream, length), length)[:2])
-    differences = {name: found[name] / expected[name] - 1 for name in found}
-    for name, value in found.items():
+    measured = perplexities(folder, *read_sequences(stream, 0, num_sequences(stream, length), length)[:2])
+    differences = {name: measured[name] / expected[name] - 1 for name in measured}
+    for name, value in measured.items():
         say(
             f"verify: test perplexity of {name}: {value:.6f} in PyTorch, {expected[name]:.6f} in metrics.json, "
             f"difference {differences[name]:+.1e}"
@@ -69,7 +69,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, fl
     name = max(differences, key=lambda name: abs(differences[name]))
     if abs(differences[name]) > RELATIVE_TOLERANCE:
         raise UserError(
-            f"--verify: test perplexity of {name} is {found[name]:.6f} in PyTorch and {expected[name]:.6f} in {file}; "
-            f"they may differ by {RELATIVE_TOLERANCE:g} of it"
+            f"--verify: test perplexity of {name} is {measured[name]:.6f} in PyTorch and {expected[name]:.6f} in "
+            f"{file}; they may differ by {RELATIVE_TOLERANCE:g} of it"
         )
-    return found
+    return measured

@@ -102,8 +102,8 @@ class Block(nnx.Module):
         projected_BxTx3xHxK = self.attn.c_attn(self.ln_1(x_BxTxD))
         mixed_BxHxTxK = attend(*(projected_BxTx3xHxK[:, :, i].swapaxes(1, 2) for i in range(3)))
         x_BxTxD = x_BxTxD + self.attn.c_proj(mixed_BxHxTxK.swapaxes(1, 2))
-        tap_BxTxD = self.ln_2(x_BxTxD)
-        return x_BxTxD + self.mlp(tap_BxTxD), tap_BxTxD
+        input_BxTxD = self.ln_2(x_BxTxD)
+        return x_BxTxD + self.mlp(input_BxTxD), input_BxTxD
 
 
 class GPT2(nnx.Module):
@@ -131,26 +131,26 @@ def features(
     config: GPT2Config,
     tokens_BxT: jax.Array,
     *,
-    taps: tuple[int, ...] = (),
+    input_blocks: tuple[int, ...] = (),
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
     activations: jax.sharding.Sharding | None = None,
 ) -> tuple[jax.Array, dict[int, jax.Array]]:
-    """Hidden states after the final norm, float32 [B, T, D], and those tapped inside; see `language_model.features`."""
+    """Hidden states after the final norm, float32 [B, T, D], and inputs of blocks: see `language_model.features`."""
     length = tokens_BxT.shape[1]
-    transformer.check(config, taps, length)
+    transformer.check(config, input_blocks, length)
     x_BxTxD = transformer.look_up(parameters["wte"]["embedding"], tokens_BxT, activations)
-    x_BxTxD, tapped = transformer.run_blocks(
+    x_BxTxD, block_inputs = transformer.run_blocks(
         functools.partial(Block, config, compute_dtype),
         parameters["h"],
         x_BxTxD + parameters["wpe"]["embedding"][:length],
         transformer.causal_attention,
         count=config.blocks,
-        taps=taps,
+        input_blocks=input_blocks,
         remat=remat,
         activations=activations,
     )
-    return final_norm(parameters, config, x_BxTxD), tapped
+    return final_norm(parameters, config, x_BxTxD), block_inputs
 
 
 def rotation(config: GPT2Config, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:

@@ -94,10 +94,10 @@ def tune_weight(base_log_probabilities_N: np.ndarray, other_log_probabilities_N:
     losses_G = np.array([loss(weight) for weight in GRID])
     best = int(np.argmax(losses_G <= losses_G.min() + LOSS_TOLERANCE))
     bounds = GRID[max(best - 1, 0)], GRID[min(best + 1, len(GRID) - 1)]
-    found = scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": WEIGHT_TOLERANCE})
-    if losses_G[best] <= found.fun + LOSS_TOLERANCE:
+    minimum = scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": WEIGHT_TOLERANCE})
+    if losses_G[best] <= minimum.fun + LOSS_TOLERANCE:
         return float(GRID[best]), float(np.exp(losses_G[best]))
-    return float(found.x), float(np.exp(found.fun))
+    return float(minimum.x), float(np.exp(minimum.fun))
 
 
 def _checked(log_probabilities_N: np.ndarray, name: str) -> np.ndarray:

@@ -112,23 +112,29 @@ def features(
     config: Config,
     tokens_BxT: jax.Array,
     *,
-    taps: tuple[int, ...] = (),
+    input_blocks: tuple[int, ...] = (),
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
     activations: jax.sharding.Sharding | None = None,
 ) -> tuple[jax.Array, dict[int, jax.Array]]:
-    """Hidden states after the final norm, float32 [B, T, D], and those tapped inside.
+    """Hidden states after the final norm, float32 [B, T, D], and {block: the input of its feed-forward layer}.
 
-    Tap b, counted from 1, is the input of block b's feed-forward layer, after that block's second norm,
-    [B, T, D] in float32; b = blocks is the paper's key (section 3). Matrix products run in `compute_dtype`.
-    Differentiated, matrix products are kept for the backward pass; with `remat` the input of each block alone.
-    `activations` is the sharding of hidden states [B, T, D] on a mesh.
+    The input of block b's feed-forward layer, b counted from 1, comes after that block's second norm, [B, T, D] in
+    float32; b = blocks is the paper's key (section 3). `input_blocks` says which are returned. Matrix products run in
+    `compute_dtype`. Differentiated, matrix products are kept for the backward pass; with `remat` the input of each
+    block alone. `activations` is the sharding of hidden states [B, T, D] on a mesh.
 
     Raises:
-      ValueError: a tap is no block of the model, or T exceeds the context length.
+      ValueError: one of `input_blocks` is no block of the model, or T exceeds the context length.
     """
     return _module(config).features(
-        parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype, remat=remat, activations=activations
+        parameters,
+        config,
+        tokens_BxT,
+        input_blocks=input_blocks,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        activations=activations,
     )
 
 

@@ -125,8 +125,8 @@ class Block(nnx.Module):
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         mixed_BxHxTxK = attend(*(project(normed_BxTxD).swapaxes(1, 2) for project in projections))
         x_BxTxD = x_BxTxD + attention.o_proj(mixed_BxHxTxK.swapaxes(1, 2))
-        tap_BxTxD = self.post_attention_layernorm(x_BxTxD)
-        return x_BxTxD + self.mlp(tap_BxTxD), tap_BxTxD
+        input_BxTxD = self.post_attention_layernorm(x_BxTxD)
+        return x_BxTxD + self.mlp(input_BxTxD), input_BxTxD
 
 
 class Llama(nnx.Module):
@@ -164,16 +164,16 @@ def features(
     config: LlamaConfig,
     tokens_BxT: jax.Array,
     *,
-    taps: tuple[int, ...] = (),
+    input_blocks: tuple[int, ...] = (),
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
     activations: jax.sharding.Sharding | None = None,
 ) -> tuple[jax.Array, dict[int, jax.Array]]:
-    """Hidden states after the final norm, float32 [B, T, D], and those tapped inside; see `language_model.features`."""
+    """Hidden states after the final norm, float32 [B, T, D], and inputs of blocks: see `language_model.features`."""
     length = tokens_BxT.shape[1]
-    transformer.check(config, taps, length)
+    transformer.check(config, input_blocks, length)
     rotate = rotation(config, jnp.arange(length)[None])
-    x_BxTxD, tapped = transformer.run_blocks(
+    x_BxTxD, block_inputs = transformer.run_blocks(
         functools.partial(Block, config, compute_dtype),
         parameters["h"],
         transformer.look_up(parameters["embed_tokens"]["embedding"], tokens_BxT, activations),
@@ -181,11 +181,11 @@ def features(
             rotate(query), rotate(key), value, config.sliding_window
         ),
         count=config.blocks,
-        taps=taps,
+        input_blocks=input_blocks,
         remat=remat,
         activations=activations,
     )
-    return final_norm(parameters, config, x_BxTxD), tapped
+    return final_norm(parameters, config, x_BxTxD), block_inputs
 
 
 def rotation(config: LlamaConfig, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:

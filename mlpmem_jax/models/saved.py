@@ -17,7 +17,7 @@ from mlpmem_jax.models.memory import MemoryConfig
 
 
 def seal(
-    writer: ArtifactWriter, model: language_model.Config | MemoryConfig, parameters, figures: dict
+    writer: ArtifactWriter, model: language_model.Config | MemoryConfig, parameters, metrics: dict
 ) -> Artifact | None:
     """Writes the parameters and seals the artifact (every process calls this; the first one gets the artifact).
 
@@ -25,14 +25,14 @@ def seal(
       writer: of an artifact of kind "base" or "memory".
       model: its dimensions.
       parameters: float32 tree, sharded or not.
-      figures: JSON values to keep, e.g. the step that was kept.
+      metrics: JSON values to keep, e.g. the step that was kept.
     """
     stored.write(writer.path, parameters)
     summary = {
         "model": dataclasses.asdict(model),
         "parameters_fingerprint": stored.fingerprint(parameters),
         "parameter_count": sum(array.size for array in jax.tree.leaves(parameters)),
-        **figures,
+        **metrics,
     }
     artifact = writer.seal(summary) if jax.process_index() == 0 else None
     barrier(f"sealed {writer.path}")

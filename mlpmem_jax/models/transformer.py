@@ -1,4 +1,4 @@
-"""What decoder-only Transformers of every family share: attention, and blocks run with hidden states tapped inside.
+"""What decoder-only Transformers of every family share: attention, and blocks run with the inputs of some returned.
 
 Dimensions: B sequences, T positions, S positions that are attended to, D width, H heads of queries, G heads of keys
 and values (a divisor of H), K width of a head, V vocabulary.
@@ -95,10 +95,10 @@ def causal_mask(length: int, window: int = 0) -> jax.Array:
     return jnp.where(seen_TxT, 0.0, -jnp.inf)
 
 
-def check(config, taps: tuple[int, ...], length: int) -> None:
-    """Raises ValueError where a tap is no block of the model, or a sequence exceeds its context length."""
-    if not all(1 <= tap <= config.blocks for tap in taps):
-        raise ValueError(f"taps {taps}: each is a block, 1 to {config.blocks}")
+def check(config, input_blocks: tuple[int, ...], length: int) -> None:
+    """Raises ValueError where an input block is no block of the model, or a sequence exceeds its context length."""
+    if not all(1 <= block <= config.blocks for block in input_blocks):
+        raise ValueError(f"input_blocks {input_blocks}: each is a block, 1 to {config.blocks}")
     if length > config.context_length:
         raise ValueError(f"{length} tokens exceed the context length {config.context_length}")
 
@@ -121,32 +121,32 @@ def run_blocks(
     attend: Attend,
     *,
     count: int,
-    taps: tuple[int, ...],
+    input_blocks: tuple[int, ...],
     remat: bool,
     activations: jax.sharding.Sharding | None,
 ) -> tuple[jax.Array, dict[int, jax.Array]]:
-    """The last block's output and the input of the feed-forward layer of each tapped block, float32 [B, T, D].
+    """The last block's output and the input of the feed-forward layer of each of `input_blocks`, float32 [B, T, D].
 
     Args:
       build: makes a block, a module that maps (x, attend) to (output, input of its feed-forward layer).
       blocks: stacked parameters of `count` blocks.
-      taps: blocks, counted from 1.
+      input_blocks: counted from 1.
       remat: keep the input of each block alone for the backward pass.
       activations: the sharding of [B, T, D] on a mesh.
     """
 
     def call(block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x_BxTxD, tap_BxTxD = block(carry[0], attend)
-        return modules.constrain(x_BxTxD, activations), tap_BxTxD
+        x_BxTxD, input_BxTxD = block(carry[0], attend)
+        return modules.constrain(x_BxTxD, activations), input_BxTxD
 
     attend = attend if activations is None else _by_batch(attend, activations)
-    # The carry holds the last block's tap: a scan that stops at a tapped block keeps that tap and no other.
+    # The carry holds the last block's input: a scan that stops at a block keeps that input and no other.
     x_BxTxD = modules.constrain(x_BxTxD, activations)
-    carry, tapped, start = (x_BxTxD, x_BxTxD), {}, 0
-    for stop in sorted({*taps, count}):
+    carry, block_inputs, start = (x_BxTxD, x_BxTxD), {}, 0
+    for stop in sorted({*input_blocks, count}):
         carry = modules.run(call, build, blocks, carry, start=start, stop=stop, remat=remat)
-        tapped[stop], start = carry[1], stop
-    return carry[0], {tap: tapped[tap] for tap in taps}
+        block_inputs[stop], start = carry[1], stop
+    return carry[0], {stop: block_inputs[stop] for stop in input_blocks}
 
 
 def _by_batch(attend: Attend, activations: jax.sharding.NamedSharding) -> Attend:
@@ -157,7 +157,7 @@ def _by_batch(attend: Attend, activations: jax.sharding.NamedSharding) -> Attend
     free = jax.sharding.PartitionSpec.UNCONSTRAINED
     spec = jax.sharding.PartitionSpec(activations.spec[0], free, free, free)
     placed = jax.sharding.NamedSharding(activations.mesh, spec)
-    return lambda *arrays: modules.constrain(attend(*(modules.constrain(one, placed) for one in arrays)), placed)
+    return lambda *arrays: modules.constrain(attend(*(modules.constrain(array, placed) for array in arrays)), placed)
 
 
 def project(hidden: jax.Array, kernel_DxV: jax.Array, compute_dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -39,10 +39,10 @@ def devices(tpu: Slice, slices: int) -> list[jax.Device]:
         options["num_slices"] = slices
     try:
         with native_output.silenced_standard_error():
-            found = topologies.get_topology_desc(f"{tpu.family}:{tpu.topology}", "tpu", **options).devices
+            devices = topologies.get_topology_desc(f"{tpu.family}:{tpu.topology}", "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"libtpu does not know the topology {tpu.family}:{tpu.topology}: {error}") from error
-    return list(found)
+    return list(devices)
 
 
 def compile_program(function, arguments: tuple, static: dict) -> tuple[str, jax.stages.Compiled]:

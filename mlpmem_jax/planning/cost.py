@@ -109,7 +109,7 @@ def estimate(
     """
     tpu = resolve(topology, "--topology")
     models, length = programs.models_of(config, 1), config.base.context_length
-    stored = {one.name: one.storage for one in artifacts(config, positions, tpu.hosts * slices)}
+    stored = {artifact.name: artifact.storage for artifact in artifacts(config, positions, tpu.hosts * slices)}
     if arm == "continued":
         settings = continued.settings_of(config)
         per_position = 3 * flops.language_model_forward(models.base, length)

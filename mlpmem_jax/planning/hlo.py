@@ -82,8 +82,8 @@ class Instruction:
 
     def named(self, attribute: str) -> str | None:
         """The computation that an attribute such as `calls` or `body` names."""
-        found = re.search(rf"\b{attribute}=\{{?%?([\w.\-]+)", self.attributes)
-        return found and found[1]
+        match = re.search(rf"\b{attribute}=\{{?%?([\w.\-]+)", self.attributes)
+        return match and match[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +135,14 @@ class Step:
       operation: what is computed here, if anything.
       starts: (channel, collective) for each that starts before the operation.
       ends: channels whose collectives are waited for after the operation.
-      body: steps that are run here `turns` times.
+      body: steps that are run here `trips` times.
     """
 
     operation: Operation | None = None
     starts: tuple[tuple[str, Collective], ...] = ()
     ends: tuple[str, ...] = ()
     body: tuple[Step, ...] = ()
-    turns: float = 1.0
+    trips: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Program:
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
-        return tuple(one for step in self._all for _, one in step.starts)
+        return tuple(collective for step in self._all for _, collective in step.starts)
 
     @property
     def operations(self) -> tuple[Operation, ...]:
@@ -171,19 +171,19 @@ class Program:
     @property
     def flops(self) -> float:
         """Of matrix products, on one device; recomputation included."""
-        return sum(one.flops * one.times for one in self.operations)
+        return sum(operation.flops * operation.times for operation in self.operations)
 
     @property
     def traffic(self) -> float:
         """Bytes read from and written to main memory, on one device."""
-        return sum(one.traffic * one.times for one in self.operations)
+        return sum(operation.traffic * operation.times for operation in self.operations)
 
 
 def parse(text: str) -> Program:
     """Reads the text of an optimized HLO module; the compiler writes instructions in the order in which they run.
 
     Raises:
-      ValueError: it is none, or the number of turns of a loop cannot be read.
+      ValueError: the text is not such a module, or the trip count of a loop cannot be read.
     """
     module = _Module(text)
     return Program(tuple(module.steps(module.entry, 1.0)))
@@ -211,73 +211,75 @@ class _Module:
                 if line.lstrip().startswith("ROOT "):
                     self.roots[name] = instruction
         if not self.entry:
-            raise ValueError("this is no text of an optimized HLO module: it has no ENTRY computation")
+            raise ValueError("not the text of an optimized HLO module: it has no ENTRY computation")
 
     def steps(self, name: str, times: float, around: Mapping[str, Collective] | None = None) -> Iterator[Step]:
         """The steps of a computation, and in them those of its loops, branches and calls, but not of fusions.
 
-        Fusions that only go on with a collective of `around`, those by channel that go on around this computation, do
+        Fusions that only continue a collective of `around` (by channel, those in flight around this computation) do
         not count as collectives of their own.
         """
         body = self.computations[name]
-        goes_on = dict(around or {})
-        found = {
-            one.name: [
+        pending = dict(around or {})
+        channels_of = {
+            op.name: [
                 (channel, is_start, collective)
-                for channel, is_start, collective in self.collectives(one, times)
-                if is_start or not _goes_on(collective, goes_on.get(channel))
+                for channel, is_start, collective in self.collectives(op, times)
+                if is_start or not _continues(collective, pending.get(channel))
             ]
-            for one in body.values()
+            for op in body.values()
         }
-        # The fusions that start an asynchronous collective, go on with it and end it all name its channel.
-        last = {channel: one for one, channels in found.items() for channel, _, _ in channels}
-        fused = {channel for channels in found.values() for channel, is_start, _ in channels if is_start}
+        # The fusions that start an asynchronous collective, continue it and end it all name its channel.
+        last = {channel: op for op, channels in channels_of.items() for channel, _, _ in channels}
+        fused = {channel for channels in channels_of.values() for channel, is_start, _ in channels if is_start}
         waiting: dict[str, tuple[tuple[str, Collective], ...]] = {}  # instruction -> started by it, or about to be
-        for one in body.values():
-            if one.opcode == "while":
-                turns = self._turns(one)
-                yield Step(body=tuple(self.steps(one.named("body"), times * turns, goes_on)), turns=turns)
+        for op in body.values():
+            if op.opcode == "while":
+                trips = self._trip_count(op)
+                yield Step(body=tuple(self.steps(op.named("body"), times * trips, pending)), trips=trips)
                 continue
-            if one.opcode in ("call", "conditional"):
-                for called in _called(one):
-                    yield Step(body=tuple(self.steps(called, times, goes_on)))
+            if op.opcode in ("call", "conditional"):
+                for called in _called(op):
+                    yield Step(body=tuple(self.steps(called, times, pending)))
                 continue
-            starts = tuple((c, collective) for c, is_start, collective in found[one.name] if is_start or c not in fused)
-            ends = tuple(channel for channel, _, _ in found[one.name] if last[channel] == one.name)
-            if one.opcode.endswith("-start"):
-                waiting[one.name], ends = starts, ()
-                starts = starts if one.operands else ()  # a sparse core gets its operands with the first update
-            elif one.opcode == "async-update":
-                waiting[one.name] = starts = waiting.pop(one.operands[0], ())
-            elif one.opcode.endswith("-done"):
-                ends = tuple(channel for channel, _ in waiting.pop(one.operands[0], ()))
-            goes_on |= {channel: collective for channel, is_start, collective in found[one.name] if is_start}
+            starts = tuple(
+                (c, collective) for c, is_start, collective in channels_of[op.name] if is_start or c not in fused
+            )
+            ends = tuple(channel for channel, _, _ in channels_of[op.name] if last[channel] == op.name)
+            if op.opcode.endswith("-start"):
+                waiting[op.name], ends = starts, ()
+                starts = starts if op.operands else ()  # a sparse core gets its operands with the first update
+            elif op.opcode == "async-update":
+                waiting[op.name] = starts = waiting.pop(op.operands[0], ())
+            elif op.opcode.endswith("-done"):
+                ends = tuple(channel for channel, _ in waiting.pop(op.operands[0], ()))
+            pending |= {channel: collective for channel, is_start, collective in channels_of[op.name] if is_start}
             for channel in ends:
-                goes_on.pop(channel, None)
-            operation = self.operation(one, times)
+                pending.pop(channel, None)
+            operation = self.operation(op, times)
             if operation or starts or ends:
                 yield Step(operation, starts, ends)
 
-    def _turns(self, loop: Instruction) -> int:
+    def _trip_count(self, loop: Instruction) -> int:
         """Of a counted loop: the compiler's note, or the constant that the counter is compared with over its step."""
-        known = re.search(r"known_trip_count[^\d]*(\d+)", loop.attributes)
-        if known:
-            return int(known[1])
+        note = re.search(r"known_trip_count[^\d]*(\d+)", loop.attributes)
+        if note:
+            return int(note[1])
         condition = loop.named("condition")
         constants = [
-            int(one.operands[0])
-            for one in self._inside(condition)
-            if one.opcode == "constant" and one.shapes[0].dtype in ("s32", "u32", "s64") and not one.shapes[0].sizes
+            int(op.operands[0])
+            for op in self._inside(condition)
+            if op.opcode == "constant" and op.shapes[0].dtype in ("s32", "u32", "s64") and not op.shapes[0].sizes
         ]
         if len(constants) != 1:
-            raise ValueError(f"{loop.name}: the number of turns of this loop cannot be read from {condition}")
+            raise ValueError(f"{loop.name}: the trip count of this loop cannot be read from {condition}")
         return -(-constants[0] // self._step(loop))
 
     def _step(self, loop: Instruction) -> int:
-        """What a turn adds to the counter; more than 1 where the compiler has put several turns into one."""
+        """What a turn adds to the counter; more than 1 where the compiler has put several trips into one."""
         body = self.computations[loop.named("body")]
         condition = self.computations[loop.named("condition")].values()
-        places = [re.search(r"index=(\d+)", one.attributes) for one in condition if one.opcode == "get-tuple-element"]
+        places = [re.search(r"index=(\d+)", op.attributes) for op in condition if op.opcode == "get-tuple-element"]
         if len(places) != 1:
             return 1
         counter = body[self.roots[loop.named("body")].operands[int(places[0][1])]]
@@ -304,30 +306,30 @@ class _Module:
         """(channel, whether a fusion starts it, collective) for each that an instruction is, or that is inside it."""
         called = instruction.named("calls") if instruction.opcode in ("fusion", "async-start") else None
         inside = list(self._inside(called)) if called else [instruction]
-        is_start = any("AsyncCollectiveStart" in one.attributes for one in inside)
-        for one in inside:
-            kind = one.opcode.removesuffix("-start")
+        is_start = any("AsyncCollectiveStart" in inner.attributes for inner in inside)
+        for inner in inside:
+            kind = inner.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            sent = sum(shape.bytes for name in one.operands for shape in self._shape_of(one, name))
+            sent = sum(shape.bytes for name in inner.operands for shape in self._shape_of(inner, name))
             # An asynchronous one has its operands among its results.
-            received = sum(shape.bytes for shape in one.shapes) - sent * one.opcode.endswith("-start")
+            received = sum(shape.bytes for shape in inner.shapes) - sent * inner.opcode.endswith("-start")
             if kind == "all-reduce" and called and _is_slice(self.computations[called], self.roots[called]):
                 kind = "reduce-scatter"  # TPUs hold one as an all-reduce and the slice that is kept, in one fusion
-            channel = re.search(r"channel_id=(\d+)", one.attributes)
-            rings = re.search(r"Strategy\w+\{colors:(\d+)", one.attributes + instruction.attributes)
-            # Only a fusion that goes on with another's collective shares its channel within a computation.
+            channel = re.search(r"channel_id=(\d+)", inner.attributes)
+            rings = re.search(r"Strategy\w+\{colors:(\d+)", inner.attributes + instruction.attributes)
+            # Only a fusion that continues a collective of another one shares its channel within a computation.
             shared = channel and (is_start or instruction.opcode == "fusion")
             yield (
-                channel[1] if shared else one.name,
+                channel[1] if shared else inner.name,
                 is_start,
                 Collective(
                     kind=kind,
                     payload=max(sent, received),
-                    group=_group(one.attributes),
+                    group=_group(inner.attributes),
                     times=times,
                     rings=int(rings[1]) if rings else None,
-                    name=one.name,
+                    name=inner.name,
                 ),
             )
 
@@ -345,8 +347,8 @@ class _Module:
             return None
         called = instruction.named("calls") if instruction.opcode == "fusion" else None
         inside = list(self._inside(called)) if called else [instruction]
-        flops = sum(self._matmul_flops(one) for one in inside)
-        if any(one.opcode in COLLECTIVES for one in inside) and not flops:
+        flops = sum(self._matmul_flops(inner) for inner in inside)
+        if any(inner.opcode in COLLECTIVES for inner in inside) and not flops:
             return None
         read = [self._shape_of(instruction, name) for name in instruction.operands]
         traffic = 0.0
@@ -358,21 +360,21 @@ class _Module:
 
     @functools.cached_property
     def _homes(self) -> dict[int, str]:
-        return {id(one): name for name, body in self.computations.items() for one in body.values()}
+        return {id(op): name for name, body in self.computations.items() for op in body.values()}
 
     def _shape_of(self, instruction: Instruction, operand: str) -> tuple[Shape, ...]:
-        found = self.computations[self._homes[id(instruction)]].get(operand)
-        return found.shapes if found else ()
+        definition = self.computations[self._homes[id(instruction)]].get(operand)
+        return definition.shapes if definition else ()
 
     def _read(self, computation: str, number: int) -> float:
         """Most bytes that a fused computation reads of a parameter; infinite where it may read the whole."""
         body = self.computations[computation]
-        parameter = next(one for one in body.values() if one.opcode == "parameter" and one.operands == (str(number),))
+        parameter = next(op for op in body.values() if op.opcode == "parameter" and op.operands == (str(number),))
         return self._read_by_users(body, parameter.name)
 
     def _read_by_users(self, body: dict[str, Instruction], name: str) -> float:
         total = 0.0
-        for user in (one for one in body.values() if name in one.operands):
+        for user in (op for op in body.values() if name in op.operands):
             if user.opcode in _PARTIAL_READS and user.operands[0] == name:
                 total += sum(shape.bytes for shape in user.shapes)
             elif user.opcode in (*COLLECTIVES, "tuple"):
@@ -392,7 +394,7 @@ class _Module:
         """Bytes of main memory that an instruction writes; of an update in place, the update."""
         body = self.computations[self._homes[id(instruction)]]
         if instruction.opcode in COLLECTIVES or instruction.opcode == "parameter":
-            return 0  # of a fusion beside which a collective goes on
+            return 0  # of a fusion during which a collective continues
         if instruction.opcode == "dynamic-update-slice":
             update = body[instruction.operands[1]]
             return sum(shape.bytes for shape in update.shapes) if instruction.shapes[0].space == 0 else 0
@@ -425,8 +427,8 @@ def _window_products(attributes: str, axis: int, length: int, results: int) -> i
 
     TPUs hold batch axes as windows in which all but one element meet padding, or the gaps of a dilated input.
     """
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    window = dict(word.split("=") for word in found[1].split()) if found else {}
+    match = re.search(r"window=\{([^}]*)\}", attributes)
+    window = dict(word.split("=") for word in match[1].split()) if match else {}
     size, stride, dilation, window_dilation = (
         int(window[name].split("x")[axis]) if name in window else 1
         for name in ("size", "stride", "lhs_dilate", "rhs_dilate")
@@ -438,7 +440,7 @@ def _window_products(attributes: str, axis: int, length: int, results: int) -> i
     return sum(0 <= place < length * dilation and place % dilation == 0 for place in places)
 
 
-def _goes_on(part: Collective, whole: Collective | None) -> bool:
+def _continues(part: Collective, whole: Collective | None) -> bool:
     """Whether one collective is a part of another, of the same channel, that began before."""
     return whole is not None and (part.kind, part.payload, part.group) == (whole.kind, whole.payload, whole.group)
 

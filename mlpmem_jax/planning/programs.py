@@ -23,7 +23,7 @@ STAGES = ("train", "datastore", "neighbors")
 
 
 @dataclasses.dataclass(frozen=True)
-class Models:
+class ModelDimensions:
     """Dimensions of all models of a config.
 
     Attributes:
@@ -62,7 +62,7 @@ class StageProgram:
     calls: float
 
 
-def models_of(config: ml_collections.ConfigDict, tensor_shards: int) -> Models:
+def models_of(config: ml_collections.ConfigDict, tensor_shards: int) -> ModelDimensions:
     """The dimensions that a config leads to.
 
     Raises:
@@ -80,8 +80,8 @@ def models_of(config: ml_collections.ConfigDict, tensor_shards: int) -> Models:
         )
     keys = published.dimensions(config.datastore.key_model) if config.datastore.key_model else base
     dimensions = memory_task.dimensions(config, base.vocab_size, base.width, tensor_shards, base.norm_epsilon)
-    tap = datastore.block_at_depth(base.blocks, config.datastore.input_depth)
-    return Models(base, keys, dimensions, bool(config.datastore.key_model) or tap != keys.blocks)
+    input_block = datastore.block_at_depth(base.blocks, config.datastore.input_depth)
+    return ModelDimensions(base, keys, dimensions, bool(config.datastore.key_model) or input_block != keys.blocks)
 
 
 def steps_of(config: ml_collections.ConfigDict, positions: int) -> int:
@@ -119,7 +119,7 @@ def build(config: ml_collections.ConfigDict, stage: str, sharding: Sharding, pos
     return makers[stage](config, models, sharding, positions)
 
 
-def _train(config, models: Models, sharding: Sharding, positions: int) -> list[StageProgram]:
+def _train(config, models: ModelDimensions, sharding: Sharding, positions: int) -> list[StageProgram]:
     loop.check_batch(config.training, sharding, "training")
     online = config.training.mode == "online"
     task = memory_task.memory_task(config, models.memory, models.base, sharding)
@@ -159,13 +159,13 @@ def _train(config, models: Models, sharding: Sharding, positions: int) -> list[S
     return [step, validation]
 
 
-def _datastore(config, models: Models, sharding: Sharding, positions: int) -> list[StageProgram]:
+def _datastore(config, models: ModelDimensions, sharding: Sharding, positions: int) -> list[StageProgram]:
     settings, length = config.datastore, config.base.context_length
-    tap = datastore.block_at_depth(models.base.blocks, settings.input_depth)
+    input_block = datastore.block_at_depth(models.base.blocks, settings.input_depth)
     rows = settings.batch_sequences * length
     tokens = _sharded([jax.ShapeDtypeStruct((settings.batch_sequences, length), "int32")] * 2, sharding)
 
-    def forward(name, model, taps, held_out: bool, calls: float) -> StageProgram:
+    def forward(name, model, input_blocks, held_out: bool, calls: float) -> StageProgram:
         return StageProgram(
             name=name,
             stage="datastore",
@@ -173,7 +173,7 @@ def _datastore(config, models: Models, sharding: Sharding, positions: int) -> li
             arguments=(_abstract_parameters(model, sharding), *tokens),
             static={
                 "config": model,
-                "taps": taps,
+                "input_blocks": input_blocks,
                 "dtype": jnp.dtype(settings.dtype),
                 "compute_dtype": jnp.dtype(settings.compute_dtype),
                 "sharding": sharding,
@@ -185,11 +185,17 @@ def _datastore(config, models: Models, sharding: Sharding, positions: int) -> li
         )
 
     both = models.separate_inputs and not settings.key_model
-    base_taps = (models.base.blocks, tap) if both else (tap,) if models.separate_inputs else (models.base.blocks,)
+    base_blocks = (
+        (models.base.blocks, input_block)
+        if both
+        else (input_block,)
+        if models.separate_inputs
+        else (models.base.blocks,)
+    )
     held_out = positions * (config.corpus.validation_fraction + config.corpus.test_fraction)
     programs = [
-        forward("base", models.base, base_taps, False, positions / rows),
-        forward("base, scored", models.base, base_taps, True, held_out / rows),
+        forward("base", models.base, base_blocks, False, positions / rows),
+        forward("base, scored", models.base, base_blocks, True, held_out / rows),
     ]
     if settings.key_model:
         calls = (positions + held_out) / rows
@@ -197,7 +203,7 @@ def _datastore(config, models: Models, sharding: Sharding, positions: int) -> li
     return programs
 
 
-def _neighbors(config, models: Models, sharding: Sharding, positions: int) -> list[StageProgram]:
+def _neighbors(config, models: ModelDimensions, sharding: Sharding, positions: int) -> list[StageProgram]:
     keys = min(positions, config.targets.key_shard_rows)
     queries = ring.QUERIES_PER_DEVICE * sharding.mesh.size
     width = config.targets.search_dimensions or models.keys.width
@@ -218,7 +224,7 @@ def _neighbors(config, models: Models, sharding: Sharding, positions: int) -> li
     return [search]
 
 
-def most_entries(config: ml_collections.ConfigDict, models: Models) -> int:
+def most_entries(config: ml_collections.ConfigDict, models: ModelDimensions) -> int:
     """Most entries that a target distribution can have: as many as neighbors, where all of them differ."""
     return min(config.targets.keep or config.targets.k, config.targets.k, models.base.vocab_size)
 

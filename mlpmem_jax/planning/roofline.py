@@ -60,7 +60,7 @@ class Roofline:
     @property
     def exposed(self) -> float:
         """Seconds of collectives that nothing runs beside."""
-        return sum(one.exposed for one in self.traffic)
+        return sum(kind.exposed for kind in self.traffic)
 
     @property
     def step(self) -> float:
@@ -69,7 +69,7 @@ class Roofline:
 
     def collectives(self, *, network: bool) -> float:
         """Seconds of the collectives within a slice or between slices."""
-        return sum(one.seconds for one in self.traffic if one.network == network)
+        return sum(kind.seconds for kind in self.traffic if kind.network == network)
 
     @property
     def bound(self) -> str:
@@ -93,29 +93,29 @@ def roofline(
     """
 
     @functools.cache  # asked for where a collective runs, and again for its sum
-    def cost(one: Collective) -> Cost:
-        group = [places[number] for number in one.group]
+    def cost(collective: Collective) -> Cost:
+        group = [places[number] for number in collective.group]
         slices = len({place.slice for place in group})
         if slices > 1:
             # Each slice first reduces (or last gathers) within itself, so that its devices share the network.
-            sent = one.sent * slices / len(group) if one.kind != "collective-permute" else one.sent
+            sent = collective.sent * slices / len(group) if collective.kind != "collective-permute" else collective.sent
             seconds = sent / chip.network_bandwidth
         else:
-            sent = one.sent
+            sent = collective.sent
             open_links = links([place.coordinates for place in group], shape, chip.ring_length)
-            if one.rings is not None:
-                open_links = min(open_links, 2.0 * one.rings)
-            seconds = sent / (chip.link_bandwidth * (1 if one.kind == "collective-permute" else open_links))
-        return Cost(one.kind, axes(one, mesh_shape), slices > 1, sent, seconds)
+            if collective.rings is not None:
+                open_links = min(open_links, 2.0 * collective.rings)
+            seconds = sent / (chip.link_bandwidth * (1 if collective.kind == "collective-permute" else open_links))
+        return Cost(collective.kind, axes(collective, mesh_shape), slices > 1, sent, seconds)
 
     exposed: dict[int, float] = defaultdict(float)
     operations = _run(program.steps, chip, cost, exposed)[0]
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
-    for one in program.collectives:
-        found = cost(one)
-        total = sums[found.kind, found.axes, found.network]
-        for index, value in enumerate((found.sent, found.seconds, exposed[id(one)], 1.0)):
-            total[index] += value * one.times
+    for collective in program.collectives:
+        cost_of = cost(collective)
+        total = sums[cost_of.kind, cost_of.axes, cost_of.network]
+        for index, value in enumerate((cost_of.sent, cost_of.seconds, exposed[id(collective)], 1.0)):
+            total[index] += value * collective.times
     return Roofline(
         compute=program.flops / chip.flops,
         memory=program.traffic / chip.hbm_bandwidth,
@@ -143,22 +143,22 @@ def _run(steps: Sequence[Step], chip: Chip, cost: Callable, exposed: dict[int, f
     clock, operations, free = 0.0, 0.0, defaultdict(float)
     ends: dict[str, tuple[Collective, float]] = {}
     for step in steps:
-        for channel, one in step.starts:
-            found = cost(one)
-            lanes = [(found.network, axis) for axis in found.axes]
-            end = max([clock, *(free[lane] for lane in lanes)]) + found.seconds
+        for channel, collective in step.starts:
+            cost_of = cost(collective)
+            lanes = [(cost_of.network, axis) for axis in cost_of.axes]
+            end = max([clock, *(free[lane] for lane in lanes)]) + cost_of.seconds
             free.update(dict.fromkeys(lanes, end))
-            ends[channel] = one, end
+            ends[channel] = collective, end
         seconds = 0.0
         if step.operation and not step.operation.asynchronous:
             seconds = max(step.operation.flops / chip.flops, step.operation.traffic / chip.hbm_bandwidth)
         busy, elapsed = _run(step.body, chip, cost, exposed) if step.body else (seconds, seconds)
-        operations += step.turns * busy
-        clock += step.turns * elapsed
+        operations += step.trips * busy
+        clock += step.trips * elapsed
         for channel in step.ends:
             if channel in ends:
-                one, end = ends.pop(channel)
-                exposed[id(one)] += max(0.0, end - clock)
+                collective, end = ends.pop(channel)
+                exposed[id(collective)] += max(0.0, end - clock)
                 clock = max(clock, end)
     return operations, clock
 

@@ -1,7 +1,7 @@
 """Stage `datastore`: one sharded forward pass turns every position of every split into a key and a memory input.
 
 The key of position t is the input of the last block's feed-forward layer there; its value is the token after t
-(PAPER, "The method", 1). Held-out splits also keep log p_LM(next token), so that later stages need not run the LM.
+(section 3 of the paper). Held-out splits also keep log p_LM(next token), so that later stages need not run the LM.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def block_at_depth(blocks: int, depth: float) -> int:
     return max(1, round(depth * blocks))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "taps", "dtype", "compute_dtype", "sharding", "scored"))
-def forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dtype, sharding, scored):
-    """Hidden states at the taps, [B, T, D] of `dtype`, and log p_LM(next) where `scored`, else None.
+@functools.partial(jax.jit, static_argnames=("config", "input_blocks", "dtype", "compute_dtype", "sharding", "scored"))
+def forward(parameters, tokens_BxT, next_BxT, *, config, input_blocks, dtype, compute_dtype, sharding, scored):
+    """The inputs of `input_blocks`, [B, T, D] of `dtype`, and log p_LM(next) where `scored`, else None.
 
     Both are sharded along the batch alone, so that each process writes whole rows.
     """
     activations = sharding.named("batch", None, None)
-    final, tapped = language_model.features(
-        parameters, config, tokens_BxT, taps=taps, compute_dtype=compute_dtype, activations=activations
+    final, states = language_model.features(
+        parameters, config, tokens_BxT, input_blocks=input_blocks, compute_dtype=compute_dtype, activations=activations
     )
-    outputs = [jax.lax.with_sharding_constraint(tapped[tap].astype(dtype), activations) for tap in taps]
+    outputs = [jax.lax.with_sharding_constraint(states[block].astype(dtype), activations) for block in input_blocks]
     if not scored:
         return outputs, None
     log_probabilities = next_token_log_probabilities(
@@ -58,7 +58,7 @@ def forward(parameters, tokens_BxT, next_BxT, *, config, taps, dtype, compute_dt
 
 
 @dataclasses.dataclass(frozen=True)
-class Models:
+class LoadedModels:
     """The base LM, and the model that makes the keys: the base again, unless the config names another one.
 
     Attributes:
@@ -82,7 +82,7 @@ class Models:
     compute_dtype: jnp.dtype
 
     @classmethod
-    def load(cls, config: ml_collections.ConfigDict) -> Models:
+    def load(cls, config: ml_collections.ConfigDict) -> LoadedModels:
         """Reads the models of a workdir.
 
         Raises:
@@ -131,18 +131,24 @@ class Models:
             blocks.append(last)
         if self.separate_inputs:
             blocks.append(self.input_block)
-        tapped, scores = run(self.base, tokens, following, config=self.base_config, taps=tuple(blocks), scored=scored)
-        rows = {"memory_inputs": local_rows(tapped[-1])} if self.separate_inputs else {}
+        states, scores = run(
+            self.base, tokens, following, config=self.base_config, input_blocks=tuple(blocks), scored=scored
+        )
+        rows = {"memory_inputs": local_rows(states[-1])} if self.separate_inputs else {}
         if not self.base_makes_keys:
             last = self.key_config.blocks
-            tapped, _ = run(self.key_model, tokens, following, config=self.key_config, taps=(last,), scored=False)
-        rows["keys"] = local_rows(tapped[0])
+            states, _ = run(
+                self.key_model, tokens, following, config=self.key_config, input_blocks=(last,), scored=False
+            )
+        rows["keys"] = local_rows(states[0])
         if scored:
             rows["base_log_probabilities"] = local_rows(scores)
         return rows
 
 
-def _array_specs(models: Models, sequences: int, length: int, per_shard: int, scored: bool) -> dict[str, ArraySpec]:
+def _array_specs(
+    models: LoadedModels, sequences: int, length: int, per_shard: int, scored: bool
+) -> dict[str, ArraySpec]:
     dtype = models.dtype.name
 
     def spec(dtype: str, *width: int) -> ArraySpec:
@@ -160,7 +166,7 @@ def _array_specs(models: Models, sequences: int, length: int, per_shard: int, sc
     return specs
 
 
-def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: Models, split: str) -> Artifact:
+def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: LoadedModels, split: str) -> Artifact:
     path = epath.Path(config.workdir) / "datastore" / split
     length, per_shard = config.base.context_length, config.datastore.sequences_per_shard
     inputs = {"tokens": tokens.fingerprint, **models.fingerprints}
@@ -190,7 +196,9 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: Mo
     return open_artifact(path, "datastore")
 
 
-def _write_shards(config, models: Models, stream: TokenStream, writer: ArtifactWriter, shards, split: str, bar) -> None:
+def _write_shards(
+    config, models: LoadedModels, stream: TokenStream, writer: ArtifactWriter, shards, split: str, bar
+) -> None:
     """All forward passes of a split: as many shards at once as there are parts of the batch."""
     length, per_shard = config.base.context_length, config.datastore.sequences_per_shard
     sequences, part = num_sequences(stream, length), models.sharding.batch_part
@@ -264,7 +272,7 @@ def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
       UserError: an input is missing or contradicts the config.
     """
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
-    models = Models.load(config)
+    models = LoadedModels.load(config)
     shards = models.sharding.shards("batch")
     if config.datastore.batch_sequences % shards:
         raise ConfigError(

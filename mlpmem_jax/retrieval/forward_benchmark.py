@@ -107,7 +107,7 @@ def _our_pass(model: language_model.Config, parameters: dict, tokens_BxT: np.nda
         tokens_BxT,
         tokens_BxT,
         config=model,
-        taps=(model.blocks,),
+        input_blocks=(model.blocks,),
         dtype=jnp.dtype("float16"),
         compute_dtype=jnp.dtype("float32"),
         sharding=Sharding(make_mesh(devices=jax.devices()[:1])),

@@ -31,7 +31,7 @@ from mlpmem_jax.retrieval.quality import Sample
 from mlpmem_jax.retrieval.queries import sample_queries
 from mlpmem_jax.retrieval.scratch import write_whole
 from mlpmem_jax.retrieval.targets_artifact import KIND, TargetsWriter, array_specs, folder_of
-from mlpmem_jax.retrieval.tiles import Plan, Split, make_tiles
+from mlpmem_jax.retrieval.tiles import Split, TargetSettings, make_tiles
 
 
 def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
@@ -102,7 +102,7 @@ def _build(
         lambda: _measure(settings, datastores, key_shards),
         collective=search.backend.is_collective,
     )
-    plan = Plan(
+    target_settings = TargetSettings(
         k=k,
         exclude=settings["exclude"],
         keep=settings["keep"],
@@ -112,7 +112,9 @@ def _build(
     )
     # Not before: a build that misses its recall leaves nothing that another one would have to be told apart from.
     writers = {split: TargetsWriter(folder_of(workdir, split), settings, inputs, specs[split]) for split in splits}
-    make_tiles([Split(split, datastores[split], writers[split], scratch) for split in splits], key_shards, plan)
+    make_tiles(
+        [Split(split, datastores[split], writers[split], scratch) for split in splits], key_shards, target_settings
+    )
     barrier("targets written")
     if jax.process_index() == 0:
         for writer in writers.values():

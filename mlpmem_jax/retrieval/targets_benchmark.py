@@ -84,10 +84,12 @@ def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: in
     distances_QxK, ids_QxK = index.search(queries.keys_QxD[chosen], k, shard.excluded(queries, "self")[chosen])
     searching = (time.process_time() - cpu) / len(chosen)
     recall = quality.contains(ids_QxK, true_ids).mean()
-    plan = tiles.Plan(k, "self", 0, MINIMUM_PROBABILITY, temperature=0.15 * float(np.median(distances_QxK)))
+    settings = tiles.TargetSettings(
+        k, "self", 0, MINIMUM_PROBABILITY, temperature=0.15 * float(np.median(distances_QxK))
+    )
 
     def distributions(part: slice) -> SparseDistributions:
-        return plan.distributions(plan.nearest(shard, queries[part], "train"), queries[part])
+        return settings.distributions(settings.nearest(shard, queries[part], "train"), queries[part])
 
     start, cpu = time.perf_counter(), time.process_time()
     parts = tiles.in_pieces(distributions, len(queries), k)

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TargetSettings:
     """How targets are made, resolved from the config.
 
     Attributes:
@@ -125,7 +125,7 @@ class Split:
         self._tile(shard, key_shard).unlink(missing_ok=True)
 
 
-def make_tiles(splits: list[Split], key_shards: KeyShards, plan: Plan) -> None:
+def make_tiles(splits: list[Split], key_shards: KeyShards, settings: TargetSettings) -> None:
     """All tiles of this process: the innermost work of the stage."""
     count, is_collective = len(key_shards), key_shards.search.backend.is_collective
     work = [
@@ -141,31 +141,33 @@ def make_tiles(splits: list[Split], key_shards: KeyShards, plan: Plan) -> None:
             # In a collective search no process may stay away while another still has queries.
             idle = exact_backend.largest(len(remaining)) - len(remaining) if is_collective else 0
             for split, shard in remaining:
-                _make_tile(split, shard, key_shards, number, plan)
+                _make_tile(split, shard, key_shards, number, settings)
                 bar.advance(split.positions(shard))
             for _ in range(idle):
-                key_shards.open(number).index.search(np.empty((0, key_shards.width), np.float32), plan.k)
+                key_shards.open(number).index.search(np.empty((0, key_shards.width), np.float32), settings.k)
 
 
-def _make_tile(split: Split, shard: int, key_shards: KeyShards, number: int, plan: Plan) -> None:
+def _make_tile(split: Split, shard: int, key_shards: KeyShards, number: int, settings: TargetSettings) -> None:
     """Searches one key shard for one query shard, and writes its tile or, after the last key shard, its targets."""
     queries, key_shard = split.queries(shard), key_shards.open(number)
     so_far_QxK = split.read_tile(shard, number - 1)
     # A collective search runs in this thread, one batch after another, in step with those of other processes.
-    of_all_QxK = plan.nearest(key_shard, queries, split.name) if key_shards.search.backend.is_collective else None
+    of_all_QxK = settings.nearest(key_shard, queries, split.name) if key_shards.search.backend.is_collective else None
 
     def nearest(part: slice) -> np.ndarray:
-        in_shard_QxK = plan.nearest(key_shard, queries[part], split.name) if of_all_QxK is None else of_all_QxK[part]
+        in_shard_QxK = (
+            settings.nearest(key_shard, queries[part], split.name) if of_all_QxK is None else of_all_QxK[part]
+        )
         return neighbors.merge(None if so_far_QxK is None else so_far_QxK[part], in_shard_QxK)
 
     def distributions(part: slice) -> tuple[SparseDistributions, int]:
         packed_QxK = nearest(part)
         lacking = int(np.isinf(neighbors.unpack(packed_QxK)[0][:, -1]).sum())
-        return plan.distributions(packed_QxK, queries[part]), lacking
+        return settings.distributions(packed_QxK, queries[part]), lacking
 
     if number < len(key_shards) - 1:
-        split.write_tile(shard, number, np.concatenate(in_pieces(nearest, len(queries), plan.k)))
+        split.write_tile(shard, number, np.concatenate(in_pieces(nearest, len(queries), settings.k)))
         return
-    parts, lacking = zip(*in_pieces(distributions, len(queries), plan.k), strict=True)
+    parts, lacking = zip(*in_pieces(distributions, len(queries), settings.k), strict=True)
     split.writer.write_shard(shard, parts, sum(lacking))
     split.drop_tile(shard, number - 1)

@@ -120,7 +120,7 @@ class _Points:
         for a, b, floor in itertools.product(_START_EXPONENTS, _START_EXPONENTS, _START_FLOORS):
             term = level + np.log((1.0 - floor) / 2.0)
             starts.append(np.array([level + np.log(floor), term, term, a, b]))
-        return min((self._minimize(observed_R, start_5) for start_5 in starts), key=lambda found: found.fun).x
+        return min((self._minimize(observed_R, start_5) for start_5 in starts), key=lambda optimum: optimum.fun).x
 
     def _minimize(self, observed_R: np.ndarray, start_5: np.ndarray) -> scipy.optimize.OptimizeResult:
         return scipy.optimize.minimize(

@@ -129,10 +129,10 @@ def _construction(point: Point, base: Artifact, trained_positions: int) -> float
         key_model = saved.language_model_config(_opened(point, "key_model", "base"))
     model, length = saved.language_model_config(base), point.config.base.context_length
     positions, backend = datastore.summary["positions"], targets.config["backend"]
-    made = budgets.construction(model, key_model, length, positions, backend, targets.config)
+    total = budgets.construction(model, key_model, length, positions, backend, targets.config)
     if point.config.training.mode == "online":  # the base runs again in every step
-        made += float(trained_positions) * flops.language_model_forward(model, length, output_projection=False)
-    return made
+        total += float(trained_positions) * flops.language_model_forward(model, length, output_projection=False)
+    return total
 
 
 def _opened(point: Point, folder: str, kind: str) -> Artifact:

@@ -54,7 +54,7 @@ def compare(reference: tuple[str, PowerLaw], other: tuple[str, PowerLaw], *, aga
     (reference_name, law), (name, other_law) = reference, other
     laws = law, other_law
     low, high = _difference(laws, [_GAMMA, _GAMMA], confidence)
-    found = {
+    comparison = {
         "reference": reference_name,
         "arm": name,
         "gamma_ratio": _ratio(laws, confidence),
@@ -63,7 +63,7 @@ def compare(reference: tuple[str, PowerLaw], other: tuple[str, PowerLaw], *, aga
         "equal_compute": _equal_compute(*laws),
     }
     gammas = [bootstrap.interval(each.gamma, each.line.replicates_SxK[:, 1], confidence) for each in laws]
-    return found | {"verdict": " ".join(_sentences(found, laws, gammas, against, confidence))}
+    return comparison | {"verdict": " ".join(_sentences(comparison, laws, gammas, against, confidence))}
 
 
 def _half_width(laws: Laws, variances: list[float], confidence: float) -> float:
@@ -125,8 +125,8 @@ def _equal_compute(law: PowerLaw, other: PowerLaw) -> bool:
     return bool(np.all(np.maximum(flops / other_flops, other_flops / flops) <= SAME_BUDGET))
 
 
-def _sentences(found: dict, laws: Laws, gammas: list[dict], against: str, confidence: float) -> list[str]:
-    reference, arm, ratio = found["reference"], found["arm"], found["gamma_ratio"]
+def _sentences(comparison: dict, laws: Laws, gammas: list[dict], against: str, confidence: float) -> list[str]:
+    reference, arm, ratio = comparison["reference"], comparison["arm"], comparison["gamma_ratio"]
     level, what = f"{100 * confidence:g} %", "training compute" if against == "flops" else "size"
     for name, gamma in zip((reference, arm), gammas, strict=True):
         if gamma["high"] >= 0.0:
@@ -140,16 +140,16 @@ def _sentences(found: dict, laws: Laws, gammas: list[dict], against: str, confid
     else:
         steeper = "steeper" if ratio["low"] > 1.0 else "shallower"
         sentences = [f"The data support a {steeper} exponent of {arm} than of {reference}: {measured}."]
-    if (there := found["perplexity_ratio"]) is not None:
+    if (ratio_at_x := comparison["perplexity_ratio"]) is not None:
         x = (
-            f"{there['x']:.3g} FLOPs".replace("e+", "e")
+            f"{ratio_at_x['x']:.3g} FLOPs".replace("e+", "e")
             if against == "flops"
-            else f"{magnitude(round(there['x']))} parameters"
+            else f"{magnitude(round(ratio_at_x['x']))} parameters"
         )
-        how = "not shown to differ" if _includes(there, 1.0) else "lower" if there["high"] < 1.0 else "higher"
-        sentences.append(f"At {x} the fitted perplexity of {arm} is {how}: ratio {_with_interval(there, level)}.")
+        how = "not shown to differ" if _includes(ratio_at_x, 1.0) else "lower" if ratio_at_x["high"] < 1.0 else "higher"
+        sentences.append(f"At {x} the fitted perplexity of {arm} is {how}: ratio {_with_interval(ratio_at_x, level)}.")
     sentences += [warning for name, each in zip((reference, arm), laws, strict=True) for warning in _doubts(name, each)]
-    if not found["equal_compute"]:
+    if not comparison["equal_compute"]:
         sentences.append("The two arms did not spend the same training compute.")
     return sentences
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlpmem_jax.evaluation.figures import FAINT, INK, STYLE
 from mlpmem_jax.evaluation.wording import label
-from mlpmem_jax.scaling.points import Runs, Sweep, set_of
+from mlpmem_jax.scaling.points import PointSet, Runs, set_of
 from mlpmem_jax.scaling.power_law import PowerLaw
 
 FILES = ("fit.svg", "fit.png", "frontier.svg", "frontier.png")
@@ -39,13 +39,13 @@ _OUTSIDE = 100.0  # log perplexity beyond any picture, still a number after exp
 _AXIS_LABELS = {"parameters": "total parameters", "flops": "training compute (FLOPs)"}
 
 
-def pictures(fitted: dict, laws: dict[str, PowerLaw], sweep: Sweep) -> dict[str, bytes]:
+def pictures(fitted: dict, laws: dict[str, PowerLaw], point_set: PointSet) -> dict[str, bytes]:
     """The files of pictures, name -> content; the same fits give the same bytes."""
     styles = _styles(list(laws))
     with matplotlib.rc_context(_STYLE):
-        drawn = {"fit": _laws(fitted, laws, sweep, styles)}
+        drawn = {"fit": _laws(fitted, laws, point_set, styles)}
         if any("runs" in arm["frontier"]["envelope"] for arm in fitted["arms"].values()):
-            drawn["frontier"] = _frontier(fitted, sweep, styles)
+            drawn["frontier"] = _frontier(fitted, point_set, styles)
     files = {}
     for name, figure in drawn.items():
         for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
@@ -63,7 +63,7 @@ def _styles(arms: list[str]) -> dict[str, dict]:
     return {arm: _KNOWN[arm] if arm in _KNOWN else next(further) for arm in ordered}
 
 
-def _laws(fitted: dict, laws: dict[str, PowerLaw], sweep: Sweep, styles: dict) -> matplotlib.figure.Figure:
+def _laws(fitted: dict, laws: dict[str, PowerLaw], point_set: PointSet, styles: dict) -> matplotlib.figure.Figure:
     """Points, lines and bands on the left; exponents with their intervals on the right."""
     figure = matplotlib.figure.Figure(figsize=(10.4, 4.6))
     left, right = figure.subplots(1, 2, width_ratios=(1.75, 1.0))
@@ -77,7 +77,7 @@ def _laws(fitted: dict, laws: dict[str, PowerLaw], sweep: Sweep, styles: dict) -
         low_G, high_G = np.exp(np.clip(bounds_2xG, -_OUTSIDE, _OUTSIDE))
         left.fill_between(line_G, low_G, high_G, color=style["color"], alpha=0.16, lw=0)
         left.plot(line_G, np.exp(law.losses(line_G)), color=style["color"], ls=style["ls"])
-        points_Px3, used = sweep.points[arm], np.exp(law.runs.losses_R)
+        points_Px3, used = point_set.points[arm], np.exp(law.runs.losses_R)
         left.plot(points_Px3[:, column], points_Px3[:, 2], ".", ms=5, color=style["color"], alpha=0.55, mew=0)
         left.plot(law.x_U, used, style["marker"], ms=7, color=style["color"], mec="white", mew=0.9, zorder=4)
         left.plot(
@@ -89,7 +89,7 @@ def _laws(fitted: dict, laws: dict[str, PowerLaw], sweep: Sweep, styles: dict) -
     left.set_ylabel(_perplexity_label(fitted))
     _ticks(left.xaxis, left.get_xlim())
     # Bands of few points may be far wider than the points; the points set the scale.
-    losses = [np.log(points_Px3[:, 2]) for points_Px3 in sweep.points.values()]
+    losses = [np.log(points_Px3[:, 2]) for points_Px3 in point_set.points.values()]
     low, high = np.min(np.concatenate(losses)), np.max(np.concatenate(losses))
     margin = 0.14 * max(high - low, 0.05)
     above = margin if len(styles) < 4 else 0.075 * len(styles) * (high - low)  # room for a long legend
@@ -156,19 +156,19 @@ def _signed(value: float) -> str:
     return f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _frontier(fitted: dict, sweep: Sweep, styles: dict) -> matplotlib.figure.Figure:
+def _frontier(fitted: dict, point_set: PointSet, styles: dict) -> matplotlib.figure.Figure:
     """Perplexity by size at each training budget, a panel for each arm; then the best size by compute."""
     figure = matplotlib.figure.Figure(figsize=(3.9 * (len(styles) + 1), 4.2))
     *panels, last = figure.subplots(1, len(styles) + 1)
     for axes, (arm, style) in zip(panels, styles.items(), strict=True):
-        found, runs = fitted["arms"][arm]["frontier"], sweep.arms[arm]
+        frontier, runs = fitted["arms"][arm]["frontier"], point_set.arms[arm]
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_title(_label(arm), loc="left", pad=8, color=style["color"], fontweight="bold")
-        if "budgets" in found["isoflop"]:
-            _draw_budgets(axes, found["isoflop"]["budgets"], runs)
+        if "budgets" in frontier["isoflop"]:
+            _draw_budgets(axes, frontier["isoflop"]["budgets"], runs)
         else:
-            _draw_envelope(axes, found["envelope"].get("runs", []), runs)
+            _draw_envelope(axes, frontier["envelope"].get("runs", []), runs)
         axes.set_xlim(axes.get_xlim()[0], axes.get_xlim()[1] * 8)  # room for the texts beside the last points
         _ticks(axes.xaxis, axes.get_xlim())
     limits = [limit for axes in panels for limit in axes.get_ylim()]

@@ -53,11 +53,11 @@ def run(
         raise UserError(
             f"samples={samples}: an interval of {100 * confidence:g} % needs at least {least} bootstrap replicates"
         )
-    sweep = points.read(points_csv, against)
-    fitted, laws = fit(sweep, against=against, confidence=confidence, samples=samples, seed=seed)
+    point_set = points.read(points_csv, against)
+    fitted, laws = fit(point_set, against=against, confidence=confidence, samples=samples, seed=seed)
     folder = epath.Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = figure.pictures(fitted, laws, sweep)
+    pictures = figure.pictures(fitted, laws, point_set)
     encoded = json.dumps(fitted, indent=1, allow_nan=False) + "\n"
     for name, content in {**pictures, "fit.json": encoded.encode()}.items():
         partial = folder / f"{name}.partial"
@@ -71,12 +71,12 @@ def run(
 
 
 def fit(
-    sweep: points.Sweep, *, against: str, confidence: float, samples: int, seed: int
+    point_set: points.PointSet, *, against: str, confidence: float, samples: int, seed: int
 ) -> tuple[dict, dict[str, power_law.PowerLaw]]:
     """All fits of a sweep: the content of fit.json, and the power law of each arm."""
     options = {"confidence": confidence, "samples": samples}
     laws, arms = {}, {}
-    for name, runs in sweep.arms.items():
+    for name, runs in point_set.arms.items():
         laws[name] = power_law.fit(
             runs, against=against, samples=samples, generator=bootstrap.generator_of(seed, name, "power_law")
         )
@@ -91,13 +91,13 @@ def fit(
             for kind in (frontier.envelope, frontier.isoflop)
         }
     comparisons = [
-        exponents.compare((one, laws[one]), (other, laws[other]), against=against, confidence=confidence)
-        for one, other in exponents.pairs(list(laws))
+        exponents.compare((first, laws[first]), (second, laws[second]), against=against, confidence=confidence)
+        for first, second in exponents.pairs(list(laws))
     ]
     fitted = {
         "against": against,
-        "corpus": sweep.corpus,
-        "points": sweep.rows,
+        "corpus": point_set.corpus,
+        "points": point_set.rows,
         "confidence": confidence,
         "intervals": INTERVALS,
         "samples": samples,

@@ -70,7 +70,7 @@ def set_of(values: np.ndarray) -> list:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
+class PointSet:
     """A checked file of points.
 
     Attributes:
@@ -100,7 +100,7 @@ def of_sweep(workdir) -> epath.Path:
     return file
 
 
-def read(points_csv, against: str = "parameters") -> Sweep:
+def read(points_csv, against: str = "parameters") -> PointSet:
     """Reads and checks a CSV file of points.
 
     Args:
@@ -127,9 +127,9 @@ def read(points_csv, against: str = "parameters") -> Sweep:
     for line, row in rows:
         corpora.setdefault(row["corpus"], line)
     if len(corpora) > 1:
-        (one, first), (other, second) = list(corpora.items())[:2]
+        (a, first), (b, second) = list(corpora.items())[:2]
         raise UserError(
-            f"{path}: column 'corpus' is {one!r} in row {first} and {other!r} in row {second}; perplexities of "
+            f"{path}: column 'corpus' is {a!r} in row {first} and {b!r} in row {second}; perplexities of "
             "different corpora share no law: fit one file for each corpus"
         )
     _refuse_repeated(str(path), rows)
@@ -139,7 +139,7 @@ def read(points_csv, against: str = "parameters") -> Sweep:
         arms[name] = _gather(of_arm)
         points[name] = np.array([[row["parameters"], row["flops"], row["perplexity"]] for row in of_arm])
         _refuse_few(str(path), name, arms[name], against)
-    return Sweep(len(rows), next(iter(corpora)), arms, points)
+    return PointSet(len(rows), next(iter(corpora)), arms, points)
 
 
 def _rows(path: str, text: str) -> list[tuple[int, dict]]:
@@ -171,7 +171,7 @@ def _rows(path: str, text: str) -> list[tuple[int, dict]]:
 
 def _value(path: str, line: int, column: str, text: str) -> str | int | float:
     """One cell converted, or an error that names its row and column."""
-    found = f"{path}: row {line}, column {column!r} is {text!r}"
+    cell = f"{path}: row {line}, column {column!r} is {text!r}"
     if column == "arm":
         if not text:
             raise UserError(
@@ -181,10 +181,10 @@ def _value(path: str, line: int, column: str, text: str) -> str | int | float:
     try:
         value = int(text) if column == "seed" else float(text)
     except ValueError:
-        raise UserError(f"{found}; expected {'a whole number' if column == 'seed' else 'a number'}") from None
+        raise UserError(f"{cell}; expected {'a whole number' if column == 'seed' else 'a number'}") from None
     if column != "seed" and not 0.0 < value < math.inf:
         advice = ": leave out runs that diverged" if column == "perplexity" else ""
-        raise UserError(f"{found}; expected a finite number above 0{advice}")
+        raise UserError(f"{cell}; expected a finite number above 0{advice}")
     return value
 
 
@@ -203,14 +203,14 @@ def _refuse_repeated(path: str, rows: list[tuple[int, dict]]) -> None:
 def _refuse_few(path: str, arm: str, runs: Runs, against: str) -> None:
     """Three sizes are the fewest that leave a line something to be wrong about."""
     if against == "flops":
-        found, what = [float(np.min(runs.flops_R[runs.budgets() == b])) for b in set_of(runs.budgets())], "budgets"
+        values, what = [float(np.min(runs.flops_R[runs.budgets() == b])) for b in set_of(runs.budgets())], "budgets"
         advice = f"column 'flops', within a factor {SAME_BUDGET:g} one budget"
     else:
-        found, what, advice = set_of(runs.parameters_R), "sizes", "column 'parameters'"
+        values, what, advice = set_of(runs.parameters_R), "sizes", "column 'parameters'"
         if len(set_of(runs.budgets())) >= LEAST_SIZES:
             advice += "; its budgets are enough for a law in compute instead, against='flops'"
-    if len(found) < LEAST_SIZES:
-        listed = ", ".join(f"{value:.6g}" for value in found)
+    if len(values) < LEAST_SIZES:
+        listed = ", ".join(f"{value:.6g}" for value in values)
         raise UserError(
             f"{path}: arm {arm!r} has too few {what}: {listed}; "
             f"a power law needs at least {LEAST_SIZES} different ones ({advice})"

@@ -80,40 +80,40 @@ def read(file: str, overrides: Sequence[str] = ()) -> Sweep:
       ConfigError: the file cannot be read; a point's name, key or value is wrong; two points have the same name; points
         are of different corpora; a budget is too small for one step.
     """
-    found = _load(file)
-    base = config_files.override(file, found["config"], overrides)
-    if found["counted"] not in budgets.COUNTED:
+    fields_by_key = _load(file)
+    base = config_files.override(file, fields_by_key["config"], overrides)
+    if fields_by_key["counted"] not in budgets.COUNTED:
         allowed = " or ".join(map(repr, budgets.COUNTED))
-        raise ConfigError(f"{file}: counted: expected {allowed}, found {found['counted']!r}")
-    counts_targets = found["counted"] == budgets.COUNTED[1]
-    if counts_targets and not found["positions"]:
+        raise ConfigError(f"{file}: counted: expected {allowed}, found {fields_by_key['counted']!r}")
+    counts_targets = fields_by_key["counted"] == budgets.COUNTED[1]
+    if counts_targets and not fields_by_key["positions"]:
         raise ConfigError(
             f"{file}: positions: expected the number of training positions, which the cost of the targets "
-            f"({found['counted']!r}) follows from, found 0"
+            f"({fields_by_key['counted']!r}) follows from, found 0"
         )
-    if not found["points"]:
+    if not fields_by_key["points"]:
         raise ConfigError(f"{file}: points: expected at least one point, found none")
     points, names = [], set()
-    for number, fields in enumerate(found["points"], start=1):
+    for number, fields in enumerate(fields_by_key["points"], start=1):
         _check_fields(f"{file}: point {number}", fields)
         if fields["name"] in names:
             raise ConfigError(f"{file}: two points have the name {fields['name']!r}; give each a name of its own")
         names.add(fields["name"])
         try:
-            points.append(_resolved(base, fields, found["positions"] if counts_targets else 0))
+            points.append(_resolved(base, fields, fields_by_key["positions"] if counts_targets else 0))
         except (UserError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise ConfigError(f"{file}: point {fields['name']!r}: {error}") from error
     for point in points[1:]:
         _refuse_other_corpus(file, points[0], point)
-    return Sweep(os.path.basename(file).removesuffix(".py"), base.workdir, found["counted"], tuple(points))
+    return Sweep(os.path.basename(file).removesuffix(".py"), base.workdir, fields_by_key["counted"], tuple(points))
 
 
 def _load(file: str) -> dict:
-    found = config_files.load(file, "get_sweep")
-    if not isinstance(found, Mapping) or sorted(found) != sorted(_KEYS):
-        keys = sorted(found) if isinstance(found, Mapping) else type(found).__name__
+    loaded = config_files.load(file, "get_sweep")
+    if not isinstance(loaded, Mapping) or sorted(loaded) != sorted(_KEYS):
+        keys = sorted(loaded) if isinstance(loaded, Mapping) else type(loaded).__name__
         raise ConfigError(f"{file}: get_sweep(): expected a dictionary with the keys {', '.join(_KEYS)}, found {keys}")
-    return dict(found)
+    return dict(loaded)
 
 
 def _check_fields(where: str, fields: Mapping) -> None:
@@ -146,12 +146,12 @@ def _resolved(base: ml_collections.ConfigDict, fields: Mapping, positions: int) 
     return Point(fields["name"], fields["arm"], fields["variant"], fields["seed"], float(fields["flops"]), config)
 
 
-def _refuse_other_corpus(file: str, one: Point, other: Point) -> None:
+def _refuse_other_corpus(file: str, point: Point, other: Point) -> None:
     for group in ("corpus", "tokenizer"):
-        here, there = plain_dict(one.config[group]), plain_dict(other.config[group])
+        here, there = plain_dict(point.config[group]), plain_dict(other.config[group])
         for key in here:
             if here[key] != there[key]:
                 raise ConfigError(
-                    f"{file}: config.{group}.{key} is {here[key]!r} in point {one.name!r} and {there[key]!r} in point "
-                    f"{other.name!r}; perplexities of different corpora share no law: make a sweep of each"
+                    f"{file}: config.{group}.{key} is {here[key]!r} in point {point.name!r} and {there[key]!r} in "
+                    f"point {other.name!r}; perplexities of different corpora share no law: make a sweep of each"
                 )

@@ -75,11 +75,11 @@ class Task:
                 return False
             return json.loads(report.read_text())["config"] == plain_dict(self.config)
         if self.verb == "continued":
-            found = manifests.read_manifest(str(workdir / continued.FOLDER))
+            manifest = manifests.read_manifest(str(workdir / continued.FOLDER))
             kept = loop.origin(continued.settings_of(self.config))
-            return found is not None and found["sealed"] and found["config"] == {"training": kept}
-        made = (manifests.read_manifest(str(workdir / folder)) for folder in _products(self.verb, self.config))
-        return all(found is not None and found["sealed"] for found in made)
+            return manifest is not None and manifest["sealed"] and manifest["config"] == {"training": kept}
+        products = (manifests.read_manifest(str(workdir / folder)) for folder in _products(self.verb, self.config))
+        return all(manifest is not None and manifest["sealed"] for manifest in products)
 
 
 def _products(verb: str, config: ml_collections.ConfigDict) -> list[str]:
@@ -109,18 +109,18 @@ def _digest(verb: str, config: ml_collections.ConfigDict) -> str:
 
 def of_sweep(sweep: Sweep) -> list[Task]:
     """Every task, each after those that it needs."""
-    found: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     for point in sweep.points:
         chain, links = [], {}
         for verb in _CHAINS[point.arm]:
             name = f"{verb}-{_digest(verb, point.config)}"
             config = ml_collections.ConfigDict(point.config.to_dict())
             config.workdir = str(epath.Path(sweep.workdir) / "shared" / name)
-            found.setdefault(name, Task(name, verb, config, tuple(chain[-1:]), dict(links), _flops(verb, config)))
+            tasks.setdefault(name, Task(name, verb, config, tuple(chain[-1:]), dict(links), _flops(verb, config)))
             links |= {folder: f"{config.workdir}/{folder}" for folder in _products(verb, config)}
             chain.append(name)
-        found[point.name] = Task(point.name, _VERBS[point.arm], point.config, (chain[-1],), links, point.flops)
-    return _with_paths(list(found.values()))
+        tasks[point.name] = Task(point.name, _VERBS[point.arm], point.config, (chain[-1],), links, point.flops)
+    return _with_paths(list(tasks.values()))
 
 
 def _flops(verb: str, config: ml_collections.ConfigDict) -> float:

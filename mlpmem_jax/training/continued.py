@@ -146,16 +146,16 @@ def train_on(
     if rates:
         settings, search = at_best_rate(settings, name, writer.path, rates, train)
         search["rate_search_flops"] = float(flops_per_step(model, length, settings)) * search.pop("rate_search_steps")
-    best, figures = train(settings, name, writer.path)
-    figures |= search
-    figures["training_flops"] = float(flops_per_step(model, length, settings)) * figures["steps"]
-    figures["perplexity"] = perplexities(best)
+    best, summary = train(settings, name, writer.path)
+    summary |= search
+    summary["training_flops"] = float(flops_per_step(model, length, settings)) * summary["steps"]
+    summary["perplexity"] = perplexities(best)
     # Training on may only do harm to a model of a better text; then the base itself is what the same compute gives.
-    if before["validation"] <= figures["perplexity"]["validation"]:
+    if before["validation"] <= summary["perplexity"]["validation"]:
         say(f"{name}: no step was better on validation than the base itself, which is kept")
-        best, figures["step"], figures["perplexity"] = None, 0, before
+        best, summary["step"], summary["perplexity"] = None, 0, before
         (best,) = load()
-    saved.seal(writer, model, best, figures)
+    saved.seal(writer, model, best, summary)
     remove_short_runs(writer.path)
     return open_artifact(workdir / name, "base")
 
@@ -170,26 +170,26 @@ def at_best_rate(
       name: what the user is told is being trained.
       folder: of the artifact; short runs go into a folder of it, until `remove_short_runs`.
       rates: to choose from.
-      train: (settings, name, folder) -> (parameters, figures).
+      train: (settings, name, folder) -> (parameters, summary).
 
     Returns:
       The settings with that rate, and learning_rate, rate_search and rate_search_steps.
     """
-    settings, found = ml_collections.ConfigDict(settings), {}
+    settings, perplexity_at = ml_collections.ConfigDict(settings), {}
     short = ml_collections.ConfigDict(settings)
     short.steps = _short_steps(settings.steps)
     short.warmup_steps = min(settings.warmup_steps, short.steps // 10)
     short.profile_steps = ""
     for rate in rates:
         short.learning_rate = rate
-        _, figures = train(short, f"{name} at rate {rate:g}", f"{folder}/{_SHORT_RUNS}/{rate:g}")
-        found[rate] = figures["validation"]["perplexity"]
-    settings.learning_rate = min(found, key=found.get)
-    tries = ", ".join(f"{rate:g}: {perplexity:.2f}" for rate, perplexity in found.items())
+        _, summary = train(short, f"{name} at rate {rate:g}", f"{folder}/{_SHORT_RUNS}/{rate:g}")
+        perplexity_at[rate] = summary["validation"]["perplexity"]
+    settings.learning_rate = min(perplexity_at, key=perplexity_at.get)
+    tries = ", ".join(f"{rate:g}: {perplexity:.2f}" for rate, perplexity in perplexity_at.items())
     say(f"{name}: learning rate {settings.learning_rate:g}; validation perplexity of short runs by rate: {tries}")
     return settings, {
         "learning_rate": settings.learning_rate,
-        "rate_search": {f"{rate:g}": perplexity for rate, perplexity in found.items()},
+        "rate_search": {f"{rate:g}": perplexity for rate, perplexity in perplexity_at.items()},
         "rate_search_steps": short.steps * len(rates),
     }
 

@@ -37,12 +37,12 @@ _RATES = (1e-4, 3e-4, 1e-3)  # peak learning rates that are tried
 
 def adapted(logical_axes: dict) -> dict[tuple[str, ...], tuple[str | None, ...]]:
     """{path of a kernel in the stacked blocks: its logical axes} of all matrices that are adapted."""
-    found = {}
+    result = {}
     for path, axes in jax.tree_util.tree_leaves_with_path(logical_axes["h"], is_leaf=lambda x: isinstance(x, tuple)):
         names = tuple(entry.key for entry in path)
         if names[-1] == "kernel" and names[:2] not in _LEFT_OUT:
-            found[names] = axes
-    return found
+            result[names] = axes
+    return result
 
 
 def adapter_axes(logical_axes: dict) -> dict:
@@ -146,17 +146,17 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     before = continued.held_out_perplexities(frozen, model, tokens, length, sharding)
     settings, search = continued.at_best_rate(settings, FOLDER, writer.path, _RATES, train)
     search["rate_search_flops"] = float(per_step) * search.pop("rate_search_steps")
-    adapters, figures = train(settings, FOLDER, writer.path)
+    adapters, metrics = train(settings, FOLDER, writer.path)
     merged = jax.jit(merge)(frozen, adapters)
     after = continued.held_out_perplexities(merged, model, tokens, length, sharding)
     if before["validation"] <= after["validation"]:
         say(f"{FOLDER}: no step was better on validation than the base itself, which is kept")
-        adapters, merged, figures["step"], after = jax.tree.map(jnp.zeros_like, adapters), frozen, 0, before
-    figures |= search
-    figures["training_flops"], figures["perplexity"] = float(per_step) * figures["steps"], after
-    figures["rank"], figures["adapter_parameters"] = rank, rank * per_rank
+        adapters, merged, metrics["step"], after = jax.tree.map(jnp.zeros_like, adapters), frozen, 0, before
+    metrics |= search
+    metrics["training_flops"], metrics["perplexity"] = float(per_step) * metrics["steps"], after
+    metrics["rank"], metrics["adapter_parameters"] = rank, rank * per_rank
     _seal_adapters(writer, adapters, kept, inputs)
-    saved.seal(writer, model, merged, figures)
+    saved.seal(writer, model, merged, metrics)
     continued.remove_short_runs(writer.path)
     return open_artifact(workdir / FOLDER, "base")
 

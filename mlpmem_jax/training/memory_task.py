@@ -91,7 +91,9 @@ class MemoryLoss:
             return batch["memory_inputs"]
         block, dtype = self.input_block, jnp.dtype(self.settings.compute_dtype)
         parameters = jax.lax.stop_gradient(frozen)
-        _, inputs = language_model.features(parameters, self.base, batch["tokens"], taps=(block,), compute_dtype=dtype)
+        _, inputs = language_model.features(
+            parameters, self.base, batch["tokens"], input_blocks=(block,), compute_dtype=dtype
+        )
         return inputs[block]
 
 

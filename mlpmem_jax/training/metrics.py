@@ -63,7 +63,7 @@ class MetricsWriter:
                 self._board.add_scalar(name, float(value), step)
 
     def flush(self) -> None:
-        """Has the records of a bucket written, while the training goes on; call it with every checkpoint."""
+        """Has the records of a bucket written, while the training continues; call it with every checkpoint."""
         if self._enabled and not self._is_local:
             self._pending.append(self._thread.submit(self._file.write_bytes, b"".join(self._lines)))
 

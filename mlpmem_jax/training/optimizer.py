@@ -50,7 +50,7 @@ def make_optimizer(settings: ml_collections.ConfigDict, total_steps: int, logica
     decays those alone; Adam with Nesterov momentum takes all else at `adam_learning_rate`.
 
     Args:
-      settings: a config group of `configs.default.optimization`.
+      settings: a config group of `optimization` of configs/default.py.
       total_steps: optimizer steps of the whole run.
       logical_axes: tree like the parameters whose leaves are tuples of logical axis names.
 

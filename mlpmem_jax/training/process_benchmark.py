@@ -37,10 +37,10 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
         for processes, devices in _JOBS:
             rates[processes, devices].append(_measure(config, processes, devices))
     first = statistics.median(rates[_JOBS[0]])
-    found = []
+    result = []
     for (processes, devices), measured in rates.items():
         rate = statistics.median(measured)
-        found.append(
+        result.append(
             {
                 "name": f"train step, {processes} x {devices} (processes x devices)",
                 "value": rate / first,
@@ -50,7 +50,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
                 f"{config.training.batch_sequences * config.base.context_length} positions a step",
             }
         )
-    return found
+    return result
 
 
 def _measure(config: ml_collections.ConfigDict, processes: int, devices: int) -> float:

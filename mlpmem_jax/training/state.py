@@ -125,7 +125,7 @@ class Checkpoints:
         """The step with the lowest validation perplexity.
 
         Raises:
-          ArtifactError: the figures of a checkpoint are not what was saved.
+          ArtifactError: the metrics of a checkpoint are not those that were saved.
         """
         for step in self._manager.all_steps():
             self.validation(step)
@@ -143,7 +143,7 @@ class Checkpoints:
             metrics = dict(self._manager.metrics(step) or {})
             checksum = metrics.pop(_CHECKSUM, None)
             if metrics and zlib.crc32(encode(metrics)) != checksum:
-                raise ArtifactError(f"{folder}: the figures of its validation are not those that were saved; {remedy}")
+                raise ArtifactError(f"{folder}: the metrics of its validation are not those that were saved; {remedy}")
             return metrics
 
     def wait(self) -> None:

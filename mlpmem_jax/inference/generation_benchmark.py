@@ -18,7 +18,7 @@ import numpy as np
 from mlpmem_jax.core import host
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.inference.decoding import Models, Parameters, prepare
+from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare
 from mlpmem_jax.inference.generate import first_tokens, following_tokens
 from mlpmem_jax.inference.sampling import GREEDY, Sampling
 from mlpmem_jax.models import flops, gpt2, memory
@@ -49,10 +49,10 @@ def rows(
     )
     both = initialize(jax.random.key(0))
     alone = Parameters(both.base)
-    with_memory = Models(base, memory_model, base.blocks)
+    with_memory = DecoderConfig(base, memory_model, base.blocks)
     plain = Sampling(temperature=1.0)
     cases = {
-        "base alone": (Models(base), alone, GREEDY),
+        "base alone": (DecoderConfig(base), alone, GREEDY),
         "base and memory, greedy": (with_memory, both, GREEDY),
         "base and memory, drawn at temperature 1": (with_memory, both, plain),
         f"base and memory, drawn at lambda {HIGH_WEIGHT}": (with_memory, both._replace(weight=HIGH_WEIGHT), plain),
@@ -101,7 +101,7 @@ def _row(name: str, value: float, unit: str, detail: str) -> dict:
 
 
 def _programs(
-    models: Models, parameters: Parameters, sampling: Sampling, prompt: int, count: int
+    models: DecoderConfig, parameters: Parameters, sampling: Sampling, prompt: int, count: int
 ) -> tuple[Callable, Callable]:
     """Calls that make the first token and the following ones, compiled."""
     tokens_1xT = np.random.default_rng(0).integers(0, models.base.vocab_size, (1, prompt), dtype=np.int32)
