@@ -165,9 +165,8 @@ def test_run_and_launchers_ask_before_the_first_stage(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit, match="2"):
         cli.main(["run", *words])
     assert "config.targets.k: 7000 neighbors" in capsys.readouterr().err
-    parser = job.parser("local", "", "")
     with pytest.raises(ConfigError, match=r"config.targets.k: 7000"):
-        job.read_config(parser.parse_args(words[:1]), words[1:], 1, 1)
+        job.read_config("configs/smoke.py", words[1:], stage="run", devices=1, processes=1)
     with pytest.raises(SystemExit, match="2"):
         cli.main(["run", *words[:2], "--config.training.batch_sequences=12"])  # on eight devices
     assert "config.training.batch_sequences: expected a multiple of 8, found 12" in capsys.readouterr().err

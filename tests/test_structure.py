@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import sys
 
 import pytest
 
@@ -29,12 +30,13 @@ def imported(name, file):
 
 @pytest.fixture(scope="module")
 def imports():
-    """Module -> the modules that it imports, packages left out where a module of theirs is meant."""
+    """Module of ours -> what it imports: modules of ours by their names, others as they are written."""
     known = modules()
-    graph = {}
-    for name, file in known.items():
-        graph[name] = {part if part in known else part.rpartition(".")[0] for part in imported(name, file)} - {name}
-    return graph
+
+    def module_of(name):
+        return next((each for each in (name, name.rpartition(".")[0]) if each in known), name)
+
+    return {name: set(map(module_of, imported(name, file))) - {name} for name, file in known.items()}
 
 
 def test_no_import_leads_back_to_its_module(imports):
@@ -53,8 +55,16 @@ def test_layers_import_downwards_alone(imports):
         if name.startswith("mlpmem_jax.core."):
             own = {other for other in others if other.startswith("mlpmem_jax.")}
             assert all(other.startswith("mlpmem_jax.core") for other in own), name
+
+
+def test_launchers_import_the_standard_library_configs_and_core_alone(imports):
+    allowed = {*sys.stdlib_module_names, "launch", "configs", "yaml", "ml_collections"}
+    ours = {"mlpmem_jax.stages", "mlpmem_jax.core.config"}
+    core = ("accelerators", "config_files", "errors", "failures", "preflight")  # none of them imports jax
+    ours |= {f"mlpmem_jax.core.{name}" for name in core}
+    for name, others in imports.items():
         if name.startswith("launch"):
-            assert "mlpmem_jax.cli" not in others
+            assert {other for other in others if other.split(".")[0] not in allowed} <= ours, name
 
 
 def test_private_parts_of_jax_are_used_in_one_module(imports):

@@ -20,6 +20,9 @@ from mlpmem_jax.scaling import collection, table
 from mlpmem_jax.scaling.sweep import Sweep
 from mlpmem_jax.scaling.tasks import Task, of_sweep
 
+PROGRAM = (sys.executable, "-m", "mlpmem_jax.cli")
+"""The command that a child runs a verb with."""
+
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 120.0  # from SIGTERM to SIGKILL: time for a checkpoint
 
@@ -180,7 +183,7 @@ def _started(task: Task, slot: int, cores: list[int], logs: pathlib.Path, lock: 
     """Starts a task's child on its cores; what it says goes to a log file of its own."""
     task.prepare()
     log = logs / f"{task.name}.txt"
-    command = [sys.executable, "-m", "mlpmem_jax.cli", task.verb, f"--config={task.config.workdir}/config.py"]
+    command = [*PROGRAM, task.verb, f"--config={task.config.workdir}/config.py"]
     environment = os.environ | {"MLPMEM_QUIET": "0"} | child_process.environment()
     with _on_cores(cores), log.open("a") as output:
         # A session of its own: Ctrl-C reaches the sweep alone, which asks its children for checkpoints.
