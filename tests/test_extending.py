@@ -16,6 +16,7 @@ from mlpmem_jax.comparison import tasks
 from mlpmem_jax.comparison.question import Answer
 from mlpmem_jax.core.config import OPTIMIZERS, SEARCH_BACKENDS
 from mlpmem_jax.models import language_model, llama
+from mlpmem_jax.models.config_json import ConfigJson
 from mlpmem_jax.retrieval import backends, neighbors
 from mlpmem_jax.training import optimizer
 
@@ -99,6 +100,7 @@ def test_a_model_family(monkeypatch):
     plain_llama = llama.LlamaConfig(40, 16, 12, 2, 4, 2, 6, 20)
     ours, theirs = (language_model.logits(parameters, model, tokens) for model in (config, plain_llama))
     assert language_model.family(config) == "plain"
+    assert language_model.from_json(ConfigJson("config.json", language_model.to_json(config))) == config
     np.testing.assert_allclose(ours[0, 0], theirs[0, 0], rtol=1e-5)  # the first position is turned by nothing
     assert float(np.abs(ours[0, 7] - theirs[0, 7]).max()) > 1e-6
     assert language_model.parameter_count(config) == sum(array.size for array in jax.tree.leaves(parameters))

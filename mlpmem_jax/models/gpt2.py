@@ -15,6 +15,7 @@ from flax import nnx
 
 from mlpmem_jax.models import layers, modules, transformer
 from mlpmem_jax.models.checkpoint import CheckpointNames
+from mlpmem_jax.models.config_json import NUMBER, ConfigJson
 
 NAMES = ("gpt2",)
 EMBEDDING = "wte"
@@ -28,6 +29,14 @@ CHECKPOINT = CheckpointNames(
         "attn.c_proj.kernel": ((0, 1), (2,)),  # [H, K, D] -> [H K, D]
     },
 )
+_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")  # keys of config.json
+_IMPLEMENTED = {  # keys that a config.json may leave out -> values; the first is what leaving out means
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +69,34 @@ Config = GPT2Config
 def from_fields(fields: Mapping) -> GPT2Config:
     """The config whose `dataclasses.asdict` these values are."""
     return GPT2Config(**fields)
+
+
+def from_json(source: ConfigJson) -> GPT2Config:
+    """The config that a Hugging Face config.json describes."""
+    for key, allowed in _IMPLEMENTED.items():
+        source.check_allowed(key, allowed)
+    vocab_size, context_length, width, blocks, heads = source.sizes(_SIZES)
+    source.check_divides("n_head", heads, "n_embd", width)
+    if source.optional("n_inner", 4 * width) != 4 * width:
+        raise source.error(f"n_inner is {source.values['n_inner']}; only 4 x n_embd can be imported")
+    epsilon = source.optional("layer_norm_epsilon", 1e-5, NUMBER)
+    return GPT2Config(vocab_size, context_length, width, blocks, heads, epsilon)
+
+
+def to_json(config: GPT2Config) -> dict:
+    """The keys of config.json that describe the config."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_embd": config.width,
+        "n_layer": config.blocks,
+        "n_head": config.heads,
+        "activation_function": config.activation,
+        "layer_norm_epsilon": config.norm_epsilon,
+        "tie_word_embeddings": True,
+    }
 
 
 class Attention(nnx.Module):

@@ -7,9 +7,10 @@ Each family is a module in FAMILIES with the functions below and
     EMBEDDING           key of the token embedding in the parameters, which no other family has
     CHECKPOINT          how Hugging Face checkpoints name and lay out its tensors (`models.checkpoint`)
     from_fields(fields) the config whose `dataclasses.asdict` these are
+    from_json(source), to_json(config)  the config in a Hugging Face config.json (`models.config_json`)
     forward_flops(config, length, output_projection), parameter_count(config, embeddings)
 
-so that a new family is a new module, a line in FAMILIES, and its keys of config.json (`interop.huggingface_config`).
+so that a new family is a new module and its name in FAMILIES.
 
 Dimensions: B sequences, T positions, D width, H heads, K width of a head, V vocabulary.
 """
@@ -26,6 +27,7 @@ from flax import nnx
 
 from mlpmem_jax.models import gpt2, llama
 from mlpmem_jax.models.checkpoint import CheckpointNames
+from mlpmem_jax.models.config_json import ConfigJson, check_allowed
 
 FAMILIES: tuple[ModuleType, ...] = (gpt2, llama)
 _BY_NAME = {name: module for module in FAMILIES for name in module.NAMES}
@@ -77,6 +79,21 @@ def from_fields(fields: Mapping) -> Config:
     if name not in _BY_NAME:
         raise ValueError(f"language models of family {name!r} are not known; expected one of {', '.join(_BY_NAME)}")
     return _BY_NAME[name].from_fields(fields)
+
+
+def from_json(source: ConfigJson) -> Config:
+    """The config that a Hugging Face config.json describes.
+
+    Raises:
+      UserError: it describes what this package does not implement.
+    """
+    check_allowed(source, "model_type", source.family, tuple(_BY_NAME))
+    return _BY_NAME[source.family].from_json(source)
+
+
+def to_json(config: Config) -> dict:
+    """The keys of config.json that describe the config."""
+    return _module(config).to_json(config)
 
 
 def checkpoint(name: str) -> CheckpointNames:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlpmem_jax.models import layers, modules, rotary, transformer
+from mlpmem_jax.models import layers, modules, rotary, rotary_json, transformer
 from mlpmem_jax.models.checkpoint import CheckpointNames
+from mlpmem_jax.models.config_json import NUMBER, ConfigJson
 from mlpmem_jax.models.rotary import Rotary
 
 NAMES = ("llama", "mistral")
@@ -31,6 +32,15 @@ CHECKPOINT = CheckpointNames(
         "self_attn.o_proj.kernel": ((2,), (0, 1)),  # [H, K, D] -> [D, H K]
     },
 )
+_SIZES = (  # keys of config.json
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
+_IMPLEMENTED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +84,69 @@ Config = LlamaConfig
 def from_fields(fields: Mapping) -> LlamaConfig:
     """The config whose `dataclasses.asdict` these values are."""
     return LlamaConfig(**{**fields, "rotary": Rotary(**fields["rotary"])})
+
+
+def from_json(source: ConfigJson) -> LlamaConfig:
+    """The config that a Hugging Face config.json describes."""
+    family, values = source.family, source.values
+    for key, allowed in _IMPLEMENTED.items():
+        source.check_allowed(key, allowed)
+    vocab_size, positions, width, blocks, heads, feed_forward_width = source.sizes(_SIZES)
+    if values.get("head_dim") is None:
+        source.check_divides("num_attention_heads", heads, "hidden_size", width)
+    head_width = source.optional("head_dim", width // heads)
+    if head_width % 2:
+        raise source.error(f"head_dim is {head_width}; rotary embeddings need an even one")
+    default = 8 if family == "mistral" and "num_key_value_heads" not in values else heads
+    key_value_heads = source.optional("num_key_value_heads", default)
+    source.check_divides("num_key_value_heads", key_value_heads, "num_attention_heads", heads)
+    embedding = rotary_json.from_json(source, positions)
+    # The frequencies of this type depend on the length, to extend beyond the positions of the config.
+    stretch = embedding.factor if embedding.type == "dynamic" else 1
+    window = 0
+    if family == "mistral":
+        window = source.optional("sliding_window", 0 if "sliding_window" in values else 4096)
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        context_length=int(stretch * positions),
+        width=width,
+        blocks=blocks,
+        heads=heads,
+        key_value_heads=key_value_heads,
+        head_width=head_width,
+        feed_forward_width=feed_forward_width,
+        norm_epsilon=source.optional("rms_norm_eps", 1e-6, NUMBER),
+        sliding_window=window,
+        tied=source.optional("tie_word_embeddings", False, (bool,)),
+        rotary=embedding,
+        family=family,
+    )
+
+
+def to_json(config: LlamaConfig) -> dict:
+    """The keys of config.json that describe the config."""
+    embedding = config.rotary
+    values = {
+        "architectures": [f"{config.family.capitalize()}ForCausalLM"],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": (
+            embedding.original_length if embedding.type == "dynamic" else config.context_length
+        ),
+        "hidden_size": config.width,
+        "num_hidden_layers": config.blocks,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_value_heads,
+        "head_dim": config.head_width,
+        "intermediate_size": config.feed_forward_width,
+        "hidden_act": config.activation,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied,
+        **rotary_json.to_json(embedding),
+    }
+    if config.family == "mistral":
+        values["sliding_window"] = config.sliding_window or None
+    return values
 
 
 class Attention(nnx.Module):

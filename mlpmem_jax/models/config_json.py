@@ -1,0 +1,88 @@
+"""Values of a Hugging Face config.json, read with errors that name the file and the key.
+
+What models/ does not implement is refused by its key: it would load, and give other numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from mlpmem_jax.core.errors import UserError
+
+NUMBER = (int, float)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigJson:
+    """A config.json, or a group in it.
+
+    Attributes:
+      file: it, for messages.
+      values: by key.
+    """
+
+    file: str
+    values: dict[str, Any]
+
+    @property
+    def family(self) -> str:
+        """What `model_type` says; GPT-2's configs may leave it out."""
+        return self.values.get("model_type", "gpt2")
+
+    def error(self, text: str) -> UserError:
+        """An error about this file."""
+        return UserError(f"{self.file}: {text}")
+
+    def check_allowed(self, key: str, allowed: tuple) -> None:
+        """A key that may be left out, and the values that are implemented; the first is what leaving out means.
+
+        Raises:
+          UserError: it has another value.
+        """
+        check_allowed(self, key, self.values.get(key, allowed[0]), allowed)
+
+    def sizes(self, keys: tuple[str, ...]) -> list[int]:
+        """The whole numbers above 0 under keys that may not be left out.
+
+        Raises:
+          UserError: one is missing, or is another value.
+        """
+        for key in keys:
+            if type(self.values.get(key)) is not int or self.values[key] < 1:
+                raise self.error(
+                    f"{key} is missing or no whole number above 0; this is no config of a {self.family} model"
+                )
+        return [self.values[key] for key in keys]
+
+    def optional(self, key: str, default, kinds: tuple[type, ...] = (int,)):
+        """The positive number, or text or switch, under a key that may be left out; null counts as `default`.
+
+        Raises:
+          UserError: it is of none of the `kinds`, or not positive.
+        """
+        value = self.values.get(key)
+        if value is None:
+            return default
+        is_number = type(value) is not bool and isinstance(value, int | float)
+        if type(value) not in kinds or (is_number and not 0 < value < math.inf):
+            expected = {
+                int: "a whole number above 0",
+                float: "a number above 0",
+                bool: "true or false",
+                dict: "a group",
+            }
+            raise self.error(f"{key} is {value!r}; expected {expected[kinds[-1]]}, or null")
+        return value
+
+    def check_divides(self, part: str, divisor: int, whole: str, dividend: int) -> None:
+        """Raises UserError where the divisor, the value of the key `part`, does not divide that of the key `whole`."""
+        if dividend % divisor:
+            raise self.error(f"{part}, {divisor}, does not divide {whole}, {dividend}")
+
+
+def check_allowed(source: ConfigJson, name: str, value, allowed: tuple) -> None:
+    """Raises UserError where the value is not among those that are implemented; `name` is its key's in messages."""
+    if value not in allowed:
+        raise source.error(f"{name} is {value!r}; only {' or '.join(map(repr, allowed))} can be imported")
