@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import workdirs
 
 from configs import default
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
@@ -15,19 +16,6 @@ LENGTH, WIDTH, VOCABULARY, PER_SHARD = 16, 8, 50, 4
 def mixture(rng, count, clusters=20, spread=0.3):
     centers_CxD = rng.normal(size=(clusters, WIDTH))
     return centers_CxD[rng.integers(clusters, size=count)] + spread * rng.normal(size=(count, WIDTH))
-
-
-def write_arrays(path, arrays, per_shard=PER_SHARD):
-    """A sealed datastore of arrays [sequences, LENGTH, ...] that are in memory."""
-    specs = {
-        name: ArraySpec(array.shape, str(array.dtype), per_shard, (1, *array.shape[1:]))
-        for name, array in arrays.items()
-    }
-    writer = ArtifactWriter.create(path, "datastore", {}, {}, specs)
-    for shard in writer.incomplete_shards():
-        part = slice(shard * per_shard, (shard + 1) * per_shard)
-        writer.write_shard(shard, {name: array[part] for name, array in arrays.items()})
-    writer.seal({})
 
 
 def write_tokens(workdir):
@@ -51,7 +39,7 @@ def write_datastore(path, rng, sequences, scored, document_length=23):
     }
     if scored:
         arrays["base_log_probabilities"] = np.log(rng.uniform(0.01, 0.5, (sequences, LENGTH))).astype(np.float32)
-    write_arrays(path, arrays)
+    workdirs.write_datastore(path, arrays)
     return arrays
 
 

@@ -1,13 +1,13 @@
 """Artifacts: what is written comes back, what is damaged is refused, what is unfinished resumes."""
 
 import json
-import pathlib
 import subprocess
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from workdirs import bytes_by_file
 
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ArtifactError
@@ -39,11 +39,6 @@ def write(path, shards=(0, 1, 2), seal=True):
     return writer.seal({"note": 0.5}, files=("tokenizer.json",))
 
 
-def tree_bytes(folder):
-    folder = pathlib.Path(folder)
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 def test_what_is_written_comes_back(tmp_path):
     write(tmp_path / "a")
     artifact = find_finished(tmp_path / "a", "datastore", CONFIG, {"tokens": "f"})
@@ -62,7 +57,7 @@ def test_bytes_do_not_depend_on_interruptions_or_order(tmp_path):
     writer = ArtifactWriter.create(tmp_path / "b", "datastore", CONFIG, {"tokens": "f"}, SPECS)
     assert writer.incomplete_shards() == [0, 1]
     write(tmp_path / "b", shards=(1, 0))
-    assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
+    assert bytes_by_file(tmp_path / "a") == bytes_by_file(tmp_path / "b")
 
 
 def test_a_shard_without_its_record_is_written_again(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from workdirs import write_datastore
 
 from configs import default
 from mlpmem_jax.core import manifests
@@ -48,21 +49,15 @@ def write_model(path, kind, model, parameters, inputs, config=None, **figures):
     return saved.seal(writer, model, parameters, {"step": 10, "steps": 20, "training_flops": 1e6, **figures})
 
 
-def write_datastore(workdir, split, inputs_SxTxD, next_SxT, scores_SxT, inputs):
-    count = len(next_SxT)
-    specs = {
-        "keys": ArraySpec((count, LENGTH, 16), "float16", PER_SHARD, (1, LENGTH, 16)),
-        "next_tokens": ArraySpec((count, LENGTH), "int32", PER_SHARD, (1, LENGTH)),
-        "documents": ArraySpec((count, LENGTH), "int32", PER_SHARD, (1, LENGTH)),
-        "base_log_probabilities": ArraySpec((count, LENGTH), "float32", PER_SHARD, (1, LENGTH)),
+def write_split(workdir, split, inputs_SxTxD, next_SxT, scores_SxT, inputs):
+    documents_P = np.arange(next_SxT.size) // (2 * LENGTH)
+    arrays = {
+        "keys": np.asarray(inputs_SxTxD, np.float16),
+        "next_tokens": np.asarray(next_SxT, np.int32),
+        "documents": documents_P.reshape(next_SxT.shape).astype(np.int32),
+        "base_log_probabilities": np.asarray(scores_SxT, np.float32),
     }
-    writer = ArtifactWriter.create(workdir / "datastore" / split, "datastore", {}, inputs, specs)
-    rows = {"keys": inputs_SxTxD, "next_tokens": next_SxT, "base_log_probabilities": scores_SxT}
-    rows["documents"] = np.arange(count * LENGTH).reshape(count, LENGTH) // (2 * LENGTH)
-    for shard in range(writer.num_shards):
-        part = slice(shard * PER_SHARD, (shard + 1) * PER_SHARD)
-        writer.write_shard(shard, {name: array[part] for name, array in rows.items()})
-    return writer.seal({"input_block": 2})
+    return write_datastore(workdir / "datastore" / split, arrays, inputs=inputs, summary={"input_block": 2})
 
 
 def write_targets(workdir, split, counts_SxT, labels_SxT, inputs):
@@ -130,7 +125,7 @@ def world(tmp_path_factory):
         picked = [np.take_along_axis(rows, next_SxT[..., None], 2)[..., 0] for rows in (base_SxTxV, memory_SxTxV)]
         labels_SxT = generator.random((count, LENGTH)) * (generator.random((count, LENGTH)) < 0.5)
         counts_SxT = generator.integers(1, ENTRIES + 1, (count, LENGTH))
-        written = write_datastore(workdir, split, inputs_SxTxD, next_SxT, picked[0], inputs)
+        written = write_split(workdir, split, inputs_SxTxD, next_SxT, picked[0], inputs)
         datastores[f"datastore/{split}"] = written.fingerprint
         expected[split] = {
             "base": picked[0],
@@ -353,7 +348,7 @@ def test_a_missing_stage_and_a_short_test_split_are_refused(world, tmp_path):
     datastores = {}
     for split, count in {**SEQUENCES, "test": 1}.items():
         zeros = [np.zeros((count, LENGTH, *width)) for width in ((16,), (), ())]
-        datastores[f"datastore/{split}"] = write_datastore(workdir, split, *zeros, inputs).fingerprint
+        datastores[f"datastore/{split}"] = write_split(workdir, split, *zeros, inputs).fingerprint
     for split in SEQUENCES:
         ones = np.ones((SEQUENCES[split], LENGTH), int)
         targets = write_targets(workdir, split, ones, ones, datastores)

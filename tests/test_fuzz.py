@@ -26,6 +26,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from workdirs import small_config
 
 from configs import default, llama2_7b, mistral_7b, quickstart, smoke, wikitext103_gpt2_large, wikitext103_gpt2_small
 from mlpmem_jax import stages
@@ -192,16 +193,10 @@ def config_files_agree(config) -> bool:
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A finished run, as small as it can be."""
-    config = smoke.get_config()
-    config.workdir = str(tmp_path_factory.mktemp("fuzz") / "run")
-    config.corpus.max_bytes = 40_000
-    config.tokenizer.vocab_size = 300
-    config.base.update({"context_length": 16, "width": 16, "blocks": 2})
-    for settings in (config.base.training, config.training):
-        settings.update({"steps": 8, "warmup_steps": 2, "evaluate_every": 4, "checkpoint_every": 4})
+    folder = tmp_path_factory.mktemp("fuzz") / "run"
+    config = small_config(folder, steps=8, every=4, blocks=2, corpus__max_bytes=40_000)
     config.datastore.update({"sequences_per_shard": 100, "input_depth": 0.5})
     config.targets.update({"k": 4, "temperature": 3.0, "backend": "exact", "quality_positions": 16})
-    config.memory.update({"width": 16, "blocks": 1})
     for stage in stages.STAGES:
         if stage != "evaluate":
             stages.run(stage, config)

@@ -18,9 +18,10 @@ from interop_data import (
     write_stream,
     write_tokens,
 )
+from workdirs import write_datastore
 
 from mlpmem_jax import cli
-from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter, open_artifact
+from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.interop import arrow_export, arrow_import
 from mlpmem_jax.models import gpt2
@@ -147,7 +148,7 @@ def change(column, row, value):
 def test_a_row_of_targets_that_does_not_fit_is_named(work, tmp_path, apply, named):
     config, streams, _ = work
     following = streams["train"][1 : POSITIONS + 1]
-    write_datastore(config, following)
+    write_next_tokens(config, following)
     columns = target_columns(following)
     apply(columns)
     with pytest.raises(UserError, match=f"knn.arrow: {named}"):
@@ -156,14 +157,10 @@ def test_a_row_of_targets_that_does_not_fit_is_named(work, tmp_path, apply, name
         open_artifact(epath.Path(config.workdir) / "targets" / "train", "targets")
 
 
-def write_datastore(config, following):
+def write_next_tokens(config, following):
     """A datastore of next tokens alone: what targets are checked against."""
-    spec = ArraySpec((SEQUENCES, LENGTH), "int32", 2, (1, LENGTH))
-    path = epath.Path(config.workdir) / "datastore" / "train"
-    writer = ArtifactWriter.create(path, "datastore", {}, {}, {"next_tokens": spec})
-    for shard in writer.incomplete_shards():
-        writer.write_shard(shard, {"next_tokens": following.reshape(-1, LENGTH)[2 * shard : 2 * shard + 2]})
-    writer.seal({})
+    arrays = {"next_tokens": np.asarray(following, np.int32).reshape(-1, LENGTH)}
+    write_datastore(epath.Path(config.workdir) / "datastore" / "train", arrays, per_shard=2)
 
 
 def test_a_row_of_a_datastore_that_does_not_fit_is_named(work, tmp_path):

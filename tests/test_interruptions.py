@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+from workdirs import bytes_by_file
 
 from mlpmem_jax import stages
 
@@ -68,12 +69,7 @@ def finish(stage, workdir):
 
 def content(workdir, artifact):
     """Bytes of every file of an artifact; of parameters the manifest's fingerprint speaks, Orbax's files hold times."""
-    folder = workdir / artifact
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in folder.rglob("*")
-        if file.is_file() and not WORKING_FILES & set(file.relative_to(folder).parts)
-    }
+    return bytes_by_file(workdir / artifact, leave_out=WORKING_FILES)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import types
 import numpy as np
 import pytest
 from etils import epath
-from retrieval_data import LENGTH, config_for, write_arrays, write_tokens, write_workdir
+from retrieval_data import LENGTH, config_for, write_tokens, write_workdir
+from workdirs import write_datastore
 
 from configs import llama2_7b, mistral_7b, wikitext103_gpt2_large, wikitext103_gpt2_small
 from mlpmem_jax.core import host
@@ -86,7 +87,7 @@ def test_the_stage_takes_about_what_it_says(tmp_path, width, rows):
         }
         if split != "train":
             arrays["base_log_probabilities"] = np.full(shape, -3, np.float32)
-        write_arrays(tmp_path / "datastore" / split, arrays, per_shard=256)
+        write_datastore(tmp_path / "datastore" / split, arrays, per_shard=256)
     program = (
         "import sys; sys.path.insert(0, 'tests'); from retrieval_data import config_for; "
         "from mlpmem_jax.core import host; from mlpmem_jax.retrieval import targets; "

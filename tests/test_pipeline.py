@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from workdirs import small_config
 
-from configs import smoke
 from mlpmem_jax import stages
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
@@ -23,17 +23,9 @@ NEIGHBORS = 5
 
 
 def small(workdir):
-    config = smoke.get_config()
-    config.workdir = str(workdir)
-    config.corpus.max_bytes = 60_000
-    config.tokenizer.vocab_size = 300
-    config.base.update({"context_length": 16, "width": 16, "blocks": 3})
-    for settings in (config.base.training, config.training):
-        settings.update({"steps": 20, "warmup_steps": 2, "evaluate_every": 10, "checkpoint_every": 10})
+    config = small_config(workdir, steps=20, every=10, blocks=3, evaluation__sharpness_positions=100)
     config.datastore.update({"sequences_per_shard": 100, "input_depth": 0.7})
     config.targets.update({"k": NEIGHBORS, "temperature": 3.0, "backend": "exact", "quality_positions": 64})
-    config.memory.update({"width": 16, "blocks": 1})
-    config.evaluation.update({"sharpness_positions": 100})
     return config
 
 

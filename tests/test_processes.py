@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from workdirs import bytes_by_file, small_config
 
-from configs import smoke
 from launch import local
 from mlpmem_jax import stages
 from mlpmem_jax.core.artifacts import open_artifact
@@ -89,18 +89,13 @@ class Job(NamedTuple):
 
 
 def small(workdir, backend="auto"):
-    config = smoke.get_config()
-    config.workdir = str(workdir)
-    config.corpus.update({"source": "files", "path": f"{ROOT}/docs", "document_bytes": 2048, "max_bytes": 60_000})
-    config.tokenizer.vocab_size = 300
-    config.base.update({"context_length": 16, "width": 16, "blocks": 1})
+    corpus = {"source": "files", "path": f"{ROOT}/docs", "document_bytes": 2048}
+    config = small_config(workdir, steps=STEPS, every=EVERY, **{f"corpus__{key}": corpus[key] for key in corpus})
     for settings in (config.base.training, config.training):
-        settings.update({"steps": STEPS, "warmup_steps": 2, "evaluate_every": EVERY, "checkpoint_every": EVERY})
         settings.update({"evaluation_sequences": 16, "optimizer": "adamw", "learning_rate": 0.003})
     config.datastore.update({"sequences_per_shard": 512, "batch_sequences": 64})
     config.targets.update({"backend": backend, "k": 5, "temperature": 3.0, "quality_positions": 64})
-    config.memory.update({"width": 16, "blocks": 1})
-    config.evaluation.update({"sharpness_positions": 50})
+    config.evaluation.sharpness_positions = 50
     return config
 
 
@@ -154,10 +149,6 @@ def losses(workdir, name):
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
-def files(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 def assert_same_losses(workdir, reference, name):
     expected, actual = losses(reference, name), losses(workdir, name)
     assert list(actual) == list(expected) == list(range(EVERY, STEPS + 1, EVERY))
@@ -167,7 +158,7 @@ def assert_same_losses(workdir, reference, name):
 def assert_same(workdir, reference, stage):
     """The same bytes; but keys are float16 of states that differ in the last bits of float32."""
     if stage != "datastore":
-        assert files(workdir / stage) == files(reference / stage)
+        assert bytes_by_file(workdir / stage) == bytes_by_file(reference / stage)
         return
     for split in ("train", "validation", "test"):
         ours, theirs = (open_artifact(at / "datastore" / split, "datastore") for at in (workdir, reference))

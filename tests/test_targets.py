@@ -17,6 +17,7 @@ from retrieval_data import (
     knn_distribution,
     write_workdir,
 )
+from workdirs import bytes_by_file
 
 from mlpmem_jax.core.artifacts import ArtifactWriter
 from mlpmem_jax.core.errors import ArtifactError, ConfigError, UserError
@@ -212,10 +213,6 @@ def test_one_document_leaves_nothing_to_exclude(tmp_path):
         targets.run(config_for(tmp_path, exclude="document"))
 
 
-def tree(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 class Interruption(Exception):
     """Stands for a kill, within the process."""
 
@@ -225,8 +222,8 @@ def test_interrupted_between_any_two_steps_it_ends_with_the_same_bytes(workdir, 
     folder, _ = workdir
     config = config_for(folder, key_shard_rows=key_shard_rows, temperature=0.0, quality_positions=32)
     targets.run(config)
-    expected = tree(folder / "targets")
-    shutil.rmtree(folder / "targets")
+    expected = bytes_by_file(folder / "targets")
+    shutil.rmbytes_by_file(folder / "targets")
 
     def interrupted_after(owner, name):
         original = getattr(owner, name)
@@ -249,15 +246,15 @@ def test_interrupted_between_any_two_steps_it_ends_with_the_same_bytes(workdir, 
             interruptions += 1
             assert interruptions < 100
     assert interruptions > 10
-    assert tree(folder / "targets") == expected
+    assert bytes_by_file(folder / "targets") == expected
 
 
 def test_killed_while_it_writes_it_ends_with_the_same_bytes(workdir):
     folder, _ = workdir
     settings = {"key_shard_rows": 250, "quality_positions": 32}
     targets.run(config_for(folder, **settings))
-    expected = tree(folder / "targets")
-    shutil.rmtree(folder / "targets")
+    expected = bytes_by_file(folder / "targets")
+    shutil.rmbytes_by_file(folder / "targets")
     program = (
         "import sys; sys.path.insert(0, 'tests'); from retrieval_data import config_for; "
         f"from mlpmem_jax.retrieval import targets; targets.run(config_for({str(folder)!r}, **{settings!r}))"
@@ -269,7 +266,7 @@ def test_killed_while_it_writes_it_ends_with_the_same_bytes(workdir):
     process.kill()
     process.wait()
     targets.run(config_for(folder, **settings))
-    assert tree(folder / "targets") == expected
+    assert bytes_by_file(folder / "targets") == expected
 
 
 def run_in_two_processes(folder, settings):
@@ -296,10 +293,10 @@ def test_two_processes_share_the_work_and_end_with_the_same_bytes(workdir):
     folder, _ = workdir
     settings = {"key_shard_rows": 250, "temperature": 0.0, "quality_positions": 32}
     targets.run(config_for(folder, **settings))
-    expected = tree(folder / "targets")
-    shutil.rmtree(folder / "targets")
+    expected = bytes_by_file(folder / "targets")
+    shutil.rmbytes_by_file(folder / "targets")
     run_in_two_processes(folder, settings)
-    assert tree(folder / "targets") == expected
+    assert bytes_by_file(folder / "targets") == expected
 
 
 def test_two_processes_search_one_mesh_of_devices(tmp_path):

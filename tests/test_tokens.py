@@ -1,5 +1,4 @@
 import concurrent.futures
-import hashlib
 import itertools
 import pathlib
 import random
@@ -12,6 +11,7 @@ import unicodedata
 import numpy as np
 import pytest
 import tokenizers
+from workdirs import bytes_by_file
 
 from configs import default
 from mlpmem_jax.core.errors import ArtifactError, UserError
@@ -45,14 +45,6 @@ def corpus(tmp_path, monkeypatch):
     config.tokenizer.vocab_size = 280
     config.base.context_length = CONTEXT
     return config, texts
-
-
-def content_of(folder) -> dict[str, str]:
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(pathlib.Path(folder).rglob("*"))
-        if file.is_file()
-    }
 
 
 def reference_documents(artifact, split) -> list[str]:
@@ -176,7 +168,7 @@ def test_a_restarted_stage_ends_with_the_same_bytes(corpus, monkeypatch, complet
     restarted = tokens.run(config)
     assert sorted(written + redone) == list(range(whole.num_shards))
     assert restarted.fingerprint == whole.fingerprint
-    assert content_of(restarted.path) == content_of(whole.path)
+    assert bytes_by_file(restarted.path) == bytes_by_file(whole.path)
 
 
 def test_processes_share_the_shards(corpus, monkeypatch):
@@ -207,7 +199,7 @@ def test_processes_share_the_shards(corpus, monkeypatch):
     assert all(written.values())
     assert sorted(itertools.chain(*written.values())) == list(range(alone.num_shards))
     assert {artifact.fingerprint for artifact in shared} == {alone.fingerprint}
-    assert content_of(shared[0].path) == content_of(alone.path)
+    assert bytes_by_file(shared[0].path) == bytes_by_file(alone.path)
 
 
 def test_every_shard_has_a_document_that_is_used(corpus):

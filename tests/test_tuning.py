@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from etils import epath
-from retrieval_data import LENGTH, write_arrays
+from retrieval_data import LENGTH
+from workdirs import write_datastore
 
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import UserError
@@ -32,7 +33,7 @@ def datastore(tmp_path_factory):
         "next_tokens": rng.integers(50, size=keys.shape[:2]).astype(np.int32),
         "documents": np.arange(6400, dtype=np.int32).reshape(keys.shape[:2]) // 40,
     }
-    write_arrays(folder, arrays)
+    write_datastore(folder, arrays)
     return open_artifact(folder, "datastore")
 
 
