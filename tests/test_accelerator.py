@@ -88,7 +88,7 @@ def test_neighbors_are_those_of_a_sort(keys, width, k, dtype):
 @pytest.mark.parametrize("optimizer", ["adamw", ON_ACCELERATOR("muon")])
 def test_a_checkpoint_comes_back_bit_for_bit_and_training_resumes(tmp_path, optimizer):
     sharding = Sharding(make_mesh(devices=[device()]))
-    task = training.task(tmp_path, optimizer=optimizer)
+    task = training.task(optimizer=optimizer)
     program = loop.step_program(task, sharding, steps=20)
     items = [training.Source()[index] for index in range(16)]
     batch = sharding.global_batch(jax.tree.map(lambda *rows: np.stack(rows), *items))

@@ -9,7 +9,7 @@ import pytest
 
 from launch import accelerator
 from launch.accelerator import Step
-from mlpmem_jax import cli
+from mlpmem_jax.core import config_files
 from mlpmem_jax.scaling import sweep
 
 
@@ -61,7 +61,7 @@ def test_every_config_of_a_run_is_valid(tmp_path, monkeypatch, smoke):
                 assert {point.arm for point in points} == set(sweep.ARMS)
                 read.append("sweep")
             elif "mlpmem_jax.cli" in command and "fit" not in command:
-                cli.read_config(words[0].removeprefix("--config="), words[1:])
+                config_files.read(words[0].removeprefix("--config="), words[1:])
                 read.append(step.name)
     assert read == ["benchmark", "library", "sweep"]
 

@@ -15,7 +15,7 @@ from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.models import flops
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.scaling import budgets, launching, runner, sweep, tasks
-from mlpmem_jax.scaling.tasks import Task
+from mlpmem_jax.scaling.tasks import SweepTask
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs" / "sweeps").glob("*_*.py"))
 READY = [file for file in FILES if file.stem not in ("__init__", "gpt2_sizes")]
@@ -222,7 +222,7 @@ def toy(tmp_path, monkeypatch):
     """A sweep of four points whose children are stand-ins, and its workdir."""
     (tmp_path / "stand_in.py").write_text(CHILD)
     monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "stand_in.py")))
-    monkeypatch.setattr(Task, "is_finished", lambda task: (pathlib.Path(task.config.workdir) / "done").exists())
+    monkeypatch.setattr(SweepTask, "is_finished", lambda task: (pathlib.Path(task.config.workdir) / "done").exists())
     monkeypatch.setattr(runner.collection, "row", lambda sweep, point: {"perplexity": 20.0})
     written = []
     monkeypatch.setattr(runner.collection, "write", lambda sweep, names: written.append(set(names)) or "points.csv")
@@ -301,7 +301,7 @@ def test_a_sweep_that_is_stopped_stops_its_children(toy):
 
 @pytest.mark.parametrize(("workers", "workdir", "message"), [(0, "x", "--workers=0"), (1, "gs://b/x", "--launch")])
 def test_what_cannot_be_run_here(tmp_path, monkeypatch, workers, workdir, message):
-    monkeypatch.setattr(Task, "is_finished", lambda task: False)
+    monkeypatch.setattr(SweepTask, "is_finished", lambda task: False)
     with pytest.raises(UserError, match=message):
         runner.run(sweep.read(file_of(tmp_path, SIZES, workdir=workdir)), workers)
 

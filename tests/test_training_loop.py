@@ -75,7 +75,7 @@ def task(**changes):
     settings.update(
         {"steps": 20, "batch_sequences": 16, "warmup_steps": 4, "evaluate_every": 10, "checkpoint_every": 10} | changes
     )
-    return loop.Task(
+    return loop.TrainingTask(
         settings=settings,
         initialize=functools.partial(memory.init, MODEL, jax.random.key(0)),
         abstract_parameters=jax.eval_shape(functools.partial(memory.init, MODEL), jax.random.key(0)),

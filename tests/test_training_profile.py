@@ -12,13 +12,13 @@ from mlpmem_jax.core import chips
 from mlpmem_jax.core.config import check_config
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.mesh import make_mesh
-from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.training import loop, metrics
 
 
-def fit(folder, **changes):
+def fit(folder, source=None, **changes):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    return loop.fit(training.task(folder, steps=6, warmup_steps=1, optimizer="adamw", **changes), Sharding(mesh))[0]
+    task = training.task(steps=6, warmup_steps=1, optimizer="adamw", **changes)
+    return training.fit(folder, mesh, task=task, source=source)[0]
 
 
 def test_a_trace_holds_the_steps_and_the_scopes(tmp_path):

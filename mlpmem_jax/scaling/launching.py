@@ -15,7 +15,7 @@ import sys
 from mlpmem_jax.core.installation import LAUNCHERS
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.scaling.sweep import Sweep
-from mlpmem_jax.scaling.tasks import SHARED, Task, of_sweep
+from mlpmem_jax.scaling.tasks import SHARED, SweepTask, of_sweep
 
 FOLDER = pathlib.Path("runs/launch")
 _LEVELS = (*SHARED, "points")
@@ -70,7 +70,7 @@ def write(sweep: Sweep, kind: str) -> list[pathlib.Path]:
     return scripts
 
 
-def _command(task: Task, kind: str, folder: pathlib.Path) -> str:
+def _command(task: SweepTask, kind: str, folder: pathlib.Path) -> str:
     """The line that sends a task's job; the caller's options come last."""
     config = folder / f"{task.name}.py"
     config.write_text(task.prepare())

@@ -18,7 +18,7 @@ from mlpmem_jax.core.errors import Stopped, UserError
 from mlpmem_jax.core.progress import live, say
 from mlpmem_jax.scaling import collection, table
 from mlpmem_jax.scaling.sweep import Sweep
-from mlpmem_jax.scaling.tasks import Task, of_sweep
+from mlpmem_jax.scaling.tasks import SweepTask, of_sweep
 
 PROGRAM = (sys.executable, "-m", "mlpmem_jax.cli")
 """The command that a child runs a verb with."""
@@ -44,7 +44,7 @@ class State:
 
 @dataclasses.dataclass
 class _Child:
-    task: Task
+    task: SweepTask
     process: subprocess.Popen
     log: pathlib.Path
     slot: int
@@ -81,7 +81,7 @@ def run(sweep: Sweep, workers: int) -> None:
         raise UserError(f"these failed:\n  {reasons}\npoints without a result: {', '.join(missing)}")
 
 
-def _run_tasks(sweep: Sweep, tasks: list[Task], states: dict[str, State], rows: table.Rows, workers: int) -> bool:
+def _run_tasks(sweep: Sweep, tasks: list[SweepTask], states: dict[str, State], rows: table.Rows, workers: int) -> bool:
     """Runs what is left and keeps `states`; returns whether it was preempted before the end."""
     cores = _cores()
     if not 1 <= workers <= len(cores):
@@ -164,7 +164,7 @@ def _stop_requests() -> Iterator:
             signal.signal(signum, handler)
 
 
-def _ready(tasks: list[Task], states: dict[str, State]) -> list[Task]:
+def _ready(tasks: list[SweepTask], states: dict[str, State]) -> list[SweepTask]:
     """Tasks that can start, those with the longest way after them first; marks those that never can."""
     for task in tasks:
         if states[task.name].phase == "waits" and any(
@@ -179,7 +179,7 @@ def _ready(tasks: list[Task], states: dict[str, State]) -> list[Task]:
     return sorted(ready, key=lambda task: -task.path_flops)
 
 
-def _started(task: Task, slot: int, cores: list[int], logs: pathlib.Path, lock: int) -> _Child:
+def _started(task: SweepTask, slot: int, cores: list[int], logs: pathlib.Path, lock: int) -> _Child:
     """Starts a task's child on its cores; what it says goes to a log file of its own."""
     task.prepare()
     log = logs / f"{task.name}.txt"

@@ -7,7 +7,7 @@ import rich.table
 from mlpmem_jax.evaluation import wording
 from mlpmem_jax.scaling import collection
 from mlpmem_jax.scaling.sweep import Point, Sweep
-from mlpmem_jax.scaling.tasks import Task
+from mlpmem_jax.scaling.tasks import SweepTask
 
 _COLORS = {"runs": "cyan", "finished": "green", "failed": "red", "skipped": "red"}
 
@@ -21,7 +21,7 @@ class Rows:
       states: task -> State of `runner`, which changes meanwhile.
     """
 
-    def __init__(self, sweep: Sweep, tasks: list[Task], states: dict):
+    def __init__(self, sweep: Sweep, tasks: list[SweepTask], states: dict):
         self._sweep, self._states = sweep, states
         self._units = {task.name: task for task in tasks}
         self._perplexities: dict[str, float] = {}
@@ -51,7 +51,7 @@ class Rows:
             )
         return drawn
 
-    def line(self, task: Task) -> str:
+    def line(self, task: SweepTask) -> str:
         """One line of a log about a task that has just started or ended."""
         state = self._states[task.name]
         text = f"[{self.finished} of {len(self._units)}] {task.name} {state.phase}"

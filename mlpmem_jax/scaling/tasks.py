@@ -33,7 +33,7 @@ _CHAINS = {"augmented": SHARED, "continued": SHARED[:2]}  # what a point of the 
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class SweepTask:
     """One verb in one working directory.
 
     Attributes:
@@ -107,19 +107,19 @@ def _digest(verb: str, config: ml_collections.ConfigDict) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def of_sweep(sweep: Sweep) -> list[Task]:
+def of_sweep(sweep: Sweep) -> list[SweepTask]:
     """Every task, each after those that it needs."""
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, SweepTask] = {}
     for point in sweep.points:
         chain, links = [], {}
         for verb in _CHAINS[point.arm]:
             name = f"{verb}-{_digest(verb, point.config)}"
             config = ml_collections.ConfigDict(point.config.to_dict())
             config.workdir = str(epath.Path(sweep.workdir) / "shared" / name)
-            tasks.setdefault(name, Task(name, verb, config, tuple(chain[-1:]), dict(links), _flops(verb, config)))
+            tasks.setdefault(name, SweepTask(name, verb, config, tuple(chain[-1:]), dict(links), _flops(verb, config)))
             links |= {folder: f"{config.workdir}/{folder}" for folder in _products(verb, config)}
             chain.append(name)
-        tasks[point.name] = Task(point.name, _VERBS[point.arm], point.config, (chain[-1],), links, point.flops)
+        tasks[point.name] = SweepTask(point.name, _VERBS[point.arm], point.config, (chain[-1],), links, point.flops)
     return _with_paths(list(tasks.values()))
 
 
@@ -131,7 +131,7 @@ def _flops(verb: str, config: ml_collections.ConfigDict) -> float:
     return 3.0 * flops.language_model_forward(budgets.base_model(config), config.base.context_length) * positions
 
 
-def _with_paths(tasks: list[Task]) -> list[Task]:
+def _with_paths(tasks: list[SweepTask]) -> list[SweepTask]:
     """The tasks with `path_flops` of whole chains instead of their own."""
     longest = {task.name: task.path_flops for task in tasks}
     after = dict.fromkeys(longest, 0.0)

@@ -55,7 +55,7 @@ def origin(settings: ml_collections.ConfigDict) -> dict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """What one optimizer step computes.
 
     Attributes:
@@ -164,7 +164,7 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
             signal.signal(signum, handler)
 
 
-def train_step(task: Task, optimizer: optax.GradientTransformation, parameter_shardings, sharding: Sharding):
+def train_step(task: TrainingTask, optimizer: optax.GradientTransformation, parameter_shardings, sharding: Sharding):
     """One optimizer step as a function (state, frozen, batch) -> (state, statistics), to be jitted."""
     micro_batches = task.settings.accumulation_steps
     whole = not sharding.is_local and all(placed.is_fully_replicated for placed in jax.tree.leaves(parameter_shardings))
@@ -203,7 +203,7 @@ class StepProgram(NamedTuple):
     abstract_state: Any
 
 
-def step_program(task: Task, sharding: Sharding, steps: int) -> StepProgram:
+def step_program(task: TrainingTask, sharding: Sharding, steps: int) -> StepProgram:
     """The program of one optimizer step of a run of `steps`."""
     optimizer = make_optimizer(task.settings, steps, task.logical_axes)
     abstract = jax.eval_shape(initial_state(lambda parameters: parameters, optimizer), task.abstract_parameters)
@@ -223,7 +223,7 @@ def step_program(task: Task, sharding: Sharding, steps: int) -> StepProgram:
     )
 
 
-def fit(task: Task, run: Run, sharding: Sharding) -> tuple[Any, dict[str, float]]:
+def fit(task: TrainingTask, run: Run, sharding: Sharding) -> tuple[Any, dict[str, float]]:
     """Trains from the latest checkpoint, or from the start, to the end of the schedule.
 
     Returns:

@@ -67,7 +67,7 @@ class MemoryLoss:
     settings: ml_collections.ConfigDict
 
     def __call__(self, sharding: Sharding, parameters: dict, frozen: dict, batch: dict):
-        """(loss, {name: statistic}), as of `loop.Task`; `frozen` holds the base LM's parameters, online."""
+        """(loss, {name: statistic}), as of `loop.TrainingTask`; `frozen` holds the base LM's parameters, online."""
         settings, dtype = self.settings, jnp.dtype(self.settings.compute_dtype)
         inputs_NxD = self._inputs(frozen, batch).reshape(-1, self.model.input_width).astype(dtype)
         hidden_NxD = parallel_memory.hidden(
@@ -103,14 +103,14 @@ def memory_task(
     base: language_model.Config,
     sharding: Sharding,
     initialize: Callable[..., dict] | None = None,
-) -> loop.Task:
+) -> loop.TrainingTask:
     """The training of the memory of a config, for a base LM of given dimensions.
 
     Args:
       config: the whole config.
       model, base: dimensions of the memory and of the base LM.
       sharding: of the run.
-      initialize: as of `loop.Task`; by default every parameter is drawn at random.
+      initialize: as of `loop.TrainingTask`; by default every parameter is drawn at random.
 
     Raises:
       ConfigError: the mesh does not divide the memory.
@@ -120,7 +120,7 @@ def memory_task(
     sharding.check_divides(abstract, memory.logical_axes(model))  # its programs name their own collectives
     is_online = settings.mode == "online"
     base_flops = flops.language_model_forward(base, length, output_projection=False) if is_online else 0
-    return loop.Task(
+    return loop.TrainingTask(
         settings=settings,
         initialize=initialize or functools.partial(memory.init, model, jax.random.key(settings.seed)),
         abstract_parameters=abstract,

@@ -100,7 +100,7 @@ def jax_step(case: Case, training: ml_collections.ConfigDict) -> Step:
     settings = ml_collections.ConfigDict(training)
     settings.update({"optimizer": case.optimizer, "warmup_steps": 0, "accumulation_steps": case.micro_batches})
     initialize = functools.partial(memory.init, case.model)
-    task = loop.Task(
+    task = loop.TrainingTask(
         settings=settings,
         initialize=functools.partial(initialize, jax.random.key(0)),
         abstract_parameters=jax.eval_shape(initialize, jax.random.key(0)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,25 +39,40 @@ class Adapters(NamedTuple):
     logical_axes: dict
 
 
-def _loss(model: language_model.Config, settings, merge, sharding, parameters, frozen, batch):
-    parameters = merge(frozen, parameters)
-    hidden_BxTxD, _ = language_model.features(
-        parameters, model, batch["tokens"], compute_dtype=jnp.dtype(settings.compute_dtype), remat=settings.remat
-    )
-    hidden_NxD = hidden_BxTxD.reshape(-1, model.width).astype(settings.compute_dtype)
-    no_entries = jnp.zeros((len(hidden_NxD), 0))
-    loss, statistics = sparse_cross_entropy(
-        hidden_NxD,
-        language_model.output_kernel(parameters),
-        no_entries.astype(jnp.int32),
-        no_entries,
-        batch["next_tokens"].reshape(-1),
-        alpha=0.0,
-        vocab_size=model.vocab_size,
-        chunk=settings.loss_chunk,
-        sharding=sharding,
-    )
-    return loss, {"cross_entropy": statistics["cross_entropy"]}
+@dataclasses.dataclass(frozen=True)
+class LanguageModelLoss:
+    """Cross entropy of the next tokens.
+
+    Attributes:
+      model: dimensions.
+      settings: of the optimization.
+      merge: (frozen, trained) -> the parameters that the model computes with.
+    """
+
+    model: language_model.Config
+    settings: ml_collections.ConfigDict
+    merge: Callable[[dict, dict], dict]
+
+    def __call__(self, sharding: Sharding, parameters: dict, frozen: dict, batch: dict):
+        """(loss, {name: statistic}), as of `loop.TrainingTask`."""
+        parameters, dtype = self.merge(frozen, parameters), jnp.dtype(self.settings.compute_dtype)
+        hidden_BxTxD, _ = language_model.features(
+            parameters, self.model, batch["tokens"], compute_dtype=dtype, remat=self.settings.remat
+        )
+        hidden_NxD = hidden_BxTxD.reshape(-1, self.model.width).astype(dtype)
+        no_entries = jnp.zeros((len(hidden_NxD), 0))
+        loss, statistics = sparse_cross_entropy(
+            hidden_NxD,
+            language_model.output_kernel(parameters),
+            no_entries.astype(jnp.int32),
+            no_entries,
+            batch["next_tokens"].reshape(-1),
+            alpha=0.0,
+            vocab_size=self.model.vocab_size,
+            chunk=self.settings.loss_chunk,
+            sharding=sharding,
+        )
+        return loss, {"cross_entropy": statistics["cross_entropy"]}
 
 
 def train(
@@ -77,7 +93,7 @@ def train(
       config: the whole config.
       settings: of the optimization.
       model: dimensions.
-      initialize, start: as of `loop.Task` and `loop.Run`.
+      initialize, start: as of `loop.TrainingTask` and `loop.Run`.
       name: what the user is told is being trained.
       folder: for checkpoints and metrics.
       group: the config's name for `settings`.
@@ -107,12 +123,12 @@ def train(
         )
         return {"perplexity": float(perplexity(np.ravel(scores)))}
 
-    task = loop.Task(
+    task = loop.TrainingTask(
         settings=settings,
         initialize=initialize,
         abstract_parameters=jax.eval_shape(initialize) if adapters else abstract,
         logical_axes=logical_axes,
-        loss=functools.partial(_loss, model, settings, merge),
+        loss=LanguageModelLoss(model, settings, merge),
         positions_per_sequence=length,
         flops_per_position=3 * flops.language_model_forward(model, length),
     )

@@ -42,7 +42,7 @@ class _Inputs(NamedTuple):
 
 
 class _Start(NamedTuple):
-    """Where the parameters come from: dimensions, and `initialize` and `start` as of `loop.Task` and `loop.Run`."""
+    """Where the parameters come from: dimensions, and the `initialize` and `start` of `loop`."""
 
     model: MemoryConfig
     initialize: Callable[..., dict] | None = None
