@@ -174,7 +174,7 @@ def test_home_is_home_in_every_path(monkeypatch):
     words = ["export", "--config=~/c.py", "--format=reference", "--output=~/out"]
     options = cli._parser().parse_args(words)
     assert (options.config, options.output) == ("/home/ada/c.py", "/home/ada/out")
-    with pytest.raises(ConfigError, match="~nobody_of_this_name is the home of no user"):
+    with pytest.raises(ConfigError, match="~nobody_of_this_name is not the home of a user"):
         expand_home("~nobody_of_this_name/x")
 
 

@@ -226,7 +226,7 @@ def test_only_the_axis_slice_runs_between_tpu_slices():
     mesh = make_mesh(4, -1, 4, devices)  # cuts each TPU slice in two
     for part in mesh.devices:
         assert len({device.slice_index for device in part.flat}) == 1
-    with pytest.raises(ConfigError, match=r"config.mesh.slice: 1 is no multiple of the 2 TPU slices"):
+    with pytest.raises(ConfigError, match=r"config.mesh.slice: 1 is not a multiple of the 2 TPU slices"):
         make_mesh(1, -1, 4, devices)
 
 

@@ -82,7 +82,7 @@ def test_a_query_with_too_few_neighbors_says_so(keys):
 @pytest.mark.parametrize("backend", ["auto", "exact"])
 def test_targets_record_what_fewer_dimensions_cost(tmp_path, backend):
     write_workdir(tmp_path)
-    with pytest.raises(UserError, match=r"recall: 0.95 is asked for, .*set config.targets.recall to 0\.\d+"):
+    with pytest.raises(UserError, match=r"recall: expected 0.95, .*set config.targets.recall to 0\.\d+"):
         targets.run(config_for(tmp_path, backend=backend, search_dimensions=2))
     assert not list(tmp_path.glob("targets/*/shards/*"))
     artifact = targets.run(config_for(tmp_path, backend=backend, search_dimensions=2, recall=0.3))["train"]

@@ -115,7 +115,7 @@ def test_other_names_of_the_end_of_text(tmp_path):
     config.end_of_text = "<|turn|>"
     assert tokenizer.load(config)[1] == "<|turn|>"
     config.end_of_text = "<|none|>"
-    with pytest.raises(UserError, match=r"config\.tokenizer\.end_of_text: '<\|none\|>' is no token of"):
+    with pytest.raises(UserError, match=r"config\.tokenizer\.end_of_text: '<\|none\|>' is not a token of"):
         tokenizer.load(config)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: expected the settings of a tokenizer"):

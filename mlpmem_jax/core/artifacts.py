@@ -210,7 +210,8 @@ class Artifact:
         content = file.read_bytes() if file.exists() else b""
         if hashlib.sha256(content).hexdigest() != self._files.get(name):
             raise ArtifactError(
-                f"{file}: missing or not what was written; delete {self.path} and run the stage that makes it again"
+                f"{file}: is missing, or was changed after it was written; delete {self.path} and run the "
+                "stage that makes it again"
             )
         return content
 

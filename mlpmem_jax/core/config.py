@@ -337,7 +337,7 @@ def expand_home(path: str) -> str:
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise ConfigError(f"{path}: {path.split('/')[0]} is the home of no user here; write the path out")
+        raise ConfigError(f"{path}: {path.split('/')[0]} is not the home of a user here; write out the path")
     return expanded
 
 

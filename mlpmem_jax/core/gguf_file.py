@@ -27,14 +27,16 @@ class GGUFFile:
             reader = self._gguf.GGUFReader(self.path)
             self.values = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # the package raises bare errors of NumPy and its own
-            raise UserError(f"{path}: expected a GGUF file, found a damaged or another one ({error})") from error
+            raise UserError(
+                f"{path}: expected a GGUF file, found something else, or a damaged one ({error})"
+            ) from error
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def value(self, name: str, default=None):
         """Metadata of this name; UserError where it is missing and has no default."""
         value = self.values.get(name, default)
         if value is None:
-            raise UserError(f"{self.path}: has no {name}; this is no complete model of llama.cpp's")
+            raise UserError(f"{self.path}: has no {name}; this is not a complete llama.cpp model")
         return value
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -108,5 +108,5 @@ def check_same_origin(path: str, manifest: Mapping, kind: str, config: Mapping, 
     if lines := _differences(stored, expected):
         raise ArtifactError(
             f"{path}: was made by another config: {'; '.join(lines[:6])}{' ...' if len(lines) > 6 else ''}. "
-            "Choose another config.workdir, restore these values, or delete that folder to make it anew"
+            "Choose another config.workdir, restore these values, or delete that folder to make it again"
         )

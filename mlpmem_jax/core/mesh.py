@@ -51,7 +51,7 @@ def _on_wires(devices: list, sizes: list[int]) -> np.ndarray:
         return mesh_utils.create_device_mesh(tuple(sizes), devices=devices, allow_split_physical_axes=True)
     if sizes[0] % tpu_slices:
         raise ConfigError(
-            f"config.mesh.slice: {sizes[0]} is no multiple of the {tpu_slices} TPU slices; only this axis may run "
+            f"config.mesh.slice: {sizes[0]} is not a multiple of the {tpu_slices} TPU slices; only this axis may run "
             "between slices"
         )
     return mesh_utils.create_hybrid_device_mesh(

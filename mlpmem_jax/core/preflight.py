@@ -53,7 +53,7 @@ def check_devices(config: ml_collections.ConfigDict, devices: int, processes: in
             )
     if wrong:
         raise ConfigError(
-            f"{''.join(wrong)}an accumulation step is shared out evenly over {shards['batch']} batch shards of "
+            f"{''.join(wrong)}an accumulation step is divided evenly over {shards['batch']} batch shards of "
             f"the mesh, a whole step over {processes} processes"
         )
     memory = _dimensions_of_memory(config) if stage in ("run", "train", "controls") else []

@@ -59,7 +59,8 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
         ) from error
     if not files:
         raise UserError(
-            f"config.corpus.path: {_shown(root)} is or has no file that can be read; expected {known} "
+            f"config.corpus.path: {_shown(root)} is not, and does not contain, a file that can be read; "
+            f"expected {known} "
             f"(.json with the field {corpus.text_key!r})"
         )
     notes = []

@@ -40,8 +40,9 @@ def load(path: str) -> tuple[tokenizers.Tokenizer, str]:
     split = file.values.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or split not in _WORDS:
         raise UserError(
-            f"{path}: its tokenizer is of the kind {kind!r}, splitting text as {split!r}; read are those of the kind "
-            f"'gpt2' that split as {', '.join(map(repr, _WORDS))}. Set config.tokenizer.source to 'file' and "
+            f"{path}: its tokenizer is of the kind {kind!r}, splitting text as {split!r}; only those of the "
+            f"kind 'gpt2' that split as {', '.join(map(repr, _WORDS))} can be read. Set "
+            "config.tokenizer.source to 'file' and "
             "config.tokenizer.path to the tokenizer.json that belongs to the model"
         )
     tokens = file.value("tokenizer.ggml.tokens")

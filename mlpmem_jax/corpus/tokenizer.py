@@ -97,13 +97,13 @@ def _end_beside(file: epath.Path) -> str:
 def _end_of_text(tokenizer: tokenizers.Tokenizer, requested: str, own: str, name: str) -> str:
     """The token asked for, else a usual name, as in pretraining, rather than what ends a turn of a chat."""
     if requested and tokenizer.token_to_id(requested) is None:
-        raise UserError(f"config.tokenizer.end_of_text: {requested!r} is no token of {name}")
+        raise UserError(f"config.tokenizer.end_of_text: {requested!r} is not a token of {name}")
     for token in [requested] if requested else (*_END_OF_TEXT_NAMES, own):
         if token and tokenizer.token_to_id(token) is not None:
             return token
     raise UserError(
         f"{name}: has no end-of-text token; expected one of {', '.join(_END_OF_TEXT_NAMES)}, or the eos_token of "
-        f"{_SETTINGS} beside it: name the one that it has by config.tokenizer.end_of_text"
+        f"{_SETTINGS} beside it: set config.tokenizer.end_of_text to the one that it has"
     )
 
 

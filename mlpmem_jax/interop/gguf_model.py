@@ -121,7 +121,7 @@ def _check_tensors(file: GGUFFile, stored) -> None:
         if file.shape(name) != shape:
             raise UserError(f"{file.path}: tensor {name!r} is {file.shape(name)}; the metadata say {shape}")
     if extra := sorted(file.tensors.keys() - expected.keys()):
-        raise UserError(f"{file.path}: tensor {extra[0]!r} belongs to no model of these metadata")
+        raise UserError(f"{file.path}: tensor {extra[0]!r} is not part of the model that the metadata describe")
 
 
 def _read(file: GGUFFile, head_width: int, name: str, part: tuple[slice, ...]) -> np.ndarray:

@@ -89,7 +89,9 @@ def _check_tensors(folder: pathlib.Path, files: Files, stored: list[Layout], has
             )
     extra = sorted(files.keys() - expected.keys() - {_OUTPUT})
     if extra:
-        raise UserError(f"{files[extra[0]].file}: tensor {extra[0]!r} belongs to no model of this config.json")
+        raise UserError(
+            f"{files[extra[0]].file}: tensor {extra[0]!r} is not part of the model that config.json describes"
+        )
     if _OUTPUT in files and not has_output:
         _check_tied(files, next(name for name in expected if name in ("wte.weight", "embed_tokens.weight")))
 

@@ -78,7 +78,7 @@ def _read_config(folder: pathlib.Path) -> dict:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: expected the config of a memory: {error}") from error
     if is_ours and (missing := [key for key in _KEYS if key not in values]):
-        raise UserError(f"{file}: {missing[0]} is missing; this is no config of an exported memory")
+        raise UserError(f"{file}: {missing[0]} is missing; this is not the config of an exported memory")
     return values
 
 
@@ -95,7 +95,7 @@ def _check_fits(
         raise UserError(f"{file}: is missing; an exported memory has its tokenizer beside it")
     if json.loads(file.read_bytes()) != json.loads(tokens.read_file(TOKENIZER_FILE)):
         raise UserError(
-            f"{file}: is another tokenizer than that of {tokens.path}; make the tokens with "
+            f"{file}: is not the tokenizer of {tokens.path}; make the tokens with "
             f"--config.tokenizer.source=file --config.tokenizer.path={file}"
         )
     check_fits(folder, base, tokens, config.base.context_length)

@@ -28,6 +28,6 @@ def dimensions(source: str) -> language_model.Config:
         if source.partition("@")[0].rstrip("/").split("/")[-1] == known.split("/")[-1]:
             return language_model.from_fields(fields)
     raise UserError(
-        f"{source}: dimensions are known without downloading of {', '.join(published.DIMENSIONS)}; for another "
-        "model give a folder with its config.json"
+        f"{source}: its dimensions are not known without downloading it; give a folder with its config.json, or one of "
+        f"{', '.join(published.DIMENSIONS)}"
     )

@@ -81,4 +81,6 @@ def _snapshot(source: str) -> pathlib.Path:
         needed = _needed(sibling.rfilename for sibling in info.siblings)
         return pathlib.Path(hub.snapshot_download(name, revision=info.sha, allow_patterns=needed))
     except Exception as error:  # the hub's client raises errors of several libraries
-        raise UserError(f"{source}: neither a folder nor a model that the Hugging Face hub gave: {error}") from error
+        raise UserError(
+            f"{source}: not a folder, and the Hugging Face hub did not return such a model: {error}"
+        ) from error

@@ -181,5 +181,6 @@ def check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], 
             )
     if extra := sorted(tensors.keys() - shapes.keys()):
         raise UserError(
-            f"{tensors[extra[0]].file}: tensor {prefix + extra[0]!r} belongs to nothing that config.json describes"
+            f"{tensors[extra[0]].file}: tensor {prefix + extra[0]!r} is not part of the model that "
+            "config.json describes"
         )

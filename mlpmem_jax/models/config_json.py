@@ -52,7 +52,7 @@ class ConfigJson:
         for key in keys:
             if type(self.values.get(key)) is not int or self.values[key] < 1:
                 raise self.error(
-                    f"{key} is missing or no whole number above 0; this is no config of a {self.family} model"
+                    f"{key} is missing or no whole number above 0; this is not a config of a {self.family} model"
                 )
         return [self.values[key] for key in keys]
 

@@ -54,14 +54,14 @@ def _module(config: Config) -> ModuleType:
     for module in FAMILIES:
         if isinstance(config, module.Config):
             return module
-    raise TypeError(f"{type(config).__name__} is the config of none of the families {', '.join(_BY_NAME)}")
+    raise TypeError(f"{type(config).__name__} is not the config of any of the families {', '.join(_BY_NAME)}")
 
 
 def _module_of(parameters: dict) -> ModuleType:
     for module in FAMILIES:
         if module.EMBEDDING in parameters:
             return module
-    raise ValueError(f"parameters {sorted(parameters)} are of none of the families {', '.join(_BY_NAME)}")
+    raise ValueError(f"parameters {sorted(parameters)} are not those of any of the families {', '.join(_BY_NAME)}")
 
 
 def family(config: Config) -> str:

@@ -85,7 +85,8 @@ def input_block(memory: Artifact) -> int:
     """
     if "input_block" not in memory.summary:
         raise ArtifactError(
-            f"{memory.path}: does not say which block of the base it reads, an earlier version made it; delete it and "
+            f"{memory.path}: was made by an earlier version and does not say which block of the base it "
+            "reads; delete it and "
             "run `train` again"
         )
     return memory.summary["input_block"]

@@ -65,7 +65,7 @@ def reach(key_shards: KeyShards, sample: Sample, recall: float) -> tuple[list[Tr
         if place not in trials:
             trials[place] = _trial(key_shards, sample, efforts[place])
             if trials[place].recall < recall:
-                say(f"targets: recall {trials[place]}, {recall:g} is asked for")
+                say(f"targets: recall {trials[place]}, below config.targets.recall={recall:g}")
         return trials[place].recall
 
     if len(key_shards) > 1 and len(efforts) > 1:
@@ -78,9 +78,9 @@ def reach(key_shards: KeyShards, sample: Sample, recall: float) -> tuple[list[Tr
         return tried, sorted(trials).index(place)
     best = max(tried, key=lambda trial: trial.recall)
     raise UserError(
-        f"config.targets.recall: {recall:g} is asked for, the most of {len(tried)} ways to search was {best}. "
-        f"What may help: {key_shards.search.backend.remedies}. To build targets from worse neighbors all the same, "
-        f"set config.targets.recall to {np.floor(100 * best.recall) / 100:g}"
+        f"config.targets.recall: expected {recall:g}, but the best of {len(tried)} ways to search reached "
+        f"{best}. What may help: {key_shards.search.backend.remedies}. To accept worse neighbors, set "
+        f"config.targets.recall to {np.floor(100 * best.recall) / 100:g}"
     )
 
 

@@ -30,7 +30,9 @@ def continued(config: ml_collections.ConfigDict) -> Artifact:
     workdir = epath.Path(config.workdir)
     trained, base = open_artifact(workdir / "memory", "memory"), open_artifact(workdir / "base", "base")
     if "training_flops" not in trained.summary:
-        raise UserError(f"{trained.path}: was imported, so what its training cost, and `continued` may, is not known")
+        raise UserError(
+            f"{trained.path}: was imported, so the cost of its training, which `continued` must match, is not known"
+        )
     is_imported = config.base.source != "train"
     settings = ml_collections.ConfigDict(config.training if is_imported else config.base.training)
     model, length = saved.language_model_config(base), config.base.context_length

@@ -107,7 +107,9 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     memory, artifact = open_artifact(workdir / "memory", "memory"), open_artifact(workdir / "base", "base")
     tokens = open_artifact(workdir / "tokens", "tokens")
     if "training_flops" not in memory.summary:
-        raise UserError(f"{memory.path}: was imported, so what its training cost, and LoRA may, is not known")
+        raise UserError(
+            f"{memory.path}: was imported, so the cost of its training, which LoRA must match, is not known"
+        )
     model, length = saved.language_model_config(artifact), config.base.context_length
     abstract = jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0))
     logical_axes = language_model.logical_axes(model)
