@@ -59,7 +59,7 @@ def tokens(sequences=2, length=9, seed=1):
     return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (sequences, length))
 
 
-def test_hidden_states_taps_and_logits_equal_the_equations():
+def test_hidden_states_block_inputs_and_logits_equal_the_equations():
     parameters, tokens_BxT = random_parameters(), tokens()
     final, block_inputs = gpt2.features(parameters, CONFIG, tokens_BxT, input_blocks=(3, 1))
     logits = gpt2.logits(parameters, CONFIG, tokens_BxT)

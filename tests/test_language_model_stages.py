@@ -1,6 +1,5 @@
 """The stages on an imported Mistral: what they store is what the model says, and its memory has its family."""
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -97,11 +96,11 @@ def test_the_memory_has_the_family_of_its_base_and_starts_from_its_untied_output
     np.testing.assert_array_equal(kernel[:, 300:], 0)
 
 
-OPTIONS = argparse.Namespace(prompt=["The", ""], tokens=3, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+PROMPTS = ["The", ""]
 
 
 def test_it_generates_with_its_memory_and_the_lambda_of_its_report(config, capsys):
-    side_by_side.run(config, OPTIONS)
+    side_by_side.run(config, PROMPTS, count=3)
     trained = open_artifact(f"{config.workdir}/memory", "memory")
     printed = capsys.readouterr().out
     assert "base LM + memory" in printed
@@ -114,11 +113,11 @@ def test_it_generates_with_its_memory_and_the_lambda_of_its_report(config, capsy
     assert metrics["sharpness"]["augmented"]["positions"] == 40
     metrics["interpolation_weight"]["memory"] = 0.4321
     report.write_text(json.dumps(metrics))
-    side_by_side.run(config, OPTIONS)
+    side_by_side.run(config, PROMPTS, count=3)
     assert f"lambda 0.4321: from {report}, tuned on the validation split" in capsys.readouterr().out
     metrics["provenance"]["fingerprints"]["memory"] = "another"
     report.write_text(json.dumps(metrics))
-    side_by_side.run(config, OPTIONS)
+    side_by_side.run(config, PROMPTS, count=3)
     assert "lambda 0.4321" not in capsys.readouterr().out
 
 
@@ -128,7 +127,7 @@ def test_generation_reads_the_block_that_the_memory_was_trained_on(config, monke
     read = []
     monkeypatch.setattr(side_by_side, "generate", lambda models, *_, **__: read.append(models.input_block) or [])
     monkeypatch.setattr(side_by_side, "_show", lambda *_: None)
-    side_by_side.run(changed, OPTIONS)
+    side_by_side.run(changed, PROMPTS, count=3)
     assert read == [0, 2]  # alone, and beside the memory: depth 0.7 of three blocks
 
 
@@ -149,7 +148,7 @@ def test_generation_refuses_a_memory_of_another_base(config, tmp_path):
     huggingface.save_language_model(tmp_path / "model", parameters, MISTRAL)
     stages.run("base", changed)
     with pytest.raises(ArtifactError, match=rf"{tmp_path}/memory: was made from another base than .*{tmp_path}/base"):
-        side_by_side.run(changed, OPTIONS)
+        side_by_side.run(changed, PROMPTS, count=3)
 
 
 @pytest.mark.parametrize(

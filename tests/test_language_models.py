@@ -115,7 +115,7 @@ def expected_logits(name, tokens_BxT):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_and_taps_equal_those_of_transformers(folders, name):
+def test_logits_and_block_inputs_equal_those_of_transformers(folders, name):
     parameters, config = load(folders(name))
     tokens_BxT, inputs, model = tokens(name), [], reference(name)
     blocks = model.transformer.h if name == "gpt2" else model.model.layers
