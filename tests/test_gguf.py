@@ -189,7 +189,7 @@ def test_a_model_that_cannot_be_imported_is_one_clear_error(tmp_path, changes, m
 
 @pytest.mark.parametrize("keep", [0, 3, 200, 3000])
 def test_a_truncated_file_is_one_clear_error(tmp_path, keep):
-    with pytest.raises(UserError, match="expected a GGUF file, found a damaged"):
+    with pytest.raises(UserError, match="expected a GGUF file, found something else, or a damaged one"):
         GGUFFile(damaged(tmp_path, keep))
 
 

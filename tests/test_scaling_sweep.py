@@ -252,7 +252,7 @@ def test_a_failed_point_is_named_and_does_not_stop_the_others(toy):
     assert len(written[-1]) == 4
 
 
-def test_what_needs_a_failed_unit_is_not_started(toy):
+def test_what_needs_a_failed_task_is_not_started(toy):
     actual, workdir, written = toy
     base = next(task.name for task in tasks.of_sweep(actual) if task.verb == "base" and task.config.base.width == 16)
     (workdir / "fails.txt").write_text(base)

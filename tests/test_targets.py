@@ -223,7 +223,7 @@ def test_interrupted_between_any_two_steps_it_ends_with_the_same_bytes(workdir, 
     config = config_for(folder, key_shard_rows=key_shard_rows, temperature=0.0, quality_positions=32)
     targets.run(config)
     expected = bytes_by_file(folder / "targets")
-    shutil.rmbytes_by_file(folder / "targets")
+    shutil.rmtree(folder / "targets")
 
     def interrupted_after(owner, name):
         original = getattr(owner, name)
@@ -254,7 +254,7 @@ def test_killed_while_it_writes_it_ends_with_the_same_bytes(workdir):
     settings = {"key_shard_rows": 250, "quality_positions": 32}
     targets.run(config_for(folder, **settings))
     expected = bytes_by_file(folder / "targets")
-    shutil.rmbytes_by_file(folder / "targets")
+    shutil.rmtree(folder / "targets")
     program = (
         "import sys; sys.path.insert(0, 'tests'); from retrieval_data import config_for; "
         f"from mlpmem_jax.retrieval import targets; targets.run(config_for({str(folder)!r}, **{settings!r}))"
@@ -294,7 +294,7 @@ def test_two_processes_share_the_work_and_end_with_the_same_bytes(workdir):
     settings = {"key_shard_rows": 250, "temperature": 0.0, "quality_positions": 32}
     targets.run(config_for(folder, **settings))
     expected = bytes_by_file(folder / "targets")
-    shutil.rmbytes_by_file(folder / "targets")
+    shutil.rmtree(folder / "targets")
     run_in_two_processes(folder, settings)
     assert bytes_by_file(folder / "targets") == expected
 
