@@ -1,5 +1,6 @@
 # make quickstart   install into .venv, then text to report in minutes on two CPU cores
 # make test         install into .venv with what the tests need, then run them
+# make test-fast    those that need no whole stage and no training, under 90 s on two cores
 # make test-slow    the tests that take minutes each: every ready config on several processes, fuzzing
 # make controls     the quickstart's controls, reported beside it
 # make smollm2      a memory for SmolLM2-135M on installed documentation, about an hour on two CPU cores
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 SMOLLM2 := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: quickstart test test-slow controls smollm2 smollm2-nq smollm2-model desk sweep benchmark accelerator wheels smoke lint clean
+.PHONY: quickstart test test-fast test-slow controls smollm2 smollm2-nq smollm2-model desk sweep benchmark accelerator wheels smoke lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mlpmem run --config=configs/quickstart.py
@@ -74,6 +75,9 @@ wheels: | $(VENV)/bin/pip
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
+test-fast: $(VENV)/installed-test
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile -m 'not slow and not accelerator and not whole'
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow

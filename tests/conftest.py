@@ -9,6 +9,8 @@ With MLPMEM_TEST_DEVICES=accelerator JAX chooses its devices: `pytest -m acceler
 import os
 import pathlib
 
+import pytest
+
 if os.environ.get("MLPMEM_TEST_DEVICES") != "accelerator":
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = " ".join(
@@ -22,3 +24,19 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("MLPMEM_QUIET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WHOLE = {
+    *("accelerator", "comparison", "comparison_harness", "datastore", "evaluation_evaluate", "evaluation_scoring"),
+    *("export_transformers", "extending", "generation", "gguf", "gpt2_model", "huggingface", "interop_reference"),
+    *("interop_stages", "interruptions", "language_model_stages", "language_models", "launch_local", "lora"),
+    *("optimizer", "pipeline", "planning_plan", "processes", "scaling_points_of_sweep", "scaling_sweep"),
+    *("step_benchmark", "targets", "training_loop", "training_profile"),
+}
+"""Files whose tests run stages or trainings, several processes, or long compilations: `make test-fast` omits them."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in WHOLE:
+            item.add_marker(pytest.mark.whole)
