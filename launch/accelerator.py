@@ -29,7 +29,7 @@ _MLPMEM = (sys.executable, "-m", "mlpmem_jax.cli")
 
 _SMALL_CORPUS = {
     "corpus.source": "installed_docs",
-    "corpus.max_bytes": 80_000,
+    "corpus.max_bytes": 40_000,
     "tokenizer.source": "train",
     "tokenizer.vocab_size": 300,
     "base.context_length": 32,
@@ -82,6 +82,7 @@ def steps(output: pathlib.Path, smoke: bool) -> list[Step]:
         sweep = output / "small_sweep.py"
         output.mkdir(parents=True, exist_ok=True)
         sweep.write_text(_SMALL_SWEEP)
+    workers = f"--workers={2 if smoke else 1}"
     marked = "not accelerator" if smoke else "accelerator"
     pytest = (sys.executable, "-m", "pytest", "-m", marked, str(ROOT / "tests" / "test_accelerator.py"))
     config = f"--config={ROOT / 'configs' / 'library_h100.py'}"
@@ -103,7 +104,7 @@ def steps(output: pathlib.Path, smoke: bool) -> list[Step]:
             "sweep",
             3600,
             (
-                (*_MLPMEM, "sweep", f"--config={sweep}", *_overrides(points, _SMALL_CORPUS if smoke else {})),
+                (*_MLPMEM, "sweep", f"--config={sweep}", workers, *_overrides(points, _SMALL_CORPUS if smoke else {})),
                 (*_MLPMEM, "fit", f"--runs={points}", f"--output={output / 'fit'}"),
             ),
             {
@@ -121,7 +122,10 @@ def _overrides(workdir: pathlib.Path, values: dict) -> list[str]:
 
 def environment(smoke: bool) -> dict[str, str]:
     """What the steps need besides this process's own: devices, and memory that JAX leaves to PyTorch."""
-    chosen = {"JAX_PLATFORMS": "cpu"} if smoke else {"MLPMEM_TEST_DEVICES": "accelerator"}
+    chosen = {"MLPMEM_TEST_DEVICES": "accelerator"}
+    if smoke:  # most of its time is compilation
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+        chosen = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
