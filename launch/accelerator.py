@@ -2,6 +2,7 @@
 
     tests       its numbers against the CPU's (tests/test_accelerator.py)
     benchmark   rates at the paper's sizes, the reference's step in PyTorch beside them
+    search      exact search once more, with XLA's other way of selecting the k nearest
     library     configs/library_h100.py: a memory for SmolLM2-135M
     sweep       configs/sweeps/library_sizes.py, and the laws through its points
 
@@ -25,6 +26,7 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
 _GRACE_SECONDS = 20.0  # from SIGTERM to SIGKILL: a training writes a checkpoint
+_OTHER_SELECTION = "--xla_gpu_experimental_use_raft_select_k=true"
 _MLPMEM = (sys.executable, "-m", "mlpmem_jax.cli")
 
 _SMALL_CORPUS = {
@@ -92,6 +94,17 @@ def steps(output: pathlib.Path, smoke: bool) -> list[Step]:
             "benchmark",
             300,
             ((*_MLPMEM, "benchmark", config, "--rows=accelerator", f"--json={output / 'benchmark.json'}"),),
+            {},
+        ),
+        Step(
+            "search",
+            120,
+            (
+                (
+                    *("env", f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')} {_OTHER_SELECTION}"),
+                    *(*_MLPMEM, "benchmark", config, "--rows=exact", f"--json={output / 'search.json'}"),
+                ),
+            ),
             {},
         ),
         Step(

@@ -8,12 +8,12 @@ import jax
 import ml_collections
 
 from mlpmem_jax.core import chips
+from mlpmem_jax.core.device_rates import peak_rate
 from mlpmem_jax.inference import generation_benchmark as generation
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval import exact_benchmark
 from mlpmem_jax.training import step_benchmark
-from mlpmem_jax.training.metrics import peak_rate
 from mlpmem_jax.training.step_benchmark import Case
 
 _DTYPE = "bfloat16"
@@ -26,8 +26,6 @@ _SMALL_MEMORIES = {
     "small": Case(MemoryConfig("gpt2", 257, 384, 32, 32, 2, 128), positions=64, dtype=_DTYPE, entries=16),
     "small, Llama": Case(MemoryConfig("llama", 256, 256, 16, 32, 2, 64), positions=64, dtype=_DTYPE, entries=16),
 }
-_SEARCH = {"keys": 2_000_000, "width": 1280, "k": 1024}
-_SMALL_SEARCH = {"keys": 4096, "width": 32, "k": 16}
 _SMALL_GENERATION = {
     "base": GPT2Config(vocab_size=257, context_length=64, width=32, blocks=2, heads=2),
     "memory_model": MemoryConfig("gpt2", 257, 384, 32, 32, 2, 128),
@@ -46,5 +44,5 @@ def rows(config: ml_collections.ConfigDict) -> Iterator[dict]:
     training.loss_chunk = _LOSS_CHUNK
     for name, case in (_SMALL_MEMORIES if is_small else _MEMORIES).items():
         yield step_benchmark.compared_row(f"train step, memory of {name}", case, training, peak, against)
-    yield exact_benchmark.row(**(_SMALL_SEARCH if is_small else _SEARCH), peak=peak, published=published)
+    yield from exact_benchmark.rows(config)
     yield from generation.rows(config, **(_SMALL_GENERATION if is_small else {}))

@@ -26,15 +26,16 @@ PARTS = {
     "search": "mlpmem_jax.retrieval.search_benchmark",
     "scann": "mlpmem_jax.retrieval.scann_benchmark",
     "processes": "mlpmem_jax.training.process_benchmark",
+    "exact": "mlpmem_jax.retrieval.exact_benchmark",
     "accelerator": "mlpmem_jax.accelerator_benchmark",
 }
-_ON_REQUEST = ("accelerator",)
+_ON_REQUEST = ("exact", "accelerator")
 
 
 def run(config: ml_collections.ConfigDict, parts: list[str], json_file: str | None) -> list[dict]:
     """Measures the parts, prints them and writes them to `json_file`, each row as soon as it is measured.
 
-    By default all parts but that of accelerators.
+    By default all parts but those of accelerators.
 
     Raises:
       ConfigError: a part does not exist.

@@ -54,8 +54,8 @@ def test_every_config_of_a_run_is_valid(tmp_path, monkeypatch, smoke):
     read = []
     for step in accelerator.steps(tmp_path / "output", smoke):
         for command in step.commands:
-            if "mlpmem_jax.cli" in command:
-                cli._parser().parse_known_args(command[3:])  # ends the process over an option that does not exist
+            if "mlpmem_jax.cli" in command:  # an option that does not exist would end this process
+                cli._parser().parse_known_args(command[command.index("mlpmem_jax.cli") + 1 :])
             words = [word for word in command if word.startswith("--config")]
             if "sweep" in command:
                 file, *overrides = words
@@ -65,13 +65,13 @@ def test_every_config_of_a_run_is_valid(tmp_path, monkeypatch, smoke):
             elif "mlpmem_jax.cli" in command and "fit" not in command:
                 config_files.read(words[0].removeprefix("--config="), words[1:])
                 read.append(step.name)
-    assert read == ["benchmark", "library", "sweep"]
+    assert read == ["benchmark", "search", "library", "sweep"]
 
 
 def test_unknown_steps_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         accelerator.main(["--steps=tests,banchmark"])
-    assert "no step 'banchmark'; there are tests, benchmark, library, sweep" in capsys.readouterr().err
+    assert "no step 'banchmark'; there are tests, benchmark, search, library, sweep" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -80,5 +80,5 @@ def test_a_smoke_run_is_whole(tmp_path):
         accelerator.main(["--smoke", f"--output={tmp_path}"])
     assert ended.value.code == 0, (tmp_path / "log.txt").read_text()[-4000:]
     assert all(step["outcome"] == "ok" for step in json.loads((tmp_path / "summary.json").read_text()))
-    for name in ("benchmark.json", "library.json", "points.csv", "fit.json", "fit.png"):
+    for name in ("benchmark.json", "search.json", "library.json", "points.csv", "fit.json", "fit.png"):
         assert (tmp_path / name).stat().st_size, name

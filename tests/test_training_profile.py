@@ -8,11 +8,11 @@ import pytest
 import test_training_loop as training
 
 from configs import default
-from mlpmem_jax.core import chips
+from mlpmem_jax.core import chips, device_rates
 from mlpmem_jax.core.config import check_config
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.mesh import make_mesh
-from mlpmem_jax.training import loop, metrics
+from mlpmem_jax.training import loop
 
 
 def fit(folder, source=None, **changes):
@@ -73,8 +73,8 @@ def test_a_profile_is_no_part_of_the_origin():
 
 
 def test_utilization_is_of_the_published_peak_where_there_is_one(monkeypatch):
-    monkeypatch.setattr(metrics, "matmul_rate", lambda dtype: 2e11)
-    assert metrics.peak_rate("float32") == 2e11
+    monkeypatch.setattr(device_rates, "matmul_rate", lambda dtype: 2e11)
+    assert device_rates.peak_rate("float32") == 2e11
     monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), {"device_kind": "NVIDIA H100 80GB HBM3"})])
-    assert metrics.peak_rate("bfloat16") == pytest.approx(989e12, rel=1e-3)
+    assert device_rates.peak_rate("bfloat16") == pytest.approx(989e12, rel=1e-3)
     assert chips.published("TPU v5 lite").flops == chips.CHIPS["v5e"].flops

@@ -7,22 +7,28 @@ import time
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
-from mlpmem_jax.core.chips import Rates
+from mlpmem_jax.core import chips
+from mlpmem_jax.core.device_rates import peak_rate
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.retrieval import ring
 
+_SIZES = (2_000_000, 1280, 1024), (2_500_000, 576, 64)  # keys, width, k: of the paper, of configs/library_h100.py
+_SIZES_ON_CPU = ((4096, 32, 16),)
 _ROUNDS = 5
 
 
-def row(keys: int, width: int, k: int, peak: float, published: Rates | None) -> dict:
-    """The least time that products, or the reading of the keys, need over the time that a search takes.
+def rows(config: ml_collections.ConfigDict) -> list[dict]:
+    """Measures; each row has name, value, unit and detail. Sizes are fixed, whatever the config."""
+    del config
+    return [_row(*sizes) for sizes in (_SIZES_ON_CPU if jax.default_backend() == "cpu" else _SIZES)]
 
-    Args:
-      keys: number of random bfloat16 keys; width: of each; k: neighbors.
-      peak: FLOP/s of the device.
-      published: of the device, for the bandwidth of its memory; None leaves the reading out.
-    """
+
+def _row(keys: int, width: int, k: int) -> dict:
+    """The least time that products, or the reading of the keys, need over the time that a search takes."""
+    published = chips.published(jax.devices()[0].device_kind)
+    peak = peak_rate("bfloat16")
     queries, dtype = ring.QUERIES_PER_DEVICE, jnp.bfloat16
     mesh = make_mesh(devices=jax.devices()[:1])
     search, (keys_PxD, norms_P, queries_QxD, excluded_Qx2) = ring.program(mesh, keys, queries, width, k)

@@ -19,13 +19,14 @@ from jax.experimental import multihost_utils
 
 from mlpmem_jax.core import preemption, stage_costs
 from mlpmem_jax.core.config import check_profile, plain_dict, profiled_steps
+from mlpmem_jax.core.device_rates import peak_rate
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.core.mesh import compiler_options
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.core.sharding import LOCAL, Sharding
 from mlpmem_jax.models.interpolation import NotANumber
 from mlpmem_jax.training import data, goodput, profile
-from mlpmem_jax.training.metrics import MetricsWriter, peak_rate
+from mlpmem_jax.training.metrics import MetricsWriter
 from mlpmem_jax.training.optimizer import (
     accumulated_value_and_grad,
     averaged_over_devices,

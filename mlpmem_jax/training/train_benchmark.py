@@ -14,12 +14,12 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
+from mlpmem_jax.core.device_rates import matmul_rate
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval.distribution import SparseDistributions
 from mlpmem_jax.retrieval.targets_artifact import TargetsWriter, array_specs, folder_of
 from mlpmem_jax.training import data, step_benchmark
 from mlpmem_jax.training.loss import sparse_cross_entropy
-from mlpmem_jax.training.metrics import matmul_rate
 from mlpmem_jax.training.step_benchmark import Case
 
 INPUT_WIDTH, VOCABULARY, ENTRIES = 64, 4096, 64
