@@ -9,6 +9,7 @@ import pytest
 
 from launch import accelerator
 from launch.accelerator import Step
+from mlpmem_jax import cli
 from mlpmem_jax.core import config_files
 from mlpmem_jax.scaling import sweep
 
