@@ -37,11 +37,11 @@ def test_processes_join_one_job_with_their_virtual_devices(capfd, monkeypatch):
         monkeypatch.setenv("no_proxy", "example.org")
     command = [sys.executable, "-c", JOINED]
     assert local.run_processes(command, local.environments(2, 3, local.free_port())) == 0
-    lines = [line for line in capfd.readouterr().out.splitlines() if "JAX detected proxy" not in line]
+    lines = capfd.readouterr().out.splitlines()
     for index in (0, 1):
         assert f"[{index}] devices 3 6" in lines
         assert f"[{index}] sum 3.0" in lines
-    assert len(lines) == 4, "Gloo's own lines are in the output"
+    assert len(lines) == 4, "lines of Gloo, or JAX's warning of proxies, are in the output"
 
 
 def test_lines_carry_the_number_of_their_process(capfd):

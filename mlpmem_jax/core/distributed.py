@@ -108,10 +108,14 @@ def join_job() -> None:
 
 
 def _bypass_proxy(host: str) -> None:
-    """Has gRPC talk to a host directly where the environment names a proxy for http, which would not know the job."""
+    """Has gRPC talk to a host directly where the environment names a proxy for http, which would not know the job.
+
+    So JAX need not warn of such variables, this one among them.
+    """
     name = "no_grpc_proxy"
     hosts = os.environ.get(name) or os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     os.environ[name] = ",".join([*filter(None, hosts.split(",")), host])
+    jax.config.update("jax_check_proxy_envs", False)
 
 
 def _open_devices() -> None:
