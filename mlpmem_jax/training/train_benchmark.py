@@ -170,8 +170,10 @@ def rows(config: ml_collections.ConfigDict) -> Iterator[dict]:
     """Measures; each row has name, value, unit and detail."""
     rate = matmul_rate("float32")
     yield _row("matmul", rate / 1e9, "GFLOP/s", "float32, 1536 x 1536 x 1536, best of half a second")
-    steps = [_train_step_row(config, case) for case in STEPS]
-    yield from steps
+    steps = []
+    for case in STEPS:
+        steps.append(_train_step_row(config, case))
+        yield steps[-1]
     for name, case in REAL.items():
         yield step_benchmark.compared_row(f"train step, {name}", case, config.training, rate, "the matmul rate")
     yield _pipeline_row(steps[0])
