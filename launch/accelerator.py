@@ -76,13 +76,19 @@ class Step(NamedTuple):
     results: dict[pathlib.Path, str]
 
 
-def steps(output: pathlib.Path, smoke: bool) -> list[Step]:
-    """All steps in order; a smoke run writes the sweep that it runs into the output folder."""
+def steps(output: pathlib.Path, workdir: pathlib.Path, smoke: bool) -> list[Step]:
+    """All steps in order.
+
+    Args:
+      output: folder of the results.
+      workdir: folder of the trainings; a smoke run writes the sweep that it runs into it.
+      smoke: small sizes.
+    """
     sweep = ROOT / "configs" / "sweeps" / "library_sizes.py"
-    library, points = output / "library", output / "sweep"
+    library, points, fit = (workdir / name for name in ("library", "sweep", "fit"))
     if smoke:
-        sweep = output / "small_sweep.py"
-        output.mkdir(parents=True, exist_ok=True)
+        sweep = workdir / "small_sweep.py"
+        workdir.mkdir(parents=True, exist_ok=True)
         sweep.write_text(_SMALL_SWEEP)
     workers = f"--workers={2 if smoke else 1}"
     marked = "not accelerator" if smoke else "accelerator"
@@ -118,12 +124,12 @@ def steps(output: pathlib.Path, smoke: bool) -> list[Step]:
             3600,
             (
                 (*_MLPMEM, "sweep", f"--config={sweep}", workers, *_overrides(points, _SMALL_CORPUS if smoke else {})),
-                (*_MLPMEM, "fit", f"--runs={points}", f"--output={output / 'fit'}"),
+                (*_MLPMEM, "fit", f"--runs={points}", f"--output={fit}"),
             ),
             {
                 points / "points.csv": "points.csv",
-                output / "fit" / "fit.json": "fit.json",
-                output / "fit" / "fit.png": "fit.png",
+                fit / "fit.json": "fit.json",
+                fit / "fit.png": "fit.png",
             },
         ),
     ]
@@ -213,25 +219,23 @@ def _end(process: subprocess.Popen) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; the exit code is 1 where a step did not end well."""
-    names = [step.name for step in steps(pathlib.Path(), smoke=False)]
+    names = [step.name for step in steps(pathlib.Path(), pathlib.Path(), smoke=False)]
     parser = argparse.ArgumentParser(
         prog="python -m launch.accelerator", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="everything on the CPU, at small sizes")
     parser.add_argument("--steps", default=",".join(names), metavar="A,B", help=f"of {', '.join(names)}")
     parser.add_argument("--seconds", type=float, default=7200, help="for all steps together (default 7200)")
-    parser.add_argument(
-        "--output", type=pathlib.Path, metavar="DIR", help="default runs/accelerator, runs/smoke_accelerator"
-    )
+    parser.add_argument("--output", type=pathlib.Path, metavar="DIR", help="default runs/accelerator, or its _smoke")
+    parser.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="of the trainings (default OUTPUT/runs)")
     options = parser.parse_args(arguments)
     chosen = options.steps.split(",")
     if unknown := sorted(set(chosen) - set(names)):
         parser.error(f"--steps: no step {unknown[0]!r}; there are {', '.join(names)}")
-    output = (
-        options.output or pathlib.Path("runs", "smoke_accelerator" if options.smoke else "accelerator")
-    ).absolute()
-    selected = [step for step in steps(output.absolute(), options.smoke) if step.name in chosen]
-    summary = run(selected, output.absolute(), environment(options.smoke), options.seconds)
+    output = options.output or pathlib.Path("runs", "accelerator_smoke" if options.smoke else "accelerator")
+    output, workdir = output.absolute(), (options.workdir or output / "runs").absolute()
+    selected = [step for step in steps(output, workdir, options.smoke) if step.name in chosen]
+    summary = run(selected, output, environment(options.smoke), options.seconds)
     sys.exit(any(step["outcome"] != "ok" for step in summary))
 
 

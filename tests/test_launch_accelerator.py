@@ -53,7 +53,7 @@ def test_every_config_of_a_run_is_valid(tmp_path, monkeypatch, smoke):
     """Read as the commands will read them, so that no typo is found on the accelerator."""
     monkeypatch.chdir(tmp_path)
     read = []
-    for step in accelerator.steps(tmp_path / "output", smoke):
+    for step in accelerator.steps(tmp_path / "output", tmp_path / "work", smoke):
         for command in step.commands:
             if "mlpmem_jax.cli" in command:  # an option that does not exist would end this process
                 cli._parser().parse_known_args(command[command.index("mlpmem_jax.cli") + 1 :])
@@ -76,10 +76,11 @@ def test_unknown_steps_are_refused(capsys):
 
 
 @pytest.mark.slow
-def test_a_smoke_run_is_whole(tmp_path):
+def test_a_smoke_run_is_whole(tmp_path, tmp_path_factory):
     with pytest.raises(SystemExit) as ended:
-        accelerator.main(["--smoke", f"--output={tmp_path}"])
+        accelerator.main(["--smoke", f"--output={tmp_path}", f"--workdir={tmp_path_factory.mktemp('work')}"])
     assert ended.value.code == 0, (tmp_path / "log.txt").read_text()[-4000:]
     assert all(step["outcome"] == "ok" for step in json.loads((tmp_path / "summary.json").read_text()))
+    assert not [entry for entry in tmp_path.iterdir() if entry.is_dir()]
     for name in ("benchmark.json", "search.json", "library.json", "points.csv", "fit.json", "fit.png"):
         assert (tmp_path / name).stat().st_size, name
