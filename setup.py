@@ -25,6 +25,8 @@ EXTRAS = {
     "peft": ["peft>=0.15,<1"],
     # Any task of lm-evaluation-harness, for `mlpmem score`.
     "harness": ["lm_eval>=0.4.9,<0.5"],
+    # Packages whose documentation makes a larger corpus: config.corpus.packages.
+    "library": ["botocore", "sympy", "scikit-learn", "pandas", "statsmodels", "networkx", "django"],
     "test": [
         "accelerate>=1.0,<2",  # what transformers reads GGUF files with
         "pytest>=8.3,<10",

@@ -40,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.corpus = corpus = ml_collections.ConfigDict()
     corpus.source = "installed_docs"  # "installed_docs", "files" or "hub"
+    corpus.packages = ""  # "installed_docs": installed packages, with commas between, whose documentation is added
     corpus.path = ""  # file or folder (text, JSON, Parquet; plain, gz, zst, bz2, xz) for "files"
     corpus.name = ""  # Hugging Face data set for "hub", NAME or NAME@REVISION; several, with commas between, are mixed
     corpus.subset = ""  # its configuration, e.g. "wikitext-103-raw-v1"; as many entries as names, or one for all

@@ -1,4 +1,6 @@
+import gzip
 import importlib.metadata
+import json
 
 import pytest
 
@@ -21,7 +23,7 @@ def install(root, name, requires=(), files=(), extras=()):
     (info / "METADATA").write_text("\n".join(lines) + "\n")
     for path, content in files:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(content)
+        (root / path).write_bytes(content if isinstance(content, bytes) else content.encode())
     (info / "RECORD").write_text("".join(f"{path},,\n" for path, _ in files))
 
 
@@ -90,6 +92,48 @@ def test_documents_are_long_distinct_docstrings_in_a_fixed_order(site):
     assert [text.split()[0] for text, _ in actual] == first_words
     assert [group for _, group in actual] == ["toy/a.py"] * 5 + ["toy/z.py"]
     assert actual[2].text.splitlines()[-1] == "  indented"  # the indentation of the source is taken off
+
+
+def service(text):
+    """A description as botocore has them: HTML in the documentation of operations, structures and their members."""
+    return {
+        "documentation": f"<fullname>Toy</fullname><p>{prose(text)}</p>",
+        "operations": {"List": {"name": "List", "documentation": "<p>Short.</p>"}},
+        "shapes": {
+            "Bucket": {
+                "type": "structure",
+                "members": {
+                    "Name": {"documentation": f"<p>The <code>{prose(text + 'name')}</code> &amp; more</p>"},
+                    "Tags": {"documentation": "<ul> <li> <p>one</p> </li> <li>two</li></ul>"},
+                },
+                "documentation": "<p>What a bucket\n   is.</p>",
+            }
+        },
+    }
+
+
+def test_named_packages_are_added_and_web_services_described_without_markup(site):
+    install(site, "toy_package", ["toy"])
+    install(site, "toy", files=[("toy/a.py", docstring(prose("Own")))])
+    packed = gzip.compress(json.dumps(service("Packed")).encode())
+    services = [(f"more/data/s3/{day}/service-2.json.gz", packed) for day in ("2006-03-01", "2007-03-01")]
+    files = [("more/b.py", docstring(prose("More"))), ("more/data/s3/paginators-1.json", "{}"), *services]
+    install(site, "Toy_More", files=[*files, ("more/data/a/service-2.json", "[1]")])
+    assert len(installed_docs.documents()) == 1
+
+    source = installed_docs.open_source("toy.more, ")
+    assert source.inputs["toy-more"] == "1.0"
+    own, more, whole, bucket = source.parts()[0].read()  # the second service repeats the first
+    assert (own.text, more.text) == (prose("Own"), prose("More"))
+    assert whole.text == f"Toy\n{prose('Packed')}"
+    assert bucket.text == f"The {prose('Packedname')} & more\n\none\ntwo\n\nWhat a bucket is."
+    assert whole.group == bucket.group == "more/data/s3/2006-03-01/service-2.json.gz"
+
+
+def test_a_named_package_that_is_not_installed(site):
+    install(site, "toy_package")
+    with pytest.raises(UserError, match=r"config\.corpus\.packages: 'toy-absent' is not installed"):
+        installed_docs.open_source("toy_absent")
 
 
 def test_topics_are_documents(tmp_path):

@@ -104,6 +104,7 @@ SCHEMA: dict[str, Any] = {
     "workdir": (str, lambda value: value != "", "a path"),
     "corpus": {
         "source": _one_of("installed_docs", "files", "hub"),
+        "packages": _TEXT,
         "path": _TEXT,
         "name": _TEXT,
         "subset": _TEXT,
@@ -212,6 +213,7 @@ PATHS = (
 _FILES, _HUB = ("files",), ("hub",)
 USED_WITH: dict[str, tuple[str, tuple]] = {
     # Key: (the key that decides, its values under which the first has an effect).
+    "corpus.packages": ("corpus.source", ("installed_docs",)),
     "corpus.path": ("corpus.source", _FILES),
     "corpus.name": ("corpus.source", _HUB),
     "corpus.subset": ("corpus.source", _HUB),
@@ -232,7 +234,10 @@ USED_WITH: dict[str, tuple[str, tuple]] = {
     "training.epochs": ("training.steps", (0,)),
     "training.adam_learning_rate": ("training.optimizer", ("muon",)),
 }
-_NAMES = ("corpus.path", "corpus.name", "corpus.subset", "tokenizer.path", "tokenizer.end_of_text", "base.path")
+_NAMES = (
+    *("corpus.packages", "corpus.path", "corpus.name", "corpus.subset"),
+    *("tokenizer.path", "tokenizer.end_of_text", "base.path"),
+)
 """Of these the ones that say where something comes from: "" unless they are used."""
 
 

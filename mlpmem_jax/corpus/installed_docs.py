@@ -1,13 +1,15 @@
 """The embedded default corpus: documentation that is installed with Python and with this package's dependencies.
 
 Topics of `pydoc`, docstrings of the standard library and of all packages that mlpmem_jax needs, directly or not,
-gathered from the installed source files by `ast`; nothing is imported. The result depends on the versions alone: not
-on where Python is installed, on the order of directory listings, or on which extras are there as well.
+gathered from the installed source files by `ast`; nothing is imported. Other installed packages are added by name. The
+result depends on the versions alone: not on where Python is installed, on the order of directory listings, or on which
+extras are there as well.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import gc
 import importlib.metadata
@@ -27,6 +29,7 @@ import packaging.utils
 
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.corpus import service_descriptions
 from mlpmem_jax.corpus.documents import Document, Part, Source
 from mlpmem_jax.corpus.overlap import END, WordNumbers, inside_runs, whole_runs, word_runs
 
@@ -47,11 +50,33 @@ _TRIPLE_QUOTE = re.compile(rb'"""|\'\'\'')
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def open_source() -> Source:
-    """The embedded corpus, as one part."""
+def open_source(packages: str = "") -> Source:
+    """The embedded corpus, as one part.
+
+    Args:
+      packages: names of installed packages to add, with commas between; without those that they need.
+
+    Raises:
+      UserError: one is not installed.
+    """
+    names = tuple(sorted({packaging.utils.canonicalize_name(name) for name in packages.split(",") if name.strip()}))
     versions = {"Python": platform.python_version()}
-    versions |= {name: distribution.version for name, distribution in dependencies(PACKAGE).items()}
-    return Source(versions, lambda: [Part("installed documentation", documents)])
+    versions |= {name: distribution.version for name, distribution in _distributions(names).items()}
+    return Source(versions, lambda: [Part("installed documentation", functools.partial(documents, names))])
+
+
+def _distributions(packages: Sequence[str]) -> dict[str, importlib.metadata.Distribution]:
+    """What the corpus is made from: the dependencies, then the added packages, each in order."""
+    distributions = dependencies(PACKAGE)
+    for name in packages:
+        try:
+            distributions.setdefault(name, importlib.metadata.distribution(name))
+        except importlib.metadata.PackageNotFoundError as error:
+            raise UserError(
+                f"config.corpus.packages: {name!r} is not installed here; install it (some that carry much prose: "
+                "pip install 'mlpmem_jax[library]'), or leave it out"
+            ) from error
+    return distributions
 
 
 def dependencies(package: str) -> dict[str, importlib.metadata.Distribution]:
@@ -88,14 +113,14 @@ def dependencies(package: str) -> dict[str, importlib.metadata.Distribution]:
 
 
 @functools.cache
-def documents() -> tuple[Document, ...]:
+def documents(packages: tuple[str, ...] = ()) -> tuple[Document, ...]:
     """The documents, each a topic or a docstring of some length, without what stands in earlier ones.
 
-    Docstrings of one source file are a group. Packages repeat whole paragraphs from function to function; with
-    repetitions in it a test split is in good part a copy of the training split, and any search of that finds the
-    answers verbatim.
+    `packages` are normalized names of those to add. Docstrings of one source file are a group. Packages repeat whole
+    paragraphs from function to function; with repetitions in it a test split is in good part a copy of the training
+    split, and any search of that finds the answers verbatim.
     """
-    distributions = dependencies(PACKAGE)
+    distributions = _distributions(packages)
     unique: list[Document] = []
     seen: set[str] = set()
     collects = gc.isenabled()
@@ -172,7 +197,8 @@ def _standard_library() -> Iterator[tuple[str, pathlib.Path]]:
 def _files(distribution: importlib.metadata.Distribution) -> Iterator[tuple[str, pathlib.Path]]:
     """Source files with their paths relative to where packages are installed."""
     for file in sorted(distribution.files or [], key=str):
-        if file.suffix == ".py" and _is_wanted(file.as_posix()):
+        is_read = file.suffix == ".py" or file.name in service_descriptions.FILE_NAMES
+        if is_read and _is_wanted(file.as_posix()):
             yield file.as_posix(), pathlib.Path(str(file.locate()))
 
 
@@ -183,7 +209,14 @@ def _is_wanted(relative: str) -> bool:
 
 
 def _prose(file: pathlib.Path) -> Iterator[str]:
-    """Docstrings, strings given to numpy's `add_newdoc`, and topics in one source file, from a minimum length."""
+    """Docstrings, strings given to numpy's `add_newdoc`, and topics in one source file, from a minimum length.
+
+    Of a service description, the texts of its operations and structures.
+    """
+    if file.name in service_descriptions.FILE_NAMES:
+        with contextlib.suppress(OSError, ValueError):  # removed since, or of another kind
+            yield from filter(_is_long, service_descriptions.texts(file))
+        return
     try:
         source = file.read_bytes()
     except OSError:

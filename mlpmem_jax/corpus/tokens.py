@@ -43,7 +43,7 @@ def open_source(corpus: ml_collections.ConfigDict) -> documents.Source:
         return files.open_source(corpus)
     if corpus.source == "hub":
         return hub.open_source(corpus)
-    return installed_docs.open_source()
+    return installed_docs.open_source(corpus.packages)
 
 
 def run(config: ml_collections.ConfigDict) -> Artifact:
