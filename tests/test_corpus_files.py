@@ -154,10 +154,10 @@ def test_a_parquet_file_without_the_column_names_it(tmp_path):
 def test_nothing_to_read(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         files.open_source(corpus_of(tmp_path / "absent"))
-    with pytest.raises(UserError, match=r"no file that can be read; expected \.txt"):
+    with pytest.raises(UserError, match=r"does not contain, a file that can be read; expected \.txt"):
         files.open_source(corpus_of(tmp_path))
     (tmp_path / "notes.doc").write_text("x")
-    with pytest.raises(UserError, match="no file that can be read"):
+    with pytest.raises(UserError, match="does not contain, a file that can be read"):
         files.open_source(corpus_of(tmp_path / "notes.doc"))
 
 
