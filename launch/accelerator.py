@@ -1,6 +1,6 @@
 """What is worth knowing of a new accelerator, in order and each bounded in time: `make accelerator`.
 
-    tests       its numbers against the CPU's (tests/test_accelerator.py)
+    tests       its numbers against the CPU's (tests/test_accelerator.py, in a checkout)
     benchmark   rates at the paper's sizes, the reference's step in PyTorch beside them
     search      exact search once more, with XLA's other way of selecting the k nearest
     library     configs/library_h100.py: a memory for SmolLM2-135M
@@ -23,6 +23,8 @@ import sys
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from mlpmem_jax.core.installation import READY
 
 ROOT = pathlib.Path(__file__).parents[1]
 _GRACE_SECONDS = 20.0  # from SIGTERM to SIGKILL: a training writes a checkpoint
@@ -84,7 +86,7 @@ def steps(output: pathlib.Path, workdir: pathlib.Path, smoke: bool) -> list[Step
       workdir: folder of the trainings; a smoke run writes the sweep that it runs into it.
       smoke: small sizes.
     """
-    sweep = ROOT / "configs" / "sweeps" / "library_sizes.py"
+    sweep = READY / "configs" / "sweeps" / "library_sizes.py"
     library, points, fit = (workdir / name for name in ("library", "sweep", "fit"))
     if smoke:
         sweep = workdir / "small_sweep.py"
@@ -93,7 +95,7 @@ def steps(output: pathlib.Path, workdir: pathlib.Path, smoke: bool) -> list[Step
     workers = f"--workers={2 if smoke else 1}"
     marked = "not accelerator" if smoke else "accelerator"
     pytest = (sys.executable, "-m", "pytest", "-m", marked, str(ROOT / "tests" / "test_accelerator.py"))
-    config = f"--config={ROOT / 'configs' / 'library_h100.py'}"
+    config = f"--config={READY / 'configs' / 'library_h100.py'}"
     return [
         Step("tests", 240, (pytest,), {}),
         Step(

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import jax
 import ml_collections
 
-from mlpmem_jax.core import chips
-from mlpmem_jax.core.device_rates import peak_rate
 from mlpmem_jax.inference import generation_benchmark as generation
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
@@ -38,11 +36,9 @@ _LOSS_CHUNK = 4096
 def rows(config: ml_collections.ConfigDict) -> Iterator[dict]:
     """Measures; each row has name, value, unit and detail. Sizes are fixed, whatever the config."""
     is_small = jax.default_backend() == "cpu"
-    published = chips.published(jax.devices()[0].device_kind)
-    peak, against = peak_rate(_DTYPE), "the published peak" if published else "the measured matmul rate"
     training = ml_collections.ConfigDict(config.training)
     training.loss_chunk = _LOSS_CHUNK
     for name, case in (_SMALL_MEMORIES if is_small else _MEMORIES).items():
-        yield step_benchmark.compared_row(f"train step, memory of {name}", case, training, peak, against)
+        yield step_benchmark.compared_row(f"train step, memory of {name}", case, training)
     yield from exact_benchmark.rows(config)
     yield from generation.rows(config, **(_SMALL_GENERATION if is_small else {}))

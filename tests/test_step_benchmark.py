@@ -1,6 +1,7 @@
 """The benchmark's step is the reference's: same losses as PyTorch's autograd and AdamW give, step after step."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -44,7 +45,16 @@ def test_a_comparison_of_different_computations_is_refused(monkeypatch):
 
     monkeypatch.setattr(step_benchmark, "torch_step", other)
     with pytest.raises(UserError, match=r"row: the first loss is .* in JAX and .* in PyTorch"):
-        step_benchmark.compared_row("row", CASES[0], settings(), 1e11, "the peak")
+        step_benchmark.compared_row("row", CASES[0], settings())
+
+
+def test_a_row_compares_both_in_turn(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(step_benchmark, "_ROUNDS", 1)
+    compared = step_benchmark.compared_row("row", CASES[1], settings())
+    ours, theirs = (float(rate) for rate in re.findall(r"([\d,.]+) positions/s", compared["detail"].replace(",", "")))
+    assert compared["value"] == pytest.approx(ours / theirs, rel=0.02)
+    assert compared["unit"] == "x PyTorch's rate"
 
 
 def test_rows_of_an_accelerator(tmp_path, monkeypatch):

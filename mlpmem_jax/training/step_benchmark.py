@@ -7,7 +7,6 @@ are dense: its collator fills one row of vocabulary size for every position, whi
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +16,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from mlpmem_jax.core import chips
+from mlpmem_jax.core.device_rates import matmul_rate
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
@@ -194,25 +195,22 @@ def torch_step(case: Case, parameters: dict, learning_rate: float = 5e-4) -> Ste
     return Step(run, leaves)
 
 
-def seconds_in_turn(steps: list[Step], rounds: int = _ROUNDS) -> list[float]:
-    """Median seconds of each step; rounds take them in turn, so that other load meets them all."""
-    seconds = [[] for _ in steps]
-    for _ in range(rounds):
-        for step, times in zip(steps, seconds, strict=True):
-            start = time.perf_counter()
-            step.run()
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
+def _peak(dtype: str) -> float:
+    """FLOP/s of the device: published, or measured anew, since other load changes it."""
+    matmul_rate.cache_clear()
+    published = chips.published(jax.devices()[0].device_kind)
+    return published.flops if published else matmul_rate(dtype, seconds=0.2)
 
 
-def compared_row(name: str, case: Case, training: ml_collections.ConfigDict, peak: float, against: str) -> dict:
+def compared_row(name: str, case: Case, training: ml_collections.ConfigDict) -> dict:
     """The rate of JAX's step over that of the reference's, or its utilization where PyTorch is not to be had.
+
+    Rounds take both steps and the rate of a matrix product in turn, so that other load meets them all.
 
     Args:
       name: of the row.
       case: the step.
       training: a config group of that name.
-      peak: FLOP/s that utilization is measured against; `against` says which in words.
 
     Raises:
       UserError: the first losses differ, so that the two do not compute the same.
@@ -228,18 +226,26 @@ def compared_row(name: str, case: Case, training: ml_collections.ConfigDict, pea
         raise UserError(f"{name}: the first loss is {losses[0]} in JAX and {losses[1]} in PyTorch; expected the same")
     for step in steps:
         step.run()  # JAX's optimizer states have their final layout, PyTorch has allocated what it needs
-    seconds = seconds_in_turn(steps)
+    peaks_R, seconds_RxS = np.zeros(_ROUNDS), np.zeros((_ROUNDS, len(steps)))
+    for round_ in range(_ROUNDS):
+        peaks_R[round_] = _peak(case.dtype)
+        for number, step in enumerate(steps):
+            start = time.perf_counter()
+            step.run()
+            seconds_RxS[round_, number] = time.perf_counter() - start
     if not absent and (torch := require("torch", extra="torch")).cuda.is_available():
         steps.clear()
         torch.cuda.empty_cache()  # else JAX never gets it back
-    rates = [case.positions / duration for duration in seconds]
-    utilization = case.step_flops / seconds[0] / peak
+    rates_S = case.positions / np.median(seconds_RxS, axis=0)
+    utilizations_S = np.median(case.step_flops / seconds_RxS / peaks_R[:, None], axis=0)
+    against = "the published peak" if chips.published(jax.devices()[0].device_kind) else "the matmul rate"
     detail = (
         f"{case.dtype}, {case.positions:,} positions, {case.model.blocks} blocks, vocabulary "
-        f"{case.model.vocab_size:,}, {case.entries} entries, AdamW; {rates[0]:,.0f} positions/s, "
-        f"{utilization:.0%} of {against}, {peak / 1e12:.3g} TFLOP/s; medians of {_ROUNDS}{absent}"
+        f"{case.model.vocab_size:,}, {case.entries} entries, AdamW; {rates_S[0]:,.0f} positions/s, "
+        f"{utilizations_S[0]:.0%} of {against}, {np.median(peaks_R) / 1e12:.3g} TFLOP/s; medians of {_ROUNDS}{absent}"
     )
     if absent:
-        return {"name": name, "value": utilization, "unit": f"of {against}", "detail": detail}
-    detail += f"; the reference's step {rates[1]:,.0f} positions/s, {case.step_flops / seconds[1] / peak:.0%}"
-    return {"name": name, "value": rates[0] / rates[1], "unit": "x PyTorch's rate", "detail": detail}
+        return {"name": name, "value": float(utilizations_S[0]), "unit": f"of {against}", "detail": detail}
+    detail += f"; the reference's step {rates_S[1]:,.0f} positions/s, {utilizations_S[1]:.0%}"
+    ratio = float(np.median(seconds_RxS[:, 1] / seconds_RxS[:, 0]))
+    return {"name": name, "value": ratio, "unit": "x PyTorch's rate", "detail": detail}

@@ -175,6 +175,6 @@ def rows(config: ml_collections.ConfigDict) -> Iterator[dict]:
         steps.append(_train_step_row(config, case))
         yield steps[-1]
     for name, case in REAL.items():
-        yield step_benchmark.compared_row(f"train step, {name}", case, config.training, rate, "the matmul rate")
+        yield step_benchmark.compared_row(f"train step, {name}", case, config.training)
     yield _pipeline_row(steps[0])
     yield from _loss_memory_rows()
