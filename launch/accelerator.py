@@ -58,7 +58,7 @@ from configs.sweeps import library_sizes
 
 def get_sweep():
     sizes = {"a": (16, 1, 2, 1), "b": (24, 1, 2, 1), "c": (32, 1, 2, 1)}
-    return library_sizes.of_sizes(sizes, positions=500)
+    return library_sizes.of_sizes(sizes, positions=150)
 """
 
 
@@ -237,6 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = options.output or pathlib.Path("runs", "accelerator_smoke" if options.smoke else "accelerator")
     output, workdir = output.absolute(), (options.workdir or output / "runs").absolute()
     selected = [step for step in steps(output, workdir, options.smoke) if step.name in chosen]
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # ends the step that runs, too
     summary = run(selected, output, environment(options.smoke), options.seconds)
     sys.exit(any(step["outcome"] != "ok" for step in summary))
 

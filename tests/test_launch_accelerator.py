@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -46,6 +48,21 @@ def test_what_ignores_the_signal_is_killed(tmp_path, monkeypatch):
     (step,) = accelerator.run([Step("deaf", 1, (deaf,), {})], tmp_path, {}, seconds=60)
     assert step["outcome"] == "stopped, out of time"
     assert time.monotonic() - start < 20
+
+
+def test_a_run_that_is_stopped_stops_its_step(tmp_path, monkeypatch):
+    note = tmp_path / "pid"
+    script = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    monkeypatch.setattr(accelerator, "steps", lambda *_, **__: [Step("tests", 60, (python(script),), {})])
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            accelerator.main([f"--output={tmp_path / 'output'}"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
 
 
 @pytest.mark.parametrize("smoke", [True, False])
