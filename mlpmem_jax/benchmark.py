@@ -28,6 +28,7 @@ PARTS = {
     "processes": "mlpmem_jax.training.process_benchmark",
     "exact": "mlpmem_jax.retrieval.exact_benchmark",
     "accelerator": "mlpmem_jax.accelerator_benchmark",
+    "scoring": "mlpmem_jax.comparison.scoring_benchmark",
 }
 _ON_REQUEST = ("exact", "accelerator")
 

@@ -8,7 +8,7 @@ import pytest
 from comparison_data import small_run
 from lm_eval.api.instance import Instance
 
-from mlpmem_jax.comparison import harness, systems
+from mlpmem_jax.comparison import harness, scoring_benchmark, systems
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.inference.weight import find_weight
 from mlpmem_jax.interop import export_model
@@ -87,6 +87,14 @@ def test_a_task_of_a_local_file(config, tmp_path, capsys):
     assert set(found) == {"base", "memory"}
     assert 0 <= found["memory"]["results"]["two_letters"]["acc,none"] <= 1
     assert "two_letters" in capsys.readouterr().out
+
+
+def test_scoring_is_measured_beside_its_own_model(config, monkeypatch):
+    monkeypatch.setattr(scoring_benchmark, "PROMPT", 12)
+    monkeypatch.setattr(scoring_benchmark, "ANSWER", 5)
+    rows = scoring_benchmark.rows(config)
+    assert [row["unit"] for row in rows] == ["questions/s", "questions/s", "ratio"]
+    assert float(rows[2]["detail"].split()[3]) < 1e-3  # nats
 
 
 @pytest.mark.parametrize(

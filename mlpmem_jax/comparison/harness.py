@@ -16,7 +16,8 @@ import rich.console
 import rich.table
 
 from mlpmem_jax.comparison import greedy, systems
-from mlpmem_jax.comparison.reading import Row, read_mixture
+from mlpmem_jax.comparison.packing import Row
+from mlpmem_jax.comparison.reading import read_mixture
 from mlpmem_jax.comparison.systems import SIDE_MODEL, SYSTEMS, Workdir
 from mlpmem_jax.core.errors import ConfigError, UserError, require
 from mlpmem_jax.core.progress import say
@@ -59,7 +60,7 @@ class Answering:
         def is_finished(ids: list[int]) -> bool:
             return ids[-1] == self.end or any(stop in self._tokenizer.decode(ids) for stop in stops)
 
-        decoder = greedy.Decoder(self._model, self._side)
+        decoder = greedy.Decoder(self._model, self._side, self._workdir.sharding)
         ids = [(self.encode(prompt) or [self.end])[-(self.context_length - count) :] for prompt in prompts]
         side = decoder if self._side and self._weight else None
         texts = []

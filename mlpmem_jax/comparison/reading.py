@@ -1,9 +1,10 @@
-"""Log-probabilities of given tokens in given texts: one forward pass a batch, whatever is mixed with the model later.
+"""Log-probabilities of given tokens in given texts: few forward passes, whatever is mixed with the model later.
 
-Texts are sorted by length and padded on the right to a few lengths, so that few programs are compiled. Logits exist at
+Texts are packed (`packing`): what they have in common is computed once, and few programs are compiled. Logits exist at
 the positions that are read and nowhere else.
 
-Dimensions: B texts of T positions, P positions read in each, C tokens asked for at each, D width, V vocabulary.
+Dimensions: B sequences of T positions, U positions read in each, R in all, P positions read in a text, C tokens asked
+for at each, Q tokens asked for in a sequence, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,50 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlpmem_jax.comparison import packing
+from mlpmem_jax.comparison.packing import Batch, Row
 from mlpmem_jax.comparison.sides import Side
 from mlpmem_jax.core.progress import progress
 from mlpmem_jax.core.sharding import Sharding
-from mlpmem_jax.models import language_model
-
-_LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-_POSITIONS_AT_ONCE = 2048  # in a forward pass, for each shard of the batch
-_READ_AT_ONCE = 512  # positions of a pass at which logits exist, for each shard of the batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One text and what is read in it.
-
-    Attributes:
-      tokens_T: token ids.
-      positions_P: after which the tokens are predicted.
-      ids_PxC: tokens whose log-probabilities are asked for.
-    """
-
-    tokens_T: Sequence[int]
-    positions_P: Sequence[int]
-    ids_PxC: Sequence[Sequence[int]]
-
-    @classmethod
-    def of_continuation(cls, prompt: Sequence[int], whole: Sequence[int]) -> Row:
-        """Every token of a text after its prompt; the text's tokens need not begin with the prompt's."""
-        first = min(len(prompt), len(whole) - 1)
-        return cls(whole[:-1], range(first - 1, len(whole) - 1), [[token] for token in whole[first:]])
-
-    @classmethod
-    def of_next(cls, prompt: Sequence[int], ids: Sequence[int]) -> Row:
-        """Several tokens as the one after a prompt."""
-        return cls(prompt, [len(prompt) - 1], [list(ids)])
-
-    def truncated(self, length: int) -> Row:
-        """The last `length` tokens, with the positions among them."""
-        excess = max(0, len(self.tokens_T) - length)
-        kept = [index for index, position in enumerate(self.positions_P) if position >= excess]
-        return Row(
-            self.tokens_T[excess:],
-            [self.positions_P[index] - excess for index in kept],
-            [self.ids_PxC[index] for index in kept],
-        )
+from mlpmem_jax.inference import decoding
+from mlpmem_jax.models import language_model, packed
+from mlpmem_jax.models.packed import Layout, Prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +33,6 @@ class Model:
 
     parameters: dict
     config: language_model.Config
-    compute_dtype: str = "float32"
 
 
 def read(
@@ -78,7 +42,7 @@ def read(
 
     Args:
       model: what reads.
-      rows: in any order; none longer than the model's context.
+      rows: those of a question one after another; none longer than the model's context.
       sides: what reads the model's hidden states besides its own output projection, by name.
       sharding: of the model.
       name: what the user is told is being read.
@@ -86,24 +50,24 @@ def read(
     input_blocks = tuple(sorted({side.block for side in sides.values()}))
     found = {source: [np.zeros(0)] * len(rows) for source in ("model", *sides)}
     with progress(len(rows), name, "texts") as bar:
-        for chosen, tokens_BxT, positions_BxP, ids_BxPxC in _batches(rows, sharding.shards("batch")):
-            log_BxPxC, block_inputs = _read(
+        for batch, prefix in _batches(model, rows, sharding):
+            log_BxQ, block_inputs = _read(
                 model.parameters,
-                *_placed(sharding, tokens_BxT, positions_BxP, ids_BxPxC),
+                Layout(*_placed(sharding, *batch.layout)),
+                *_placed(sharding, batch.reads_BxU, batch.places_BxQ, batch.ids_BxQ),
+                prefix,
                 config=model.config,
                 input_blocks=input_blocks,
-                compute_dtype=jnp.dtype(model.compute_dtype),
                 sharding=sharding,
             )
-            computed = {"model": log_BxPxC}
+            computed = {"model": log_BxQ}
             for source, side in sides.items():
-                computed[source] = side.log_probabilities(block_inputs[side.block], ids_BxPxC)
-            for source, values_BxPxC in computed.items():
-                values_BxPxC = np.asarray(values_BxPxC)
-                for row, values_PxC in zip(chosen, values_BxPxC, strict=False):
-                    ids_PxC = rows[row].ids_PxC
-                    found[source][row] = values_PxC[: len(ids_PxC), : len(ids_PxC[0]) if ids_PxC else 0]
-            bar.advance(len(chosen))
+                computed[source] = side.log_probabilities(block_inputs[side.block], *_flat(batch))
+            for source, values in computed.items():
+                values_BxQ = np.asarray(values).reshape(batch.ids_BxQ.shape)
+                for row, values_PxC in _unpacked(batch, values_BxQ, rows):
+                    found[source][row] = values_PxC
+            bar.advance(len(batch.parts))
     return found
 
 
@@ -116,7 +80,7 @@ def read_mixture(
 
     Args:
       model: what reads.
-      rows: in any order; none longer than the model's context.
+      rows: those of a question one after another; none longer than the model's context.
       side: what is mixed in; None = nothing.
       weight: lambda of the side.
       sharding: of the model.
@@ -125,28 +89,58 @@ def read_mixture(
     input_blocks = (side.block,) if side else ()
     found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0, bool))] * len(rows)
     with progress(len(rows), name, "texts") as bar:
-        for chosen, tokens_BxT, positions_BxP, ids_BxPxC in _batches(rows, sharding.shards("batch")):
-            log_BxPxV, block_inputs = _distributions(
+        for batch, prefix in _batches(model, rows, sharding):
+            log_RxV, block_inputs = _distributions(
                 model.parameters,
-                *_placed(sharding, tokens_BxT, positions_BxP),
+                Layout(*_placed(sharding, *batch.layout)),
+                *_placed(sharding, batch.reads_BxU),
+                prefix,
                 config=model.config,
                 input_blocks=input_blocks,
-                compute_dtype=jnp.dtype(model.compute_dtype),
                 sharding=sharding,
             )
             if side and weight:
-                states_BxPxD = block_inputs[side.block]
-                side_QxV = side.distributions(states_BxPxD.reshape(-1, states_BxPxD.shape[-1]), log_BxPxV.shape[-1])
-                side_BxPxV = jnp.asarray(side_QxV, jnp.float32).reshape(log_BxPxV.shape)
-                log_BxPxV = jnp.logaddexp(jnp.log(weight) + side_BxPxV, jnp.log1p(-weight) + log_BxPxV)
-            chosen_BxPxC = np.asarray(jnp.take_along_axis(log_BxPxV, jnp.asarray(ids_BxPxC), axis=2))
-            likeliest_BxPx1 = np.asarray(jnp.argmax(log_BxPxV, axis=2))[..., None]
-            for place, row in enumerate(chosen):
-                size = len(rows[row].ids_PxC), len(rows[row].ids_PxC[0]) if rows[row].ids_PxC else 0
-                part = place, slice(size[0]), slice(size[1])
-                found[row] = chosen_BxPxC[part], (ids_BxPxC == likeliest_BxPx1)[part]
-            bar.advance(len(chosen))
+                side_RxV = side.distributions(block_inputs[side.block], log_RxV.shape[-1])
+                log_RxV = decoding.mix(log_RxV, jnp.asarray(side_RxV, jnp.float32), weight)
+            places_Q, ids_Q = _flat(batch)
+            asked_BxQ = np.asarray(log_RxV[places_Q, ids_Q]).reshape(batch.ids_BxQ.shape)
+            likeliest_Q = np.asarray(jnp.argmax(log_RxV, axis=1))[places_Q]
+            is_likeliest_BxQ = (likeliest_Q == ids_Q).reshape(batch.ids_BxQ.shape)
+            for (row, values_PxC), (_, is_likeliest_PxC) in zip(
+                _unpacked(batch, asked_BxQ, rows), _unpacked(batch, is_likeliest_BxQ, rows), strict=True
+            ):
+                found[row] = values_PxC, is_likeliest_PxC
+            bar.advance(len(batch.parts))
     return found
+
+
+def _batches(model: Model, rows: Sequence[Row], sharding: Sharding) -> Iterator[tuple[Batch, Prefix | None]]:
+    """Batches of rows, each with what its texts begin with."""
+    tokens_P, shards = packing.shared_prefix(rows), sharding.shards("batch")
+    has_prefix = [bool(tokens_P) and packing.begins_with(row, tokens_P) for row in rows]
+    if tokens_P:
+        array_P = np.array(tokens_P, np.int32)
+        array_P = jax.make_array_from_callback(array_P.shape, sharding.named(), lambda index: array_P[index])
+        prefix = _prefix(model.parameters, array_P, config=model.config, sharding=sharding)
+        numbers = [number for number, has in enumerate(has_prefix) if has]
+        for batch in packing.batches(rows, numbers, len(tokens_P), shards):
+            yield batch, prefix
+    for batch in packing.batches(rows, [number for number, has in enumerate(has_prefix) if not has], 0, shards):
+        yield batch, None
+
+
+def _flat(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """(place of each token that is asked for among the R positions read, the token), int32 [B * Q]."""
+    firsts_Bx1 = batch.reads_BxU.shape[1] * np.arange(len(batch.places_BxQ), dtype=np.int32)[:, None]
+    return (batch.places_BxQ + firsts_Bx1).ravel(), batch.ids_BxQ.ravel()
+
+
+def _unpacked(batch: Batch, values_BxQ: np.ndarray, rows: Sequence[Row]) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of a row, its values [P, C])."""
+    for row, sequence, start in batch.parts:
+        positions, choices = rows[row].shape
+        values = values_BxQ[sequence, start : start + positions * choices]
+        yield row, values.reshape(positions, choices)
 
 
 def _placed(sharding: Sharding, *arrays: np.ndarray) -> list[jax.Array]:
@@ -157,70 +151,39 @@ def _placed(sharding: Sharding, *arrays: np.ndarray) -> list[jax.Array]:
     ]
 
 
-def _at_positions(parameters, tokens_BxT, positions_BxP, config, input_blocks, compute_dtype):
-    """(logits [B, P, V], {block: hidden states [B, P, D]}) at the positions that are read."""
-    final_BxTxD, block_inputs = language_model.features(
-        parameters, config, tokens_BxT, input_blocks=input_blocks, compute_dtype=compute_dtype
-    )
+@functools.partial(jax.jit, static_argnames=("config", "sharding"))
+def _prefix(parameters, tokens_P, *, config, sharding) -> Prefix:
+    """Of the texts, on every device."""
+    return jax.lax.with_sharding_constraint(packed.read_prefix(parameters, config, tokens_P), sharding.named())
+
+
+def _at_positions(parameters, layout, reads_BxU, prefix, config, input_blocks):
+    """(logits [B, U, V], {block: hidden states [R, D]}) at the positions that are read."""
+    final_BxTxD, block_inputs = packed.features(parameters, config, layout, prefix, input_blocks)
 
     def taken(states_BxTxD):
-        return jnp.take_along_axis(states_BxTxD, positions_BxP[:, :, None], axis=1)
+        return jnp.take_along_axis(states_BxTxD, reads_BxU[:, :, None], axis=1)
 
-    kernel_DxV = language_model.output_kernel(parameters).astype(compute_dtype)
-    logits_BxPxV = jnp.dot(taken(final_BxTxD).astype(compute_dtype), kernel_DxV, preferred_element_type=jnp.float32)
-    return logits_BxPxV, {block: taken(states) for block, states in block_inputs.items()}
-
-
-@functools.partial(jax.jit, static_argnames=("config", "input_blocks", "compute_dtype", "sharding"))
-def _read(parameters, tokens_BxT, positions_BxP, ids_BxPxC, *, config, input_blocks, compute_dtype, sharding):
-    """(log-probabilities [B, P, C], {block: hidden states [B, P, D]}), both on every device."""
-    logits_BxPxV, block_inputs = _at_positions(
-        parameters, tokens_BxT, positions_BxP, config, input_blocks, compute_dtype
-    )
-    chosen_BxPxC = jnp.take_along_axis(logits_BxPxV, ids_BxPxC, axis=2)
-    log_BxPxC = chosen_BxPxC - jax.nn.logsumexp(logits_BxPxV, axis=2, keepdims=True)
-    return jax.lax.with_sharding_constraint((log_BxPxC, block_inputs), sharding.named())
+    logits_BxUxV = language_model.vocabulary_logits(parameters, config, taken(final_BxTxD))
+    return logits_BxUxV, {block: taken(states).reshape(-1, states.shape[-1]) for block, states in block_inputs.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "input_blocks", "compute_dtype", "sharding"))
-def _distributions(parameters, tokens_BxT, positions_BxP, *, config, input_blocks, compute_dtype, sharding):
-    """(log-probabilities [B, P, V], {block: hidden states [B, P, D]}), both on every device."""
-    logits_BxPxV, block_inputs = _at_positions(
-        parameters, tokens_BxT, positions_BxP, config, input_blocks, compute_dtype
-    )
-    return jax.lax.with_sharding_constraint((jax.nn.log_softmax(logits_BxPxV), block_inputs), sharding.named())
+@functools.partial(jax.jit, static_argnames=("config", "input_blocks", "sharding"))
+def _read(parameters, layout, reads_BxU, places_BxQ, ids_BxQ, prefix, *, config, input_blocks, sharding):
+    """(log-probabilities [B, Q], {block: hidden states [R, D]}), both on every device."""
+    logits_BxUxV, block_inputs = _at_positions(parameters, layout, reads_BxU, prefix, config, input_blocks)
+    sums_BxU = jax.nn.logsumexp(logits_BxUxV, axis=2)
+
+    def asked(logits_UxV, sums_U, places_Q, ids_Q):
+        return logits_UxV[places_Q, ids_Q] - sums_U[places_Q]
+
+    log_BxQ = jax.vmap(asked)(logits_BxUxV, sums_BxU, places_BxQ, ids_BxQ)
+    return jax.lax.with_sharding_constraint((log_BxQ, block_inputs), sharding.named())
 
 
-def _batches(rows: Sequence[Row], shards: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:
-    """(indices of rows, tokens [B, T], positions [B, P], ids [B, P, C]), int32; B a multiple of `shards`.
-
-    A batch that is not full repeats its last row.
-    """
-    order = sorted(range(len(rows)), key=lambda row: (_shape(rows[row]), row))
-    first = 0
-    while first < len(order):
-        length, reads, choices = _shape(rows[order[first]])
-        size = shards * max(1, min(_POSITIONS_AT_ONCE // length, _READ_AT_ONCE // reads))
-        chosen = [row for row in order[first : first + size] if _shape(rows[row]) == (length, reads, choices)]
-        first += len(chosen)
-        tokens_BxT = np.zeros((size, length), np.int32)
-        positions_BxP = np.zeros((size, reads), np.int32)
-        ids_BxPxC = np.zeros((size, reads, choices), np.int32)
-        for place in range(size):
-            row = rows[chosen[min(place, len(chosen) - 1)]]
-            tokens_BxT[place, : len(row.tokens_T)] = row.tokens_T
-            positions_BxP[place, : len(row.positions_P)] = row.positions_P
-            if row.ids_PxC:
-                ids_BxPxC[place, : len(row.ids_PxC), : len(row.ids_PxC[0])] = row.ids_PxC
-        yield chosen, tokens_BxT, positions_BxP, ids_BxPxC
-
-
-def _shape(row: Row) -> tuple[int, int, int]:
-    """Positions, positions read and choices, each rounded up to one of a few numbers."""
-    length = next((length for length in _LENGTHS if length >= len(row.tokens_T)), -(-len(row.tokens_T) // 1024) * 1024)
-    reads, choices = max(1, len(row.positions_P)), max(1, len(row.ids_PxC[0]) if row.ids_PxC else 1)
-    return length, _power_of_two(reads, at_least=4 if reads > 1 else 1), _power_of_two(choices)
-
-
-def _power_of_two(number: int, at_least: int = 1) -> int:
-    return max(at_least, 1 << (number - 1).bit_length())
+@functools.partial(jax.jit, static_argnames=("config", "input_blocks", "sharding"))
+def _distributions(parameters, layout, reads_BxU, prefix, *, config, input_blocks, sharding):
+    """(log-probabilities [R, V], {block: hidden states [R, D]}), both on every device."""
+    logits_BxUxV, block_inputs = _at_positions(parameters, layout, reads_BxU, prefix, config, input_blocks)
+    log_RxV = jax.nn.log_softmax(logits_BxUxV).reshape(-1, logits_BxUxV.shape[-1])
+    return jax.lax.with_sharding_constraint((log_RxV, block_inputs), sharding.named())

@@ -1,9 +1,9 @@
 """What is mixed with a language model's distribution: its memory's, or that of kNN search.
 
 A side reads hidden states of the language model and says how probable tokens are. Another one is a class with the same
-members, and a line in `systems.open_sides`.
+members, and a line in `systems.Workdir.side`.
 
-Dimensions: B texts, P positions, Q positions of all texts, K neighbors, C tokens, D width, V vocabulary.
+Dimensions: R positions, Q tokens asked for, B texts, K neighbors, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ class Side(Protocol):
 
     block: int
 
-    def log_probabilities(self, states_BxPxD: jax.Array, ids_BxPxC: np.ndarray) -> np.ndarray | jax.Array:
-        """log p(token), float [B, P, C], of tokens int32 [B, P, C]; minus infinity where the probability is 0."""
+    def log_probabilities(
+        self, states_RxD: jax.Array, places_Q: np.ndarray, ids_Q: np.ndarray
+    ) -> np.ndarray | jax.Array:
+        """log p(token), float [Q], of tokens int32 [Q], each after the one of R states whose number is its place; minus
+        infinity where the probability is 0."""
 
     def distributions(self, states_BxD: jax.Array, vocab_size: int) -> np.ndarray | jax.Array:
         """log p over a vocabulary, float [B, V]."""
@@ -42,8 +45,8 @@ class MemorySide:
     def __init__(self, parameters: dict, config: MemoryConfig, block: int):
         self.block, self._parameters, self._config = block, parameters, config
 
-    def log_probabilities(self, states_BxPxD, ids_BxPxC):
-        return _memory_choices(self._parameters, states_BxPxD, jnp.asarray(ids_BxPxC), config=self._config)
+    def log_probabilities(self, states_RxD, places_Q, ids_Q):
+        return _memory_choices(self._parameters, states_RxD, places_Q, ids_Q, config=self._config)
 
     def distributions(self, states_BxD, vocab_size):
         return _memory_rows(self._parameters, states_BxD, config=self._config, vocab_size=vocab_size)
@@ -58,12 +61,11 @@ def _memory_rows(parameters, states_BxD, *, config, vocab_size):
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _memory_choices(parameters, states_BxPxD, ids_BxPxC, *, config):
-    logits_BxPxV = memory.logits(parameters, config, states_BxPxD)
-    known_BxPxC = ids_BxPxC < config.vocab_size
-    chosen_BxPxC = jnp.take_along_axis(logits_BxPxV, jnp.where(known_BxPxC, ids_BxPxC, 0), axis=2)
-    log_BxPxC = chosen_BxPxC - jax.nn.logsumexp(logits_BxPxV, axis=2, keepdims=True)
-    return jnp.where(known_BxPxC, log_BxPxC, -jnp.inf)
+def _memory_choices(parameters, states_RxD, places_Q, ids_Q, *, config):
+    logits_RxV = memory.logits(parameters, config, states_RxD)
+    is_known_Q = ids_Q < config.vocab_size
+    chosen_Q = logits_RxV[places_Q, jnp.where(is_known_Q, ids_Q, 0)]
+    return jnp.where(is_known_Q, chosen_Q - jax.nn.logsumexp(logits_RxV, axis=1)[places_Q], -jnp.inf)
 
 
 class NeighborsSide:
@@ -82,22 +84,20 @@ class NeighborsSide:
         self.block, self._index, self._next_tokens_N = block, index, next_tokens_N
         self._k, self._temperature = k, temperature
 
-    def _weighted_tokens(self, states_QxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int [Q, K] and their weights float64 [Q, K], which sum to 1."""
-        distances_QxK, ids_QxK = self._index.search(np.asarray(states_QxD, np.float32), self._k)
-        weights_QxK = neighbor_weights(distances_QxK, self._temperature).astype(np.float64)
-        return self._next_tokens_N[np.maximum(ids_QxK, 0)], weights_QxK / weights_QxK.sum(1, keepdims=True)
+    def _weighted_tokens(self, states_SxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int [S, K] and their weights float64 [S, K], which sum to 1, of S states."""
+        distances_SxK, ids_SxK = self._index.search(np.asarray(states_SxD, np.float32), self._k)
+        weights_SxK = neighbor_weights(distances_SxK, self._temperature).astype(np.float64)
+        return self._next_tokens_N[np.maximum(ids_SxK, 0)], weights_SxK / weights_SxK.sum(1, keepdims=True)
 
-    def log_probabilities(self, states_BxPxD, ids_BxPxC):
-        states_BxPxD = np.asarray(states_BxPxD)
-        tokens_QxK, weights_QxK = self._weighted_tokens(states_BxPxD.reshape(-1, states_BxPxD.shape[-1]))
-        ids_QxC = ids_BxPxC.reshape(-1, ids_BxPxC.shape[-1])
-        found_QxC = np.zeros(ids_QxC.shape)
-        for neighbor in range(tokens_QxK.shape[1]):
-            is_next_QxC = tokens_QxK[:, neighbor, None] == ids_QxC
-            found_QxC += np.where(is_next_QxC, weights_QxK[:, neighbor, None], 0.0)
+    def log_probabilities(self, states_RxD, places_Q, ids_Q):
+        asked_S, numbers_Q = np.unique(places_Q, return_inverse=True)  # no search where nothing is asked for
+        tokens_SxK, weights_SxK = self._weighted_tokens(np.asarray(states_RxD)[asked_S])
+        found_Q = np.zeros(ids_Q.shape)
+        for tokens_S, weights_S in zip(tokens_SxK.T, weights_SxK.T, strict=True):
+            found_Q += np.where(tokens_S[numbers_Q] == ids_Q, weights_S[numbers_Q], 0.0)
         with np.errstate(divide="ignore"):
-            return np.log(found_QxC).reshape(ids_BxPxC.shape)
+            return np.log(found_Q)
 
     def distributions(self, states_BxD, vocab_size):
         tokens_BxK, weights_BxK = self._weighted_tokens(np.asarray(states_BxD))

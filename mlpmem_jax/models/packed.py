@@ -1,0 +1,144 @@
+"""Forward passes over several texts in one sequence, where what texts have in common is computed once.
+
+A sequence holds documents one after another. A document is a stem and branches that continue it; a branch sees the
+stem and itself. In front of everything may be a prefix that all documents share, whose keys and values are computed
+once.
+
+Dimensions: B sequences, T positions, P of the prefix, L blocks, D width, H heads of queries, G heads of keys and
+values, K width of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mlpmem_jax.models import language_model, modules, transformer
+
+_CHUNK = 128  # queries that attend at once: scores that fit a cache, and no products with what comes later
+
+
+class Layout(NamedTuple):
+    """Packed sequences, int32 [B, T] each.
+
+    Attributes:
+      tokens: token ids.
+      positions: of each token in its own text, the prefix included.
+      documents: number of its document.
+      branches: number of its branch within the sequence, from 1; 0 in a stem.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    documents: jax.Array
+    branches: jax.Array
+
+
+class Prefix(NamedTuple):
+    """Keys, turned by their positions, and values of a shared prefix in every block, [L, G, P, K] each."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def read_prefix(parameters: dict, config: language_model.Config, tokens_P: jax.Array) -> Prefix:
+    """Computes what texts that begin with these tokens, int32 [P], need of them."""
+    positions_1xP = jnp.arange(len(tokens_P), dtype=jnp.int32)[None]
+    same_1xP = jnp.zeros_like(positions_1xP)
+    layout = Layout(tokens_P[None], positions_1xP, same_1xP, same_1xP)
+    _, _, kept = _run(parameters, config, layout, None, (), True)
+    return Prefix(*(array_Lx1xGxPxK[:, 0] for array_Lx1xGxPxK in kept))
+
+
+def features(
+    parameters: dict,
+    config: language_model.Config,
+    layout: Layout,
+    prefix: Prefix | None = None,
+    input_blocks: tuple[int, ...] = (),
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """Hidden states after the final norm, and inputs of feed-forward layers, float32 [B, T, D] each.
+
+    Args:
+      parameters: of the model; its blocks are stacked.
+      config: dimensions of the model.
+      layout: tokens and where they belong.
+      prefix: in front of every document, from `read_prefix`.
+      input_blocks: blocks, counted from 1, whose inputs are wanted.
+    """
+    final_BxTxD, block_inputs, _ = _run(parameters, config, layout, prefix, input_blocks, False)
+    return final_BxTxD, block_inputs
+
+
+def _run(parameters, config, layout, prefix, input_blocks, keeps):
+    """(final states, {block: states}, (keys, values) of all blocks [L, B, G, T, K] if `keeps`)."""
+    build = functools.partial(language_model.build_block, config)
+    rotate = language_model.rotation(config, layout.positions)
+    mask_BxTxS = _mask(layout, language_model.window(config), prefix)
+
+    def call(carry, block):
+        own, (block_parameters, before) = [], block
+
+        def attend(query_BxHxTxK, key_BxGxTxK, value_BxGxTxK):
+            query_BxHxTxK, key_BxGxTxK = rotate(query_BxHxTxK), rotate(key_BxGxTxK)
+            own.append((key_BxGxTxK, value_BxGxTxK))
+            return _attention(query_BxHxTxK, *own[0], mask_BxTxS, before)
+
+        x_BxTxD, input_BxTxD = modules.bind(build, block_parameters)(carry[0], attend)
+        return (x_BxTxD, input_BxTxD), own[0] if keeps else None
+
+    x_BxTxD = language_model.embed(parameters, config, layout.tokens, layout.positions)
+    carry, block_inputs, kept, start = (x_BxTxD, x_BxTxD), {}, [], 0
+    for stop in sorted({*input_blocks, config.blocks}):
+        part = jax.tree.map(lambda array, first=start, last=stop: array[first:last], (parameters["h"], prefix))
+        carry, own = jax.lax.scan(call, carry, part)
+        block_inputs[stop], start = carry[1], stop
+        kept.append(own)
+    final_BxTxD = language_model.final_norm(parameters, config, carry[0])
+    return final_BxTxD, {block: block_inputs[block] for block in input_blocks}, kept[0] if keeps else None
+
+
+def _mask(layout: Layout, window: int, prefix: Prefix | None) -> jax.Array:
+    """[B, T, P + T] to add to scores: 0 where a token sees another, minus infinity where not."""
+    (query_BxTx1, key_Bx1xT), places_T = _pairs(layout.positions), jnp.arange(layout.positions.shape[1])
+    seen_BxTxT = places_T[:, None] >= places_T
+    query_documents, key_documents = _pairs(layout.documents)
+    query_branches, key_branches = _pairs(layout.branches)
+    seen_BxTxT &= query_documents == key_documents
+    seen_BxTxT &= (key_branches == 0) | (query_branches == key_branches)
+    if window:
+        seen_BxTxT &= query_BxTx1 - key_Bx1xT < window
+    if prefix is not None:
+        behind_BxTxP = query_BxTx1 - jnp.arange(prefix.keys.shape[2])
+        seen_BxTxP = behind_BxTxP < window if window else behind_BxTxP >= 0
+        seen_BxTxT = jnp.concatenate([seen_BxTxP, seen_BxTxT], axis=2)
+    return jnp.where(seen_BxTxT, 0.0, -jnp.inf)
+
+
+def _pairs(values_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return values_BxT[:, :, None], values_BxT[:, None, :]
+
+
+def _attention(query_BxHxTxK, key_BxGxTxK, value_BxGxTxK, mask_BxTxS, before: Prefix | None) -> jax.Array:
+    """[B, H, T, K]; in chunks of queries, each with the keys up to its own."""
+    if before is not None:
+        shape = key_BxGxTxK.shape[:1] + before.keys.shape
+        key_BxGxTxK, value_BxGxTxK = (
+            jnp.concatenate([jnp.broadcast_to(first, shape), own], axis=2)
+            for first, own in zip(before, (key_BxGxTxK, value_BxGxTxK), strict=True)
+        )
+    length, mixed = query_BxHxTxK.shape[2], []
+    prefix_length = mask_BxTxS.shape[2] - length
+    for start in range(0, length, _CHUNK):
+        stop = min(start + _CHUNK, length)
+        keys = slice(0, prefix_length + stop)
+        mask_Bx1xTxS = mask_BxTxS[:, None, start:stop, keys]
+        mixed.append(
+            transformer.attention(
+                query_BxHxTxK[:, :, start:stop], key_BxGxTxK[:, :, keys], value_BxGxTxK[:, :, keys], mask_Bx1xTxS
+            )
+        )
+    return jnp.concatenate(mixed, axis=2)
