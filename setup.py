@@ -52,6 +52,7 @@ setuptools.setup(
         "mlpmem_jax.ready.configs.sweeps",
         "mlpmem_jax.launch",
     ],
+    package_data={"mlpmem_jax.comparison.tasks": ["*.toml"]},
     package_dir={"mlpmem_jax.ready.configs": "configs", "mlpmem_jax.launch": "launch"},
     install_requires=[
         "jax>=0.10,<0.12",

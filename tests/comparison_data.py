@@ -41,8 +41,18 @@ def write_data(folder):
 
 
 @contextlib.contextmanager
-def small_run(folder):
-    """The config of a run on one device, finished up to its memory."""
+def one_device():
+    """Of the devices of the tests the first alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: devices)
+        patch.setattr(jax, "device_count", lambda *_: 1)
+        yield
+
+
+@contextlib.contextmanager
+def small_run(folder, finished=("tokens", "base", "datastore", "targets", "train")):
+    """The config of a run on one device, of which these stages are finished."""
     config = smoke.get_config()
     config.workdir = str(folder / "run")
     config.corpus.update({"source": "files", "path": str(write_data(folder / "data") / "nq/nq-open-oracle.jsonl")})
@@ -59,10 +69,7 @@ def small_run(folder):
     config.comparison.data = str(folder / "data")
     config.comparison.update({"tasks": "passages,rt,truthfulqa", "systems": ",".join(systems.SYSTEMS), "limit": 6})
     config.comparison.update({"passages": 2, "passage_words": 20})
-    with pytest.MonkeyPatch.context() as patch:
-        devices = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *_: devices)
-        patch.setattr(jax, "device_count", lambda *_: 1)
-        for stage in ("tokens", "base", "datastore", "targets", "train"):
+    with one_device():
+        for stage in finished:
             stages.run(stage, config)
         yield config

@@ -26,7 +26,8 @@ os.environ.setdefault("MLPMEM_QUIET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WHOLE = {
-    *("accelerator", "comparison", "comparison_harness", "datastore", "evaluation_evaluate", "evaluation_scoring"),
+    *("accelerator", "comparison", "comparison_harness", "comparison_packing", "comparison_reference", "datastore"),
+    *("evaluation_evaluate", "evaluation_scoring"),
     *("export_transformers", "extending", "generation", "gguf", "gpt2_model", "huggingface", "interop_reference"),
     *("interop_stages", "interruptions", "language_model_stages", "language_models", "launch_local", "lora"),
     *("optimizer", "pipeline", "planning_plan", "processes", "scaling_points_of_sweep", "scaling_sweep"),

@@ -69,16 +69,23 @@ def truthfulness(question: Question, answer: Answer) -> dict[str, float]:
     return {"mean of MC1, MC2, MC3": float(np.mean(list(found.values()))), **found}
 
 
-def domain_pmi(question: Question, answer: Answer) -> dict[str, float]:
-    """Whether the label whose words sum to the largest ln p(word | prompt) - ln p(word | domain) is the gold one.
+def choice_scores(answer: Answer) -> np.ndarray:
+    """What choices are compared by, float64 [choices]: log-probabilities of texts, or PMI of labels.
 
-    Domain-conditional PMI (Holtzman et al., 2021) with fuzzy verbalizers (Shi et al., 2022), summed as in knnlm-limits.
+    The domain-conditional PMI of a label is the sum over its words of ln p(word | prompt) - ln p(word | domain), as in
+    knnlm-limits (Holtzman et al., 2021; fuzzy verbalizers of Shi et al., 2022).
     """
-    pairs = list(zip(answer.words, answer.domain_words, strict=True))
-    scores = [np.sum(np.log(np.exp(words) + _TINY) - np.log(np.exp(domain) + _TINY)) for words, domain in pairs]
-    masses = [np.sum(np.exp(words)) for words, _ in pairs]
+    if not answer.words:
+        return np.asarray(answer.continuations_C, np.float64)
+    pairs = zip(answer.words, answer.domain_words, strict=True)
+    return np.array([np.sum(np.log(np.exp(words) + _TINY) - np.log(np.exp(domain) + _TINY)) for words, domain in pairs])
+
+
+def domain_pmi(question: Question, answer: Answer) -> dict[str, float]:
+    """Whether the label with the largest domain-conditional PMI is the gold one, and whether the likeliest one is."""
+    masses = [np.sum(np.exp(words)) for words in answer.words]
     return {
-        "accuracy": float(np.argmax(scores) == question.gold),
+        "accuracy": float(np.argmax(choice_scores(answer)) == question.gold),
         "accuracy without the domain": float(np.argmax(masses) == question.gold),
     }
 

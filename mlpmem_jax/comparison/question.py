@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlpmem_jax.comparison.hub import DataSet
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -21,6 +23,7 @@ class Question:
       continuations: texts whose log-probability after the prompt is asked for, a space in front included.
       words: for each label, the words whose first tokens are compared as the next token; () = none.
       gold: what the task's measures compare with.
+      accepted: right answers, to be shown.
       source: the text that holds the answer, where the task brings one; the question is asked only where a system could
         have read it.
     """
@@ -31,7 +34,13 @@ class Question:
     continuations: tuple[str, ...] = ()
     words: tuple[tuple[str, ...], ...] = ()
     gold: Any = None
+    accepted: tuple[str, ...] = ()
     source: str = ""
+
+    @property
+    def choices(self) -> list[str]:
+        """How choices are shown: each text, or the first word of each label."""
+        return [text.strip() for text in (*self.continuations, *(group[0] for group in self.words))]
 
 
 class Answer(NamedTuple):
@@ -66,6 +75,8 @@ class Task:
       stop: strings that end a generated text.
       background_template: of the prompt with passages, which are {passages}; "" = they stand in front of the prompt.
       domain: the prompt that stands for the domain alone, of tasks that compare words (domain-conditional PMI).
+      single_tokens: words of several tokens are left out; else they count by their first one.
+      hub: where the Hugging Face hub has the data, by the names of files in the folder.
       source: of the protocol.
     """
 
@@ -79,6 +90,8 @@ class Task:
     stop: tuple[str, ...] = ()
     background_template: str = ""
     domain: str = ""
+    single_tokens: bool = False
+    hub: Mapping[str, DataSet] = dataclasses.field(default_factory=dict)
     source: str = ""
 
     def prompt(self, question: Question, passages: Sequence[str] = ()) -> str:

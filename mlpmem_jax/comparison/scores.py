@@ -10,6 +10,7 @@ that was killed resumes where it was.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -21,8 +22,8 @@ import numpy as np
 import tokenizers
 from etils import epath
 
+from mlpmem_jax.comparison.packing import Row
 from mlpmem_jax.comparison.question import Answer, Question, Task
-from mlpmem_jax.comparison.reading import Row
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.models.interpolation import mixture_log_probabilities
 
@@ -71,10 +72,21 @@ def ask(
       passages: of each question; None = none.
       encode: texts -> token ids of each.
       context_length: tokens that a prompt and what it is continued with may have; longer ones lose their beginning.
+
+    Raises:
+      ConfigError: a label has no token, or the context has no room for a prompt.
     """
+    room = context_length - task.max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"{task.title}: {task.max_new_tokens} tokens are written, which leaves nothing of a context of "
+            f"{context_length} for a prompt"
+        )
+    words = _first_tokens(questions, encode, task.single_tokens)
+    if task.single_tokens:
+        questions = _with_known_words(questions, words)
     prompts = [task.prompt(question, passages[n] if passages else ()) for n, question in enumerate(questions)]
     prompt_ids = encode(prompts)
-    words = _first_tokens(questions, encode)
     wholes = iter(encode([p + text for p, q in zip(prompts, questions, strict=True) for text in q.continuations]))
     rows, row_of, truncated = [], [], 0
     for question, ids in zip(questions, prompt_ids, strict=True):
@@ -89,12 +101,11 @@ def ask(
     if task.domain:
         ids = [words[word] for group in questions[0].words for word in group]
         rows.append(Row.of_next(encode([task.domain])[0], ids))
-    room = context_length - task.max_new_tokens
     return Asked(questions, prompts, [ids[-room:] for ids in prompt_ids], rows, row_of, truncated)
 
 
-def _first_tokens(questions: Sequence[Question], encode) -> dict[str, int]:
-    """{word: its first token} of all words that are compared.
+def _first_tokens(questions: Sequence[Question], encode, single: bool) -> dict[str, int]:
+    """{word: its first token} of all words that are compared; with `single`, of those that are one token.
 
     Raises:
       ConfigError: the tokenizer has no token for a word.
@@ -103,10 +114,29 @@ def _first_tokens(questions: Sequence[Question], encode) -> dict[str, int]:
     if not words:
         return {}
     begin = len(encode([""])[0])  # what stands in front of every text
-    found = {word: ids[begin : begin + 1] for word, ids in zip(words, encode(words), strict=True)}
-    if lacking := [word for word, ids in found.items() if not ids]:
+    tokens = {word: ids[begin:] for word, ids in zip(words, encode(words), strict=True)}
+    if lacking := [word for word, ids in tokens.items() if not ids]:
         raise ConfigError(f"the tokenizer has no token for the word {lacking[0]!r}, which stands for a label")
-    return {word: ids[0] for word, ids in found.items()}
+    return {word: ids[0] for word, ids in tokens.items() if not single or len(ids) == 1}
+
+
+def _with_known_words(questions: Sequence[Question], known: Mapping[str, int]) -> list[Question]:
+    """The questions with the words that are known alone.
+
+    Raises:
+      ConfigError: a label has no word left.
+    """
+
+    @functools.cache
+    def kept(groups: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+        left = tuple(tuple(word for word in group if word in known) for group in groups)
+        for group, of_label in zip(groups, left, strict=True):
+            if not of_label:
+                words = ", ".join(group)[:200]
+                raise ConfigError(f"the tokenizer has no single token for any word of a label: {words}")
+        return left
+
+    return [dataclasses.replace(question, words=kept(question.words)) for question in questions]
 
 
 def answer(

@@ -7,6 +7,7 @@ import pathlib
 import random
 
 from mlpmem_jax.comparison import metrics
+from mlpmem_jax.comparison.hub import DataSet
 from mlpmem_jax.comparison.question import Answer, Question, Task
 from mlpmem_jax.comparison.tasks import _files
 
@@ -33,6 +34,7 @@ def task(title: str, name: str, fields: dict[str, str], right: str, hallucinated
         headline="accuracy",
         tuned_on="accuracy",
         max_new_tokens=16,
+        hub={f"halueval/{name}_data.json": DataSet("pminervini/HaluEval", "data", name)},
         source="prompt and parsing of HaluEval's evaluate.py; accuracy compares p(Yes) with p(No)",
     )
 
@@ -55,6 +57,7 @@ def _load(name: str, given: tuple[str, ...], right: str, hallucinated: str, fold
                 fields={**fields, "instruction": instruction, "shown": row[right if is_right else hallucinated]},
                 continuations=_JUDGEMENTS,
                 gold=int(is_right),
+                accepted=(_JUDGEMENTS[is_right].strip(),),
             )
         )
     return {"test": questions}

@@ -25,11 +25,14 @@ def question(file: pathlib.Path, number: int, text: str, answers: str | Sequence
         fields={"question": text},
         continuations=tuple(f" {answer}" for answer in dict.fromkeys(accepted)),
         gold=tuple(accepted),
+        accepted=tuple(accepted),
         source=source,
     )
 
 
 def with_question_mark(text: str) -> str:
     """The question with a question mark at its end and a small first letter, as the paper asks NQ and HotpotQA."""
+    if not text.strip():
+        return text  # `question` refuses it
     text = text if text.endswith("?") else f"{text}?"
     return text[0].lower() + text[1:]

@@ -8,15 +8,21 @@ domain = "true or false?\\nanswer:"
 label = "label"                              # the field that holds the label
 labels = ["entailment", "not_entailment"]    # its values, in the order of the words
 words = [["true", "yes"], ["false", "no"]]   # or: word_file = "pmi/label_names_sentidict.txt", a line a label
+
+Optional: dropped (labels whose rows are left out), strip (fields of the prompt are stripped), first_words (in front of
+those of word_file), single_tokens (words of several tokens are left out; else they count by their first one), hub
+(where the file is to be had, see `comparison.hub`), like (the name of a task that has what is not said here).
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
 import tomllib
 
 from mlpmem_jax.comparison import metrics
+from mlpmem_jax.comparison.hub import DataSet
 from mlpmem_jax.comparison.question import Question, Task
 from mlpmem_jax.comparison.tasks import _files
 from mlpmem_jax.core.errors import UserError
@@ -24,7 +30,8 @@ from mlpmem_jax.core.errors import UserError
 
 def read(file: pathlib.Path) -> Task:
     """The task that a file describes."""
-    described = tomllib.loads(file.read_text())
+    described = _described(file)
+    hub = {described["file"]: DataSet(**described["hub"])} if "hub" in described else {}
     return Task(
         title=described["title"],
         load=functools.partial(_load, described),
@@ -33,8 +40,20 @@ def read(file: pathlib.Path) -> Task:
         headline="accuracy",
         tuned_on="accuracy",
         domain=described["domain"],
+        single_tokens=described.get("single_tokens", False),
+        hub=hub,
         source=described["source"],
     )
+
+
+def _described(file: pathlib.Path) -> dict:
+    described = tomllib.loads(file.read_text())
+    if "like" not in described:
+        return described
+    other = _described(file.with_name(f"{described['like']}.toml"))
+    if "word_file" in described:
+        other.pop("words", None)
+    return other | described
 
 
 def _load(described: dict, folder: pathlib.Path) -> dict[str, list[Question]]:
@@ -63,13 +82,22 @@ def _label_words(described: dict, folder: pathlib.Path) -> tuple[tuple[str, ...]
     if "words" in described:
         groups = described["words"]
     else:
-        lines = _files.read_text(folder / described["word_file"]).strip().splitlines()
-        groups = [[word.strip() for word in line.split(",") if word.strip()] for line in lines if line.strip()]
+        groups = _groups(folder / described["word_file"])
         if len(groups) != len(described["labels"]):
             raise UserError(
                 f"{folder / described['word_file']}: has {len(groups)} lines of words for "
                 f"{len(described['labels'])} labels"
             )
         shortest = min(map(len, groups))
-        groups = [group[:shortest] for group in groups]
+        first = described.get("first_words", [[]] * len(groups))
+        groups = [[*own, *group[:shortest]] for own, group in zip(first, groups, strict=True)]
     return tuple(tuple(f" {word}" for word in group) for group in groups)
+
+
+def _groups(file: pathlib.Path) -> list[list[str]]:
+    """Words of each label: a line with commas between them, or a list in a JSON object."""
+    text = _files.read_text(file)
+    if file.suffix == ".json":
+        return list(json.loads(text).values())
+    lines = text.strip().splitlines()
+    return [[word.strip() for word in line.split(",") if word.strip()] for line in lines if line.strip()]

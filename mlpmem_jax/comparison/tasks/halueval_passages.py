@@ -18,4 +18,4 @@ def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
     }
 
 
-TASK = dataclasses.replace(nq.TASK, title="HaluEval passages", load=_load)
+TASK = dataclasses.replace(nq.TASK, title="HaluEval passages", load=_load, hub={})

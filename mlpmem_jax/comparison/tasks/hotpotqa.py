@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from mlpmem_jax.comparison.hub import DataSet
 from mlpmem_jax.comparison.question import Question
 from mlpmem_jax.comparison.tasks import _files, _open, nq
 
@@ -18,4 +19,9 @@ def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
     }
 
 
-TASK = dataclasses.replace(nq.TASK, title="HotpotQA", load=_load)
+TASK = dataclasses.replace(
+    nq.TASK,
+    title="HotpotQA",
+    load=_load,
+    hub={"hotpotqa/dev.json": DataSet("hotpotqa/hotpot_qa", "validation", "distractor")},
+)

@@ -3,6 +3,7 @@
 import pathlib
 
 from mlpmem_jax.comparison import metrics
+from mlpmem_jax.comparison.hub import DataSet
 from mlpmem_jax.comparison.question import Question, Task
 from mlpmem_jax.comparison.tasks import _files, _open
 
@@ -34,5 +35,9 @@ TASK = Task(
     tuned_on="gold log-probability",
     max_new_tokens=15,
     stop=("\n",),
+    hub={
+        "nq/test.jsonl": DataSet("google-research-datasets/nq_open", "validation"),
+        "nq/validation.jsonl": DataSet("google-research-datasets/nq_open", "train"),
+    },
     source="prompt and exact match of the reference's eval_qa.py; passages as in the paper's appendix G",
 )

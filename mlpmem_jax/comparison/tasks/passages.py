@@ -24,4 +24,4 @@ def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
     }
 
 
-TASK = dataclasses.replace(nq.TASK, title="NQ passages", load=_load)
+TASK = dataclasses.replace(nq.TASK, title="NQ passages", load=_load, hub={})

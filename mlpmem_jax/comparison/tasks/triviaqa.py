@@ -3,6 +3,7 @@
 import pathlib
 
 from mlpmem_jax.comparison import metrics
+from mlpmem_jax.comparison.hub import DataSet
 from mlpmem_jax.comparison.question import Question, Task
 from mlpmem_jax.comparison.tasks import _files, _open
 
@@ -16,6 +17,11 @@ def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
             _open.question(file, number, row["question"], row["answer"]) for number, row in enumerate(rows, start=1)
         ]
     return splits
+
+
+def _data_set(split: str) -> DataSet:
+    # DPR's test set is the validation split of all questions; its own validation set is a part of the training split.
+    return DataSet("mandarjoshi/trivia_qa", split, "unfiltered.nocontext", {"answer": "answer.aliases"})
 
 
 # A question mark is added to every question, also to those that have one, as the reference does.
@@ -32,5 +38,6 @@ TASK = Task(
     tuned_on="gold log-probability",
     max_new_tokens=100,
     stop=("\n", ".", ","),
+    hub={"triviaqa/test.jsonl": _data_set("validation"), "triviaqa/validation.jsonl": _data_set("train")},
     source="prompt and token match of the reference's eval_webqa_triviaqa.py; passages as in the paper's appendix G",
 )

@@ -3,6 +3,7 @@
 import pathlib
 
 from mlpmem_jax.comparison import metrics
+from mlpmem_jax.comparison.hub import DataSet
 from mlpmem_jax.comparison.question import Question, Task
 from mlpmem_jax.comparison.tasks import _files
 from mlpmem_jax.core.errors import UserError
@@ -52,6 +53,7 @@ def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
                 fields={"question": row["Question"]},
                 continuations=tuple(f" {answer}" for answer in (*true, *false)),
                 gold=(len(true), true.index(best)),
+                accepted=tuple(true),
             )
         )
     return {"test": questions}
@@ -64,5 +66,18 @@ TASK = Task(
     measure=metrics.truthfulness,
     headline="mean of MC1, MC2, MC3",
     tuned_on="mean of MC1, MC2, MC3",
+    hub={
+        "truthfulqa/TruthfulQA.csv": DataSet(
+            "truthfulqa/truthful_qa",
+            "validation",
+            "generation",
+            columns={
+                "Question": "question",
+                "Best Answer": "best_answer",
+                "Correct Answers": "correct_answers",
+                "Incorrect Answers": "incorrect_answers",
+            },
+        )
+    },
     source="prompt and measures of the reference's eval_truthfulqa.py, which are DoLa's",
 )

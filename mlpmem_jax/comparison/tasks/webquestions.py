@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from mlpmem_jax.comparison.hub import DataSet
 from mlpmem_jax.comparison.question import Question
 from mlpmem_jax.comparison.tasks import _files, _open, triviaqa
 
@@ -18,4 +19,13 @@ def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
     return splits
 
 
-TASK = dataclasses.replace(triviaqa.TASK, title="WebQuestions", load=_load)
+def _data_set(split: str) -> DataSet:
+    return DataSet("stanfordnlp/web_questions", split, columns={"qText": "question"})
+
+
+TASK = dataclasses.replace(
+    triviaqa.TASK,
+    title="WebQuestions",
+    load=_load,
+    hub={"webqs/test.json": _data_set("test"), "webqs/validation.json": _data_set("train")},
+)
