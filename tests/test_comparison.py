@@ -8,7 +8,7 @@ import pytest
 import scipy.special
 from comparison_data import small_run, write_data
 
-from mlpmem_jax.comparison import compare, greedy, reading, scores, systems, tasks, weights
+from mlpmem_jax.comparison import compare, greedy, packing, reading, scores, searching, speed, systems, tasks, weights
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.corpus.tokens import read_tokenizer
@@ -53,20 +53,22 @@ class Direct:
 
     def distributions(self, ids):
         """p of the base, the memory and kNN at the next token of every position, [T, V] each."""
-        tokens = np.array([ids], np.int32)
+        tokens = np.zeros((1, self.model.context_length), np.int32)  # one shape, one compilation
+        tokens[0, : len(ids)] = ids
         base = np.asarray(language_model.logits(self.base, self.model, tokens), np.float64)[0]
         _, block_inputs = language_model.features(
             self.base, self.model, tokens, input_blocks=(self.block, self.model.blocks)
         )
         memory_logits = np.asarray(memory.logits(self.memory, self.dimensions, block_inputs[self.block]), np.float64)[0]
         knn = np.zeros_like(base)
-        for position, query in enumerate(np.asarray(block_inputs[self.model.blocks], np.float64)[0]):
+        for position, query in enumerate(np.asarray(block_inputs[self.model.blocks], np.float64)[0][: len(ids)]):
             distances = ((self.keys_NxD - query) ** 2).sum(1)
             nearest = np.argsort(distances, kind="stable")[: self.k]
             shares = scipy.special.softmax(-distances[nearest] / self.temperature)
             np.add.at(knn[position], self.next_N[nearest], shares)
         vocabulary = self.model.vocab_size
-        return scipy.special.softmax(base, 1), scipy.special.softmax(memory_logits, 1)[:, :vocabulary], knn
+        found = scipy.special.softmax(base, 1), scipy.special.softmax(memory_logits, 1)[:, :vocabulary], knn
+        return [values[: len(ids)] for values in found]
 
     def log_probability(self, prompt, continuation, side, weight):
         first = len(self.tokenizer.encode(prompt).ids)
@@ -89,7 +91,7 @@ def test_gold_log_probabilities_are_those_of_the_parts(config, answers, name, si
 def test_texts_are_the_likeliest_tokens_of_the_mixture(config, side, weight):
     direct, workdir = Direct(config), systems.Workdir(config)
     prompts = [direct.tokenizer.encode(text).ids for text in ("Aldford is a town on", "Its 7 mills", "the")]
-    decoder = greedy.Decoder(workdir.model("base"), workdir.side(("memory", "knn")[side]))
+    decoder = workdir.decoder("base", workdir.side(("memory", "knn")[side]))
     found = greedy.generate(decoder, decoder, weight, prompts, 5, lambda ids: False, "texts")
     for prompt, text in zip(prompts, found, strict=True):
         ids = list(prompt)
@@ -144,6 +146,45 @@ def test_again_it_computes_nothing(config, compared, monkeypatch):
     assert again["tasks"] == compared["tasks"]
 
 
+def test_every_system_is_timed_at_every_size_that_fits(config, compared, monkeypatch):
+    other = config.copy_and_resolve_references()
+    other.comparison.systems = "base,memory,knn_lm,rag"
+    other.comparison.speed.update({"positions": "500,5000,90000", "prompt_tokens": 12, "new_tokens": 3, "rounds": 2})
+    monkeypatch.setattr(searching, "EXACT", 2000)
+    monkeypatch.setattr(speed, "EXACT", 2000)
+    check_memory = speed._check_memory
+
+    def check(workdir, positions, keys_NxD):
+        with monkeypatch.context() as patch:
+            if positions == 90_000:
+                patch.setattr(speed.host, "memory_bytes", lambda: 1000)
+            check_memory(workdir, positions, keys_NxD)
+
+    monkeypatch.setattr(speed, "_check_memory", check)
+    found = speed.run(other)
+    timed = {(one["system"], one["positions"], one["batch"]): one for one in found["measured"]}
+    fits = {"base": 3, "memory": 3, "knn_lm": 2, "rag": 3}
+    assert len(timed) == len(found["measured"]) == sum(fits.values()) * len(speed.BATCHES)
+    for one in timed.values():
+        assert len(one["first"]) == len(one["next"]) == 2
+        assert min(*one["first"], *one["next"]) > 0
+        assert (one["prompt_tokens"] > 12) == (one["system"] == "rag")
+    reasons = {(one["system"], one["positions"]): one["reason"] for one in found["skipped"]}
+    assert reasons.keys() == {("knn_lm", 90000)}
+    assert "GiB of memory, this machine has" in reasons["knn_lm", 90000]
+    assert json.loads(pathlib.Path(config.workdir, "comparison/speed.json").read_text())["skipped"] == found["skipped"]
+    shown = pathlib.Path(config.workdir, "comparison/index.html").read_text()
+    assert "Speed by the size of the corpus" in shown
+    assert "What they cost" in shown
+
+
+def test_prompts_that_are_longer_than_the_text_are_refused(config):
+    other = config.copy_and_resolve_references()
+    other.comparison.speed.prompt_tokens = 10**6
+    with pytest.raises(UserError, match=r"speed\.prompt_tokens: 8 prompts of 1000000 tokens"):
+        speed.run(other)
+
+
 def test_other_questions_are_scored_anew(config, compared, monkeypatch):
     read = []
     monkeypatch.setattr(compare, "read", lambda *arguments: read.append(1) or reading.read(*arguments))
@@ -190,7 +231,7 @@ def test_weights_are_tuned_on_the_other_half():
 
 
 def test_a_text_that_is_too_long_loses_its_beginning():
-    row = reading.Row.of_continuation(list(range(6)), list(range(9)))
+    row = packing.Row.of_continuation(list(range(6)), list(range(9)))
     assert (list(row.tokens_T), list(row.positions_P), row.ids_PxC) == (list(range(8)), [5, 6, 7], [[6], [7], [8]])
     kept = row.truncated(4)
     assert (list(kept.tokens_T), kept.positions_P, kept.ids_PxC) == ([4, 5, 6, 7], [1, 2, 3], [[6], [7], [8]])

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mlpmem_jax.comparison import metrics, passages
 from mlpmem_jax.comparison.question import Answer, Question
+from mlpmem_jax.core.mesh import make_mesh
 
 
 def question(gold):
@@ -110,4 +111,4 @@ def test_a_sentence_encoder_finds_its_own_nearest_texts(tmp_path):
     encoder = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
     vectors = encoder.encode([*texts, "a b"], normalize_embeddings=True)
     expected = [texts[index] for index in np.argsort(-(vectors[:3] @ vectors[3]))]
-    assert passages.Dense(texts, str(tmp_path)).retrieve(["a b"], 3) == [expected]
+    assert passages.Dense(texts, str(tmp_path), {}, make_mesh(), tmp_path).retrieve(["a b"], 3) == [expected]

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.stats
 from etils import epath
 
-from mlpmem_jax.comparison import greedy, page, scores, systems, tasks, weights
+from mlpmem_jax.comparison import greedy, hub, metrics, page, scores, systems, tasks, weights
 from mlpmem_jax.comparison.costs import cost
 from mlpmem_jax.comparison.passages import documents
 from mlpmem_jax.comparison.question import Question, Task
@@ -49,7 +49,11 @@ def run(config: ml_collections.ConfigDict) -> dict:
     found = {name: tasks.find(name) for name in settings.tasks.split(",") if name}
     if not found:
         raise ConfigError(f"config.comparison.tasks: is empty; expected some of {', '.join(tasks.names())}")
-    splits = {name: task.load(pathlib.Path(settings.data)) for name, task in found.items()}  # before any compute
+    data = pathlib.Path(settings.data)
+    if settings.hub:
+        for task in found.values():
+            hub.fetch(data, task.hub)
+    splits = {name: task.load(data) for name, task in found.items()}  # before any compute
     workdir = Workdir(config)
     _train_missing(config, chosen)
     artifacts = {name: workdir.parts(SYSTEMS[name]) for name in chosen}
@@ -67,7 +71,7 @@ def run(config: ml_collections.ConfigDict) -> dict:
         results[name] = result
         answers += lines
     comparison = {
-        "systems": {name: {"title": SYSTEMS[name].title, **cost(config, artifacts[name], seconds[name])}
+        "systems": {name: {"title": SYSTEMS[name].title, **_cost(workdir, name, artifacts[name], seconds[name])}
                     for name in chosen},
         "tasks": results,
         "grid": weights.GRID.tolist(),
@@ -81,6 +85,11 @@ def run(config: ml_collections.ConfigDict) -> dict:
         _write(folder, comparison, answers)
     say(f"comparison: {folder / 'index.html'}")
     return comparison
+
+
+def _cost(workdir: Workdir, name: str, artifacts: dict, seconds: float) -> dict:
+    passages_bytes = workdir.retriever.bytes if SYSTEMS[name].retrieves else 0
+    return cost(workdir.config, artifacts, seconds, passages_bytes)
 
 
 def _train_missing(config: ml_collections.ConfigDict, chosen: list[str]) -> None:
@@ -139,10 +148,12 @@ class _Compared:
                 "id": question.id,
                 "prompt": asked[False].prompts[number],
                 "gold": question.gold,
+                "accepted": list(question.accepted),
                 "systems": {
                     name: {
                         "weight": float(weights.GRID[of["chosen"][number]]) if SYSTEMS[name].side else None,
-                        "text": of["texts"][number] if of["texts"] else None,
+                        "text": of["texts"][number],
+                        "scores": of["scores"][number],
                         **{measure: values[number] for measure, values in of["measures"].items()},
                     }
                     for name, of in found.items()
@@ -213,17 +224,18 @@ class _Compared:
         chosen_N = weights.tuned(grid_GxN, tuning_GxM, self._settings.seed)
         texts = self._texts(name, mine, chosen_N) if self._task.max_new_tokens else None
         model, side = self._of_system(system, mine, "test")
-        measured = [
-            self._task.measure(
-                question,
-                scores.answer(mine, number, model, side, weights.GRID[chosen_N[number]], texts and texts[number]),
-            )
-            for number, question in enumerate(mine.questions)
+        answers = [
+            scores.answer(mine, number, model, side, weights.GRID[chosen_N[number]], texts and texts[number])
+            for number in range(len(mine.questions))
         ]
+        measured = [self._task.measure(*pair) for pair in zip(mine.questions, answers, strict=True)]
+        compared = [metrics.choice_scores(answer) for answer in answers]
+        choices = [question.choices[int(np.argmax(of))] for question, of in zip(mine.questions, compared, strict=True)]
         return {
             "chosen": chosen_N,
             "grid": grid_GxN,
-            "texts": texts,
+            "texts": texts or choices,  # what is chosen is what is said
+            "scores": [of.tolist() for of in compared],
             "measures": {measure: [one[measure] for one in measured] for measure in measured[0]},
         }
 
@@ -237,8 +249,8 @@ class _Compared:
         def compute() -> list[str]:
             side = self._workdir.side(system.side) if system.side else None
             same = system.model == SIDE_MODEL
-            decoder = greedy.Decoder(self._workdir.model(system.model), side if same else None)
-            other = None if side is None else decoder if same else greedy.Decoder(self._workdir.model(SIDE_MODEL), side)
+            decoder = self._workdir.decoder(system.model, side if same else None)
+            other = None if side is None else decoder if same else self._workdir.decoder(SIDE_MODEL, side)
             ids: list[list[int]] = [[]] * len(asked.questions)
             for index in np.unique(chosen_N):
                 numbers = np.flatnonzero(chosen_N == index)
@@ -314,4 +326,4 @@ def _write(folder: epath.Path, comparison: dict, answers: list[dict]) -> None:
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
     (folder / "answers.jsonl").write_text(lines)
     (folder / "compare.json").write_text(json.dumps(comparison, indent=1) + "\n")
-    (folder / "index.html").write_text(page.page(comparison, answers))
+    page.write(folder)

@@ -10,19 +10,22 @@ from mlpmem_jax.models import saved
 from mlpmem_jax.scaling import budgets
 
 
-def cost(config: ml_collections.ConfigDict, parts: dict[str, Artifact], seconds: float) -> dict:
+def cost(
+    config: ml_collections.ConfigDict, parts: dict[str, Artifact], seconds: float, passages_bytes: int = 0
+) -> dict:
     """FLOPs, parameters, bytes and seconds of a system.
 
     Args:
       config: of the working directory.
       parts: its artifacts by role.
       seconds: of scoring and generation.
+      passages_bytes: of its passages and what finds them; 0 without.
 
     Returns:
       training_flops: of what was trained for it, without the base LM.
       construction_flops: of the datastore and the neighbors of its positions, which a memory is trained on.
       parameters: that are read for one token.
-      bytes: on disk, the base LM included.
+      bytes: on disk, the base LM included, and of passages.
       seconds: as given.
     """
     base, construction = saved.language_model_config(parts["model"]), 0.0
@@ -37,6 +40,6 @@ def cost(config: ml_collections.ConfigDict, parts: dict[str, Artifact], seconds:
         "training_flops": sum(artifact.summary.get("training_flops", 0.0) for artifact in parts.values()),
         "construction_flops": construction,
         "parameters": sum(parts[role].summary["parameter_count"] for role in ("model", "memory") if role in parts),
-        "bytes": sum(provenance.artifact_bytes(parts[role]) for role in kept if role in parts),
+        "bytes": sum(provenance.artifact_bytes(parts[role]) for role in kept if role in parts) + passages_bytes,
         "seconds": seconds,
     }  # fmt: skip

@@ -15,6 +15,7 @@ import numpy as np
 from mlpmem_jax.comparison.reading import Model
 from mlpmem_jax.comparison.sides import Side
 from mlpmem_jax.core.progress import progress
+from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.inference import decoding
 from mlpmem_jax.inference.decoding import DecoderConfig, Parameters
 
@@ -25,22 +26,32 @@ _MULTIPLE = 64  # prompts are padded to whole multiples, so that few lengths are
 class Decoder:
     """A language model with the state that decoding needs; it tells log p and the input of a side."""
 
-    def __init__(self, model: Model, side: Side | None):
+    def __init__(self, model: Model, side: Side | None, sharding: Sharding):
+        """Of a model that lies on the mesh of `sharding`; what is told is on every device."""
+        self._sharding = sharding
         self._models = DecoderConfig(model.config, None, side.block if side else 0)
         self._parameters = decoding.prepare(Parameters(model.parameters))
         self.side = side
 
     def start(self, tokens_BxT: np.ndarray, padding_B: np.ndarray, room: int) -> decoding.Reading:
-        reading, self._cache = _prefill(self._models, self._parameters, tokens_BxT, padding_B, room)
+        reading, self._cache = _prefill(self._models, self._parameters, tokens_BxT, padding_B, room, self._sharding)
         return reading
 
     def step(self, tokens_B: np.ndarray) -> decoding.Reading:
-        reading, self._cache = _step(self._models, self._parameters, self._cache, tokens_B)
+        reading, self._cache = _step(self._models, self._parameters, self._cache, tokens_B, self._sharding)
         return reading
 
 
-_prefill = jax.jit(decoding.prefill, static_argnums=(0, 4))
-_step = jax.jit(decoding.step, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _prefill(models, parameters, tokens_BxT, padding_B, room, sharding):
+    reading, cache = decoding.prefill(models, parameters, tokens_BxT, padding_B, room)
+    return jax.lax.with_sharding_constraint(reading, sharding.named()), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
+def _step(models, parameters, cache, tokens_B, sharding):
+    reading, cache = decoding.step(models, parameters, cache, tokens_B)
+    return jax.lax.with_sharding_constraint(reading, sharding.named()), cache
 
 
 def generate(
@@ -65,43 +76,58 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts: list[list[int]] = [[]] * len(prompts)
+    mixture = Mixture(decoder, side_decoder, weight)
     with progress(len(prompts), name, "texts") as bar:
         for first in range(0, len(order), _BATCH):
             chosen = order[first : first + _BATCH]
             padded = chosen + [chosen[-1]] * (_BATCH - len(chosen))
-            batch = _batch(decoder, side_decoder, weight, [prompts[index] for index in padded], count, is_finished)
+            batch = _batch(mixture, [prompts[index] for index in padded], count, is_finished)
             for index, ids in zip(chosen, batch, strict=False):
                 texts[index] = ids
             bar.advance(len(chosen))
     return texts
 
 
-def _batch(decoder, side_decoder, weight, prompts, count, is_finished) -> list[list[int]]:
-    length = -(-max(map(len, prompts)) // _MULTIPLE) * _MULTIPLE
-    tokens_BxT = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in zip(tokens_BxT, prompts, strict=True):
-        row[length - len(prompt) :] = prompt
-    padding_B = np.array([length - len(prompt) for prompt in prompts], np.int32)
-    decoders = [decoder] if side_decoder in (None, decoder) else [decoder, side_decoder]
-    readings = [one.start(tokens_BxT, padding_B, length + count) for one in decoders]
+class Mixture:
+    """Greedy steps of a language model and what is mixed in; the arguments are those of `generate`."""
+
+    def __init__(self, decoder: Decoder, side_decoder: Decoder | None, weight: float):
+        self._side_decoder, self._weight = side_decoder, weight
+        self._decoders = [decoder] if side_decoder in (None, decoder) else [decoder, side_decoder]
+
+    def start(self, prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
+        """Reads prompts and gives the next token of each, int [B]; `count` in all may be added to them."""
+        length = -(-max(map(len, prompts)) // _MULTIPLE) * _MULTIPLE
+        tokens_BxT = np.zeros((len(prompts), length), np.int32)
+        for row, prompt in zip(tokens_BxT, prompts, strict=True):
+            row[length - len(prompt) :] = prompt
+        padding_B = np.array([length - len(prompt) for prompt in prompts], np.int32)
+        return self._likeliest([one.start(tokens_BxT, padding_B, length + count) for one in self._decoders])
+
+    def step(self, tokens_B: np.ndarray) -> np.ndarray:
+        """Adds a token to each text and gives the next ones, int [B]."""
+        return self._likeliest([one.step(tokens_B) for one in self._decoders])
+
+    def _likeliest(self, readings: list[decoding.Reading]) -> np.ndarray:
+        base_log_BxV = readings[0].base_log_BxV
+        if self._side_decoder is None:
+            return np.asarray(jnp.argmax(base_log_BxV, axis=1))
+        side = self._side_decoder.side
+        side_log_BxV = side.distributions(readings[-1].memory_input_BxD, base_log_BxV.shape[1])
+        return np.asarray(_argmax_of_mixture(base_log_BxV, jnp.asarray(side_log_BxV, jnp.float32), self._weight))
+
+
+def _batch(mixture: Mixture, prompts, count, is_finished) -> list[list[int]]:
     texts, is_open_B = [[] for _ in prompts], np.ones(len(prompts), bool)
+    tokens_B = mixture.start(prompts, count)
     for number in range(count):
-        tokens_B = np.asarray(_likeliest(readings, side_decoder, weight))
         for row in np.flatnonzero(is_open_B):
             texts[row].append(int(tokens_B[row]))
             is_open_B[row] = not is_finished(texts[row])
         if not is_open_B.any() or number + 1 == count:
             break
-        readings = [one.step(tokens_B) for one in decoders]
+        tokens_B = mixture.step(tokens_B)
     return texts
-
-
-def _likeliest(readings, side_decoder, weight) -> jax.Array:
-    base_log_BxV = readings[0].base_log_BxV
-    if side_decoder is None:
-        return jnp.argmax(base_log_BxV, axis=1)
-    side_log_BxV = side_decoder.side.distributions(readings[-1].memory_input_BxD, base_log_BxV.shape[1])
-    return _argmax_of_mixture(base_log_BxV, jnp.asarray(side_log_BxV, jnp.float32), weight)
 
 
 @functools.partial(jax.jit)

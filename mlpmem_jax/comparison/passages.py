@@ -6,12 +6,18 @@ what the memory and the datastore were made from.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import pathlib
 import re
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
+from etils import epath
+from jax.sharding import Mesh
 
+from mlpmem_jax.comparison.searching import fingerprint, open_index, source_of
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.errors import ConfigError, UserError, require
 from mlpmem_jax.core.progress import progress
@@ -22,7 +28,13 @@ _WORDS = re.compile(r"\S+\s*")
 
 
 class Retriever(Protocol):
-    """What finds passages."""
+    """What finds passages.
+
+    Attributes:
+      bytes: of the passages and of what is kept to find them.
+    """
+
+    bytes: int
 
     def retrieve(self, queries: list[str], count: int) -> list[list[str]]:
         """The `count` best passages of each query, best first."""
@@ -56,6 +68,9 @@ class BM25:
         self._library = require("bm25s", extra="rag")
         self._passages, self._index = passages, self._library.BM25(k1=1.5, b=0.75)
         self._index.index(self._tokenized(passages), show_progress=False)
+        arrays = (value for value in self._index.scores.values() if isinstance(value, np.ndarray))
+        vocabulary = sum(len(word.encode()) for word in self._index.vocab_dict)
+        self.bytes = _text_bytes(passages) + vocabulary + sum(array.nbytes for array in arrays)
 
     def _tokenized(self, texts: list[str]):
         return self._library.tokenize(texts, stopwords="en", show_progress=False)
@@ -67,15 +82,24 @@ class BM25:
 
 
 class Dense:
-    """Inner products of sentence vectors of unit length, by an encoder of sentence-transformers (extra `dense`)."""
+    """Inner products of sentence vectors of unit length, by an encoder of sentence-transformers (extra `dense`).
 
-    def __init__(self, passages: list[str], folder: str):
+    Many passages are searched with the backend of config.targets: of vectors of unit length those of the largest inner
+    products are the nearest.
+    """
+
+    def __init__(self, passages: list[str], folder: str, settings: Mapping, mesh: Mesh, index_folder: epath.Path):
         library = require("sentence_transformers", extra="dense")
         try:
             self._encoder = library.SentenceTransformer(folder, device="cpu")
         except (OSError, ValueError) as error:
             raise UserError(f"config.comparison.retriever: {folder} holds no sentence encoder: {error}") from error
-        self._passages, self._passages_NxD = passages, self._encoded(passages, "passages")
+        self._passages, vectors_NxD = passages, self._encoded(passages, "passages")
+        kept = index_folder / f"passages_{fingerprint(folder, passages, settings)}"
+        self._open = functools.partial(open_index, source_of(vectors_NxD), settings, mesh=mesh, folder=kept)
+        self._index = None
+        weights = sum(file.stat().st_size for file in pathlib.Path(folder).rglob("*") if file.is_file())
+        self.bytes = _text_bytes(passages) + vectors_NxD.nbytes + weights
 
     def _encoded(self, texts: list[str], name: str) -> np.ndarray:
         parts = []
@@ -87,13 +111,28 @@ class Dense:
         return np.concatenate(parts)
 
     def retrieve(self, queries: list[str], count: int) -> list[list[str]]:
-        scores_QxN = self._encoded(queries, "queries") @ self._passages_NxD.T
-        best_QxK = np.argsort(-scores_QxN, axis=1, kind="stable")[:, :count]
+        count, queries_QxD = min(count, len(self._passages)), self._encoded(queries, "queries")
+        self._index = self._index or self._open(k=count, queries_QxD=queries_QxD)
+        _, best_QxK = self._index.search(queries_QxD, count)
         return [[self._passages[index] for index in ids_K] for ids_K in best_QxK]
 
 
-def open_retriever(name: str, tokens: Artifact, words: int) -> Retriever:
+def _text_bytes(texts: list[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+def open_retriever(
+    name: str, tokens: Artifact, words: int, settings: Mapping, mesh: Mesh, index_folder: epath.Path
+) -> Retriever:
     """The retriever of a name, "bm25" or the folder of a sentence encoder, over the training passages.
+
+    Args:
+      name: of the retriever.
+      tokens: whose training split is searched.
+      words: most words of a passage.
+      settings: of config.targets, whose backend searches many vectors.
+      mesh: the devices.
+      index_folder: where its index is kept.
 
     Raises:
       ConfigError: the corpus has no passages.
@@ -102,4 +141,11 @@ def open_retriever(name: str, tokens: Artifact, words: int) -> Retriever:
     passages = [passage for text in documents(tokens) for passage in split(text, words)]
     if not passages:
         raise ConfigError(f"{tokens.path}: its training split has no words to make passages of")
-    return BM25(passages) if name == "bm25" else Dense(passages, name)
+    return make_retriever(name, passages, settings, mesh, index_folder)
+
+
+def make_retriever(
+    name: str, passages: list[str], settings: Mapping, mesh: Mesh, index_folder: epath.Path
+) -> Retriever:
+    """The same over given passages."""
+    return BM25(passages) if name == "bm25" else Dense(passages, name, settings, mesh, index_folder)

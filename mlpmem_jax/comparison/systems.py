@@ -13,15 +13,15 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from mlpmem_jax.comparison.greedy import Decoder
 from mlpmem_jax.comparison.passages import Retriever, open_retriever
 from mlpmem_jax.comparison.reading import Model
+from mlpmem_jax.comparison.searching import open_key_index
 from mlpmem_jax.comparison.sides import MemorySide, NeighborsSide, Side
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import saved
-from mlpmem_jax.retrieval.backends import KeySource
-from mlpmem_jax.retrieval.exact_backend import ExactIndex
 from mlpmem_jax.training import controls, lora
 
 
@@ -77,6 +77,8 @@ class Workdir:
     def __init__(self, config: ml_collections.ConfigDict):
         self.config, self.path = config, epath.Path(config.workdir)
         self.sharding = Sharding.of(config)
+        self.results = self.path / "comparison"
+        self.indices = self.results / "index"
         self.tokens = self.artifact("tokens", "tokens")
 
     def artifact(self, folder: str, kind: str) -> Artifact:
@@ -107,36 +109,50 @@ class Workdir:
         parameters, config, _ = saved.load_language_model(self.path / FOLDERS[name], self.sharding)
         return Model(parameters, config)
 
+    def decoder(self, name: str, side: Side | None) -> Decoder:
+        """The language model of a key of `FOLDERS` as texts are written with it."""
+        return Decoder(self.model(name), side, self.sharding)
+
     @functools.cache  # noqa: B019
     def side(self, name: str) -> Side:
         """What can be mixed in: "memory" or "knn"."""
         if name == "memory":
             parameters, config, artifact = saved.load_memory(self.path / "memory", self.sharding)
             return MemorySide(parameters, config, saved.input_block(artifact))
-        return self._neighbors()
+        return self._over_datastore()
 
-    def _neighbors(self) -> NeighborsSide:
-        datastore, targets = self.artifact("datastore/train", "datastore"), self.artifact("targets/train", "targets")
+    @property
+    def k(self) -> int:
+        """Neighbors of kNN-LM."""
+        return self.config.comparison.k or self.config.targets.k
+
+    def neighbors(self, index, next_tokens_N: np.ndarray) -> NeighborsSide:
+        """kNN search over an index of keys, as the settings want it.
+
+        Raises:
+          UserError: the keys are another model's, or there is no temperature.
+        """
         if self.config.datastore.key_model:
             raise ConfigError(
                 "config.datastore.key_model: kNN-LM needs the keys of the base itself, not another model's"
             )
-        sequences = datastore.arrays["keys"].shape[0]
-        keys_NxD = datastore.read("keys", 0, sequences)
-        keys_NxD = keys_NxD.reshape(-1, keys_NxD.shape[-1])
-        source = KeySource(*keys_NxD.shape, keys_NxD.dtype, lambda start, stop: keys_NxD[start:stop])
-        next_tokens_N = datastore.read("next_tokens", 0, sequences).reshape(-1).astype(np.int32)
-        k = self.config.comparison.k or self.config.targets.k
+        targets = self.artifact("targets/train", "targets")
         temperature = targets.summary.get("temperature") or self.config.targets.temperature
         if not temperature:
             raise ArtifactError(f"{targets.path}: does not say its temperature; set config.targets.temperature")
         block = self.model(SIDE_MODEL).config.blocks
-        return NeighborsSide(
-            ExactIndex(source, self.sharding.mesh), next_tokens_N, block, min(k, len(keys_NxD)), temperature
-        )
+        return NeighborsSide(index, next_tokens_N, block, min(self.k, len(next_tokens_N)), temperature)
+
+    def _over_datastore(self) -> NeighborsSide:
+        datastore = self.artifact("datastore/train", "datastore")
+        next_tokens_N = datastore.read("next_tokens", 0, datastore.arrays["keys"].shape[0]).reshape(-1).astype(np.int32)
+        settings = {**self.config.targets, "k": min(self.k, len(next_tokens_N))}
+        return self.neighbors(open_key_index(datastore, settings, self.sharding.mesh, self.indices), next_tokens_N)
 
     @functools.cached_property
     def retriever(self) -> Retriever:
         """Over the training passages."""
-        settings = self.config.comparison
-        return open_retriever(settings.retriever, self.tokens, settings.passage_words)
+        settings, mesh = self.config.comparison, self.sharding.mesh
+        return open_retriever(
+            settings.retriever, self.tokens, settings.passage_words, self.config.targets, mesh, self.indices
+        )

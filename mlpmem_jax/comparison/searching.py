@@ -1,0 +1,125 @@
+"""Searches of the systems that are compared: exact over few vectors, by the backend of config.targets over many.
+
+An approximate search is made as hard as `config.targets.recall` asks for, measured on queries with known neighbors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mlpmem_jax.core.artifacts import Artifact
+from mlpmem_jax.core.mesh import barrier
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.retrieval import backends, exact_backend, reduction, tuning
+from mlpmem_jax.retrieval.backends import Effort, Index, KeySource
+from mlpmem_jax.retrieval.key_shards import KeyShards, Search
+from mlpmem_jax.retrieval.quality import Sample, contains
+from mlpmem_jax.retrieval.queries import sample_queries
+
+EXACT = 500_000  # vectors up to which a search of them all costs less than an index
+_SAMPLE = 256  # queries that the recall is measured on
+
+
+class TunedIndex:
+    """An index that is searched as hard as its recall asks for."""
+
+    def __init__(self, index: Index, effort: Effort | None):
+        self._index, self._effort = index, effort
+
+    def search(self, queries_QxD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(squared distances float32 [Q, k], ids int32 [Q, k]), as `backends.Index.search`."""
+        return self._index.search(queries_QxD, k, None, self._effort)
+
+
+def open_key_index(datastore: Artifact, settings: Mapping, mesh: Mesh, folder: epath.Path) -> TunedIndex:
+    """The keys of a training datastore as one index.
+
+    Args:
+      datastore: of the training split.
+      settings: named like those of config.targets.
+      mesh: the devices.
+      folder: where indices are kept.
+
+    Raises:
+      UserError: no search reaches the recall.
+    """
+    sequences, length, width = datastore.arrays["keys"].shape
+    if sequences * length <= EXACT:
+        keys_NxD = datastore.read("keys", 0, sequences).reshape(-1, width)
+        return TunedIndex(exact_backend.ExactIndex(source_of(keys_NxD), mesh), None)
+    search = Search.create(backends.chosen(settings["backend"])[1], settings, mesh)
+    folder /= f"keys_{fingerprint(datastore.fingerprint, search)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    key_shards = KeyShards.prepare(datastore, sequences * length, folder, search, mesh)
+    _build_first(lambda: key_shards.open(0), search.backend.is_collective)
+    if search.is_exact:
+        return TunedIndex(key_shards.open(0).index, None)
+    sample = Sample.draw(key_shards, sample_queries(datastore, _SAMPLE), "self", settings["k"])
+    trials, place = tuning.reach(key_shards, sample, settings["recall"])
+    say(f"kNN-LM: recall {trials[place]}")
+    return TunedIndex(key_shards.open(0).index, trials[place].effort)
+
+
+def open_index(
+    source: KeySource, settings: Mapping, k: int, mesh: Mesh, folder: epath.Path, queries_QxD: np.ndarray
+) -> TunedIndex:
+    """Any vectors as one index, searched by the cheapest way that reaches the recall, or by the greatest effort.
+
+    Args:
+      source: the vectors.
+      settings: named like those of config.targets.
+      k: neighbors that will be asked for.
+      mesh: the devices.
+      folder: where the index is kept; of these vectors alone.
+      queries_QxD: float32, some that are like those to come.
+    """
+    if source.size <= EXACT:
+        return TunedIndex(exact_backend.ExactIndex(source, mesh), None)
+    backend = backends.chosen(settings["backend"])[1].create(settings, k, mesh)
+    folder.mkdir(parents=True, exist_ok=True)
+    searched, projection = source, None
+    if backend.is_rotated:
+        projection = reduction.fit(source.read(0, min(source.size, settings["training_sample"])), source.width)
+        searched = dataclasses.replace(source, read=lambda start, stop: projection(source.read(start, stop)))
+    index = _build_first(lambda: backend.open(searched, folder / "index"), backend.is_collective)
+    if projection:
+        index = reduction.RotatedIndex(index, projection)
+    efforts, place = backend.efforts(source.size, source.width)
+    if not efforts:
+        return TunedIndex(index, None)
+    queries_QxD = np.asarray(queries_QxD[:_SAMPLE], np.float32)
+    none_Qx2 = np.zeros((len(queries_QxD), 2), np.int32)
+    true_QxK = exact_backend.search_in_blocks(source, None, queries_QxD, k, none_Qx2)[1]
+    for effort in efforts[place:]:
+        recall = contains(index.search(queries_QxD, k, None, effort)[1], true_QxK).mean()
+        if recall >= settings["recall"]:
+            break
+    say(f"{folder.name}: recall {recall:.3f} with {effort}")
+    return TunedIndex(index, effort)
+
+
+def source_of(vectors_NxD: np.ndarray) -> KeySource:
+    """Vectors that are in memory, as backends read them."""
+    return KeySource(*vectors_NxD.shape, vectors_NxD.dtype, lambda start, stop: vectors_NxD[start:stop])
+
+
+def _build_first(open_index, is_collective: bool):
+    """What `open_index` gives; the first process builds what is kept in a folder, the others read it."""
+    if is_collective:
+        return open_index()
+    if jax.process_index() == 0:
+        open_index()
+    barrier("index of a comparison built")
+    return open_index()
+
+
+def fingerprint(*parts) -> str:
+    """A short name of what an index follows from."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

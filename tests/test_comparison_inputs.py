@@ -1,0 +1,238 @@
+"""What tasks are read from: files, data sets of the hub by name, words; and what they refuse."""
+
+import csv
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from workdirs import write_datastore
+
+from mlpmem_jax.comparison import hub, metrics, passages, scores, searching, tasks
+from mlpmem_jax.comparison.hub import DataSet
+from mlpmem_jax.comparison.question import Question, Task
+from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core.mesh import make_mesh
+from mlpmem_jax.retrieval.quality import contains
+
+NINE = ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte", "agn", "yahoo")
+
+
+def encode(texts):
+    """A character is a token, but for some words that are one; a space in front of a word is part of its token."""
+    words = {" good": 900, " bad": 901, " awful": 902}
+    return [[1, words[text]] if text in words else [1, *map(ord, text)] for text in texts]
+
+
+def words_task(**changes):
+    return Task(
+        title="t", load=None, template="{text}", measure=metrics.domain_pmi, headline="accuracy", tuned_on="accuracy",
+        domain="so", **changes,
+    )  # fmt: skip
+
+
+def words_question(*groups):
+    return Question("1", "", {"text": "it is"}, words=groups, gold=0)
+
+
+def write_data_set(folder, subset, split, rows):
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n  - config_name: {subset or 'default'}\n    data_files:\n      - split: {split}\n"
+        f"        path: {split}.jsonl\n---\n"
+    )
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_rows_of_the_hub_become_published_files(here):
+    write_data_set(
+        here / "truthfulqa/truthful_qa", "generation", "validation",
+        [
+            {"question": "Is it?", "best_answer": "Yes", "correct_answers": ["Yes", "It is"],
+             "incorrect_answers": ["No"]}
+        ],
+    )  # fmt: skip
+    write_data_set(here / "cornell-movie-review-data/rotten_tomatoes", "", "test", [{"text": "a film", "label": 1}])
+    write_data_set(
+        here / "mandarjoshi/trivia_qa", "unfiltered.nocontext", "validation",
+        [{"question": "Who?", "answer": {"aliases": ["He", "Him"], "value": "He"}}],
+    )  # fmt: skip
+    folder = here / "data"
+    for name in ("truthfulqa", "rt"):
+        hub.fetch(folder, tasks.find(name).hub)
+    (truthful,) = tasks.find("truthfulqa").load(folder)["test"]
+    assert truthful.continuations == (" Yes.", " It is.", " No.")
+    assert truthful.gold == (2, 0)
+    (review,) = tasks.find("rt").load(folder)["test"]
+    assert (review.fields["input"], review.gold) == ("a film", 1)
+    trivia = {"triviaqa/test.jsonl": tasks.find("triviaqa").hub["triviaqa/test.jsonl"]}
+    hub.fetch(folder, trivia)
+    assert json.loads((folder / "triviaqa/test.jsonl").read_text())["answer"] == ["He", "Him"]
+    (folder / "triviaqa/test.jsonl").write_text("mine")
+    hub.fetch(folder, trivia)
+    assert (folder / "triviaqa/test.jsonl").read_text() == "mine"
+
+
+def test_drawn_rows_are_those_of_the_published_seed(here):
+    write_data_set(here / "some/set", "", "test", [{"number": number} for number in range(50)])
+    hub.fetch(here / "data", {"rows.jsonl": DataSet("some/set", "test", drawn=5)})
+    rows = [json.loads(line)["number"] for line in (here / "data/rows.jsonl").read_text().splitlines()]
+    np.random.seed(42)
+    assert rows == np.random.choice(50, 5, replace=False).tolist()
+
+
+@pytest.mark.parametrize(
+    ("data_set", "message"),
+    [
+        (DataSet("no/such", "test"), r"'no/such' \(subset '', split 'test'\) could not be loaded"),
+        (DataSet("some/set", "test", columns={"a": "b"}), "'some/set' has no column 'b'; found"),
+    ],
+)
+def test_a_data_set_that_is_not_there_is_refused(here, data_set, message):
+    write_data_set(here / "some/set", "", "test", [{"number": 1}])
+    with pytest.raises(UserError, match=message):
+        hub.fetch(here / "data", {"rows.jsonl": data_set})
+
+
+@pytest.mark.parametrize("name", NINE)
+def test_the_second_wording_has_the_data_of_the_first(name):
+    first, second = tasks.find(name), tasks.find(f"{name}_knn_prompt")
+    assert second.single_tokens > first.single_tokens
+    assert second.hub == first.hub
+
+
+def test_words_of_several_tokens_count_by_their_first_one_or_not_at_all():
+    question = words_question((" good", " xyz"), (" bad", " awful"))
+    asked = scores.ask(words_task(), [question], None, encode, 99)
+    assert asked.rows[0].ids_PxC == [[900, ord(" "), 901, 902]]
+    asked = scores.ask(words_task(single_tokens=True), [question], None, encode, 99)
+    assert asked.rows[0].ids_PxC == asked.rows[asked.domain_row].ids_PxC == [[900, 901, 902]]
+    model = [np.log([[0.3, 0.2, 0.1]]), np.log([[0.1, 0.1, 0.1]])]
+    answer = scores.answer(asked, 0, model, None, 0.0)
+    np.testing.assert_allclose(metrics.choice_scores(answer), np.log([3, 2]), rtol=1e-6)
+
+
+def test_words_of_a_file_follow_those_of_the_task(tmp_path):
+    (tmp_path / "words.json").write_text(json.dumps({"a": ["fine", "well", "nice"], "b": ["ill", "sad"]}))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "x", "label": 1}))
+    (tmp_path / "mood.toml").write_text(
+        'title = "Mood"\nsource = "our own"\nfile = "rows.jsonl"\nfields = ["text"]\nprompt = "{text}"\ndomain = "so"\n'
+        'label = "label"\nlabels = ["0", "1"]\nword_file = "words.json"\nfirst_words = [["good"], ["bad"]]\n'
+    )
+    (question,) = tasks.find(str(tmp_path / "mood.toml")).load(tmp_path)["test"]
+    assert question.words == ((" good", " fine", " well"), (" bad", " ill", " sad"))
+    assert question.gold == 1
+    with pytest.raises(ConfigError, match="nothing\\.toml': there is no such file"):
+        tasks.find(str(tmp_path / "nothing.toml"))
+
+
+@pytest.mark.parametrize(
+    ("task", "question", "message"),
+    [
+        (words_task(), words_question((" good",), ("",)), "no token for the word ''"),
+        (words_task(single_tokens=True), words_question((" good",), (" xyz", " x y")), "no single token for any"),
+    ],
+)
+def test_words_that_no_token_stands_for_are_refused(task, question, message):
+    with pytest.raises(ConfigError, match=message):
+        scores.ask(task, [question], None, encode, 99)
+
+
+def write_task_files(folder, name, rows):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith(".csv"):
+        with (folder / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+TRUTHFUL = {"Question": "q?", "Best Answer": "a", "Correct Answers": "b", "Incorrect Answers": "c"}
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "rows", "message"),
+    [
+        ("hotpotqa", "hotpotqa/dev.json", [{"question": "q", "answer": " "}], "dev.json: row 1 has no answers"),
+        ("hotpotqa", "hotpotqa/dev.json", [{"question": " ", "answer": "a"}], "dev.json: row 1 has no question"),
+        ("hotpotqa", "hotpotqa/dev.json", [{"question": "q"}], "dev.json: row 1 has no answer"),
+        ("hotpotqa", "hotpotqa/dev.json", [], "dev.json: has no rows"),
+        ("rt", "pmi/rt/test.jsonl", [{"input": "a", "output": "neutral"}], "row 1 has the label 'neutral'; expected"),
+        ("truthfulqa", "truthfulqa/TruthfulQA.csv", [TRUTHFUL], "row 1: the best answer is none of the correct ones"),
+    ],
+)
+def test_rows_that_cannot_be_asked_are_refused(tmp_path, task, file, rows, message):
+    write_task_files(tmp_path, file, rows)
+    with pytest.raises(UserError, match=message):
+        tasks.find(task).load(tmp_path)
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted():
+    task = Task("t", None, "{text}", metrics.open_answer, "exact match", "gold log-probability", max_new_tokens=4)
+    questions = [Question(str(n), "", {"text": text}, (" y",)) for n, text in enumerate(("abcdefghijkl", "abc"))]
+    asked = scores.ask(task, questions, None, encode, 9)
+    assert asked.truncated == 1
+    assert asked.prompt_ids == [[*map(ord, "hijkl")], [1, *map(ord, "abc")]]
+    assert asked.rows[0].tokens_T == [*map(ord, "efghijkl ")]
+    with pytest.raises(ConfigError, match="4 tokens are written, which leaves nothing of a context of 4 for a prompt"):
+        scores.ask(task, questions, None, encode, 4)
+
+
+def test_a_corpus_without_passages_is_refused(monkeypatch):
+    monkeypatch.setattr(passages, "documents", lambda tokens: ["", " \n"])
+    with pytest.raises(ConfigError, match="some/tokens: its training split has no words to make passages of"):
+        passages.open_retriever("bm25", types.SimpleNamespace(path="some/tokens"), 100, {}, None, None)
+
+
+def test_an_encoder_without_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match=f"config.comparison.retriever: {tmp_path} holds no sentence encoder"):
+        passages.Dense(["a"], str(tmp_path), {}, None, tmp_path)
+
+
+def made_vectors(count):
+    random = np.random.default_rng(0)
+    return random.normal(size=(6000, 16)).astype(np.float32), random.normal(size=(count, 16)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("backend", "most"), [("scann", 5000), ("exact", 5000), ("scann", 6000)])
+def test_many_vectors_are_searched_to_the_recall_that_is_asked_for(tmp_path, monkeypatch, backend, most):
+    monkeypatch.setattr(searching, "EXACT", most)
+    vectors_NxD, queries_QxD = made_vectors(40)
+    settings = {"backend": backend, "recall": 0.9, "training_sample": 6000}
+    mesh = make_mesh(devices=jax.devices()[:1])
+    index = searching.open_index(
+        searching.source_of(vectors_NxD), settings, 5, mesh, epath.Path(tmp_path) / "index", queries_QxD
+    )
+    ids_QxK = index.search(queries_QxD, 5)[1]
+    expected = np.argsort(((queries_QxD[:, None] - vectors_NxD) ** 2).sum(-1), axis=1)[:, :5].astype(np.int32)
+    assert contains(ids_QxK, expected).mean() >= 0.9
+    if (backend, most) != ("scann", 5000):
+        np.testing.assert_array_equal(ids_QxK, expected)
+
+
+@pytest.mark.parametrize("backend", ["scann", "exact"])
+def test_a_large_datastore_is_searched_as_targets_are_made(tmp_path, monkeypatch, backend):
+    monkeypatch.setattr(searching, "EXACT", 5000)
+    vectors_NxD, queries_QxD = made_vectors(40)
+    none_60x100 = np.zeros((60, 100), np.int32)
+    keys_60x100xD = vectors_NxD.reshape(60, 100, 16).astype(np.float16)
+    arrays = {"keys": keys_60x100xD, "next_tokens": none_60x100, "documents": none_60x100}
+    datastore = write_datastore(epath.Path(tmp_path) / "datastore", arrays)
+    settings = {"backend": backend, "recall": 0.9, "training_sample": 6000, "k": 5, "search_dimensions": 0}
+    mesh = make_mesh(devices=jax.devices()[:1])
+    index = searching.open_key_index(datastore, settings, mesh, epath.Path(tmp_path) / "index")
+    expected = np.argsort(((queries_QxD[:, None] - vectors_NxD) ** 2).sum(-1), axis=1)[:, :5].astype(np.int32)
+    assert contains(index.search(queries_QxD, 5)[1], expected).mean() >= 0.85
