@@ -124,12 +124,20 @@ def get_config() -> ml_collections.ConfigDict:
     comparison.systems = "base,memory,knn_lm,rag,cpt,lora"
     comparison.tasks = "passages"  # names of mlpmem_jax/comparison/tasks/, with commas between
     comparison.data = "data/evaluation"  # folder of the tasks' files (docs/evaluation.md)
+    comparison.hub = False  # files that this folder lacks are written there from the Hugging Face hub (extra `hub`)
     comparison.limit = 0  # questions of each task, drawn by the seed; 0 = all
     comparison.tuning_questions = 500  # of a validation split, on which lambda is tuned
     comparison.retriever = "bm25"  # or the folder of a sentence encoder
     comparison.passages = 5  # in a prompt with passages
     comparison.passage_words = 100  # most words of one passage
     comparison.k = 0  # neighbors of kNN-LM; 0 = targets.k
+    comparison.speed = ml_collections.ConfigDict()  # of `mlpmem compare --speed`
+    comparison.speed.positions = (
+        "10000,100000,1000000,10000000"  # of the corpora that are searched, with commas between
+    )
+    comparison.speed.prompt_tokens = 64
+    comparison.speed.new_tokens = 16
+    comparison.speed.rounds = 3  # whose median is shown
     comparison.seed = 0  # of the questions drawn and the halves that lambda is tuned on
 
     config.mesh = mesh = ml_collections.ConfigDict()

@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--systems", metavar="A,B", help="instead of config.comparison.systems")
             verb.add_argument("--tasks", metavar="A,B", help="instead of config.comparison.tasks")
             verb.add_argument("--limit", type=int, metavar="N", help="questions of each task; 0 = all")
+            verb.add_argument("--speed", action="store_true", help="time the systems by size of the corpus instead")
         if name == "export":
             verb.add_argument("--format", required=True, choices=FORMATS, help=FORMATS_HELP)
             verb.add_argument("--output", required=True, type=_path, metavar="PATH", help="folder or file to make")
@@ -214,8 +215,9 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
             seed=options.seed,
         )
     elif options.verb == "compare":
-        from mlpmem_jax.comparison import compare as comparison
+        from mlpmem_jax.comparison import compare, speed
 
+        comparison = speed if options.speed else compare
         with stage_costs.measured(config.workdir, "compare"):
             comparison.run(config)
     elif options.verb == "score":

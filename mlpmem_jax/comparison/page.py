@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import html
-import io
+import itertools
+import json
 from collections.abc import Sequence
 
 import matplotlib.figure
+from etils import epath
 
+from mlpmem_jax.comparison import markup, speed_page
+from mlpmem_jax.comparison.published import PUBLISHED
 from mlpmem_jax.evaluation.page import STYLE
 
 _STYLE = ".texts td, .texts th { text-align: left; white-space: normal; }"
 DISAGREEMENTS = 10  # questions shown
-PUBLISHED = {
-    # Table of the paper, Mistral-7B (nine tasks) and Llama-2-7B (questions): another model, for reference alone.
-    "sst2": (81.21, 83.19), "mr": (75.35, 79.90), "cr": (62.30, 75.95), "rt": (74.95, 75.42), "hyp": (55.42, 64.15),
-    "cb": (69.64, 76.79), "rte": (59.57, 64.62), "agn": (75.95, 80.28), "yahoo": (56.36, 57.33),
-    "nq": (23.18, 27.04), "webquestions": (32.09, 36.61), "triviaqa": (56.91, 57.50), "truthfulqa": (29.16, 30.04),
-    "hotpotqa": (22.72, 25.69), "halueval_dialogue": (57.18, 66.86), "halueval_qa": (53.99, 64.07),
-    "halueval_summarization": (50.27, 52.41),
-}  # fmt: skip
 
 
-def page(comparison: dict, answers: Sequence[dict]) -> str:
-    """The page, from compare.json and the lines of answers.jsonl."""
-    tasks, names = comparison["tasks"], list(comparison["systems"])
-    sections = [
-        "<h1>MLP Memory: systems compared on the same questions</h1>",
-        f'<p class="headline">{html.escape(verdict(comparison))}</p>',
-        _scores(comparison),
-        *(_task(comparison, name) for name in tasks),
-        _costs(comparison),
-        _disagreements(answers, names),
-        _provenance(comparison),
-    ]
+def write(folder: epath.Path) -> None:
+    """Writes index.html from compare.json with answers.jsonl, and from speed.json, as far as the folder has them."""
+    comparison, speed = (_read(folder / f"{name}.json") for name in ("compare", "speed"))
+    lines = (folder / "answers.jsonl").read_text().splitlines() if comparison else []
+    (folder / "index.html").write_text(page(comparison, [json.loads(line) for line in lines], speed))
+
+
+def _read(file: epath.Path) -> dict | None:
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def page(comparison: dict | None, answers: Sequence[dict], speed: dict | None = None) -> str:
+    """The page, from compare.json and the lines of answers.jsonl, and from speed.json; None = there is none."""
+    sections = ["<h1>MLP Memory: systems compared on the same questions</h1>"]
+    if comparison:
+        sections += [
+            f'<p class="headline">{html.escape(verdict(comparison))}</p>',
+            _scores(comparison),
+            *(_task(comparison, name) for name in comparison["tasks"]),
+            _costs(comparison),
+        ]
+    sections += [speed_page.section(speed)] if speed else []
+    if comparison:
+        sections += [_disagreements(answers, list(comparison["systems"])), _provenance(comparison)]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -67,12 +75,6 @@ def _shown(measure: str, value: float) -> str:
     return f"{value:.2f}" if "log-probability" in measure else f"{100 * value:.1f}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="table {style}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _scores(comparison: dict) -> str:
     shown = [
         (name, task, measure)
@@ -83,18 +85,30 @@ def _scores(comparison: dict) -> str:
     for name, system in comparison["systems"].items():
         cells = [_shown(measure, task["systems"][name]["measures"][measure]) for _, task, measure in shown]
         rows.append([system["title"], *cells])
-    for index, title in enumerate(("published, base LM of 7B", "published, with its memory")):
-        figures = [
-            f"{PUBLISHED[name][index]:.1f}" if name in PUBLISHED and measure == task["headline"] else ""
-            for name, task, measure in shown
-        ]
-        rows += [[title, *figures]] if any(figures) else []
     heads = ["system", *(f"{task['title']} ({measure})" for _, task, measure in shown)]
+    note = "Shares in percent, log-probabilities in nats."
+    return f"<h2>Scores</h2>{markup.table(heads, rows)}<p>{note}</p>{_published(comparison)}"
+
+
+def _published(comparison: dict) -> str:
+    """The paper's figures for the same tasks and systems."""
+    names = [name for name in comparison["tasks"] if (name, "base") in PUBLISHED]
+    if not names:
+        return ""
+    rows = [
+        [
+            f"7B: {system['title']}",
+            *(f"{PUBLISHED[task, name]:.2f}" if (task, name) in PUBLISHED else "" for task in names),
+        ]
+        for name, system in comparison["systems"].items()
+        if any((task, name) in PUBLISHED for task in names)
+    ]
+    heads = ["published, another model", *(comparison["tasks"][name]["title"] for name in names)]
     note = (
-        "Shares in percent, log-probabilities in nats. Published figures (arXiv 2508.01832: Mistral-7B-v0.3 on tasks "
-        "of words, Llama-2-7B on questions) are of other models on other text, for reference alone."
+        "For reference alone: the paper's figures in percent (arXiv 2508.01832), Mistral-7B-v0.3 on tasks of words and "
+        "HaluEval, Llama-2-7B on questions, on other text, with λ tuned on what is reported."
     )
-    return f"<h2>Scores</h2>{_table(heads, rows)}<p>{note}</p>"
+    return f"<h3>Published figures of models of 7B parameters</h3>{markup.table(heads, rows)}<p>{note}</p>"
 
 
 def _task(comparison: dict, name: str) -> str:
@@ -127,7 +141,7 @@ def _task(comparison: dict, name: str) -> str:
                 f"{_shown(task['tuned on'], own)} with the λ that is best on the reported questions themselves."
             )
     text = " ".join(html.escape(note) for note in notes)
-    return f"<h2>{html.escape(task['title'])}</h2>{_table(heads, rows)}<p>{text}</p>{_curves(comparison, name)}"
+    return f"<h2>{html.escape(task['title'])}</h2>{markup.table(heads, rows)}<p>{text}</p>{_curves(comparison, name)}"
 
 
 def _curves(comparison: dict, name: str) -> str:
@@ -146,11 +160,7 @@ def _curves(comparison: dict, name: str) -> str:
     axes.set_ylabel(task["tuned on"] + (", nats" if scale == 1.0 else ", %"))
     axes.legend(frameon=False, fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    svg = drawn.getvalue()
-    caption = html.escape(f"{task['title']}: {task['tuned on']} by λ, over all reported questions")
-    return f'<figure style="max-width: 40rem"><figcaption>{caption}</figcaption>{svg[svg.index("<svg") :]}</figure>'
+    return markup.picture(figure, f"{task['title']}: {task['tuned on']} by λ, over all reported questions")
 
 
 def _costs(comparison: dict) -> str:
@@ -173,26 +183,28 @@ def _costs(comparison: dict) -> str:
         "on disk",
         "scored and written in",
     )
-    return f"<h2>What they cost</h2>{_table(heads, rows)}"
+    return f"<h2>What they cost</h2>{markup.table(heads, rows)}"
 
 
 def _disagreements(answers: Sequence[dict], names: Sequence[str]) -> str:
-    """Questions on which the texts of systems differ, at most one in a row from each task's start."""
-    shown = []
+    """Questions to which systems say different things: of each task in turn those with the most answers."""
+    by_task: dict[str, list[tuple[dict, dict]]] = {}
     for line in answers:
-        texts = {name: of["text"] for name, of in line["systems"].items() if of["text"] is not None}
+        texts = {name: of["text"] for name, of in line["systems"].items()}
         if len(set(texts.values())) > 1:
-            shown.append((len(set(texts.values())), line, texts))
-    shown.sort(key=lambda item: -item[0])
-    if not shown:
+            by_task.setdefault(line["task"], []).append((line, texts))
+    for lines in by_task.values():
+        lines.sort(key=lambda item: -len(set(item[1].values())))
+    in_turn = [item for items in itertools.zip_longest(*by_task.values()) for item in items if item]
+    if not in_turn:
         return ""
     blocks = []
-    for _, line, texts in shown[:DISAGREEMENTS]:
-        gold = line["gold"] if isinstance(line["gold"], str) else ", ".join(map(str, line["gold"] or []))
-        rows = [[name, texts[name]] for name in names if name in texts]
-        question = html.escape(line["prompt"][-300:])
+    for line, texts in in_turn[:DISAGREEMENTS]:
+        rows = [[name, texts[name]] for name in names]
+        question, accepted = html.escape(line["prompt"][-300:]), html.escape(", ".join(line["accepted"]))
         blocks.append(
-            f"<p><b>{question}</b><br>accepted: {html.escape(gold)}</p>{_table(('system', 'answer'), rows, 'texts')}"
+            f"<p>{html.escape(line['task'])}: <b>{question}</b><br>accepted: {accepted}</p>"
+            + markup.table(("system", "answer"), rows, "texts")
         )
     return f"<h2>Where they disagree</h2>{''.join(blocks)}"
 
@@ -202,6 +214,6 @@ def _provenance(comparison: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in from_["libraries"].items())
     text = f"Python {from_['python']}, {from_['platform']}, {from_['devices']}; {versions}"
     return f"<h2>Provenance</h2><details><summary>Versions and fingerprints</summary><p>{html.escape(text)}</p>" + (
-        _table(("artifact", "fingerprint"), [[name, value[:16]] for name, value in from_["fingerprints"].items()])
+        markup.table(("artifact", "fingerprint"), [[name, value[:16]] for name, value in from_["fingerprints"].items()])
         + "</details>"
     )

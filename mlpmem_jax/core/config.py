@@ -181,12 +181,23 @@ SCHEMA: dict[str, Any] = {
         "systems": _TEXT,
         "tasks": _TEXT,
         "data": _TEXT,
+        "hub": _BOOLEAN,
         "limit": _COUNT,
         "tuning_questions": _POSITIVE,
         "retriever": (str, lambda value: value != "", "'bm25' or the folder of a sentence encoder"),
         "passages": _POSITIVE,
         "passage_words": _POSITIVE,
         "k": _COUNT,
+        "speed": {
+            "positions": (
+                str,
+                lambda text: all(one.isdecimal() and int(one) for one in text.split(",")),
+                "numbers with commas",
+            ),
+            "prompt_tokens": _POSITIVE,
+            "new_tokens": _POSITIVE,
+            "rounds": _POSITIVE,
+        },
         "seed": _SEED,
     },
     "mesh": {

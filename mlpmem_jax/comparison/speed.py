@@ -1,0 +1,279 @@
+"""`mlpmem compare --speed`: time to the first token and tokens per second of every system, by the size of the corpus.
+
+Prompts and outputs have the same lengths for all; what a system retrieves is in the time to its first token, and makes
+its prompt longer. Corpora larger than the one at hand are made from it: keys by noise around real ones, passages by
+shuffling the words of real ones. Rounds take the systems in turn, so that other load meets them all.
+
+WORKDIR/comparison/speed.json has every time; the page shows them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Callable
+
+import jax
+import ml_collections
+import numpy as np
+import rich.console
+import rich.table
+
+from mlpmem_jax.comparison import greedy, page, speed_page, systems
+from mlpmem_jax.comparison.passages import Retriever, documents, make_retriever, split
+from mlpmem_jax.comparison.searching import EXACT, fingerprint, open_index
+from mlpmem_jax.comparison.systems import SIDE_MODEL, SYSTEMS, Workdir
+from mlpmem_jax.core import host
+from mlpmem_jax.core.errors import ArtifactError, UserError
+from mlpmem_jax.core.progress import say
+from mlpmem_jax.corpus.tokens import TokenStream, encode_prompts, read_tokenizer
+from mlpmem_jax.retrieval import backends, exact_backend
+from mlpmem_jax.retrieval.backends import KeySource
+
+BATCHES = (1, 8)
+WEIGHT = 0.5  # lambda; any but 0 costs the same
+_NOISE = 0.1  # of a new key, in standard deviations of the real ones
+_KEYS_AT_ONCE = 65_536
+
+
+def run(config: ml_collections.ConfigDict) -> dict:
+    """Measures the systems of `config.comparison`.
+
+    Returns:
+      What is in speed.json.
+
+    Raises:
+      UserError: a stage is not finished, or a text is too short.
+    """
+    settings = config.comparison.speed
+    workdir = Workdir(config)
+    chosen, skipped = _usable(workdir)
+    prompts = _prompts(workdir, max(BATCHES), settings.prompt_tokens)
+    report = {
+        "titles": {name: SYSTEMS[name].title for name in chosen},
+        "prompt_tokens": settings.prompt_tokens,
+        "new_tokens": settings.new_tokens,
+        "rounds": settings.rounds,
+        "real_positions": _real_positions(workdir),
+        "device": jax.devices()[0].device_kind,
+        "cores": host.cpu_count(),
+        "measured": [],
+        "skipped": skipped,
+    }
+    for positions in sorted({int(one) for one in settings.positions.split(",")}):
+        say(f"== a corpus of {positions:,} positions")
+        systems_timed = {}
+        for name in chosen:
+            try:
+                systems_timed[name] = _Timed.open(workdir, name, positions, prompts, settings.new_tokens)
+            except _TooLargeError as error:
+                skipped.append({"system": name, "positions": positions, "reason": str(error)})
+                say(f"{name}: left out, {error}")
+        for batch in BATCHES:
+            report["measured"] += _rounds(systems_timed, positions, batch, settings.rounds)
+        if jax.process_index() == 0:
+            workdir.results.mkdir(parents=True, exist_ok=True)
+            (workdir.results / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
+            page.write(workdir.results)
+    if jax.process_index() == 0:
+        _show(report)
+    return report
+
+
+def _rounds(systems_timed: dict[str, _Timed], positions: int, batch: int, rounds: int) -> list[dict]:
+    """A line for each system; rounds take them in turn."""
+    seconds = {name: [] for name in systems_timed}
+    for number in range(-1, rounds):  # the first round compiles
+        for name, timed in systems_timed.items():
+            once = timed.measure(batch)
+            seconds[name] += [once] if number >= 0 else []
+    lines = []
+    for name, of in seconds.items():
+        first, following = zip(*of, strict=True)
+        lines.append(
+            {
+                "system": name,
+                "positions": positions,
+                "batch": batch,
+                "prompt_tokens": systems_timed[name].prompt_tokens,
+                "first": list(first),
+                "next": list(following),
+            }
+        )
+        rate = batch / np.median(following)
+        say(f"{name}, batch {batch}: first token {1e3 * np.median(first):,.0f} ms, {rate:,.1f} tokens/s")
+    return lines
+
+
+class _TooLargeError(Exception):
+    """A corpus that this machine has no memory for."""
+
+
+def _usable(workdir: Workdir) -> tuple[list[str], list[dict]]:
+    """(systems whose parts are finished, those that are left out and why)."""
+    chosen, skipped = [], []
+    for name in systems.parse(workdir.config.comparison.systems):
+        try:
+            workdir.parts(SYSTEMS[name])
+            chosen.append(name)
+        except ArtifactError as error:
+            if name == "base":
+                raise
+            skipped.append({"system": name, "positions": None, "reason": str(error)})
+            say(f"{name}: left out, {error}")
+    return chosen, skipped
+
+
+def _prompts(workdir: Workdir, count: int, length: int) -> list[list[int]]:
+    """Runs of the test split.
+
+    Raises:
+      UserError: it is too short.
+    """
+    stream = TokenStream(workdir.tokens, "test")
+    if stream.length < length + count:
+        raise UserError(
+            f"config.comparison.speed.prompt_tokens: {count} prompts of {length} tokens are asked for, the test split "
+            f"has {stream.length}"
+        )
+    starts = np.linspace(0, stream.length - length, count).astype(int)
+    return [stream.read(start, start + length).tolist() for start in starts]
+
+
+def _real_positions(workdir: Workdir) -> int:
+    sequences, length = workdir.artifact("datastore/train", "datastore").arrays["next_tokens"].shape
+    return sequences * length
+
+
+@dataclasses.dataclass
+class _Timed:
+    """A system with what it reads.
+
+    Attributes:
+      mixture: its greedy steps.
+      prompts: token ids of each.
+      retrieve: prompt of a text with what is retrieved for it; None where nothing is.
+      count: tokens that are written.
+    """
+
+    mixture: greedy.Mixture
+    prompts: list[list[int]]
+    retrieve: Callable[[list[list[int]]], list[list[int]]] | None
+    count: int
+    prompt_tokens: int
+
+    @classmethod
+    def open(cls, workdir: Workdir, name: str, positions: int, prompts: list[list[int]], count: int) -> _Timed:
+        """A system over a corpus of so many positions.
+
+        Raises:
+          _TooLargeError: this machine has not the memory.
+        """
+        system = SYSTEMS[name]
+        side = None
+        if system.side:
+            side = _neighbors_over(workdir, positions) if system.side == "knn" else workdir.side(system.side)
+        same = system.model == SIDE_MODEL
+        decoder = workdir.decoder(system.model, side if same else None)
+        other = None if side is None else decoder if same else workdir.decoder(SIDE_MODEL, side)
+        retrieve = _with_passages(workdir, positions, count) if system.retrieves else None
+        read = max(map(len, retrieve(prompts) if retrieve else prompts))
+        return cls(greedy.Mixture(decoder, other, WEIGHT), prompts, retrieve, count, read)
+
+    def measure(self, batch: int) -> tuple[float, float]:
+        """(seconds to the first token of every text, seconds of each step after it)."""
+        prompts, start = self.prompts[:batch], time.perf_counter()
+        tokens_B = self.mixture.start(self.retrieve(prompts) if self.retrieve else prompts, self.count)
+        first = time.perf_counter() - start
+        for _ in range(self.count - 1):
+            tokens_B = self.mixture.step(tokens_B)
+        return first, (time.perf_counter() - start - first) / max(1, self.count - 1)
+
+
+def _with_passages(workdir: Workdir, positions: int, count: int) -> Callable[[list[list[int]]], list[list[int]]]:
+    """Prompts with passages of a corpus of so many positions."""
+    settings, tokenizer = workdir.config.comparison, read_tokenizer(workdir.tokens)
+    real = [passage for text in documents(workdir.tokens) for passage in split(text, settings.passage_words)]
+    wanted = max(1, round(len(real) * positions / _real_positions(workdir)))
+    retriever: Retriever = make_retriever(
+        settings.retriever, _more_passages(real, wanted), workdir.config.targets, workdir.sharding.mesh, workdir.indices
+    )
+    room = workdir.model(SIDE_MODEL).config.context_length - count
+
+    def retrieve(prompts: list[list[int]]) -> list[list[int]]:
+        texts = tokenizer.decode_batch(prompts)
+        passages = retriever.retrieve(texts, settings.passages)
+        texts = [f"Background: {' '.join(of)}\n\n{text}" for of, text in zip(passages, texts, strict=True)]
+        return [ids[-room:] for ids in encode_prompts(workdir.tokens, texts)]
+
+    return retrieve
+
+
+def _more_passages(real: list[str], count: int) -> list[str]:
+    """`count` passages: the real ones, then those with their words shuffled."""
+    shuffled, passages = random.Random(0), real[:count]
+    while len(passages) < count:
+        words = real[len(passages) % len(real)].split()
+        shuffled.shuffle(words)
+        passages.append(" ".join(words))
+    return passages
+
+
+def _neighbors_over(workdir: Workdir, positions: int):
+    """kNN search over so many keys: the real ones, then those with noise around them.
+
+    Raises:
+      _TooLargeError: this machine has not the memory.
+    """
+    datastore = workdir.artifact("datastore/train", "datastore")
+    keys_NxD = datastore.read("keys", 0, datastore.arrays["keys"].shape[0])
+    keys_NxD = keys_NxD.reshape(-1, keys_NxD.shape[-1])[:positions]
+    next_tokens_N = datastore.read("next_tokens", 0, datastore.arrays["keys"].shape[0]).reshape(-1).astype(np.int32)
+    _check_memory(workdir, positions, keys_NxD)
+    source = _more_keys(keys_NxD, positions)
+    settings, k = workdir.config.targets, min(workdir.k, positions)
+    folder = workdir.indices / f"speed_{fingerprint(datastore.fingerprint, positions, settings)}"
+    index = open_index(source, settings, k, workdir.sharding.mesh, folder, source.read(0, min(positions, 256)))
+    return workdir.neighbors(index, np.resize(next_tokens_N, positions))
+
+
+def _more_keys(keys_NxD: np.ndarray, count: int) -> KeySource:
+    """`count` keys: the real ones again and again, from the second time on with noise, the same at every reading."""
+    deviations_D = _NOISE * keys_NxD.astype(np.float32).std(axis=0)
+
+    def block(number: int) -> np.ndarray:
+        places = np.arange(number * _KEYS_AT_ONCE, min(count, (number + 1) * _KEYS_AT_ONCE))
+        keys_BxD = keys_NxD[places % len(keys_NxD)].astype(np.float32)
+        is_new_B = places >= len(keys_NxD)
+        noise_MxD = np.random.default_rng(number).standard_normal((is_new_B.sum(), len(deviations_D)), np.float32)
+        keys_BxD[is_new_B] += noise_MxD * deviations_D
+        return keys_BxD.astype(keys_NxD.dtype)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        first, last = start // _KEYS_AT_ONCE, -(-stop // _KEYS_AT_ONCE)
+        blocks = np.concatenate([block(number) for number in range(first, last)])
+        return blocks[start - first * _KEYS_AT_ONCE : stop - first * _KEYS_AT_ONCE]
+
+    return KeySource(count, keys_NxD.shape[1], keys_NxD.dtype, read)
+
+
+def _check_memory(workdir: Workdir, positions: int, keys_NxD: np.ndarray) -> None:
+    backend = exact_backend.Backend if positions <= EXACT else backends.chosen(workdir.config.targets.backend)[1]
+    search = backend.create(workdir.config.targets, workdir.k, workdir.sharding.mesh)
+    needed = keys_NxD.nbytes + search.needs(positions, keys_NxD.shape[1], keys_NxD.dtype.itemsize, 1).memory
+    if needed > host.memory_bytes():
+        raise _TooLargeError(
+            f"its index takes {needed / 2**30:.1f} GiB of memory, this machine has {host.memory_bytes() / 2**30:.1f}"
+        )
+
+
+def _show(report: dict) -> None:
+    table = rich.table.Table(
+        "system", "positions", "batch", "prompt", "first token, ms", "/ base", "tokens/s", "/ base",
+        title=f"prompts of {report['prompt_tokens']} tokens, {report['new_tokens']} written, {report['rounds']} rounds",
+    )  # fmt: skip
+    for row in speed_page.rows(report):
+        table.add_row(*row)
+    rich.console.Console().print(table)

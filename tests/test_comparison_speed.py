@@ -1,0 +1,44 @@
+"""The table of `mlpmem compare --speed`, and the corpora that it times searches of."""
+
+import numpy as np
+
+from mlpmem_jax.comparison import page, speed, speed_page
+
+
+def test_ratios_are_of_one_round():
+    base = {
+        "system": "base",
+        "positions": 9,
+        "batch": 2,
+        "prompt_tokens": 5,
+        "first": [1.0, 2.0, 4.0],
+        "next": [1.0] * 3,
+    }
+    other = base | {"system": "knn_lm", "first": [3.0, 4.0, 8.0], "next": [2.0, 4.0, 8.0]}
+    rows = speed_page.rows({"titles": {"base": "base", "knn_lm": "kNN"}, "measured": [base, other]})
+    assert rows[1] == ["kNN", "9", "2", "5", "4,000.0 (3,000.0 to 8,000.0)", "2.00", "0.5 (0.2 to 1.0)", "0.25"]
+
+
+def test_made_keys_are_the_real_ones_and_then_others_near_them(monkeypatch):
+    monkeypatch.setattr(speed, "_KEYS_AT_ONCE", 7)
+    keys_NxD = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float16)
+    source = speed._more_keys(keys_NxD, 33)
+    whole_MxD = source.read(0, 33)
+    np.testing.assert_array_equal(whole_MxD[:10], keys_NxD)
+    np.testing.assert_array_equal(source.read(9, 25), whole_MxD[9:25])
+    distances = np.abs(whole_MxD[10:].astype(np.float32) - np.resize(keys_NxD, (33, 4))[10:]).max(axis=1)
+    assert distances.min() > 0
+    assert distances.max() < 1
+    assert len(np.unique(whole_MxD, axis=0)) == 33
+
+
+def test_made_passages_have_the_words_of_real_ones():
+    real = ["a b c d e f", "g h"]
+    made = speed._more_passages(real, 5)
+    assert made[:2] == real
+    assert [sorted(passage.split()) for passage in made] == [sorted(real[n % 2].split()) for n in range(5)]
+    assert speed._more_passages(real, 1) == real[:1]
+
+
+def test_a_page_without_anything_is_a_page(tmp_path):
+    assert "<h1>" in page.page(None, [])
