@@ -12,11 +12,12 @@ import shutil
 import sys
 
 import pytest
+import test_comparison_reference
 import test_gguf
 import transformers
 import zstandard
 
-from configs import library_h100, smollm2, smollm2_nq
+from configs import library_h100, mistral_7b_compare, smollm2, smollm2_nq
 from launch import local
 from mlpmem_jax.core import config_files
 from mlpmem_jax.core.config import as_config_file, check_config
@@ -140,10 +141,59 @@ def write_data(folder):
     library.write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
 
 
+def write_questions(folder):
+    """What mistral_7b_compare asks: data sets of the hub, and files that it does not have."""
+    comparison = mistral_7b_compare.get_config().comparison
+    data = folder / comparison.data
+    questions = [{"question": f"What is article {number}", "answer": ["docs", "text"]} for number in range(4)]
+    (data / "truthfulqa").mkdir(parents=True)
+    test_comparison_reference.write_data(data)
+    for file in ("truthfulqa", "pmi/rt", "pmi/sst2", "pmi/rte", "pmi/cb", "pmi/yahoo"):
+        shutil.rmtree(data / file)
+    (data / "halueval" / "qa_one-turn_data.json").unlink()
+    for name in ("dialogue", "summarization"):
+        shutil.copy(
+            data / "halueval/qa_evaluation_instruction.txt", data / f"halueval/{name}_evaluation_instruction.txt"
+        )
+    fields = {
+        "qa": ("question", "right_answer", "hallucinated_answer"),
+        "dialogue": ("dialogue_history", "right_response", "hallucinated_response"),
+        "summarization": ("document", "right_summary", "hallucinated_summary"),
+    }
+    sets = {
+        ("google-research-datasets/nq_open", ""): questions,
+        ("stanfordnlp/web_questions", ""): [{"question": "What?", "answers": ["docs"]}] * 3,
+        ("mandarjoshi/trivia_qa", "unfiltered.nocontext"): [{"question": "Who?", "answer": {"aliases": ["He"]}}] * 3,
+        ("hotpotqa/hotpot_qa", "distractor"): [{"question": "Is it?", "answer": "yes"}] * 3,
+        ("truthfulqa/truthful_qa", "generation"): [
+            {"question": "Is it?", "best_answer": "Yes", "correct_answers": ["Yes"], "incorrect_answers": ["No", "A"]}
+        ] * 3,
+        ("cornell-movie-review-data/rotten_tomatoes", ""): [{"text": "good", "label": 1}, {"text": "bad", "label": 0}],
+        ("SetFit/sst5", ""): [{"text": "good", "label": 4}, {"text": "bad", "label": 0}],
+        ("nyu-mll/glue", "rte"): [{"sentence1": "It is.", "sentence2": "Is it?", "label": 1}] * 2,
+        ("aps/super_glue", "cb"): [{"premise": "It is.", "hypothesis": "Is it?", "label": 2}] * 2,
+        ("community-datasets/yahoo_answers_topics", ""): [
+            {"question_title": "Why?", "question_content": "", "best_answer": "So.", "topic": 3}
+        ] * 3,
+        **{("pminervini/HaluEval", name): [dict.fromkeys(fields[name], "It is so.")] * 3 for name in fields},
+    }  # fmt: skip
+    for (name, subset), rows in sets.items():
+        write_data_set(folder / name, subset, [rows] * 4, ["train", "validation", "test", "data"])
+    encoder = folder / comparison.retriever
+    trained = tokenizer.train((paragraph for _, paragraphs in articles() for paragraph in paragraphs), VOCABULARY)
+    bert = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(bert).save_pretrained(encoder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=trained, pad_token=trained.id_to_token(0)).save_pretrained(
+        encoder
+    )
+
+
 def write_models(folder, cache):
     """Random models of the published ones' architectures: in the hub's cache, with a tokenizer, and as a GGUF file."""
     trained = tokenizer.train((paragraph for _, paragraphs in articles() for paragraph in paragraphs), VOCABULARY)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "max_position_embeddings": 4 * LENGTH}
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "max_position_embeddings": 16 * LENGTH}
     llama = sizes | {"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     models = {
         f"{OWNER}/Llama-2-7b-hf": transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)),
@@ -170,6 +220,7 @@ def write_models(folder, cache):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ready")
     write_data(folder)
+    write_questions(folder)
     write_models(folder, folder / "huggingface" / "hub")
     return folder
 
@@ -214,6 +265,11 @@ def test_a_config_runs_whole(file, here, capfd):
     job(config, "generate", "--prompt=The", "--tokens=3")
     assert capfd.readouterr().out.count("base LM + memory") == 1
     job(config, "export", "--format=transformers", f"--output={here / file.stem}_exported")
+    if ready.comparison.hub:
+        job(config, "compare")
+        compared = json.loads((workdir / "comparison" / "compare.json").read_text())
+        assert list(compared["systems"]) == ready.comparison.systems.split(",")
+        assert list(compared["tasks"]) == ready.comparison.tasks.split(",")
     shutil.copytree(workdir / "tokens", again / "tokens")
     job(imported, "import", f"--from={here / file.stem}_exported")
     ours, theirs = (json.loads((at / "memory" / "manifest.json").read_text())["summary"] for at in (again, workdir))
