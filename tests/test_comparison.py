@@ -149,7 +149,8 @@ def test_again_it_computes_nothing(config, compared, monkeypatch):
 def test_every_system_is_timed_at_every_size_that_fits(config, compared, monkeypatch):
     other = config.copy_and_resolve_references()
     other.comparison.systems = "base,memory,knn_lm,rag"
-    other.comparison.speed.update({"positions": "500,5000,90000", "prompt_tokens": 12, "new_tokens": 3, "rounds": 2})
+    other.comparison.speed.update({"positions": "500,5000,90000", "prompt_tokens": 12, "new_tokens": 2, "rounds": 2})
+    monkeypatch.setattr(speed, "BATCHES", (2,))
     monkeypatch.setattr(searching, "EXACT", 2000)
     monkeypatch.setattr(speed, "EXACT", 2000)
     check_memory = speed._check_memory

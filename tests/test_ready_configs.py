@@ -101,14 +101,15 @@ def articles():
 
 
 def write_data_set(folder, subset, rows, splits):
-    """A data set as the hub has them: JSON lines for each split, in a configuration of that name."""
-    folder.mkdir(parents=True)
-    files = "".join(f"      - split: {split}\n        path: {split}.jsonl\n" for split in splits)
-    named = f"  - config_name: {subset or 'default'}\n    data_files:\n{files}"
-    (folder / "README.md").write_text(f"---\nconfigs:\n{named}---\n")
+    """A data set as the hub has them: JSON lines for each split, in a configuration of that name; others may follow."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, readme = subset or "default", folder / "README.md"
+    files = "".join(f"      - split: {split}\n        path: {config}-{split}.jsonl\n" for split in splits)
+    others = readme.read_text().removeprefix("---\nconfigs:\n").removesuffix("---\n") if readme.exists() else ""
+    readme.write_text(f"---\nconfigs:\n{others}  - config_name: {config}\n    data_files:\n{files}---\n")
     for number, split in enumerate(splits):
         lines = (json.dumps(row) for row in rows[number :: len(splits)] for row in row)
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / f"{config}-{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def write_data(folder):
