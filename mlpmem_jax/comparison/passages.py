@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import pathlib
 import re
 from collections.abc import Mapping
@@ -66,6 +67,7 @@ class BM25:
 
     def __init__(self, passages: list[str]):
         self._library = require("bm25s", extra="rag")
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
         self._passages, self._index = passages, self._library.BM25(k1=1.5, b=0.75)
         self._index.index(self._tokenized(passages), show_progress=False)
         arrays = (value for value in self._index.scores.values() if isinstance(value, np.ndarray))

@@ -75,7 +75,8 @@ def _picture(speed: dict) -> str:
                 ends = np.array([(np.min(value), np.max(value)) for value in values]).reshape(-1, 2).T
                 axes.errorbar(positions, medians, np.abs(ends - medians), marker=".", capsize=2, label=title)
         for axes, name in zip(panels, ("time to the first token, ms", "tokens per second"), strict=True):
-            axes.set_xscale("log")
+            if len({line["positions"] for line in speed["measured"]}) > 1:
+                axes.set_xscale("log")
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
