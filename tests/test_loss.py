@@ -77,7 +77,7 @@ def assert_matches(actual, expected, tolerance=2e-5):
         np.testing.assert_allclose(np.asarray(gradient, np.float64) / scale, wanted / scale, atol=tolerance)
 
 
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=12, deadline=None)  # each is compiled
 @hypothesis.given(
     positions=st.integers(1, 9),
     width=st.integers(1, 6),
