@@ -60,7 +60,14 @@ def test_layers_import_downwards_alone(imports):
 def test_launchers_import_the_standard_library_configs_and_core_alone(imports):
     allowed = {*sys.stdlib_module_names, "launch", "configs", "yaml", "ml_collections"}
     ours = {"mlpmem_jax.stages", "mlpmem_jax.core.config"}
-    core = ("accelerators", "config_files", "errors", "failures", "preflight")  # none of them imports jax
+    core = (
+        "accelerators",
+        "config_files",
+        "errors",
+        "failures",
+        "installation",
+        "preflight",
+    )  # none of them imports jax
     ours |= {f"mlpmem_jax.core.{name}" for name in core}
     for name, others in imports.items():
         if name.startswith("launch"):
