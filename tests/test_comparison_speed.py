@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mlpmem_jax.comparison import page, speed, speed_page
+from mlpmem_jax.comparison import speed, speed_page
 
 
 def test_ratios_are_of_one_round():
@@ -38,7 +38,3 @@ def test_made_passages_have_the_words_of_real_ones():
     assert made[:2] == real
     assert [sorted(passage.split()) for passage in made] == [sorted(real[n % 2].split()) for n in range(5)]
     assert speed._more_passages(real, 1) == real[:1]
-
-
-def test_a_page_without_anything_is_a_page(tmp_path):
-    assert "<h1>" in page.page(None, [])

@@ -16,6 +16,7 @@ from mlpmem_jax.evaluation.page import STYLE
 
 _STYLE = ".texts td, .texts th { text-align: left; white-space: normal; }"
 DISAGREEMENTS = 10  # questions shown
+FEWEST = 10  # questions whose resamples say anything
 
 
 def write(folder: epath.Path) -> None:
@@ -62,8 +63,9 @@ def verdict(comparison: dict) -> str:
                 asked += 1
                 low, high = of["over base"][measure]
                 words = f"{comparison['systems'][name]['title']} on {task['title']}, {measure}"
-                better += [words] if low > 0 else []
-                worse += [words] if high < 0 else []
+                is_enough = task["questions"] >= FEWEST
+                better += [words] if low > 0 and is_enough else []
+                worse += [words] if high < 0 and is_enough else []
     text = f"Of {asked} differences to the base LM, {len(better)} are gains that the data support"
     text += f" ({'; '.join(better)})" if better else ""
     text += f", {len(worse)} are losses" + (f" ({'; '.join(worse)})" if worse else "")

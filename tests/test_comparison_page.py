@@ -1,0 +1,41 @@
+"""What the page of a comparison says, from figures written down by hand."""
+
+import pytest
+
+from mlpmem_jax.comparison import page
+
+
+def comparison(questions, low, high):
+    of = {"over base": {"accuracy": [low, high]}}
+    task = {"title": "RT", "headline": "accuracy", "tuned on": "accuracy", "questions": questions}
+    return {
+        "tasks": {"rt": task | {"systems": {"base": {}, "memory": of}}},
+        "systems": {"base": {"title": "base LM"}, "memory": {"title": "base LM + memory"}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("questions", "low", "high", "expected"),
+    [
+        (
+            50,
+            0.1,
+            0.2,
+            "1 are gains that the data support (base LM + memory on RT, accuracy), 0 are losses;",
+        ),
+        (
+            50,
+            -0.2,
+            -0.1,
+            "0 are gains that the data support, 1 are losses (base LM + memory on RT, accuracy);",
+        ),
+        (50, -0.1, 0.2, "0 are gains that the data support, 0 are losses; the other 1 may be chance"),
+        (2, 0.1, 0.1, "0 are gains that the data support, 0 are losses; the other 1 may be chance"),
+    ],
+)
+def test_the_verdict_counts_what_the_data_support(questions, low, high, expected):
+    assert expected in page.verdict(comparison(questions, low, high))
+
+
+def test_a_page_without_anything_is_a_page():
+    assert "<h1>" in page.page(None, [])
