@@ -110,10 +110,10 @@ def words_of(data, name):
 
 
 class Reference:
-    """A causal model of transformers, the tokenizer that goes with it, and the folder of data."""
+    """A causal model of transformers in float32, the tokenizer that goes with it, and the folder of data."""
 
     def __init__(self, model, tokenizer, data):
-        self.model, self.tokenizer, self.data = model.float().eval(), tokenizer, pathlib.Path(data)
+        self.model, self.tokenizer, self.data = model.eval(), tokenizer, pathlib.Path(data)
 
     def encode(self, text):
         return self.tokenizer.encode(text).ids

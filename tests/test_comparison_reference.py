@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from comparison_data import one_device, small_run
 from comparison_reference import FUZZY, SENTIMENT, Reference, words_of
@@ -139,7 +140,7 @@ def smollm2_run(tmp_path_factory):
     with one_device():
         for stage in ("tokens", "base"):
             stages.run(stage, config)
-        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = read_tokenizer(open_artifact(f"{config.workdir}/tokens", "tokens"))
         yield config, Reference(model, tokenizer, DATA)
 
