@@ -57,6 +57,25 @@ def test_controls_are_compared_with_the_base_and_with_the_memory():
     assert low < actual["perplexity"]["test"]["augmented"] / ce_only["perplexity"]["test"] < high
 
 
+def test_the_memory_is_mixed_with_a_control_that_is_a_language_model():
+    validation, test = scores(0, continued=0.01), scores(1, continued=0.01)
+    actual = perplexities.compare(validation, test, **SETTINGS)
+    mixed = actual["controls"]["continued"]["with_memory"]
+    assert "with_memory" not in actual["controls"]["ce_only"]
+
+    def perplexity(of, weight):
+        mixed_SxT = weight * np.exp(of.memory) + (1 - weight) * np.exp(of.other_models["continued"])
+        return np.exp(-np.mean(np.log(mixed_SxT)))
+
+    weight = mixed["interpolation_weight"]
+    assert mixed["perplexity"] == pytest.approx(
+        {split: perplexity(of, weight) for split, of in (("validation", validation), ("test", test))}
+    )
+    assert mixed["perplexity"]["validation"] <= min(perplexity(validation, at) for at in np.linspace(0, 1, 101)) + 1e-6
+    low, high = mixed["interval_over_it"]
+    assert low < mixed["perplexity"]["test"] / actual["controls"]["continued"]["perplexity"]["test"] < high
+
+
 def test_a_search_that_gains_nothing_has_no_share_to_keep():
     validation, test = scores(0, knn_shift=-60.0), scores(1, knn_shift=-60.0)
     actual = perplexities.compare(validation, test, **SETTINGS)

@@ -137,6 +137,25 @@ def test_controls_that_are_not_beaten_are_said_not_to_be():
     assert f"not shown to do better than the same memory trained without kNN targets {reached['ce_only']}" in said
 
 
+@pytest.mark.parametrize(
+    ("interval", "verb"),
+    [([0.9, 0.98], "lowers"), ([0.9, 1.1], "is not shown to change"), ([1.02, 1.1], "raises")],
+)
+def test_whether_the_memory_adds_to_a_base_that_was_trained_on_is_said(interval, verb):
+    metrics = metrics_of(0.1, controls=True)
+    metrics["controls"]["continued"]["with_memory"] |= {
+        "perplexity": {"validation": 1.0, "test": 5.0},
+        "interpolation_weight": 0.125,
+        "interval_over_it": interval,
+    }
+    said = wording.verdict(metrics)[-1]
+    assert said.startswith(
+        f"Mixed with the base trained on with the memory's training compute instead, the same memory {verb}"
+    )
+    assert "to 5.00 at λ 0.12 (ratio" in said
+    assert said in html.unescape(page(metrics))
+
+
 def test_page_names_controls_that_were_left_out_and_shows_overlap_search_and_dtype():
     metrics = metrics_of(0.1)
     metrics["controls_left_out"] = {"continued": "/w/controls/continued: was made beside another memory"}

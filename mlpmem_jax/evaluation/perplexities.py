@@ -54,7 +54,9 @@ def compare(validation: Scores, test: Scores, *, confidence: float) -> dict:
       gain_kept: split -> log(base / augmented) / log(base / knn_lm), the share of kNN-LM's gain that the memory
         keeps; None where kNN-LM gains nothing.
       controls: name -> perplexity by split, ratio_over_base, interval_over_base, interval_of_augmented_over_it,
-        share_of_memory_gain (on test, None where the memory gains nothing).
+        share_of_memory_gain (on test, None where the memory gains nothing); of a language model also with_memory:
+        perplexity by split of its mixture with the memory, interpolation_weight, and interval_over_it, of the ratio to
+        the language model alone.
       curves: weights, and split -> memory and knn_lm -> perplexity at each weight, None where infinite.
     """
     weights = {
@@ -95,6 +97,7 @@ def compare(validation: Scores, test: Scores, *, confidence: float) -> dict:
                 "interval_over_base": test_intervals[f"{name}_over_base"],
                 "interval_of_augmented_over_it": test_intervals[f"augmented_over_{name}"],
                 "share_of_memory_gain": _share_of_gain(perplexity["test"], name, of="augmented"),
+                **({"with_memory": _with_memory(name, validation, test, common)} if name in test.other_models else {}),
             }
             for name in controls
         },
@@ -103,6 +106,18 @@ def compare(validation: Scores, test: Scores, *, confidence: float) -> dict:
             "validation": _curves(validation),
             "test": _curves(test),
         },
+    }
+
+
+def _with_memory(name: str, validation: Scores, test: Scores, common: dict) -> dict:
+    """Whether the memory adds to another language model than the base that it was trained beside."""
+    weight, of_validation = interpolation.tune_weight(validation.other_models[name], validation.memory)
+    alone_SxT = test.other_models[name]
+    mixed_SxT = interpolation.mixture_log_probabilities(alone_SxT, test.memory, weight)
+    return {
+        "perplexity": {"validation": of_validation, "test": interpolation.perplexity(mixed_SxT)},
+        "interpolation_weight": weight,
+        "interval_over_it": intervals.ratio_intervals(alone_SxT, {"mixed": mixed_SxT}, **common)["mixed"],
     }
 
 

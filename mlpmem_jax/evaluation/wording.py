@@ -68,7 +68,23 @@ def _compared(metrics: dict) -> list[str]:
         ]
         if named:
             sentences.append(f"{words} {(' and than ' if is_better else ' or than ').join(named)}.")
+    sentences += [
+        _with_memory(name, control) for name, control in metrics["controls"].items() if "with_memory" in control
+    ]
     return sentences
+
+
+def _with_memory(name: str, control: dict) -> str:
+    """Whether the memory adds to a control that is a language model."""
+    mixed = control["with_memory"]
+    alone, together = control["perplexity"]["test"], mixed["perplexity"]["test"]
+    low, high = mixed["interval_over_it"]
+    verb = "lowers" if high < 1.0 else "raises" if low > 1.0 else "is not shown to change"
+    return (
+        f"Mixed with {_CONTROLS.get(name, name)} instead, the same memory {verb} its perplexity, {number(alone)} to "
+        f"{number(together)} at λ {mixed['interpolation_weight']:.2f} (ratio {together / alone:.3f}, "
+        f"{interval([low, high])})."
+    )
 
 
 def is_beaten(control: dict) -> bool:
