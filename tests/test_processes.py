@@ -29,56 +29,6 @@ STEPS, EVERY = 12, 4
 EXIT_AGAIN, KILLED = 75, -9
 DATA = ("tokens", "base", "datastore")
 
-# One process of a job: stages of a config, with something that happens to process 1.
-DRIVER = """
-import os, signal, sys, time
-me, (workdir, names, mesh, backend, event) = int(os.environ["JAX_PROCESS_ID"]), sys.argv[1:]
-if event == "late" and me == 1: time.sleep(3)
-from test_processes import small
-from mlpmem_jax import stages
-from mlpmem_jax.core import artifacts, distributed
-from mlpmem_jax.corpus import documents
-from mlpmem_jax.models import saved
-from mlpmem_jax.retrieval import targets_artifact
-from mlpmem_jax.training import goodput, state
-documents.SHARD_BYTES = 8192
-config = small(workdir, backend)
-config.mesh.fsdp, config.mesh.tensor = (int(size) for size in mesh.split("x"))
-if event == "output_from_base": config.memory.output_from_base, config.tokenizer.vocab_size = True, 301
-def agree():  # each process has told its step, from which JAX finds the one at which all stop
-    from jax._src import distributed
-    while len(distributed.global_state.client.key_value_dir_get("PREEMPTION_CURRENT_COUNTER/")) < 2: time.sleep(0.1)
-def after(owner, name, calls, signum, argument=None, then=None):
-    method, seen = getattr(owner, name), []
-    def wrapper(self, *arguments, **named):
-        result = method(self, *arguments, **named)
-        if argument is None or argument in arguments: seen.append(0)
-        if len(seen) == calls:
-            os.kill(os.getpid(), signum)
-            if then: then()
-        return result
-    setattr(owner, name, wrapper)
-if me == 1:
-    if event == "killed_in_shard": after(artifacts.ArtifactWriter, "write_shard", 1, signal.SIGKILL)
-    if event == "killed_in_targets": after(targets_artifact.TargetsWriter, "write_shard", 1, signal.SIGKILL)
-    if event == "killed_in_save": after(state.Checkpoints, "save", 2, signal.SIGKILL)  # a thread saves
-    if event == "killed_in_step": after(goodput.Stopwatch, "lap", 10, signal.SIGKILL, "input wait")
-    if event == "asked_to_stop_in_step":
-        after(goodput.Stopwatch, "lap", 2, signal.SIGTERM, "input wait", then=agree)
-    if event == "asked_to_stop_in_shard":
-        after(artifacts.ArtifactWriter, "write_shard", 1, signal.SIGTERM, then=lambda: time.sleep(120))
-with distributed.job(workdir):
-    for stage in names.split(","):
-        if stage == "generate":
-            from mlpmem_jax.inference import side_by_side
-            side_by_side.run(config, ["Return"], count=5)
-        elif stage == "controls":
-            from mlpmem_jax.training import controls
-            controls.run(config)
-        else:
-            stages.run(stage, config)
-"""
-
 
 class Job(NamedTuple):
     """So many processes with so many devices each, on a mesh of fsdp x tensor."""
@@ -99,9 +49,9 @@ def small(workdir, backend="auto"):
     return config
 
 
-def launch(workdir, stages, job, event="nothing", backend="auto"):
+def launch(workdir, stages, job, fault="none", backend="auto"):
     """Runs a job to its end, which no launcher hastens: (exit code of each process, what each printed)."""
-    command = [sys.executable, "-c", DRIVER, str(workdir), stages, job.mesh, backend, event]
+    command = [sys.executable, str(ROOT / "tests" / "job_process.py"), str(workdir), stages, job.mesh, backend, fault]
     return run_processes(command, local.environments(job.processes, job.devices, local.free_port()), job.devices)
 
 
@@ -202,14 +152,14 @@ def test_two_processes_that_start_apart_make_what_one_makes(reference, tmp_path)
 )
 def test_a_killed_stage_is_finished_by_another_number_of_processes(reference, tmp_path, stage, killed, again):
     workdir = seeded(reference, tmp_path, *{"tokens": (), "datastore": ("tokens", "base")}.get(stage, DATA))
-    event = "killed_in_targets" if stage == "targets" else "killed_in_shard"
-    assert_lost(*launch(workdir, stage, killed, event))
+    fault = "killed_in_targets" if stage == "targets" else "killed_in_shard"
+    assert_lost(*launch(workdir, stage, killed, fault))
     assert launch(workdir, stage, again)[0] == [0] * again.processes
     assert_same(workdir, reference, stage)
 
 
 @pytest.mark.parametrize(
-    ("event", "killed", "again"),
+    ("fault", "killed", "again"),
     [
         # In the job of two, both read the same rows.
         pytest.param("killed_in_save", Job(2, 1, "1x2"), Job(4, 1, "2x2"), marks=pytest.mark.slow),
@@ -222,9 +172,9 @@ def test_a_killed_stage_is_finished_by_another_number_of_processes(reference, tm
     ]
     * (KILLS - 1),
 )
-def test_a_killed_training_resumes_with_other_processes_on_another_mesh(reference, tmp_path, event, killed, again):
+def test_a_killed_training_resumes_with_other_processes_on_another_mesh(reference, tmp_path, fault, killed, again):
     workdir = seeded(reference, tmp_path, *DATA, "targets")
-    assert_lost(*launch(workdir, "train", killed, event))
+    assert_lost(*launch(workdir, "train", killed, fault))
     codes, printed = launch(workdir, "train", again)
     assert codes == [0] * again.processes
     # The second may be complete: where it was killed in that save, if the save's thread was faster.
@@ -235,7 +185,7 @@ def test_a_killed_training_resumes_with_other_processes_on_another_mesh(referenc
 
 def test_a_notice_to_one_process_leads_to_one_checkpoint_of_all(reference, tmp_path):
     workdir = seeded(reference, tmp_path, *DATA, "targets")
-    codes, printed = launch(workdir, "train", Job(2), "asked_to_stop_in_step")
+    codes, printed = launch(workdir, "train", Job(2), "preempted_in_step")
     assert codes == [EXIT_AGAIN] * 2
     stopped = {line.split("at step ")[1].split()[0] for line in "".join(printed).splitlines() if "preempted;" in line}
     assert len(stopped) == 1  # both say the same step
@@ -255,7 +205,7 @@ def test_a_notice_to_one_process_ends_all_in_the_middle_of_another_stage(referen
     """Process 1 is busy on the host for longer than the test waits; 0 waits for it, on the devices or at a barrier."""
     earlier = {"datastore": ["tokens", "base"], "tokens": []}[stage]
     workdir = seeded(reference, tmp_path, *earlier)
-    codes, printed = launch(workdir, stage, Job(2), "asked_to_stop_in_shard")
+    codes, printed = launch(workdir, stage, Job(2), "preempted_in_shard")
     assert codes == [EXIT_AGAIN] * 2
     for text in printed:
         assert text.count("mlpmem: error") == text.count("mlpmem: error: the job was preempted. What was") == 1

@@ -22,7 +22,7 @@ class ArtifactError(UserError):
 
 
 class Stopped(UserError):
-    """The job was asked to stop, and what it had done is kept: the same command resumes from there."""
+    """The job was preempted or lost a process, and what it had done is kept: the same command resumes from there."""
 
     exit_code = 75
     """EX_TEMPFAIL of sysexits.h: launchers start the job again."""

@@ -150,15 +150,15 @@ def _cores() -> list[int]:
 @contextlib.contextmanager
 def _stop_requests() -> Iterator:
     """Yields a function that tells whether SIGTERM or SIGINT came."""
-    asked = False
+    is_requested = False
 
     def note(signum, frame):
-        nonlocal asked
-        asked = True
+        nonlocal is_requested
+        is_requested = True
 
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: asked
+        yield lambda: is_requested
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

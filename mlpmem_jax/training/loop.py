@@ -142,11 +142,11 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
 
     Requests are SIGTERM, a preemption notice, and the first Ctrl-C. A second Ctrl-C ends the process at once.
     """
-    asked = False
+    is_requested = False
 
     def note(signum, frame):
-        nonlocal asked
-        asked = True
+        nonlocal is_requested
+        is_requested = True
 
     def interrupt(signum, frame):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -159,7 +159,7 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
     try:
         # Of several processes JAX's own handler catches SIGTERM, and all of them agree on the step.
         with contextlib.nullcontext() if is_alone else preemption.deferred():
-            yield (lambda step: asked) if is_alone else multihost_utils.reached_preemption_sync_point
+            yield (lambda step: is_requested) if is_alone else multihost_utils.reached_preemption_sync_point
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
