@@ -137,20 +137,20 @@ class Reference:
         first = len(self.encode(""))
         ids = [[self.encode(f" {word}")[first] for word in group] for group in words_of(self.data, name)]
         in_domain_V = np.exp(self.next_tokens(self.encode(domain))[-1])
-        found = {}
+        actual = {}
         for number in numbers:
             row = dict(rows[number])
             if name == "hyp":
                 row["text"] = row["text"].strip()
             given_V = np.exp(self.next_tokens(self.encode(prompt.format(**row)))[-1])
-            found[number] = [
+            actual[number] = [
                 sum(math.log(given_V[id] + 1e-10) - math.log(in_domain_V[id] + 1e-10) for id in group) for group in ids
             ]
-        return found, max(map(len, ids))
+        return actual, max(map(len, ids))
 
     def truthfulqa(self, numbers):
         """{row number: (log p of the true and the false answers, MC1, MC2, MC3)}."""
-        rows, found = read_rows(self.data / "truthfulqa" / "TruthfulQA.csv"), {}
+        rows, actual = read_rows(self.data / "truthfulqa" / "TruthfulQA.csv"), {}
 
         def sentences(text):
             return [one.strip() + ("" if one.strip().endswith(".") else ".") for one in text.split(";") if one.strip()]
@@ -163,21 +163,21 @@ class Reference:
             false_scores = [self.continuation(prompt, f" {answer}") for answer in false]
             best = true_scores[true.index(sentences(row["Best Answer"])[0])]
             masses = [np.exp(np.longdouble(scores)) for scores in (true_scores, false_scores)]
-            found[number] = (
+            actual[number] = (
                 true_scores + false_scores,
                 float(best > max(false_scores)),
                 float(masses[0].sum() / (masses[0].sum() + masses[1].sum())),
                 float(np.mean([score > max(false_scores) for score in true_scores])),
             )
-        return found
+        return actual
 
     def halueval_qa(self, golds):
         """{row number: log p of " Yes" and " No"} of {row number: 0 where the hallucinated answer is shown, else 1}."""
         rows = read_rows(self.data / "halueval" / "qa_one-turn_data.json")
         instruction = (self.data / "halueval" / "qa_evaluation_instruction.txt").read_text()
-        found = {}
+        actual = {}
         for number, gold in golds.items():
             shown = rows[number]["right_answer" if gold else "hallucinated_answer"]
             prompt = f"{instruction}\n\n#Question#: {rows[number]['question']}\n#Answer#: {shown}\n#Your Judgement#:"
-            found[number] = [self.continuation(prompt, judgement) for judgement in (" Yes", " No")]
-        return found
+            actual[number] = [self.continuation(prompt, judgement) for judgement in (" Yes", " No")]
+        return actual

@@ -54,8 +54,8 @@ def test_logits_loss_and_gradients_are_the_cpu_s(case):
 
     with jax.default_device(jax.devices("cpu")[0]):
         parameters = jax.tree.map(np.asarray, memory.init(case.model, jax.random.key(0)))
-    expected, found = on(jax.devices("cpu")[0]), on(device())
-    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+    expected, actual = on(jax.devices("cpu")[0]), on(device())
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-4 * np.abs(one).max())
 
 
@@ -73,16 +73,16 @@ def test_neighbors_are_those_of_a_sort(keys, width, k, dtype):
     keys_NxD = np.asarray(random.standard_normal((keys, width), np.float32), jnp.dtype(dtype))
     source = KeySource(keys, width, jnp.dtype(dtype), lambda start, stop: keys_NxD[start:stop])
     queries = np.arange(0, keys, keys // 50)
-    found, ids = ExactIndex(source, make_mesh(devices=[device()])).search(
+    actual, ids = ExactIndex(source, make_mesh(devices=[device()])).search(
         keys_NxD[queries], k, np.stack([queries, queries + 1], axis=1)
     )
     exact_NxD = keys_NxD.astype(np.float32)
     distances = (exact_NxD[queries] ** 2).sum(1)[:, None] + (exact_NxD**2).sum(1) - 2 * exact_NxD[queries] @ exact_NxD.T
     distances[np.arange(len(queries)), queries] = np.inf
-    np.testing.assert_allclose(found, np.sort(distances, axis=1)[:, :k], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(actual, np.sort(distances, axis=1)[:, :k], rtol=1e-4, atol=1e-3)
     assert not (ids == queries[:, None]).any()
     assert (ids != neighbors.MISSING).all()
-    np.testing.assert_allclose(np.take_along_axis(distances, ids, axis=1), found, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(np.take_along_axis(distances, ids, axis=1), actual, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", ON_ACCELERATOR("muon")])

@@ -67,8 +67,8 @@ class Direct:
             shares = scipy.special.softmax(-distances[nearest] / self.temperature)
             np.add.at(knn[position], self.next_N[nearest], shares)
         vocabulary = self.model.vocab_size
-        found = scipy.special.softmax(base, 1), scipy.special.softmax(memory_logits, 1)[:, :vocabulary], knn
-        return [values[: len(ids)] for values in found]
+        actual = scipy.special.softmax(base, 1), scipy.special.softmax(memory_logits, 1)[:, :vocabulary], knn
+        return [values[: len(ids)] for values in actual]
 
     def log_probability(self, prompt, continuation, side, weight):
         first = len(self.tokenizer.encode(prompt).ids)
@@ -92,8 +92,8 @@ def test_texts_are_the_likeliest_tokens_of_the_mixture(config, side, weight):
     direct, workdir = Direct(config), systems.Workdir(config)
     prompts = [direct.tokenizer.encode(text).ids for text in ("Aldford is a town on", "Its 7 mills", "the")]
     decoder = workdir.decoder("base", workdir.side(("memory", "knn")[side]))
-    found = greedy.generate(decoder, decoder, weight, prompts, 5, lambda ids: False, "texts")
-    for prompt, text in zip(prompts, found, strict=True):
+    actual = greedy.generate(decoder, decoder, weight, prompts, 5, lambda ids: False, "texts")
+    for prompt, text in zip(prompts, actual, strict=True):
         ids = list(prompt)
         for token in text:
             base, *sides = direct.distributions(ids)
@@ -162,18 +162,18 @@ def test_every_system_is_timed_at_every_size_that_fits(config, compared, monkeyp
             check_memory(workdir, positions, keys_NxD)
 
     monkeypatch.setattr(speed, "_check_memory", check)
-    found = speed.run(other)
-    timed = {(one["system"], one["positions"], one["batch"]): one for one in found["measured"]}
+    actual = speed.run(other)
+    timed = {(one["system"], one["positions"], one["batch"]): one for one in actual["measured"]}
     fits = {"base": 3, "memory": 3, "knn_lm": 2, "rag": 3}
-    assert len(timed) == len(found["measured"]) == sum(fits.values()) * len(speed.BATCHES)
+    assert len(timed) == len(actual["measured"]) == sum(fits.values()) * len(speed.BATCHES)
     for one in timed.values():
         assert len(one["first"]) == len(one["next"]) == 2
         assert min(*one["first"], *one["next"]) > 0
         assert (one["prompt_tokens"] > 12) == (one["system"] == "rag")
-    reasons = {(one["system"], one["positions"]): one["reason"] for one in found["skipped"]}
+    reasons = {(one["system"], one["positions"]): one["reason"] for one in actual["skipped"]}
     assert reasons.keys() == {("knn_lm", 90000)}
     assert "GiB of memory, this machine has" in reasons["knn_lm", 90000]
-    assert json.loads(pathlib.Path(config.workdir, "comparison/speed.json").read_text())["skipped"] == found["skipped"]
+    assert json.loads(pathlib.Path(config.workdir, "comparison/speed.json").read_text())["skipped"] == actual["skipped"]
     shown = pathlib.Path(config.workdir, "comparison/index.html").read_text()
     assert "Speed by the size of the corpus" in shown
     assert "What they cost" in shown

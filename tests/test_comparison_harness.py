@@ -55,22 +55,22 @@ def test_log_likelihoods(ours, theirs):
     # Texts differ: of one text in two places the harness's own model would read the first place twice.
     pairs = [(text[:place], text[place:]) for text, place in zip(TEXTS, (12, 9, 2, 1), strict=True)]
     asked = requests("loglikelihood", *pairs, ("", "Aldford"))
-    expected, found = (model.loglikelihood(asked, disable_tqdm=True) for model in (theirs, ours))
-    np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], rtol=1e-3, atol=1e-3)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    expected, actual = (model.loglikelihood(asked, disable_tqdm=True) for model in (theirs, ours))
+    np.testing.assert_allclose([value for value, _ in actual], [value for value, _ in expected], rtol=1e-3, atol=1e-3)
+    assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
 
 
 def test_rolling_log_likelihoods(ours, theirs):
     asked = requests("loglikelihood_rolling", *[(text,) for text in TEXTS])
-    expected, found = (model.loglikelihood_rolling(asked, disable_tqdm=True) for model in (theirs, ours))
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    expected, actual = (model.loglikelihood_rolling(asked, disable_tqdm=True) for model in (theirs, ours))
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_greedy_texts(ours, theirs):
     options = {"until": ["\n", "."], "max_gen_toks": 12, "do_sample": False}
     asked = requests("generate_until", *[(text, options) for text in TEXTS])
-    expected, found = (model.generate_until(asked, disable_tqdm=True) for model in (theirs, ours))
-    assert found == expected
+    expected, actual = (model.generate_until(asked, disable_tqdm=True) for model in (theirs, ours))
+    assert actual == expected
 
 
 def test_a_task_of_a_local_file(config, tmp_path, capsys):
@@ -83,9 +83,9 @@ def test_a_task_of_a_local_file(config, tmp_path, capsys):
         "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
     (tmp_path / "two_letters.yaml").write_text(json.dumps(task))  # JSON is YAML
-    found = harness.run(config, "base,memory", f"lm_eval:{tmp_path / 'two_letters.yaml'}", None)
-    assert set(found) == {"base", "memory"}
-    assert 0 <= found["memory"]["results"]["two_letters"]["acc,none"] <= 1
+    actual = harness.run(config, "base,memory", f"lm_eval:{tmp_path / 'two_letters.yaml'}", None)
+    assert set(actual) == {"base", "memory"}
+    assert 0 <= actual["memory"]["results"]["two_letters"]["acc,none"] <= 1
     assert "two_letters" in capsys.readouterr().out
 
 

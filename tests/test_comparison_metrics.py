@@ -54,16 +54,16 @@ def test_truthfulness_by_its_definitions(values, data):
     count = data.draw(st.integers(1, len(values) - 1))
     best = data.draw(st.integers(0, count - 1))
     true, false = np.array(values[:count]), np.array(values[count:])
-    found = metrics.truthfulness(question((count, best)), Answer(np.array(values)))
-    assert found["MC1"] == float(true[best] > false.max())
-    assert found["MC2"] == pytest.approx(np.exp(true).sum() / (np.exp(true).sum() + np.exp(false).sum()))
-    assert found["MC3"] == np.mean([one > false.max() for one in true])
-    assert found["mean of MC1, MC2, MC3"] == pytest.approx((found["MC1"] + found["MC2"] + found["MC3"]) / 3)
+    actual = metrics.truthfulness(question((count, best)), Answer(np.array(values)))
+    assert actual["MC1"] == float(true[best] > false.max())
+    assert actual["MC2"] == pytest.approx(np.exp(true).sum() / (np.exp(true).sum() + np.exp(false).sum()))
+    assert actual["MC3"] == np.mean([one > false.max() for one in true])
+    assert actual["mean of MC1, MC2, MC3"] == pytest.approx((actual["MC1"] + actual["MC2"] + actual["MC3"]) / 3)
 
 
 def test_truthfulness_of_texts_whose_probabilities_underflow():
-    found = metrics.truthfulness(question((1, 0)), Answer(np.array([-1000.0, -1001.0])))
-    assert found["MC2"] == pytest.approx(scipy.special.expit(1.0))
+    actual = metrics.truthfulness(question((1, 0)), Answer(np.array([-1000.0, -1001.0])))
+    assert actual["MC2"] == pytest.approx(scipy.special.expit(1.0))
 
 
 def test_domain_pmi_is_the_sum_over_words():
@@ -74,16 +74,16 @@ def test_domain_pmi_is_the_sum_over_words():
         sum(np.log(words[i] + 1e-10) - np.log(domain[i] + 1e-10) for i in group) for group in (range(4), range(4, 9))
     ]
     masses = [words[:4].sum(), words[4:].sum()]
-    found = metrics.domain_pmi(question(1), Answer(np.zeros(0), *groups))
-    assert found["accuracy"] == float(scores[1] > scores[0])
-    assert found["accuracy without the domain"] == float(masses[1] > masses[0])
+    actual = metrics.domain_pmi(question(1), Answer(np.zeros(0), *groups))
+    assert actual["accuracy"] == float(scores[1] > scores[0])
+    assert actual["accuracy without the domain"] == float(masses[1] > masses[0])
 
 
 @given(st.lists(st.text("ab \n", max_size=12), max_size=20).map(" ".join), st.integers(1, 7))
 def test_passages_hold_every_word_once_and_no_more_than_asked(text, words):
-    found = passages.split(text, words)
-    assert [word for passage in found for word in passage.split()] == text.split()
-    sizes = [len(passage.split()) for passage in found]
+    actual = passages.split(text, words)
+    assert [word for passage in actual for word in passage.split()] == text.split()
+    sizes = [len(passage.split()) for passage in actual]
     assert max(sizes, default=0) <= words
     assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
@@ -92,8 +92,8 @@ TEXTS = ["the river Arrow runs through Aldford", "bread is made of flour and wat
 
 
 def test_bm25_finds_the_passages_with_the_words_asked_for():
-    found = passages.BM25(TEXTS).retrieve(["Which river is Aldford on?", "flour"], 2)
-    assert [one[0] for one in found] == TEXTS[:2]
+    actual = passages.BM25(TEXTS).retrieve(["Which river is Aldford on?", "flour"], 2)
+    assert [one[0] for one in actual] == TEXTS[:2]
     assert [len(one) for one in passages.BM25(TEXTS).retrieve(["flour"], 9)] == [3]
 
 

@@ -69,19 +69,21 @@ def check(config, reference, nearly):
         if name == "truthfulqa":
             theirs = reference.truthfulqa(asked)
             for number, (_, *measures) in theirs.items():
-                found = [asked[number][measure] for measure in ("MC1", "MC2", "MC3")]
-                np.testing.assert_allclose(found, measures, atol=nearly, err_msg=f"{name}, row {number}")
+                actual = [asked[number][measure] for measure in ("MC1", "MC2", "MC3")]
+                np.testing.assert_allclose(actual, measures, atol=nearly, err_msg=f"{name}, row {number}")
             theirs = {number: scores for number, (scores, *_) in theirs.items()}
         elif name == "halueval_qa":
             theirs = reference.halueval_qa({number: line["gold"] for number, line in asked.items()})
         else:
             theirs, words = reference.fuzzy(name, asked)
         for number, scores in theirs.items():
-            found = asked[number]["scores"]
+            actual = asked[number]["scores"]
             # A label's score adds up as many differences of log-probabilities as it has words.
-            np.testing.assert_allclose(found, scores, rtol=nearly, atol=nearly * words, err_msg=f"{name}, row {number}")
+            np.testing.assert_allclose(
+                actual, scores, rtol=nearly, atol=nearly * words, err_msg=f"{name}, row {number}"
+            )
             if name != "truthfulqa":
-                assert asked[number]["accuracy"] == float(np.argmax(found) == asked[number]["gold"])
+                assert asked[number]["accuracy"] == float(np.argmax(actual) == asked[number]["gold"])
         if name != "truthfulqa":
             shares = [
                 np.mean([np.argmax(scores[number]) == line["gold"] for number, line in asked.items()])

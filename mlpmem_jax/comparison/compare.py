@@ -46,14 +46,14 @@ def run(config: ml_collections.ConfigDict) -> dict:
     """
     settings = config.comparison
     chosen = systems.parse(settings.systems)
-    found = {name: tasks.find(name) for name in settings.tasks.split(",") if name}
-    if not found:
+    chosen_tasks = {name: tasks.find(name) for name in settings.tasks.split(",") if name}
+    if not chosen_tasks:
         raise ConfigError(f"config.comparison.tasks: is empty; expected some of {', '.join(tasks.names())}")
     data = pathlib.Path(settings.data)
     if settings.hub:
-        for task in found.values():
+        for task in chosen_tasks.values():
             hub.fetch(data, task.hub)
-    splits = {name: task.load(data) for name, task in found.items()}  # before any compute
+    splits = {name: task.load(data) for name, task in chosen_tasks.items()}  # before any compute
     workdir = Workdir(config)
     _train_missing(config, chosen)
     artifacts = {name: workdir.parts(SYSTEMS[name]) for name in chosen}
@@ -61,7 +61,7 @@ def run(config: ml_collections.ConfigDict) -> dict:
 
     folder, results, answers = workdir.path / FOLDER, {}, []
     seconds = dict.fromkeys(chosen, 0.0)
-    for name, task in found.items():
+    for name, task in chosen_tasks.items():
         say(f"== {name}: {task.title}")
         questions = _known(splits[name]["test"], texts, name)
         result, lines = _Compared(workdir, name, task, chosen, artifacts, seconds).run(
@@ -314,11 +314,11 @@ def paired_interval(differences_N: np.ndarray, confidence: float, seed: int) -> 
     differences_N = np.asarray(differences_N, np.float64)
     if len(differences_N) < 2 or np.ptp(differences_N) == 0:
         return [float(differences_N.mean())] * 2
-    found = scipy.stats.bootstrap(
+    interval = scipy.stats.bootstrap(
         (differences_N,), np.mean, confidence_level=confidence, method="percentile", n_resamples=5000,
         rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
-    return [float(found.low), float(found.high)]
+    return [float(interval.low), float(interval.high)]
 
 
 def _write(folder: epath.Path, comparison: dict, answers: list[dict]) -> None:

@@ -102,11 +102,11 @@ class Mixture:
         for row, prompt in zip(tokens_BxT, prompts, strict=True):
             row[length - len(prompt) :] = prompt
         padding_B = np.array([length - len(prompt) for prompt in prompts], np.int32)
-        return self._likeliest([one.start(tokens_BxT, padding_B, length + count) for one in self._decoders])
+        return self._likeliest([each.start(tokens_BxT, padding_B, length + count) for each in self._decoders])
 
     def step(self, tokens_B: np.ndarray) -> np.ndarray:
         """Adds a token to each text and gives the next ones, int [B]."""
-        return self._likeliest([one.step(tokens_B) for one in self._decoders])
+        return self._likeliest([each.step(tokens_B) for each in self._decoders])
 
     def _likeliest(self, readings: list[decoding.Reading]) -> np.ndarray:
         base_log_BxV = readings[0].base_log_BxV

@@ -168,27 +168,27 @@ def run(config: ml_collections.ConfigDict, names: str, wanted: str, limit: int |
             raise ConfigError(f"comparison system {name!r}: mixes two language models, which `compare` alone can ask")
     lm_eval = require("lm_eval", extra="harness")
     manager = require("lm_eval.tasks", extra="harness").TaskManager(include_path=sorted(folders) or None)
-    found = {}
+    results = {}
     for name in chosen:
         weight = weight_of(workdir, name)
         say(f"== {name}" + (f" (lambda {weight:.2f})" if SYSTEMS[name].side else ""))
         model = _harness_model(Answering(workdir, name, weight))
         done = lm_eval.simple_evaluate(model=model, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0)
-        found[name] = {"weight": weight, "results": done["results"]}
+        results[name] = {"weight": weight, "results": done["results"]}
     if jax.process_index() == 0:
         file = workdir.path / FOLDER / "lm_eval.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=1, default=str) + "\n")
-        _show(found)
-    return found
+        file.write_text(json.dumps(results, indent=1, default=str) + "\n")
+        _show(results)
+    return results
 
 
-def _show(found: dict) -> None:
-    table = rich.table.Table("task", "measure", *found)
-    first = next(iter(found.values()))["results"]
+def _show(results_by_system: dict) -> None:
+    table = rich.table.Table("task", "measure", *results_by_system)
+    first = next(iter(results_by_system.values()))["results"]
     for task, values in first.items():
         for measure, value in values.items():
             if isinstance(value, float) and "stderr" not in measure:
-                row = [f"{of['results'][task][measure]:.4f}" for of in found.values()]
+                row = [f"{of['results'][task][measure]:.4f}" for of in results_by_system.values()]
                 table.add_row(task, measure.removesuffix(",none"), *row)
     rich.console.Console().print(table)

@@ -56,10 +56,10 @@ def documents(tokens: Artifact, split: str = "train") -> list[str]:
 
 def split(text: str, words: int) -> list[str]:
     """A document as passages of at most `words` words, of nearly equal numbers."""
-    found = _WORDS.findall(text)
-    count = -(-len(found) // words)
-    bounds = np.linspace(0, len(found), count + 1).round().astype(int)
-    return ["".join(found[low:high]).strip() for low, high in itertools.pairwise(bounds)]
+    pieces = _WORDS.findall(text)
+    count = -(-len(pieces) // words)
+    bounds = np.linspace(0, len(pieces), count + 1).round().astype(int)
+    return ["".join(pieces[low:high]).strip() for low, high in itertools.pairwise(bounds)]
 
 
 class BM25:

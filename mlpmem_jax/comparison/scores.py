@@ -192,16 +192,20 @@ def kept_scores(
                 sources = json.loads(str(kept["sources"]))
                 return {source: _unpacked(kept, source) for source in sources}, float(kept["seconds"])
     start = time.perf_counter()
-    found = compute()
+    computed = compute()
     seconds = time.perf_counter() - start
-    arrays = {"made_of": np.array(made_of), "sources": np.array(json.dumps(list(found))), "seconds": np.array(seconds)}
-    for source, values in found.items():
+    arrays = {
+        "made_of": np.array(made_of),
+        "sources": np.array(json.dumps(list(computed))),
+        "seconds": np.array(seconds),
+    }
+    for source, values in computed.items():
         arrays[f"{source}_values"] = np.concatenate([array.ravel() for array in values]).astype(np.float64)
         arrays[f"{source}_shapes"] = np.array([array.shape for array in values])
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     _replace(file, content.getvalue())
-    return found, seconds
+    return computed, seconds
 
 
 def _unpacked(kept, source: str) -> Values:
@@ -238,6 +242,6 @@ def encoder(tokenizer: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[
     """Texts -> token ids of each, behind what the tokenizer puts in front of a text."""
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [one.ids for one in tokenizer.encode_batch(texts)] if texts else []
+        return [encoding.ids for encoding in tokenizer.encode_batch(texts)] if texts else []
 
     return encode

@@ -62,13 +62,13 @@ def parse(names: str) -> list[str]:
     Raises:
       ConfigError: one is not known.
     """
-    found = [name for name in names.split(",") if name]
-    for name in found:
+    chosen = [name for name in names.split(",") if name]
+    for name in chosen:
         if name not in SYSTEMS:
             raise ConfigError(f"comparison system {name!r}: there is none; expected some of {', '.join(SYSTEMS)}")
-    if not found:
+    if not chosen:
         raise ConfigError(f"config.comparison.systems: is empty; expected some of {', '.join(SYSTEMS)}")
-    return list(dict.fromkeys(["base", *found]))  # the others are compared with the base
+    return list(dict.fromkeys(["base", *chosen]))  # the others are compared with the base
 
 
 class Workdir:
@@ -95,13 +95,13 @@ class Workdir:
         Raises:
           ArtifactError: one is not finished.
         """
-        found = {"model": self.artifact(FOLDERS[system.model], "base")}
+        artifacts = {"model": self.artifact(FOLDERS[system.model], "base")}
         if system.side == "memory":
-            found["memory"] = self.artifact("memory", "memory")
+            artifacts["memory"] = self.artifact("memory", "memory")
         if system.side:
-            found["datastore"] = self.artifact("datastore/train", "datastore")
-            found["targets"] = self.artifact("targets/train", "targets")
-        return found
+            artifacts["datastore"] = self.artifact("datastore/train", "datastore")
+            artifacts["targets"] = self.artifact("targets/train", "targets")
+        return artifacts
 
     @functools.cache  # noqa: B019  one working directory a command
     def model(self, name: str) -> Model:

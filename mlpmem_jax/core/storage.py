@@ -87,10 +87,10 @@ def state_of(file) -> FileState:
     etils looks up the owner's name as well, which a user without one (a container's --user=12345) does not have.
     """
     if "://" in str(file):
-        found = file.stat()
-        return FileState(found.length, found.mtime)
-    found = os.stat(file)
-    return FileState(found.st_size, int(found.st_mtime))
+        status = file.stat()
+        return FileState(status.length, status.mtime)
+    status = os.stat(file)
+    return FileState(status.st_size, int(status.st_mtime))
 
 
 def checksum(files: Mapping) -> str:

@@ -37,9 +37,9 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     sharding = Sharding(make_mesh(devices=jax.devices()[:1]))
     tokens = open_artifact(workdir / "tokens", "tokens")
     base, base_config, _ = saved.load_language_model(workdir / "base", sharding)
-    beside, memory_config, artifact = saved.load_memory(workdir / "memory", sharding)
+    memory_parameters, memory_config, artifact = saved.load_memory(workdir / "memory", sharding)
     weight, block = find_weight(workdir, artifact).value, saved.input_block(artifact)
-    both = prepare(Parameters(base, beside, weight))
+    both = prepare(Parameters(base, memory_parameters, weight))
     models, alone = DecoderConfig(base_config, memory_config, block), Parameters(both.base)
     length = config.base.context_length // 2
     count = min(_COUNT, base_config.context_length - length)
