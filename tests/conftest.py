@@ -30,7 +30,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WHOLE = {
     *("accelerator", "comparison", "comparison_harness", "comparison_packing", "comparison_reference", "datastore"),
-    *("evaluation_evaluate", "evaluation_scoring"),
+    *("corpus_installed_docs", "evaluation_evaluate", "evaluation_scoring", "exact_backend", "forward_benchmark"),
+    *("interop_arrow", "scann_benchmark", "targets_benchmark"),
     *("export_transformers", "extending", "generation", "gguf", "gpt2_model", "huggingface", "interop_reference"),
     *("interop_stages", "interruptions", "language_model_stages", "language_models", "launch_local", "lora"),
     *("optimizer", "pipeline", "planning_plan", "processes", "scaling_points_of_sweep", "scaling_sweep"),
