@@ -22,9 +22,8 @@ if os.environ.get("MLPMEM_TEST_DEVICES") != "accelerator":
     )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # of NumPy's and PyTorch's products: workers have a core each, threads spin
+# Of NumPy's and PyTorch's products: workers have a core each, and threads that wait for one spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLPMEM_QUIET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -91,10 +91,18 @@ def test_half_precision_keys_are_compared_in_float32(keys, dtype):
     np.testing.assert_allclose(distances, own, atol=bound)
 
 
-def test_the_approximate_selection_finds_the_share_asked_for(keys):
-    _, ids = index_of(keys, recall_target=0.9).search(keys[QUERIES], 20, SELF)
-    _, true_ids = brute_force(keys[QUERIES], keys, 20, forbidden(SELF, len(keys)))
-    assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(ids, true_ids, strict=True)]) >= 0.9
+@pytest.mark.parametrize("num_keys", [8100, 8192, 100_000], ids=["a padded block", "one block", "several"])
+def test_the_approximate_selection_finds_the_share_asked_for(num_keys):
+    scores = np.random.default_rng(0).random((16, 8192), np.float32)
+    actual, places = ring._select(jnp.asarray(scores), k=20, num_keys=num_keys, recall_target=0.9)
+    np.testing.assert_array_equal(np.take_along_axis(scores, np.asarray(places), axis=1), actual)
+    nearest = np.argsort(scores)[:, :20]
+    assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(np.asarray(places), nearest, strict=True)]) >= 0.9
+
+
+def test_cpus_select_exactly_whatever_recall_is_asked_for(keys):
+    asked, exact = (index_of(keys, recall_target=target).search(keys[QUERIES], 20, SELF) for target in (0.9, 1.0))
+    np.testing.assert_array_equal(asked, exact)
 
 
 def test_fewer_keys_than_neighbors_or_devices():
