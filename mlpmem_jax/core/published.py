@@ -33,6 +33,10 @@ DIMENSIONS: dict[str, dict] = {
     "openai-community/gpt2-xl": _gpt2(1600, 48, 25),
     "meta-llama/Llama-2-7b-hf": _llama("llama", 32000, 4096, 32, 11008),
     "mistralai/Mistral-7B-v0.3": _llama("mistral", 32768, 32768, 8, 14336),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        **_llama("llama", 49152, 8192, 3, 1536),
+        **{"width": 576, "blocks": 30, "heads": 9, "head_width": 64, "rotary": {"theta": 100_000.0}, "tied": True},
+    },
 }
 """Fields as `models.language_model.from_fields` takes them."""
 

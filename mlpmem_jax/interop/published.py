@@ -19,14 +19,19 @@ def dimensions(source: str) -> language_model.Config:
     """
     if (fields := published.find(source)) is not None:
         return language_model.from_fields(fields)
-    if source.endswith(".gguf"):
+    is_gguf = source.endswith(".gguf")
+    if is_gguf and epath.Path(source).exists():
         return gguf_model.read_config(GGUFFile(source))
     folder = epath.Path(source)
     if folder.is_dir():
         return huggingface_config.read_config(folder)
+    name = source.partition("@")[0].rstrip("/").split("/")[-1]
     for known, fields in published.DIMENSIONS.items():
-        if source.partition("@")[0].rstrip("/").split("/")[-1] == known.split("/")[-1]:
+        model = known.split("/")[-1]
+        if name == model or (is_gguf and name.startswith(f"{model}.")):  # MODEL.QUANTIZATION.gguf, not fetched yet
             return language_model.from_fields(fields)
+    if is_gguf:
+        GGUFFile(source)  # says that there is no such file
     raise UserError(
         f"{source}: its dimensions are not known without downloading it; give a folder with its config.json, or one of "
         f"{', '.join(published.DIMENSIONS)}"
