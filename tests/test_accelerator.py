@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import test_training_loop as training
 
+from configs.default import get_config
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import LOCAL, Sharding
 from mlpmem_jax.models import memory
@@ -19,6 +20,7 @@ from mlpmem_jax.retrieval import neighbors
 from mlpmem_jax.retrieval.backends import KeySource
 from mlpmem_jax.retrieval.exact_backend import ExactIndex
 from mlpmem_jax.training import loop, step_benchmark
+from mlpmem_jax.training.memory_task import MemoryLoss
 from mlpmem_jax.training.state import Checkpoints
 from mlpmem_jax.training.step_benchmark import Case
 
@@ -42,10 +44,12 @@ def device():
 )
 def test_logits_loss_and_gradients_are_the_cpu_s(case):
     batch = step_benchmark.batch(case)
+    settings = step_benchmark.settings_of(case, get_config().training)
+    settings.loss_chunk = 128
+    loss = functools.partial(MemoryLoss(case.model, settings), LOCAL)
 
     def everything(parameters, batch):
         logits = memory.logits(parameters, case.model, batch["memory_inputs"])[:, : case.model.vocab_size]
-        loss = functools.partial(step_benchmark._loss, case, 128, LOCAL)
         return logits, *jax.value_and_grad(loss, has_aux=True)(parameters, {}, batch)
 
     def on(where):

@@ -16,6 +16,7 @@ from etils import epath
 from mlpmem_jax.comparison import packing, reading
 from mlpmem_jax.comparison.packing import Row
 from mlpmem_jax.comparison.systems import SIDE_MODEL, Workdir
+from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.corpus.tokens import TokenStream
@@ -44,7 +45,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     seconds = time.perf_counter() - start
     questions = len(pairs) // CHOICES
     detail = f"{questions} questions of {CHOICES} choices; prompts of {PROMPT} tokens, answers of {ANSWER}; float32"
-    measured = [_row("scoring, base LM", questions / seconds, "questions/s", f"{detail}; compiled before")]
+    measured = [row("scoring, base LM", questions / seconds, "questions/s", f"{detail}; compiled before")]
     try:
         theirs, their_seconds = _harness(model, pairs)
     except UserError as error:
@@ -53,15 +54,11 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     difference = float(np.abs(np.subtract(scores, theirs)).max())
     return [
         *measured,
-        _row("scoring, hf of lm-evaluation-harness", questions / their_seconds, "questions/s",
+        row("scoring, hf of lm-evaluation-harness", questions / their_seconds, "questions/s",
              f"{_BATCH} texts a pass"),
-        _row("scoring, base LM / hf", their_seconds / seconds, "ratio",
+        row("scoring, base LM / hf", their_seconds / seconds, "ratio",
              f"log-probabilities differ by {difference:.1e} nats at most"),
     ]  # fmt: skip
-
-
-def _row(name: str, value: float, unit: str, detail: str) -> dict:
-    return {"name": name, "value": float(value), "unit": unit, "detail": detail}
 
 
 def _pairs(workdir: Workdir) -> list[tuple[list[int], list[int]]]:

@@ -49,15 +49,10 @@ class MemorySide:
         return _memory_choices(self._parameters, states_RxD, places_Q, ids_Q, config=self._config)
 
     def distributions(self, states_BxD, vocab_size):
-        return _memory_rows(self._parameters, states_BxD, config=self._config, vocab_size=vocab_size)
+        return _memory_rows(self._parameters, self._config, states_BxD, vocab_size=vocab_size)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "vocab_size"))
-def _memory_rows(parameters, states_BxD, *, config, vocab_size):
-    """A base may have more rows than the memory has tokens: those have probability 0."""
-    log_BxV = jax.nn.log_softmax(memory.logits(parameters, config, states_BxD)[..., : config.vocab_size])
-    unknown = [(0, 0)] * (log_BxV.ndim - 1) + [(0, vocab_size - config.vocab_size)]
-    return jnp.pad(log_BxV, unknown, constant_values=-jnp.inf)
+_memory_rows = jax.jit(memory.log_probabilities, static_argnames=("config", "vocab_size"))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -125,10 +125,7 @@ def step(models: DecoderConfig, parameters: Parameters, cache: Cache, tokens_B: 
 
 def memory_log_probabilities(models: DecoderConfig, parameters: Parameters, reading: Reading) -> jax.Array:
     """log p_MLP, float32 [B, V]; minus infinity for tokens of the base that the memory does not know."""
-    logits_BxV = memory.logits(parameters.memory, models.memory, reading.memory_input_BxD)
-    log_BxV = jax.nn.log_softmax(logits_BxV[:, : models.memory.vocab_size])
-    unknown = models.base.vocab_size - models.memory.vocab_size
-    return jnp.pad(log_BxV, ((0, 0), (0, unknown)), constant_values=-jnp.inf)
+    return memory.log_probabilities(parameters.memory, models.memory, reading.memory_input_BxD, models.base.vocab_size)
 
 
 def mix(base_log_BxV: jax.Array, memory_log_BxV: jax.Array, weight: float | jax.Array) -> jax.Array:

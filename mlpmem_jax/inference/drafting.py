@@ -28,7 +28,7 @@ from mlpmem_jax.inference.decoding import (
     step,
 )
 
-_MOST_DRAFTS = 8
+MOST_DRAFTS = 8
 
 
 def most_drafts() -> int:
@@ -36,7 +36,7 @@ def most_drafts() -> int:
 
     XLA's products of a few rows with a matrix take a CPU about as long as row after row: there the memory runs at once.
     """
-    return 1 if jax.default_backend() == "cpu" else _MOST_DRAFTS
+    return 1 if jax.default_backend() == "cpu" else MOST_DRAFTS
 
 
 class Drafted(NamedTuple):

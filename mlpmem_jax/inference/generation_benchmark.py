@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 
 from mlpmem_jax.core import host
+from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare
@@ -68,9 +69,9 @@ def rows(
         say(f"generate: without transformers: {error}")
     weights = {"base": flops.language_model_parameters(base), "memory": flops.memory_parameters(memory_model)}
     result = [
-        _row("weights of the memory over those of the base", weights["memory"] / weights["base"], "ratio",
+        row("weights of the memory over those of the base", weights["memory"] / weights["base"], "ratio",
              "1 + this bounds a greedy step that waits for its weights"),
-        _row("weights read by one matrix-vector product", _read_rate(both) / 1e9, "GB/s",
+        row("weights read by one matrix-vector product", _read_rate(both) / 1e9, "GB/s",
              f"[{memory_model.width}] x [{memory_model.width}, {memory_model.padded_vocab_size}]"),
     ]  # fmt: skip
     first_seconds, next_seconds = _interleaved(first), _interleaved(following)
@@ -78,7 +79,7 @@ def rows(
         next_seconds[_THEIRS] = next_seconds[_THEIRS] - np.median(first_seconds[_THEIRS])  # their call has both
     next_seconds = {name: seconds / (count - 1) for name, seconds in next_seconds.items()}
     traffic = 4 * weights["base"] / np.median(next_seconds["base alone"])
-    result.append(_row("weights read by a step, base alone", traffic / 1e9, "GB/s", "bytes of weights over time"))
+    result.append(row("weights read by a step, base alone", traffic / 1e9, "GB/s", "bytes of weights over time"))
     result += _time_rows("first token", first_seconds, f"prompt of {prompt} tokens, batch 1, float32")
     result += _time_rows("next token", next_seconds, f"mean of {count - 1} after {prompt}, batch 1, float32")
     return result
@@ -86,18 +87,14 @@ def rows(
 
 def _time_rows(title: str, seconds: dict[str, np.ndarray], detail: str) -> list[dict]:
     """Times, and ratios to the base alone: medians over the rounds."""
-    result = [_row(f"{title}, {name}", 1e3 * np.median(values), "ms", detail) for name, values in seconds.items()]
+    result = [row(f"{title}, {name}", 1e3 * np.median(values), "ms", detail) for name, values in seconds.items()]
     alone = seconds["base alone"]
     for name, values in seconds.items():
         if values is not alone:
             weight = HIGH_WEIGHT if str(HIGH_WEIGHT) in name else WEIGHT
             over = f"lambda {weight}, batch 1; over {1e3 * np.median(alone):.1f} ms of the base alone"
-            result.append(_row(f"{title}, {name} / base alone", np.median(values / alone), "ratio", over))
+            result.append(row(f"{title}, {name} / base alone", np.median(values / alone), "ratio", over))
     return result
-
-
-def _row(name: str, value: float, unit: str, detail: str) -> dict:
-    return {"name": name, "value": float(value), "unit": unit, "detail": detail}
 
 
 def _programs(

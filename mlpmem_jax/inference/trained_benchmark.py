@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
@@ -25,7 +26,6 @@ from mlpmem_jax.models import saved
 
 _PROMPTS = 8  # beginnings of sequences of the test split
 _COUNT = 64
-_DRAFTS = 8
 
 
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
@@ -59,7 +59,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
                 count=count, sampling=GREEDY,
             ),
             functools.partial(draft, most=1),
-            functools.partial(draft, most=_DRAFTS),
+            functools.partial(draft, most=drafting.MOST_DRAFTS),
         )  # fmt: skip
         if not number:
             jax.block_until_ready([call() for call in calls])
@@ -84,6 +84,5 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     result = []
     for name, value in medians.items():
         over = f"{value / medians['base alone']:.2f} times the base alone; " if name != "base alone" else ""
-        name, detail = f"next token, trained, {name}", over + details[name]
-        result.append({"name": name, "value": 1e3 * value, "unit": "ms", "detail": detail})
+        result.append(row(f"next token, trained, {name}", 1e3 * value, "ms", over + details[name]))
     return result

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from mlpmem_jax.core import chips
+from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.device_rates import peak_rate
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.retrieval import ring
@@ -56,10 +57,10 @@ def _row(keys: int, width: int, k: int) -> dict:
         seconds.append(time.perf_counter() - start)
     taken, products = statistics.median(seconds), 2 * keys * queries * width / peak
     reading = 2 * keys * width / published.bandwidth if published else 0.0
-    return {
-        "name": f"exact search, {keys:,} keys of width {width}, k {k}",
-        "value": max(products, reading) / taken,
-        "unit": "of the roofline",
-        "detail": f"bfloat16, {queries} queries at once: {queries / taken:,.0f} queries/s, {1e3 * taken:.1f} ms; "
+    return row(
+        f"exact search, {keys:,} keys of width {width}, k {k}",
+        max(products, reading) / taken,
+        "of the roofline",
+        f"bfloat16, {queries} queries at once: {queries / taken:,.0f} queries/s, {1e3 * taken:.1f} ms; "
         f"products alone {1e3 * products:.1f} ms, reading the keys {1e3 * reading:.1f} ms; medians of {_ROUNDS}",
-    }
+    )

@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 
 from mlpmem_jax.core import host
+from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.progress import say
@@ -26,7 +27,6 @@ from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.llama import LlamaConfig
 from mlpmem_jax.models.rotary import Rotary
 from mlpmem_jax.retrieval import datastore
-from mlpmem_jax.retrieval.targets_benchmark import row
 
 MODELS = {
     "GPT-2 small": GPT2Config(vocab_size=50_257, context_length=2048, width=768, blocks=12, heads=12),

@@ -20,13 +20,14 @@ import ml_collections
 import numpy as np
 
 from mlpmem_jax.core import host
+from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.retrieval import needs, reduction, scann_backend
 from mlpmem_jax.retrieval.key_shards import Search
 from mlpmem_jax.retrieval.scann_backend import ScannIndex
 from mlpmem_jax.retrieval.scann_index import Options, write
-from mlpmem_jax.retrieval.targets_benchmark import clustered_keys, row
+from mlpmem_jax.retrieval.targets_benchmark import clustered_keys
 
 KEYS, TRAINED_ON, WIDTHS, NEIGHBORS = 800_000, 100_000, (32, 128), 1024
 QUERIES = 1024

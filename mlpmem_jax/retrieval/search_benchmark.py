@@ -18,6 +18,7 @@ from etils import epath
 
 from mlpmem_jax.core import host
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
+from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.config import SEARCH_BACKENDS
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.mesh import make_mesh
@@ -26,7 +27,7 @@ from mlpmem_jax.retrieval import backends, ring, tiles, tuning
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search
 from mlpmem_jax.retrieval.quality import Sample, contains
 from mlpmem_jax.retrieval.queries import Queries, read_queries, sample_queries
-from mlpmem_jax.retrieval.targets_benchmark import reference_index, row
+from mlpmem_jax.retrieval.targets_benchmark import reference_index
 
 KEYS = 131_072  # at most, the first of the training split
 RECALL_POSITIONS, TIMED_POSITIONS = 512, 2048

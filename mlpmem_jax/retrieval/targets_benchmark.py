@@ -15,6 +15,7 @@ from etils import epath
 
 from mlpmem_jax.core import host
 from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.retrieval import exact_backend, quality, reduction, scann_backend, tiles
@@ -29,11 +30,6 @@ KEYS, WIDTH, NEIGHBORS, VOCABULARY = 764_000, 128, 1024, 50_257
 POSITIONS, RECALL_POSITIONS = 16_384, 512
 MINIMUM_PROBABILITY = 1e-8
 _TRAINED_ON_PER_LIST = 39  # keys; FAISS warns of fewer
-
-
-def row(name: str, value: float, unit: str, detail: str) -> dict:
-    """One row of what `mlpmem benchmark` prints."""
-    return {"name": name, "value": value, "unit": unit, "detail": detail}
 
 
 def clustered_keys(count: int, width: int, seed: int = 0) -> np.ndarray:

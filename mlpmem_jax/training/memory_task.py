@@ -56,15 +56,16 @@ class MemoryLoss:
     """The loss of a memory on a batch, from stored inputs or with the base LM in the step.
 
     Attributes:
-      model, base: dimensions of the memory and of the base LM.
-      input_block: the block of the base LM whose input the memory reads.
+      model: dimensions of the memory.
       settings: the group config.training.
+      base: dimensions of the base LM; online alone.
+      input_block: the block of the base LM whose input the memory reads; online alone.
     """
 
     model: MemoryConfig
-    base: language_model.Config
-    input_block: int
     settings: ml_collections.ConfigDict
+    base: language_model.Config | None = None
+    input_block: int = 0
 
     def __call__(self, sharding: Sharding, parameters: dict, frozen: dict, batch: dict):
         """(loss, {name: statistic}), as of `loop.TrainingTask`; `frozen` holds the base LM's parameters, online."""
@@ -125,7 +126,7 @@ def memory_task(
         initialize=initialize or functools.partial(memory.init, model, jax.random.key(settings.seed)),
         abstract_parameters=abstract,
         logical_axes=memory.logical_axes(model),
-        loss=MemoryLoss(model, base, block_at_depth(base.blocks, config.datastore.input_depth), settings),
+        loss=MemoryLoss(model, settings, base, block_at_depth(base.blocks, config.datastore.input_depth)),
         positions_per_sequence=length,
         flops_per_position=3 * flops.memory_forward(model) + base_flops,
     )

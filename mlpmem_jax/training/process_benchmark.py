@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 
 from mlpmem_jax.core import distributed, host
+from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models.gpt2 import GPT2Config
@@ -41,14 +42,14 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     for (processes, devices), measured in rates.items():
         rate = statistics.median(measured)
         result.append(
-            {
-                "name": f"train step, {processes} x {devices} (processes x devices)",
-                "value": rate / first,
-                "unit": "of the rate of 1 x 1",
-                "detail": f"{rate:,.0f} positions/s ({min(measured):,.0f} to {max(measured):,.0f} in {_ROUNDS} runs of "
+            row(
+                f"train step, {processes} x {devices} (processes x devices)",
+                rate / first,
+                "of the rate of 1 x 1",
+                f"{rate:,.0f} positions/s ({min(measured):,.0f} to {max(measured):,.0f} in {_ROUNDS} runs of "
                 f"{_STEPS} steps), memory of width {config.memory.width}, {config.training.optimizer}, "
                 f"{config.training.batch_sequences * config.base.context_length} positions a step",
-            }
+            )
         )
     return result
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from mlpmem_jax.core import chips
+from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.device_rates import matmul_rate
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.mesh import make_mesh
@@ -24,7 +24,7 @@ from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import flops, memory
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.training import loop
-from mlpmem_jax.training.loss import sparse_cross_entropy
+from mlpmem_jax.training.memory_task import MemoryLoss
 
 ALPHA = 0.4
 _ROUNDS = 5
@@ -78,35 +78,34 @@ def batch(case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def _loss(case: Case, chunk: int, sharding, parameters, frozen, batch):
-    del frozen
-    dtype = jnp.dtype(case.dtype)
-    hidden_NxD = memory.hidden(parameters, case.model, batch["memory_inputs"].astype(dtype), compute_dtype=dtype)
-    return sparse_cross_entropy(
-        hidden_NxD.astype(dtype),
-        memory.output_kernel(parameters),
-        batch["token_ids"],
-        batch["probabilities"],
-        batch["next_tokens"],
-        alpha=ALPHA,
-        vocab_size=case.model.vocab_size,
-        chunk=chunk,
-        sharding=sharding,
+def settings_of(case: Case, training: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config group `training` of a case: the given one's, with what the case says."""
+    settings = ml_collections.ConfigDict(training)
+    settings.update(
+        {
+            "mode": "offline",
+            "alpha": ALPHA,
+            "compute_dtype": case.dtype,
+            "remat": False,
+            "optimizer": case.optimizer,
+            "warmup_steps": 0,
+            "accumulation_steps": case.micro_batches,
+        }
     )
+    return settings
 
 
 def jax_step(case: Case, training: ml_collections.ConfigDict) -> Step:
     """The step of `training.loop` on the first device, compiled; `training` is a config group of that name."""
     sharding = Sharding(make_mesh(devices=jax.devices()[:1]))
-    settings = ml_collections.ConfigDict(training)
-    settings.update({"optimizer": case.optimizer, "warmup_steps": 0, "accumulation_steps": case.micro_batches})
+    settings = settings_of(case, training)
     initialize = functools.partial(memory.init, case.model)
     task = loop.TrainingTask(
         settings=settings,
         initialize=functools.partial(initialize, jax.random.key(0)),
         abstract_parameters=jax.eval_shape(initialize, jax.random.key(0)),
         logical_axes=memory.logical_axes(case.model),
-        loss=functools.partial(_loss, case, settings.loss_chunk),
+        loss=MemoryLoss(case.model, settings),
         positions_per_sequence=1,
         flops_per_position=case.step_flops / case.positions,
     )
@@ -245,7 +244,7 @@ def compared_row(name: str, case: Case, training: ml_collections.ConfigDict) -> 
         f"{utilizations_S[0]:.0%} of {against}, {np.median(peaks_R) / 1e12:.3g} TFLOP/s; medians of {_ROUNDS}{absent}"
     )
     if absent:
-        return {"name": name, "value": float(utilizations_S[0]), "unit": f"of {against}", "detail": detail}
+        return row(name, utilizations_S[0], f"of {against}", detail)
     detail += f"; the reference's step {rates_S[1]:,.0f} positions/s, {utilizations_S[1]:.0%}"
-    ratio = float(np.median(seconds_RxS[:, 1] / seconds_RxS[:, 0]))
-    return {"name": name, "value": ratio, "unit": "x PyTorch's rate", "detail": detail}
+    ratio = np.median(seconds_RxS[:, 1] / seconds_RxS[:, 0])
+    return row(name, ratio, "x PyTorch's rate", detail)

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter
+from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.device_rates import matmul_rate
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval.distribution import SparseDistributions
@@ -42,12 +43,8 @@ REAL = {
 }
 
 
-def _row(name: str, value: float, unit: str, detail: str) -> dict:
-    return {"name": name, "value": value, "unit": unit, "detail": detail}
-
-
-def _train_step_row(config: ml_collections.ConfigDict, case: Case) -> dict:
-    """Median of five steps, and the matmul rate measured just before, of the same process."""
+def _train_step_row(config: ml_collections.ConfigDict, case: Case) -> tuple[dict, float]:
+    """Median of five steps, and the matmul rate measured just before, of the same process; and positions per second."""
     step = step_benchmark.jax_step(case, config.training)
     step.run()
     rates, seconds = [], []
@@ -57,17 +54,19 @@ def _train_step_row(config: ml_collections.ConfigDict, case: Case) -> dict:
         start = time.perf_counter()
         step.run()
         seconds.append(time.perf_counter() - start)
+    rate = case.positions / statistics.median(seconds)
     shares = [case.step_flops / duration / rate for duration, rate in zip(seconds, rates, strict=True)]
-    return _row(
+    measured = row(
         f"train step, width {case.model.width}, {case.optimizer}",
         statistics.median(shares),
         "of the matmul rate",
         f"float32, {case.positions} positions in {case.micro_batches} micro-batches, 4 blocks, vocabulary "
         f"{VOCABULARY}, {ENTRIES} entries; "
-        f"{case.positions / statistics.median(seconds):,.0f} positions/s, "
+        f"{rate:,.0f} positions/s, "
         f"{case.step_flops / statistics.median(seconds) / 1e9:.0f} of "
         f"{statistics.median(rates) / 1e9:.0f} GFLOP/s, medians of 5; the optimizer's own FLOPs are not counted",
     )
+    return measured, rate
 
 
 def _batch(positions: int) -> dict:
@@ -104,8 +103,8 @@ def _write_sample(folder: epath.Path, sequences: int, length: int):
     return datastore, writer.seal({})
 
 
-def _pipeline_row(step_row: dict) -> dict:
-    """Positions per second that the input pipeline delivers with nothing else running."""
+def _pipeline_row(consumed: float) -> dict:
+    """Positions per second that the input pipeline delivers with nothing else running; a step consumes `consumed`."""
     length, batch_sequences = 128, 32
     with tempfile.TemporaryDirectory() as folder:
         source = data.TargetSource(*_write_sample(epath.Path(folder), 1024, length))
@@ -117,8 +116,7 @@ def _pipeline_row(step_row: dict) -> dict:
             next(batches)
         rate = count * batch_sequences * length / (time.perf_counter() - start)
         batches.close()
-    consumed = float(step_row["detail"].split("; ")[1].split(" positions/s")[0].replace(",", ""))
-    return _row(
+    return row(
         "input pipeline",
         rate,
         "positions/s",
@@ -156,7 +154,7 @@ def _loss_memory_rows() -> list[dict]:
         compiled = jax.jit(gradient).lower(*shapes).compile()
         logits = positions * VOCABULARY * 4 / 2**20
         rows.append(
-            _row(
+            row(
                 f"loss memory, {positions} positions, chunk {chunk}",
                 compiled.memory_analysis().temp_size_in_bytes / 2**20,
                 "MiB",
@@ -168,13 +166,13 @@ def _loss_memory_rows() -> list[dict]:
 
 def rows(config: ml_collections.ConfigDict) -> Iterator[dict]:
     """Measures; each row has name, value, unit and detail."""
-    rate = matmul_rate("float32")
-    yield _row("matmul", rate / 1e9, "GFLOP/s", "float32, 1536 x 1536 x 1536, best of half a second")
-    steps = []
+    yield row("matmul", matmul_rate("float32") / 1e9, "GFLOP/s", "float32, 1536 x 1536 x 1536, best of half a second")
+    consumed = []
     for case in STEPS:
-        steps.append(_train_step_row(config, case))
-        yield steps[-1]
+        measured, rate = _train_step_row(config, case)
+        consumed.append(rate)
+        yield measured
     for name, case in REAL.items():
         yield step_benchmark.compared_row(f"train step, {name}", case, config.training)
-    yield _pipeline_row(steps[0])
+    yield _pipeline_row(consumed[0])
     yield from _loss_memory_rows()
