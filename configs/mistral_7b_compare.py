@@ -13,10 +13,7 @@ github.com/GSYfate/knnlm-limits, which belong in `config.comparison.data`; all e
 """
 
 from configs import mistral_7b
-
-WORDS = ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte", "agn", "yahoo")
-QUESTIONS = ("nq", "webquestions", "triviaqa", "truthfulqa", "hotpotqa")
-HALLUCINATION = ("halueval_dialogue", "halueval_qa", "halueval_summarization")
+from mlpmem_jax.comparison import published
 
 
 def get_config():
@@ -30,7 +27,7 @@ def get_config():
     config.corpus.articles = ",wikitext,,,"
     comparison = config.comparison
     comparison.systems = "base,memory,knn_lm,rag,cpt,lora,memory+rag,cpt+memory"
-    comparison.tasks = ",".join(QUESTIONS + WORDS + HALLUCINATION)
+    comparison.tasks = ",".join(published.QUESTIONS + published.WORDS + published.HALLUCINATION)
     comparison.hub = True
     comparison.retriever = "models/bge-m3"  # a clone of huggingface.co/BAAI/bge-m3
     comparison.k = 2048  # of kNN-LM, as knnlm-limits

@@ -9,6 +9,20 @@ A sweep is a dictionary:
     points    a list of dictionaries, made by `point`
 """
 
+from mlpmem_jax.models import flops
+from mlpmem_jax.models.memory import MemoryConfig
+
+
+def memory_flops(family: str, vocabulary: int, width: int, blocks: int, feed_forward_width: int = 0) -> int:
+    """FLOPs of one position of a memory's training, forward and backward, beside a base of its own width.
+
+    Args:
+      vocabulary: with what it is padded by.
+      feed_forward_width: 0 = four times the width.
+    """
+    wide = feed_forward_width or 4 * width
+    return 3 * flops.memory_forward(MemoryConfig(family, vocabulary, vocabulary, width, width, blocks, wide))
+
 
 def point(
     name: str, arm: str, flops: float, *, seed: int = 0, variant: str = "", overrides: dict | None = None

@@ -1,5 +1,7 @@
 """The published GPT-2 sizes and the memories beside them, for sweeps at the paper's scale. Not a sweep by itself."""
 
+from configs import sweeps
+
 SIZES = {  # name: width of base and memory, blocks of the memory
     "small": (768, 18),
     "medium": (1024, 36),
@@ -34,4 +36,4 @@ def overrides(size: str) -> dict:
 def memory_flops(size: str) -> int:
     """FLOPs of one position of the memory's training, forward and backward; the vocabulary is padded to 50,304."""
     width, blocks = SIZES[size]
-    return 3 * (2 * 2 * blocks * width * 4 * width + 2 * width * 50304)
+    return sweeps.memory_flops("gpt2", 50304, width, blocks)

@@ -13,7 +13,7 @@ five sizes over 2.2 million keys about ten; starting and compiling 25 tasks abou
 """
 
 from configs import library_h100
-from configs.sweeps import point
+from configs.sweeps import memory_flops, point
 
 VOCABULARY = 8192
 POSITIONS = 2_200_000  # training positions, about: 9 MB of text
@@ -64,9 +64,8 @@ def of_sizes(sizes: dict, positions: int) -> dict:
             "memory.width": width,
             "memory.blocks": memory_blocks,
         }
-        per_position = 3 * (2 * 2 * memory_blocks * width * 4 * width + 2 * width * VOCABULARY)
+        flops = PASSES * positions * memory_flops("gpt2", VOCABULARY, width, memory_blocks)
         for seed in SEEDS:
             for arm in ("continued", "augmented"):
-                flops = PASSES * positions * per_position
                 points.append(point(f"b{size}-{arm}-s{seed}", arm, flops, seed=seed, overrides=overrides))
     return {"config": config, "counted": "training", "positions": 0, "points": points}

@@ -9,10 +9,9 @@ tenth of the text each. A point of three passes takes about 60 TFLOPs: five minu
 """
 
 from configs import smollm2
-from configs.sweeps import point
-from mlpmem_jax.models import flops
-from mlpmem_jax.models.memory import MemoryConfig
+from configs.sweeps import memory_flops, point
 
+VOCABULARY = 49_152
 POSITIONS = 86_000  # of the training split, about
 PASSES = 3
 REFERENCE = {"datastore.input_depth": 0.7, "training.alpha": 0.4, "targets.k": 64, "memory.blocks": 4}
@@ -26,13 +25,6 @@ LONGER = ({"training.alpha": 0.4}, {"training.alpha": 0.0}, {"training.alpha": 1
 LONGER_PASSES = 10
 
 
-def budget(config, passes: int, blocks: int) -> float:
-    """Training FLOPs of a memory of so many blocks for so many passes over the text."""
-    vocabulary, width = 49_152, config.memory.width
-    model = MemoryConfig("llama", vocabulary, vocabulary, width, width, blocks, config.memory.feed_forward_width)
-    return 3.0 * flops.memory_forward(model) * passes * POSITIONS
-
-
 def get_sweep():
     config = smollm2.get_config()
     config.workdir = "runs/smollm2_ablations"
@@ -43,6 +35,16 @@ def get_sweep():
     config.base.finetune_steps = POSITIONS // (base.batch_sequences * config.base.context_length)
     base.evaluate_every = base.checkpoint_every = 1 + config.base.finetune_steps // 2
     config.training.evaluate_every = config.training.checkpoint_every = 42  # a pass
+    memory = config.memory
+
+    def budget(passes: int, blocks: int) -> float:
+        """Training FLOPs of a memory of so many blocks for so many passes over the text."""
+        return (
+            passes
+            * POSITIONS
+            * memory_flops(memory.family, VOCABULARY, memory.width, blocks, memory.feed_forward_width)
+        )
+
     choices = [{}, *({key: value} for key, values in OTHERS.items() for value in values)]
     points = []
     for passes, changes in ((PASSES, choices), (LONGER_PASSES, LONGER)):
@@ -54,12 +56,12 @@ def get_sweep():
                 point(
                     f"of-{variant}".replace(", ", "-").replace(" ", "-").replace(".", ""),
                     "augmented",
-                    budget(config, passes, overrides["memory.blocks"]),
+                    budget(passes, overrides["memory.blocks"]),
                     variant=variant,
                     overrides=overrides,
                 )
             )
-    compute = budget(config, PASSES, REFERENCE["memory.blocks"])
+    compute = budget(PASSES, REFERENCE["memory.blocks"])
     overrides = {"training.learning_rate": 1e-4}  # a memory's rate is too high for parameters that were trained before
     points.append(point(f"of-{PASSES}-passes-continued", "continued", compute, overrides=overrides))
     return {"config": config, "counted": "training", "positions": 0, "points": points}

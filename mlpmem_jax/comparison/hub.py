@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from etils import epath
 
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.corpus import compression
+from mlpmem_jax.corpus import compression, hub
 
 _SEED = 42  # of the rows drawn (knnlm-limits)
 
@@ -60,18 +59,9 @@ def fetch(folder: pathlib.Path, files: Mapping[str, DataSet]) -> None:
 
 def _rows(data_set: DataSet) -> list[dict]:
     datasets = require("datasets", extra="hub")
-    if epath.Path(data_set.name).is_dir():
-        path, revision = data_set.name, ""
-    else:
-        path, _, revision = data_set.name.partition("@")
-    try:
-        loaded = datasets.load_dataset(path, data_set.subset or None, split=data_set.split, revision=revision or None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"the data set {data_set.name!r} (subset {data_set.subset!r}, split {data_set.split!r}) could not be "
-            f"loaded: {reason}"
-        ) from error
+    with hub.explained(f"the data set {data_set.name!r} (subset {data_set.subset!r}, split {data_set.split!r})"):
+        path, revision = hub.located(data_set.name)
+        loaded = datasets.load_dataset(path, data_set.subset or None, split=data_set.split, revision=revision)
     if data_set.drawn:
         chosen = np.random.RandomState(_SEED).choice(len(loaded), min(data_set.drawn, len(loaded)), replace=False)
         loaded = loaded.select(chosen)

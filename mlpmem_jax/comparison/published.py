@@ -3,11 +3,11 @@
 They are of other models on other text. Those of kNN-LM on questions are of the paper's version for ICLR.
 """
 
-_WORDS = ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte", "agn", "yahoo")
-_QUESTIONS = ("nq", "webquestions", "triviaqa", "truthfulqa", "hotpotqa")
-_HALLUCINATION = ("halueval_dialogue", "halueval_qa", "halueval_summarization")
+WORDS = ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte", "agn", "yahoo")
+QUESTIONS = ("nq", "webquestions", "triviaqa", "truthfulqa", "hotpotqa")
+HALLUCINATION = ("halueval_dialogue", "halueval_qa", "halueval_summarization")
 _BY_TASKS = {
-    _WORDS: {
+    WORDS: {
         "base": (81.21, 75.35, 62.30, 74.95, 55.42, 69.64, 59.57, 75.95, 56.36),
         "memory": (83.19, 79.90, 75.95, 75.42, 64.15, 76.79, 64.62, 80.28, 57.33),
         "knn_lm": (82.15, 76.85, 61.70, 74.95, 56.78, 71.42, 60.28, 76.13, 56.26),
@@ -15,7 +15,7 @@ _BY_TASKS = {
         "cpt": (87.09, 82.85, 82.60, 77.48, 60.65, 57.14, 52.71, 83.10, 51.56),
         "lora": (86.54, 83.20, 75.10, 79.83, 55.42, 51.78, 56.31, 65.46, 57.30),
     },
-    _QUESTIONS: {
+    QUESTIONS: {
         "base": (23.18, 32.09, 56.91, 29.16, 22.72),
         "memory": (27.04, 36.61, 57.50, 30.04, 25.69),
         "knn_lm": (21.05, 30.51, 57.77, 32.33, 21.20),
@@ -23,7 +23,7 @@ _BY_TASKS = {
         "cpt": (12.90, 31.55, 58.81, 29.56, 15.49),
         "lora": (17.88, 35.19, 58.14, 28.33, 17.18),
     },
-    _HALLUCINATION: {
+    HALLUCINATION: {
         "base": (57.18, 53.99, 50.27),
         "memory": (66.86, 64.07, 52.41),
         "rag": (59.06, 65.09),

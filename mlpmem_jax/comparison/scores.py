@@ -26,6 +26,7 @@ from mlpmem_jax.comparison.packing import Row
 from mlpmem_jax.comparison.question import Answer, Question, Task
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.models.interpolation import mixture_log_probabilities
+from mlpmem_jax.retrieval.scratch import write_whole
 
 Values = list[np.ndarray]
 """Log-probabilities [P, C] of every row."""
@@ -204,7 +205,7 @@ def kept_scores(
         arrays[f"{source}_shapes"] = np.array([array.shape for array in values])
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
-    _replace(file, content.getvalue())
+    _keep(file, content.getvalue())
     return computed, seconds
 
 
@@ -225,17 +226,13 @@ def kept_texts(file: epath.Path, made_of: str, compute: Callable[[], list[str]])
     texts = compute()
     seconds = time.perf_counter() - start
     content = {"made_of": made_of, "seconds": seconds, "texts": texts}
-    _replace(file, json.dumps(content, ensure_ascii=False).encode())
+    _keep(file, json.dumps(content, ensure_ascii=False).encode())
     return texts, seconds
 
 
-def _replace(file: epath.Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+def _keep(file: epath.Path, content: bytes) -> None:
     if jax.process_index() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_bytes(content)
-        unfinished.replace(file)
+        write_whole(file, content)
 
 
 def encoder(tokenizer: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[int]]]:

@@ -129,7 +129,7 @@ class Artifact:
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of all shard files and side files; directories of parameters included."""
-        return _tree_bytes(epath.Path(self.path))
+        return storage.folder_bytes(epath.Path(self.path))
 
     @property
     def is_imported(self) -> bool:
@@ -228,10 +228,6 @@ class Artifact:
                         f"{_shard_file(self.path, name, self.arrays[name], index)}: expected {record['bytes']} bytes, "
                         f"found {stored}; delete {self.path} and run the stage that makes it again"
                     )
-
-
-def _tree_bytes(folder: epath.Path) -> int:
-    return sum(_tree_bytes(entry) if entry.is_dir() else storage.state_of(entry).length for entry in folder.iterdir())
 
 
 def _shard_file(path: str, name: str, spec: ArraySpec, shard: int) -> epath.Path:

@@ -93,6 +93,11 @@ def state_of(file) -> FileState:
     return FileState(status.st_size, int(status.st_mtime))
 
 
+def folder_bytes(folder) -> int:
+    """Of all files below an epath.Path."""
+    return sum(folder_bytes(entry) if entry.is_dir() else state_of(entry).length for entry in folder.iterdir())
+
+
 def checksum(files: Mapping) -> str:
     """A checksum that changes with the files, and says what of them it was made from.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -56,21 +57,36 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
     return Source(inputs, lambda: [part for entry in chosen for part in _parts(*entry, corpus.document_bytes)])
 
 
-def _parts(name: str, subset: str, rows: RowReader, articles: str, document_bytes: int) -> Sequence[Part]:
+def located(name: str) -> tuple[str, str | None]:
+    """(folder or name, revision or None) of a local folder, NAME or NAME@REVISION, as `datasets` takes them."""
+    if epath.Path(name).expanduser().is_dir():
+        return str(epath.Path(name).expanduser()), None
+    path, _, revision = name.partition("@")
+    return path, revision or None
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns errors of loading a data set into one line that begins with `what`.
+
+    Raises:
+      UserError: the data set could not be loaded.
+    """
     datasets = require("datasets", extra="hub")
     try:
-        if epath.Path(name).expanduser().is_dir():
-            path, revision = str(epath.Path(name).expanduser()), ""
-        else:
-            path, _, revision = name.partition("@")
-        builder = datasets.load_dataset_builder(path, subset or None, revision=revision or None)
-        builder.download_and_prepare()
-        splits = builder.as_dataset()
+        yield
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"config.corpus.name: the data set {name!r} (config.corpus.subset={subset!r}) could not be loaded: {reason}"
-        ) from error
+        raise UserError(f"{what} could not be loaded: {reason}") from error
+
+
+def _parts(name: str, subset: str, rows: RowReader, articles: str, document_bytes: int) -> Sequence[Part]:
+    datasets = require("datasets", extra="hub")
+    with explained(f"config.corpus.name: the data set {name!r} (config.corpus.subset={subset!r})"):
+        path, revision = located(name)
+        builder = datasets.load_dataset_builder(path, subset or None, revision=revision)
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
     known = {split: ours for split, ours in _SPLIT_NAMES.items() if split in splits}
     if "train" not in known.values():
         raise UserError(f"config.corpus.name: {name!r} has no split 'train', found {sorted(splits)}")

@@ -47,11 +47,7 @@ def artifact_bytes(artifact: Artifact) -> int:
     """Bytes on disk; of a trained model those of its parameters, without checkpoints and logs."""
     if artifact.kind not in _TRAINED:
         return artifact.bytes_on_disk
-    return _folder_bytes(epath.Path(artifact.path) / "parameters")
-
-
-def _folder_bytes(folder: epath.Path) -> int:
-    return sum(_folder_bytes(entry) if entry.is_dir() else storage.state_of(entry).length for entry in folder.iterdir())
+    return storage.folder_bytes(epath.Path(artifact.path) / "parameters")
 
 
 def environment(artifacts: dict[str, Artifact]) -> dict:
