@@ -198,10 +198,10 @@ def test_other_questions_are_scored_anew(config, compared, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"systems": "base,memmory"}, "comparison system 'memmory': there is none; expected some of base, memory"),
-        ({"tasks": "rt,rtt"}, "comparison task 'rtt': there is no such task; expected some of agn"),
+        ({"systems": "base,memmory"}, "comparison system 'memmory': unknown; expected some of base, memory"),
+        ({"tasks": "rt,rtt"}, "comparison task 'rtt': unknown task; expected some of agn"),
         ({"tasks": ""}, "config.comparison.tasks: is empty"),
-        ({"tasks": "nq"}, r"nq.test\.jsonl: does not exist, compressed .* config.comparison.data names the folder"),
+        ({"tasks": "nq"}, r"nq.test\.jsonl: does not exist, compressed .* config.comparison.data is the folder"),
         ({"tasks": "rt", "systems": "rag", "retriever": "no/such/folder"}, "no/such/folder holds no sentence encoder"),
     ],
 )
@@ -251,6 +251,8 @@ def test_continuations_of_one_token_share_a_row(config):
     encode = scores.encoder(read_tokenizer(workdir.tokens))
     task = tasks.find("halueval_qa")
     question = {"instruction": "Judge.", "question": "q", "shown": "a"}
-    asked = scores.ask(task, [tasks._halueval.Question("1", "q", question, (" a", " b"), gold=0)], None, encode, 512)
+    encoded = scores.encode_questions(
+        task, [tasks._halueval.Question("1", "q", question, (" a", " b"), gold=0)], None, encode, 512
+    )
     lengths = [len(encode([" a"])[0]), len(encode([" b"])[0])]
-    assert len(asked.rows) == (1 if lengths == [1, 1] else 2)
+    assert len(encoded.rows) == (1 if lengths == [1, 1] else 2)

@@ -113,12 +113,12 @@ def test_the_second_wording_has_the_data_of_the_first(name):
 
 def test_words_of_several_tokens_count_by_their_first_one_or_not_at_all():
     question = words_question((" good", " xyz"), (" bad", " awful"))
-    asked = scores.ask(words_task(), [question], None, encode, 99)
-    assert asked.rows[0].ids_PxC == [[900, ord(" "), 901, 902]]
-    asked = scores.ask(words_task(single_tokens=True), [question], None, encode, 99)
-    assert asked.rows[0].ids_PxC == asked.rows[asked.domain_row].ids_PxC == [[900, 901, 902]]
+    encoded = scores.encode_questions(words_task(), [question], None, encode, 99)
+    assert encoded.rows[0].ids_PxC == [[900, ord(" "), 901, 902]]
+    encoded = scores.encode_questions(words_task(single_tokens=True), [question], None, encode, 99)
+    assert encoded.rows[0].ids_PxC == encoded.rows[encoded.domain_row].ids_PxC == [[900, 901, 902]]
     model = [np.log([[0.3, 0.2, 0.1]]), np.log([[0.1, 0.1, 0.1]])]
-    answer = scores.answer(asked, 0, model, None, 0.0)
+    answer = scores.answer(encoded, 0, model, None, 0.0)
     np.testing.assert_allclose(metrics.choice_scores(answer), np.log([3, 2]), rtol=1e-6)
 
 
@@ -132,7 +132,7 @@ def test_words_of_a_file_follow_those_of_the_task(tmp_path):
     (question,) = tasks.find(str(tmp_path / "mood.toml")).load(tmp_path)["test"]
     assert question.words == ((" good", " fine", " well"), (" bad", " ill", " sad"))
     assert question.gold == 1
-    with pytest.raises(ConfigError, match="nothing\\.toml': there is no such file"):
+    with pytest.raises(ConfigError, match=r"nothing\.toml': file not found"):
         tasks.find(str(tmp_path / "nothing.toml"))
 
 
@@ -145,7 +145,7 @@ def test_words_of_a_file_follow_those_of_the_task(tmp_path):
 )
 def test_words_that_no_token_stands_for_are_refused(task, question, message):
     with pytest.raises(ConfigError, match=message):
-        scores.ask(task, [question], None, encode, 99)
+        scores.encode_questions(task, [question], None, encode, 99)
 
 
 def write_task_files(folder, name, rows):
@@ -170,7 +170,7 @@ TRUTHFUL = {"Question": "q?", "Best Answer": "a", "Correct Answers": "b", "Incor
         ("hotpotqa", "hotpotqa/dev.json", [{"question": "q"}], "dev.json: row 1 has no answer"),
         ("hotpotqa", "hotpotqa/dev.json", [], "dev.json: has no rows"),
         ("rt", "pmi/rt/test.jsonl", [{"input": "a", "output": "neutral"}], "row 1 has the label 'neutral'; expected"),
-        ("truthfulqa", "truthfulqa/TruthfulQA.csv", [TRUTHFUL], "row 1: the best answer is none of the correct ones"),
+        ("truthfulqa", "truthfulqa/TruthfulQA.csv", [TRUTHFUL], "row 1: the best answer is not a correct one"),
     ],
 )
 def test_rows_that_cannot_be_asked_are_refused(tmp_path, task, file, rows, message):
@@ -182,17 +182,17 @@ def test_rows_that_cannot_be_asked_are_refused(tmp_path, task, file, rows, messa
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted():
     task = Task("t", None, "{text}", metrics.open_answer, "exact match", "gold log-probability", max_new_tokens=4)
     questions = [Question(str(n), "", {"text": text}, (" y",)) for n, text in enumerate(("abcdefghijkl", "abc"))]
-    asked = scores.ask(task, questions, None, encode, 9)
-    assert asked.truncated == 1
-    assert asked.prompt_ids == [[*map(ord, "hijkl")], [1, *map(ord, "abc")]]
-    assert asked.rows[0].tokens_T == [*map(ord, "efghijkl ")]
-    with pytest.raises(ConfigError, match="4 tokens are written, which leaves nothing of a context of 4 for a prompt"):
-        scores.ask(task, questions, None, encode, 4)
+    encoded = scores.encode_questions(task, questions, None, encode, 9)
+    assert encoded.truncated == 1
+    assert encoded.prompt_ids == [[*map(ord, "hijkl")], [1, *map(ord, "abc")]]
+    assert encoded.rows[0].tokens_T == [*map(ord, "efghijkl ")]
+    with pytest.raises(ConfigError, match="generates 4 tokens, which leaves no room for a prompt in a context of 4"):
+        scores.encode_questions(task, questions, None, encode, 4)
 
 
 def test_a_corpus_without_passages_is_refused(monkeypatch):
     monkeypatch.setattr(passages, "documents", lambda tokens: ["", " \n"])
-    with pytest.raises(ConfigError, match="some/tokens: its training split has no words to make passages of"):
+    with pytest.raises(ConfigError, match="some/tokens: its training split has no words"):
         passages.open_retriever("bm25", types.SimpleNamespace(path="some/tokens"), 100, {}, None, None)
 
 

@@ -1,21 +1,21 @@
-"""The paper's comparison: what a memory, kNN-LM, retrieval and further training do for the same questions.
+"""The paper's comparison: a memory, kNN-LM, RAG and continued pretraining on the same questions.
 
-tasks/        one file for each task: its questions, its prompts, its measures
-hub.py        files of tasks from the Hugging Face hub
-question.py   what a task asks, and what a system answers
+tasks/        one file per task: its questions, prompts and metrics
+hub.py        task files from the Hugging Face hub
+question.py   a task's questions and a system's answers
 metrics.py    how answers are judged
 passages.py   the training text as passages, and retrievers over them
 searching.py  searches over keys and passages
-packing.py    texts packed into sequences, what they have in common computed once
+packing.py    packs texts into sequences so that shared prefixes are computed once
 reading.py    log-probabilities of given tokens in packed texts
-scores.py     log-probabilities and texts of a task, kept for the next run
-sides.py      what is mixed with a language model: the memory, or kNN search
-systems.py    the systems: a language model, passages in its prompt or not, something mixed with it or not
-greedy.py     texts of a system, token by token
-weights.py    lambda of each question, tuned on others
-costs.py      what a system cost to make, and takes to keep
-compare.py    the command: every system on every task, from scores to the report
-speed.py      the command with --speed: times by the size of the corpus
-harness.py    tasks of lm-evaluation-harness
+scores.py     log-probabilities and generated texts of a task, cached for the next run
+sides.py      what is mixed into a language model's distribution: the memory or kNN search
+systems.py    the systems: a language model, with or without passages in its prompt and a side mixed in
+greedy.py     greedy decoding of a system
+weights.py    lambda for each question, tuned on other questions
+costs.py      what a system costs to build and to store
+compare.py    the command: every system on every task, from scoring to the report
+speed.py      the command with --speed: latency and throughput by corpus size
+harness.py    runs tasks of lm-evaluation-harness
 page.py       the report
 """

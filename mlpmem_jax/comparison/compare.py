@@ -1,10 +1,10 @@
-"""`mlpmem compare`: every system on every task, with what each cost, as one page.
+"""`mlpmem compare`: runs every system on every task and writes one page with scores and costs.
 
-Tasks are read, systems that need training are trained, all questions are scored, interpolation weights are tuned on
-other questions than those that are reported, texts are generated, and WORKDIR/comparison gets
+It loads the tasks, trains the systems that need training, scores all questions, tunes interpolation weights on
+questions other than the reported ones, and generates texts. It writes to WORKDIR/comparison:
 
-    answers.jsonl    every question, with every system's answer and measures
-    compare.json     all figures
+    answers.jsonl    every question, with every system's answer and metrics
+    compare.json     all results
     index.html       the page
 """
 
@@ -39,10 +39,10 @@ def run(config: ml_collections.ConfigDict) -> dict:
     """Compares the systems of `config.comparison`.
 
     Returns:
-      What is in compare.json.
+      The contents of compare.json.
 
     Raises:
-      UserError: a stage is not finished, a task or a system is not known, or a file of a task is missing.
+      UserError: a stage is not finished, a task or system is unknown, or a task's file is missing.
     """
     settings = config.comparison
     chosen = systems.parse(settings.systems)
@@ -64,7 +64,7 @@ def run(config: ml_collections.ConfigDict) -> dict:
     for name, task in chosen_tasks.items():
         say(f"== {name}: {task.title}")
         questions = _known(splits[name]["test"], texts, name)
-        result, lines = _Compared(workdir, name, task, chosen, artifacts, seconds).run(
+        result, lines = _TaskComparison(workdir, name, task, chosen, artifacts, seconds).run(
             _sample(questions, settings.limit, settings.seed),
             _sample(splits[name].get("validation", []), settings.tuning_questions, settings.seed),
         )
@@ -93,7 +93,7 @@ def _cost(workdir: Workdir, name: str, artifacts: dict, seconds: float) -> dict:
 
 
 def _train_missing(config: ml_collections.ConfigDict, chosen: list[str]) -> None:
-    """Trains the language models that systems need; what is finished is left as it is."""
+    """Trains the language models that the chosen systems need, unless they are finished."""
     for model, train in (("continued", controls.continued), ("lora", lora.run)):
         if any(SYSTEMS[name].model == model for name in chosen):
             with stage_costs.measured(config.workdir, systems.FOLDERS[model]):
@@ -101,10 +101,10 @@ def _train_missing(config: ml_collections.ConfigDict, chosen: list[str]) -> None
 
 
 def _known(questions: list[Question], texts: list[str], name: str) -> list[Question]:
-    """The questions whose passage, if the task brings one, stands in the training text.
+    """The questions whose source passage is in the training text; all questions of a task without source passages.
 
     Raises:
-      ConfigError: it is another text altogether.
+      ConfigError: none of the passages is in the training text.
     """
     if not questions[0].source:
         return questions
@@ -112,23 +112,23 @@ def _known(questions: list[Question], texts: list[str], name: str) -> list[Quest
     known = [question for question in questions if question.source.strip() in whole]
     if not known:
         raise ConfigError(
-            f"comparison task {name!r}: none of its {len(questions)} passages stands in the training text; it asks "
-            "about a corpus that was made from these very passages"
+            f"comparison task {name!r}: none of its {len(questions)} passages is in the training text; this task "
+            "needs a corpus that was built from the same passages"
         )
-    say(f"{name}: {len(known)} of {len(questions)} questions have their passage in the training split; these are asked")
+    say(f"{name}: {len(known)} of {len(questions)} questions have a passage in the training split; only these are used")
     return known
 
 
 def _sample(questions: list[Question], limit: int, seed: int) -> list[Question]:
-    """`limit` of the questions by a seed, in their order; 0 = all."""
+    """A random sample of `limit` questions, in their original order; all of them for a limit of 0."""
     if not limit or limit >= len(questions):
         return questions
     chosen = np.random.default_rng(seed).choice(len(questions), limit, replace=False)
     return [questions[index] for index in sorted(chosen)]
 
 
-class _Compared:
-    """One task: scores and texts of every system, and what they come to."""
+class _TaskComparison:
+    """Runs one task: scores and texts of every system, and their summary."""
 
     def __init__(self, workdir: Workdir, name: str, task: Task, chosen: list[str], artifacts, seconds: dict):
         self._workdir, self._name, self._task, self._chosen = workdir, name, task, chosen
@@ -138,15 +138,17 @@ class _Compared:
         self._scored: dict[tuple, dict[str, scores.Values]] = {}
 
     def run(self, questions: list[Question], tuning: list[Question]) -> tuple[dict, list[dict]]:
-        """(figures of the task, a line for each question)."""
-        asked = {retrieves: self._ask(questions, retrieves) for retrieves in self._variants()}
-        asked_tuning = {retrieves: self._ask(tuning, retrieves) for retrieves in self._variants()} if tuning else None
-        found = {name: self._system(name, asked, asked_tuning) for name in self._chosen}
+        """(results of the task, one record per question)."""
+        encoded = {retrieves: self._encode(questions, retrieves) for retrieves in self._variants()}
+        encoded_tuning = (
+            {retrieves: self._encode(tuning, retrieves) for retrieves in self._variants()} if tuning else None
+        )
+        results = {name: self._system(name, encoded, encoded_tuning) for name in self._chosen}
         lines = [
             {
                 "task": self._name,
                 "id": question.id,
-                "prompt": asked[False].prompts[number],
+                "prompt": encoded[False].prompts[number],
                 "gold": question.gold,
                 "accepted": list(question.accepted),
                 "systems": {
@@ -156,71 +158,77 @@ class _Compared:
                         "scores": of["scores"][number],
                         **{measure: values[number] for measure, values in of["measures"].items()},
                     }
-                    for name, of in found.items()
+                    for name, of in results.items()
                 },
             }
             for number, question in enumerate(questions)
         ]
-        return self._summary(found, asked, bool(tuning)), lines
+        return self._summary(results, encoded, bool(tuning)), lines
 
     def _variants(self) -> list[bool]:
-        """Whether prompts have passages: both ways where a system wants them."""
+        """The values of "prompts have passages" to run: False, and True if a chosen system retrieves."""
         return [False, True] if any(SYSTEMS[name].retrieves for name in self._chosen) else [False]
 
-    def _ask(self, questions: list[Question], retrieves: bool) -> scores.Asked:
+    def _encode(self, questions: list[Question], retrieves: bool) -> scores.EncodedQuestions:
         passages = None
         if retrieves:
             queries = [question.query for question in questions]
             passages = self._workdir.retriever.retrieve(queries, self._settings.passages)
         context = self._workdir.model(SIDE_MODEL).config.context_length
-        asked = scores.ask(self._task, questions, passages, scores.encoder(self._tokenizer), context)
-        if asked.truncated:
-            say(f"{self._name}: {asked.truncated} prompts exceed {context} tokens and lose their beginning")
-        return asked
+        encoded = scores.encode_questions(self._task, questions, passages, scores.encoder(self._tokenizer), context)
+        if encoded.truncated:
+            say(f"{self._name}: {encoded.truncated} prompts exceed {context} tokens and are truncated on the left")
+        return encoded
 
-    def _values(self, model: str, retrieves: bool, asked: scores.Asked, split: str) -> dict[str, scores.Values]:
-        """Scores of a language model and of the sides that read it, computed or read once."""
+    def _values(
+        self, model: str, retrieves: bool, encoded: scores.EncodedQuestions, split: str
+    ) -> dict[str, scores.Values]:
+        """Scores of a language model and of the sides that read its hidden states, computed or loaded once."""
         key = model, retrieves, split
         if key not in self._scored:
             sides = sorted({SYSTEMS[name].side for name in self._chosen} - {""}) if model == SIDE_MODEL else []
-            made_of = {f"{name} {role}": artifact.fingerprint for name in self._chosen for role, artifact
+            inputs = {f"{name} {role}": artifact.fingerprint for name in self._chosen for role, artifact
                        in self._artifacts[name].items()
                        if SYSTEMS[name].model == model or SYSTEMS[name].side in sides}  # fmt: skip
-            made_of |= {"k": str(self._settings.k), "sides": ",".join(sides)}
+            inputs |= {"k": str(self._settings.k), "sides": ",".join(sides)}
             file = self._folder / "scores" / f"{self._name}-{split}-{model}{'-rag' if retrieves else ''}.npz"
 
             def compute() -> dict[str, scores.Values]:
                 read_sides = {side: self._workdir.side(side) for side in sides}
                 title = f"{self._name}/{split}, {model}{' with passages' if retrieves else ''}"
-                return read(self._workdir.model(model), asked.rows, read_sides, self._workdir.sharding, title)
+                return read(self._workdir.model(model), encoded.rows, read_sides, self._workdir.sharding, title)
 
-            self._scored[key], seconds = scores.kept_scores(file, scores.fingerprint(asked, made_of), compute)
-            for name in self._chosen:  # those that share the pass each need it
+            self._scored[key], seconds = scores.cached_scores(file, scores.fingerprint(encoded, inputs), compute)
+            for name in self._chosen:  # each system that shares this forward pass is charged its whole time
                 if (SYSTEMS[name].model, SYSTEMS[name].retrieves) == (model, retrieves):
                     self._seconds[name] += seconds
         return self._scored[key]
 
-    def _grid_values(self, system: System, asked: scores.Asked, split: str) -> np.ndarray:
-        """The measure that weights are tuned on, float [G, N]; G is 1 without a side."""
-        model, side = self._of_system(system, asked, split)
+    def _grid_values(self, system: System, encoded: scores.EncodedQuestions, split: str) -> np.ndarray:
+        """The metric that weights are tuned on, float [G, N]; G is 1 without a side."""
+        model, side = self._of_system(system, encoded, split)
         grid = weights.GRID if side is not None else [0.0]
 
         def measure(number: int, weight: float) -> float:
-            said = scores.answer(asked, number, model, side, weight)
-            return self._task.measure(asked.questions[number], said)[self._task.tuned_on]
+            answer = scores.answer(encoded, number, model, side, weight)
+            return self._task.measure(encoded.questions[number], answer)[self._task.tuned_on]
 
-        return weights.over_grid(measure, len(asked.questions), grid)
+        return weights.over_grid(measure, len(encoded.questions), grid)
 
-    def _of_system(self, system: System, asked: scores.Asked, split: str) -> tuple[scores.Values, scores.Values | None]:
-        model = self._values(system.model, system.retrieves, asked, split)["model"]
+    def _of_system(
+        self, system: System, encoded: scores.EncodedQuestions, split: str
+    ) -> tuple[scores.Values, scores.Values | None]:
+        model = self._values(system.model, system.retrieves, encoded, split)["model"]
         if not system.side:
             return model, None
-        return model, self._values(SIDE_MODEL, system.retrieves, asked, split)[system.side]
+        return model, self._values(SIDE_MODEL, system.retrieves, encoded, split)[system.side]
 
-    def _system(self, name: str, asked: dict, asked_tuning: dict | None) -> dict:
-        system, mine = SYSTEMS[name], asked[SYSTEMS[name].retrieves]
+    def _system(self, name: str, encoded: dict, encoded_tuning: dict | None) -> dict:
+        system, mine = SYSTEMS[name], encoded[SYSTEMS[name].retrieves]
         grid_GxN = self._grid_values(system, mine, "test")
-        tuning_GxM = self._grid_values(system, asked_tuning[system.retrieves], "validation") if asked_tuning else None
+        tuning_GxM = (
+            self._grid_values(system, encoded_tuning[system.retrieves], "validation") if encoded_tuning else None
+        )
         chosen_N = weights.tuned(grid_GxN, tuning_GxM, self._settings.seed)
         texts = self._texts(name, mine, chosen_N) if self._task.max_new_tokens else None
         model, side = self._of_system(system, mine, "test")
@@ -234,12 +242,12 @@ class _Compared:
         return {
             "chosen": chosen_N,
             "grid": grid_GxN,
-            "texts": texts or choices,  # what is chosen is what is said
+            "texts": texts or choices,  # without generation, the answer is the chosen text
             "scores": [of.tolist() for of in compared],
             "measures": {measure: [one[measure] for one in measured] for measure in measured[0]},
         }
 
-    def _texts(self, name: str, asked: scores.Asked, chosen_N: np.ndarray) -> list[str]:
+    def _texts(self, name: str, encoded: scores.EncodedQuestions, chosen_N: np.ndarray) -> list[str]:
         system = SYSTEMS[name]
         end = self._workdir.tokens.summary["end_of_text_id"]
 
@@ -251,7 +259,7 @@ class _Compared:
             same = system.model == SIDE_MODEL
             decoder = self._workdir.decoder(system.model, side if same else None)
             other = None if side is None else decoder if same else self._workdir.decoder(SIDE_MODEL, side)
-            ids: list[list[int]] = [[]] * len(asked.questions)
+            ids: list[list[int]] = [[]] * len(encoded.questions)
             for index in np.unique(chosen_N):
                 numbers = np.flatnonzero(chosen_N == index)
                 weight = float(weights.GRID[index])
@@ -259,32 +267,32 @@ class _Compared:
                     decoder,
                     other if weight else None,
                     weight,
-                    [asked.prompt_ids[number] for number in numbers],
+                    [encoded.prompt_ids[number] for number in numbers],
                     self._task.max_new_tokens,
                     is_finished,
                     f"{self._name}, {name}" + (f" (lambda {weight:.2f})" if side else ""),
                 )
                 for number, one in zip(numbers, generated, strict=True):
                     ids[number] = one
-            return [self._cut_off(self._tokenizer.decode([token for token in one if token != end])) for one in ids]
+            return [self._before_stop(self._tokenizer.decode([token for token in one if token != end])) for one in ids]
 
-        made_of = {role: artifact.fingerprint for role, artifact in self._artifacts[name].items()}
-        made_of |= {"weights": ",".join(map(str, chosen_N)), "k": str(self._settings.k)}
+        inputs = {role: artifact.fingerprint for role, artifact in self._artifacts[name].items()}
+        inputs |= {"weights": ",".join(map(str, chosen_N)), "k": str(self._settings.k)}
         file = self._folder / "texts" / f"{self._name}-{name}.json"
-        texts, seconds = scores.kept_texts(file, scores.fingerprint(asked, made_of), compute)
+        texts, seconds = scores.cached_texts(file, scores.fingerprint(encoded, inputs), compute)
         self._seconds[name] += seconds
         return texts
 
-    def _cut_off(self, text: str) -> str:
-        """The text before the first string that ends it."""
+    def _before_stop(self, text: str) -> str:
+        """The text up to the first stop string."""
         ends = [text.index(stop) for stop in self._task.stop if stop in text]
         return text[: min(ends, default=len(text))].strip()
 
-    def _summary(self, found: dict, asked: dict, has_validation: bool) -> dict:
+    def _summary(self, results: dict, encoded: dict, has_validation: bool) -> dict:
         confidence = self._workdir.config.evaluation.confidence
-        base, count = found["base"]["measures"], len(asked[False].questions)
+        base, count = results["base"]["measures"], len(encoded[False].questions)
         of_systems = {}
-        for name, of in found.items():
+        for name, of in results.items():
             chosen_N = of["chosen"]
             of_systems[name] = {
                 "measures": {measure: float(np.mean(values)) for measure, values in of["measures"].items()},
@@ -304,13 +312,13 @@ class _Compared:
             "headline": self._task.headline,
             "tuned on": self._task.tuned_on,
             "weights from": "the validation split" if has_validation else "the other half of the questions",
-            "truncated prompts": {("with passages" if key else "plain"): one.truncated for key, one in asked.items()},
+            "truncated prompts": {("with passages" if key else "plain"): one.truncated for key, one in encoded.items()},
             "systems": of_systems,
         }
 
 
 def paired_interval(differences_N: np.ndarray, confidence: float, seed: int) -> list[float]:
-    """[low, high] of the mean difference between two systems on the same questions: a bootstrap over questions."""
+    """Bootstrap interval [low, high] over questions of the mean difference between two systems."""
     differences_N = np.asarray(differences_N, np.float64)
     if len(differences_N) < 2 or np.ptp(differences_N) == 0:
         return [float(differences_N.mean())] * 2

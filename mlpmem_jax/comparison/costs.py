@@ -1,4 +1,4 @@
-"""What a system cost to make, and what it takes to keep."""
+"""What a system costs to build and to store."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def cost(
     """FLOPs, parameters, bytes and seconds of a system.
 
     Args:
-      config: of the working directory.
-      parts: its artifacts by role.
-      seconds: of scoring and generation.
-      passages_bytes: of its passages and what finds them; 0 without.
+      config: the working directory's config.
+      parts: the system's artifacts by role.
+      seconds: wall time of scoring and generation.
+      passages_bytes: size of its passages and their index; 0 without retrieval.
 
     Returns:
-      training_flops: of what was trained for it, without the base LM.
-      construction_flops: of the datastore and the neighbors of its positions, which a memory is trained on.
-      parameters: that are read for one token.
-      bytes: on disk, the base LM included, and of passages.
+      training_flops: FLOPs of the models trained for it, not counting the base LM.
+      construction_flops: FLOPs of building the datastore and of searching the neighbors that a memory is trained on.
+      parameters: number of parameters read per generated token.
+      bytes: size on disk, including the base LM and the passages.
       seconds: as given.
     """
     base, construction = saved.language_model_config(parts["model"]), 0.0
@@ -34,7 +34,7 @@ def cost(
         backend = parts["targets"].summary.get("backend", config.targets.backend)
         targets = config.targets.to_dict()
         construction = budgets.construction(base, None, length, sequences * length, backend, targets)
-    # A memory was made from the datastore and its targets, but needs neither any more.
+    # A memory is built from the datastore and its targets but no longer needs either once trained.
     kept = ("model", "memory") if "memory" in parts else ("model", "datastore")
     return {
         "training_flops": sum(artifact.summary.get("training_flops", 0.0) for artifact in parts.values()),

@@ -1,4 +1,4 @@
-"""Texts of a system: greedy decoding of a mixture whose parts may come from two language models and a search.
+"""Greedy decoding of a system: a mixture whose parts may come from two language models and a search.
 
 Dimensions: B prompts, T positions, V vocabulary.
 """
@@ -19,15 +19,15 @@ from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.inference import decoding
 from mlpmem_jax.inference.decoding import DecoderConfig, Parameters
 
-_BATCH = 16  # prompts at once
-_MULTIPLE = 64  # prompts are padded to whole multiples, so that few lengths are compiled
+_BATCH = 16  # prompts decoded together
+_MULTIPLE = 64  # prompts are padded to multiples of this, so that few lengths are compiled
 
 
 class Decoder:
-    """A language model with the state that decoding needs; it tells log p and the input of a side."""
+    """A language model with its decoding state; each step returns log p and the hidden states that a side reads."""
 
     def __init__(self, model: Model, side: Side | None, sharding: Sharding):
-        """Of a model that lies on the mesh of `sharding`; what is told is on every device."""
+        """Wraps a model that is on the mesh of `sharding`; results are replicated on every device."""
         self._sharding = sharding
         self._models = DecoderConfig(model.config, None, side.block if side else 0)
         self._parameters = decoding.prepare(Parameters(model.parameters))
@@ -66,13 +66,14 @@ def generate(
     """Greedy continuations, at most `count` tokens each.
 
     Args:
-      decoder: of the language model.
-      side_decoder: of the language model whose states the side reads; None without a side. May be `decoder` itself.
-      weight: lambda of the side.
-      prompts: token ids, at least one each; with `count` more they fit the contexts of the models.
-      count: most tokens to add.
-      is_finished: whether a text needs no more tokens.
-      name: what the user is told is being written.
+      decoder: the language model's decoder.
+      side_decoder: decoder of the language model whose hidden states the side reads; may be `decoder` itself. None
+        without a side.
+      weight: lambda, the interpolation weight of the side.
+      prompts: token ids, at least one each; each plus `count` tokens must fit the models' contexts.
+      count: maximum number of tokens to add.
+      is_finished: returns whether a text is complete.
+      name: label for progress output.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts: list[list[int]] = [[]] * len(prompts)
@@ -89,14 +90,14 @@ def generate(
 
 
 class Mixture:
-    """Greedy steps of a language model and what is mixed in; the arguments are those of `generate`."""
+    """Greedy decoding steps of a language model and the side mixed into it; arguments as in `generate`."""
 
     def __init__(self, decoder: Decoder, side_decoder: Decoder | None, weight: float):
         self._side_decoder, self._weight = side_decoder, weight
         self._decoders = [decoder] if side_decoder in (None, decoder) else [decoder, side_decoder]
 
     def start(self, prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
-        """Reads prompts and gives the next token of each, int [B]; `count` in all may be added to them."""
+        """Prefills the prompts and returns the next token of each, int [B]; reserves room for `count` new tokens."""
         length = -(-max(map(len, prompts)) // _MULTIPLE) * _MULTIPLE
         tokens_BxT = np.zeros((len(prompts), length), np.int32)
         for row, prompt in zip(tokens_BxT, prompts, strict=True):
@@ -105,7 +106,7 @@ class Mixture:
         return self._likeliest([each.start(tokens_BxT, padding_B, length + count) for each in self._decoders])
 
     def step(self, tokens_B: np.ndarray) -> np.ndarray:
-        """Adds a token to each text and gives the next ones, int [B]."""
+        """Appends a token to each text and returns the next ones, int [B]."""
         return self._likeliest([each.step(tokens_B) for each in self._decoders])
 
     def _likeliest(self, readings: list[decoding.Reading]) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""`mlpmem score`: any task of lm-evaluation-harness for the systems of a working directory (extra `harness`).
+"""`mlpmem score`: runs tasks of lm-evaluation-harness on the systems of a working directory (extra `harness`).
 
-The harness asks and judges; here is what answers. Systems with passages in their prompts are not among those it can
-ask: it hands over prompts, not the questions to search with.
+The harness provides prompts and metrics; this module provides the model. Systems with passages in their prompts cannot
+be scored this way: the harness passes prompts, not the questions to search with.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from mlpmem_jax.inference.weight import find_weight, read_report
 
 PREFIX = "lm_eval:"
 FOLDER = "comparison"
-_MOST_NEW_TOKENS = 256  # where a task does not say
+_MOST_NEW_TOKENS = 256  # default for tasks that set no limit
 
 
 class Answering:
-    """A system, at one interpolation weight, as the harness asks language models."""
+    """A system at one interpolation weight, with the operations that the harness needs."""
 
     def __init__(self, workdir: Workdir, name: str, weight: float):
         system = SYSTEMS[name]
@@ -42,20 +42,20 @@ class Answering:
         self.context_length = self._model.config.context_length
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, behind what the tokenizer puts in front of a text."""
+        """Token ids, including any special tokens that the tokenizer puts in front."""
         return encode_prompts(self._workdir.tokens, [text])[0] if text else []
 
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding would give it) of each (context, continuation), in token ids."""
+        """(log-probability, whether greedy decoding would produce it) for each (context, continuation) of token ids."""
         rows = [
             Row.of_continuation(context, [*context, *continuation]).truncated(self.context_length)
             for context, continuation in pairs
         ]
-        found = read_mixture(self._model, rows, self._side, self._weight, self._workdir.sharding, self.name)
-        return [(float(values.sum()), bool(likeliest.all())) for values, likeliest in found]
+        read = read_mixture(self._model, rows, self._side, self._weight, self._workdir.sharding, self.name)
+        return [(float(values.sum()), bool(likeliest.all())) for values, likeliest in read]
 
     def write(self, prompts: Sequence[str], stops: Sequence[str], count: int) -> list[str]:
-        """Greedy continuations of texts, up to and without the first of `stops`."""
+        """Greedy continuations of texts, up to but not including the first of `stops`."""
 
         def is_finished(ids: list[int]) -> bool:
             return ids[-1] == self.end or any(stop in self._tokenizer.decode(ids) for stop in stops)
@@ -71,7 +71,7 @@ class Answering:
 
 
 def _harness_model(answering: Answering):
-    """The harness's own class over `answering`; it is made here, since its base class comes with the extra."""
+    """Adapts `answering` to the harness; the class is defined here because its base class comes with the extra."""
     api = require("lm_eval.api.model", extra="harness")
     utils = require("lm_eval.utils", extra="harness")
 
@@ -108,7 +108,7 @@ def _harness_model(answering: Answering):
             for request in requests:
                 context, options = request.args
                 if options.get("do_sample"):
-                    raise UserError(f"{answering.name}: a task asks for sampled texts; greedy ones are written here")
+                    raise UserError(f"{answering.name}: the task wants sampled text; only greedy decoding is supported")
                 stops = options.get("until") or []
                 count = options.get("max_gen_toks", _MOST_NEW_TOKENS)
                 texts += answering.write([context], [stops] if isinstance(stops, str) else stops, count)
@@ -118,10 +118,10 @@ def _harness_model(answering: Answering):
 
 
 def weight_of(workdir: Workdir, name: str) -> float:
-    """The lambda of a system that was tuned on the validation split of the corpus; 0 without a side.
+    """The lambda of a system, as tuned on the validation split of the corpus; 0 without a side.
 
     Raises:
-      UserError: kNN-LM's was not tuned yet.
+      UserError: kNN-LM's lambda has not been tuned yet.
     """
     side = SYSTEMS[name].side
     if not side:
@@ -136,25 +136,25 @@ def weight_of(workdir: Workdir, name: str) -> float:
 
 
 def run(config: ml_collections.ConfigDict, names: str, wanted: str, limit: int | None) -> dict:
-    """Scores systems on tasks of the harness and prints a table.
+    """Scores systems on harness tasks and prints a table.
 
     Args:
-      config: of a finished working directory.
-      names: of systems, with commas between; those with passages in their prompts are refused.
-      wanted: tasks with commas between: `lm_eval:NAME`, or `lm_eval:PATH/task.yaml` of a file with local data.
-      limit: examples of each task; None = all.
+      config: config of a finished working directory.
+      names: systems, separated by commas; those with passages in their prompts are refused.
+      wanted: tasks, separated by commas: `lm_eval:NAME`, or `lm_eval:PATH/task.yaml` for a task file with local data.
+      limit: examples per task; None = all.
 
     Returns:
       {system: the harness's results}, as in WORKDIR/comparison/lm_eval.json.
 
     Raises:
-      UserError: a system or a task cannot be asked.
+      UserError: a system or a task cannot be run.
     """
     chosen, workdir = systems.parse(names), Workdir(config)
     tasks, folders = [], set()
     for task in wanted.split(","):
         if not task.startswith(PREFIX):
-            raise ConfigError(f"task {task!r}: expected {PREFIX}NAME or {PREFIX}PATH.yaml; `mlpmem compare` has others")
+            raise ConfigError(f"task {task!r}: expected {PREFIX}NAME or {PREFIX}PATH.yaml; for others, use `compare`")
         place = pathlib.Path(task.removeprefix(PREFIX))
         if place.suffix in (".yaml", ".yml"):
             if not place.exists():
@@ -163,9 +163,9 @@ def run(config: ml_collections.ConfigDict, names: str, wanted: str, limit: int |
         tasks.append(place.stem if place.suffix in (".yaml", ".yml") else str(place))
     for name in chosen:
         if SYSTEMS[name].retrieves:
-            raise ConfigError(f"comparison system {name!r}: the harness has no questions to search with; see `compare`")
+            raise ConfigError(f"comparison system {name!r}: the harness passes no questions to search; use `compare`")
         if SYSTEMS[name].side and SYSTEMS[name].model != SIDE_MODEL:
-            raise ConfigError(f"comparison system {name!r}: mixes two language models, which `compare` alone can ask")
+            raise ConfigError(f"comparison system {name!r}: mixes two language models, which only `compare` can run")
     lm_eval = require("lm_eval", extra="harness")
     manager = require("lm_eval.tasks", extra="harness").TaskManager(include_path=sorted(folders) or None)
     results = {}

@@ -1,4 +1,4 @@
-"""Data of tasks from the Hugging Face hub by name (extra `hub`): written once, as the files that tasks read."""
+"""Downloads task data from the Hugging Face hub (extra `hub`), once, into the files that tasks read."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.corpus import compression, hub
 
-_SEED = 42  # of the rows drawn (knnlm-limits)
+_SEED = 42  # for sampling rows, as in knnlm-limits
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """A split of a data set of the hub, and how its rows become those of the published file.
+    """A split of a data set on the hub, and how its rows map to those of the published file.
 
     Attributes:
-      name: of the data set, NAME or NAME@REVISION.
-      split: of its rows.
-      subset: its configuration; "" = the only one.
-      columns: field of the file -> column, with dots between the names of nested ones; other columns keep their names.
-      labels: field of the file -> what stands there instead of a number from 0.
-      drawn: rows that are drawn of all; 0 = all.
+      name: the data set, NAME or NAME@REVISION.
+      split: the split to read.
+      subset: the data set's configuration; "" = the only one.
+      columns: field of the file -> column (nested names separated by dots); other columns keep their names.
+      labels: field of the file -> names that replace its label numbers, which count from 0.
+      drawn: number of rows to sample; 0 = all.
     """
 
     name: str
@@ -40,11 +40,11 @@ class DataSet:
 
 
 def fetch(folder: pathlib.Path, files: Mapping[str, DataSet]) -> None:
-    """Writes the files that the folder lacks; every process does, since folders need not be shared.
+    """Writes the missing files of the folder; every process does so, because folders may not be shared.
 
     Args:
-      folder: of the data of tasks.
-      files: name within the folder -> where its rows are.
+      folder: the folder of task data.
+      files: file name within the folder -> its data set on the hub.
 
     Raises:
       UserError: the extra is not installed, or a data set cannot be read.
@@ -53,7 +53,7 @@ def fetch(folder: pathlib.Path, files: Mapping[str, DataSet]) -> None:
         file = folder / name
         if any(file.with_name(file.name + end).exists() for end in ("", *compression.COMPRESSED)):
             continue
-        say(f"{file}: from the data set {data_set.name} of the hub")
+        say(f"{file}: downloaded from the data set {data_set.name} on the hub")
         _write(file, _rows(data_set))
 
 
@@ -83,7 +83,7 @@ def _row(row: Mapping, data_set: DataSet) -> dict:
 
 
 def _write(file: pathlib.Path, rows: Sequence[Mapping]) -> None:
-    """As JSON lines, or CSV with lists joined by semicolons; whole or not at all."""
+    """Writes JSON lines, or CSV with lists joined by semicolons, atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.{jax.process_index()}.unfinished")
     with unfinished.open("w", encoding="utf-8", newline="") as text:

@@ -1,4 +1,4 @@
-"""How answers are judged: exact match, token match, choices among texts, choices among words."""
+"""Metrics of answers: exact match, token match, choices among texts, choices among words."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def normalized(text: str) -> str:
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
-    """1 where the normalized text is one of the normalized answers, else 0."""
+    """1 if the normalized text equals one of the normalized answers, else 0."""
     return float(normalized(text) in {normalized(answer) for answer in answers})
 
 
 def token_match(text: str, answers: Sequence[str]) -> float:
-    """1 where the tokens of an answer stand in a row in the text, else 0: DPR's has_answer (Karpukhin et al., 2020)."""
+    """1 if the text contains the tokens of an answer as a run, else 0: DPR's has_answer (Karpukhin et al., 2020)."""
     tokens = _tokens(text)
     for answer in map(_tokens, answers):
         starts = range(len(tokens) - len(answer) + 1) if answer else ()
@@ -45,7 +45,7 @@ def _tokens(text: str) -> list[str]:
 
 
 def open_answer(question: Question, answer: Answer) -> dict[str, float]:
-    """Measures of a question whose accepted answers are `gold`, and its continuations " " + answer."""
+    """Metrics of an open question: `gold` are the accepted answers, continuations are " " + answer."""
     measures = {"gold log-probability": float(scipy.special.logsumexp(answer.continuations_C))}
     if answer.text is not None:
         measures["exact match"] = exact_match(answer.text, question.gold)
@@ -56,7 +56,7 @@ def open_answer(question: Question, answer: Answer) -> dict[str, float]:
 def truthfulness(question: Question, answer: Answer) -> dict[str, float]:
     """MC1, MC2 and MC3 (Lin et al., 2022; DoLa's script) and their mean.
 
-    The question's gold is (number of true answers, index of the best one); true answers come first.
+    `question.gold` is (number of true answers, index of the best one); true answers come first.
     """
     count, best = question.gold
     true, false = np.split(np.asarray(answer.continuations_C, np.float64), [count])
@@ -70,7 +70,7 @@ def truthfulness(question: Question, answer: Answer) -> dict[str, float]:
 
 
 def choice_scores(answer: Answer) -> np.ndarray:
-    """What choices are compared by, float64 [choices]: log-probabilities of texts, or PMI of labels.
+    """The scores that choices are ranked by, float64 [choices]: log-probabilities of texts, or PMI of labels.
 
     The domain-conditional PMI of a label is the sum over its words of ln p(word | prompt) - ln p(word | domain), as in
     knnlm-limits (Holtzman et al., 2021; fuzzy verbalizers of Shi et al., 2022).
@@ -82,7 +82,7 @@ def choice_scores(answer: Answer) -> np.ndarray:
 
 
 def domain_pmi(question: Question, answer: Answer) -> dict[str, float]:
-    """Whether the label with the largest domain-conditional PMI is the gold one, and whether the likeliest one is."""
+    """Accuracy of the label with the largest domain-conditional PMI, and of the most probable label."""
     masses = [np.sum(np.exp(words)) for words in answer.words]
     return {
         "accuracy": float(np.argmax(choice_scores(answer)) == question.gold),
@@ -91,5 +91,5 @@ def domain_pmi(question: Question, answer: Answer) -> dict[str, float]:
 
 
 def yes_or_no(question: Question, answer: Answer) -> dict[str, float]:
-    """Whether the likelier of the continuations " Yes" and " No" is the gold one, an index."""
+    """Whether the more probable of the continuations " Yes" and " No" is the gold one; `gold` is its index."""
     return {"accuracy": float(int(np.argmax(answer.continuations_C)) == question.gold)}

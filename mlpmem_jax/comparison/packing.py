@@ -1,9 +1,8 @@
-"""Texts that are read, packed in sequences of one length, so that what they have in common is computed once.
+"""Packs the texts to score into sequences of one length, so that what they have in common is computed once.
 
-A question's answers share its prompt, and all questions of a task may share the beginning of theirs. Texts are cut into
+The answers to a question share its prompt, and all prompts of a task may share a beginning. Texts are split into
 the prefix of them all, the stem of a question, and branches (`models.packed`), and laid out one after another.
-
-Dimensions: B sequences of T positions, U positions read in each, Q tokens asked for in each.
+Dimensions: B sequences of T positions, U scored positions in each, Q scored tokens in each.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ import numpy as np
 from mlpmem_jax.models.packed import Layout
 
 _LENGTHS = (32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
-_SHORT = 512  # positions of a sequence that shorter documents are packed into
-POSITIONS_AT_ONCE = 2048  # in a forward pass, for each shard of the batch
-_READ_AT_ONCE = 512  # positions of a pass at which logits exist, for each shard of the batch
+_SHORT = 512  # length of the sequences that shorter documents are packed into
+POSITIONS_AT_ONCE = 2048  # positions per forward pass and batch shard
+_READ_AT_ONCE = 512  # positions per forward pass and batch shard at which logits are computed
 _SHORTEST_PREFIX = 16  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One text and what is read in it.
+    """One text, and what to score in it.
 
     Attributes:
       tokens_T: token ids.
-      positions_P: after which the tokens are predicted.
-      ids_PxC: tokens whose log-probabilities are asked for.
+      positions_P: positions whose next token is scored.
+      ids_PxC: tokens whose log-probabilities are wanted at each.
     """
 
     tokens_T: Sequence[int]
@@ -40,17 +39,17 @@ class Row:
 
     @classmethod
     def of_continuation(cls, prompt: Sequence[int], whole: Sequence[int]) -> Row:
-        """Every token of a text after its prompt; the text's tokens need not begin with the prompt's."""
+        """Scores every token of a text after its prompt; the text's tokens need not begin with the prompt's."""
         first = min(len(prompt), len(whole) - 1)
         return cls(whole[:-1], range(first - 1, len(whole) - 1), [[token] for token in whole[first:]])
 
     @classmethod
     def of_next(cls, prompt: Sequence[int], ids: Sequence[int]) -> Row:
-        """Several tokens as the one after a prompt."""
+        """Scores several candidates for the one token after a prompt."""
         return cls(prompt, [len(prompt) - 1], [list(ids)])
 
     def truncated(self, length: int) -> Row:
-        """The last `length` tokens, with the positions among them."""
+        """The last `length` tokens, with positions shifted to match."""
         excess = max(0, len(self.tokens_T) - length)
         kept = [index for index, position in enumerate(self.positions_P) if position >= excess]
         return Row(
@@ -67,14 +66,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Sequences of one forward pass, int32.
+    """The sequences of one forward pass, int32.
 
     Attributes:
-      layout: [B, T] each.
-      reads_BxU: positions whose next token is asked for.
-      places_BxQ: number, among those, of each token that is asked for.
-      ids_BxQ: the tokens.
-      parts: (number of a row, its sequence, the first of its tokens among Q).
+      layout: arrays of [B, T].
+      reads_BxU: positions whose next token is scored.
+      places_BxQ: for each scored token, the index of its position in `reads_BxU`.
+      ids_BxQ: the scored tokens.
+      parts: for each row (its number, its sequence, the offset of its first token within Q).
     """
 
     layout: Layout
@@ -85,7 +84,7 @@ class Batch:
 
 
 def shared_prefix(rows: Sequence[Row]) -> list[int]:
-    """The longest beginning that at least half of the rows have, and in which none of them is read; [] if too short."""
+    """The longest prefix that at least half of the rows share and in which nothing is scored; [] if too short."""
     prefix: list[int] = []
     active = [(row.tokens_T, min(row.positions_P, default=0)) for row in rows]
     while True:
@@ -100,13 +99,13 @@ def shared_prefix(rows: Sequence[Row]) -> list[int]:
 
 
 def begins_with(row: Row, prefix: Sequence[int]) -> bool:
-    """Whether a row has the prefix, and is read behind it alone."""
+    """Whether a row starts with the prefix, and is scored only after it."""
     return min(row.positions_P, default=0) >= len(prefix) and list(row.tokens_T[: len(prefix)]) == list(prefix)
 
 
 @dataclasses.dataclass
 class _Document:
-    """Rows with a common stem, behind a prefix of `first` tokens."""
+    """Rows with a common stem, after a prefix of `first` tokens."""
 
     rows: list[int]
     stem: int
@@ -114,7 +113,7 @@ class _Document:
 
 
 def _documents(rows: Sequence[Row], numbers: Sequence[int], first: int) -> list[_Document]:
-    """Neighboring rows share a document as long as that saves positions and their stem is half of a row."""
+    """Groups adjacent rows into a document as long as that saves positions and their stem is half of a row."""
     documents: list[_Document] = []
     for number in numbers:
         tokens = rows[number].tokens_T
@@ -132,19 +131,19 @@ def _documents(rows: Sequence[Row], numbers: Sequence[int], first: int) -> list[
 
 
 def _common(tokens: Sequence[int], others: Sequence[int], first: int, stop: int) -> int:
-    """How many tokens from `first` on, and before `stop`, are the same."""
+    """The number of equal tokens, counted from `first` up to `stop`."""
     stop = min(stop, len(tokens), len(others))
     differs = np.flatnonzero(np.asarray(tokens[first:stop]) != np.asarray(others[first:stop]))
     return int(differs[0]) if len(differs) else stop - first
 
 
 def batches(rows: Sequence[Row], numbers: Sequence[int], first: int, shards: int) -> Iterator[Batch]:
-    """Packs rows and lays them out; all batches of one length have one shape.
+    """Packs rows into batches; all batches of one sequence length have the same shape.
 
     Args:
       rows: all of them.
-      numbers: of the rows that are packed here.
-      first: tokens in front of each that are computed elsewhere.
+      numbers: indices of the rows to pack.
+      first: length of the prefix of each row, which is computed elsewhere.
       shards: B is a multiple of it.
     """
     documents = sorted(_documents(rows, numbers, first), key=lambda document: -document.length)
@@ -164,7 +163,7 @@ def batches(rows: Sequence[Row], numbers: Sequence[int], first: int, shards: int
 
 
 def _packed(documents: list[_Document], length: int) -> Iterator[list[_Document]]:
-    """Documents for one sequence after another."""
+    """Groups of documents, each filling one sequence."""
     packed, filled = [], 0
     for document in documents:
         if filled + document.length > length:
@@ -189,7 +188,7 @@ class _Sequence:
             self._extend(stem, first, number, 0)
             for row_number in document.rows:
                 row, branch = rows[row_number], branch + 1
-                # Places in the row become places in the sequence: those of the stem are shared.
+                # Maps positions in the row to positions in the sequence: those of the stem are shared.
                 shift = len(self.tokens) - first - document.stem
                 self._extend(row.tokens_T[first + document.stem :], first + document.stem, number, branch)
                 read_P = np.asarray(row.positions_P, int)

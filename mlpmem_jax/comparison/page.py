@@ -16,11 +16,11 @@ from mlpmem_jax.evaluation.page import STYLE
 
 _STYLE = ".texts td, .texts th { text-align: left; white-space: normal; }"
 DISAGREEMENTS = 10  # questions shown
-FEWEST = 10  # questions whose resamples say anything
+FEWEST = 10  # fewest questions for which a bootstrap interval is shown
 
 
 def write(folder: epath.Path) -> None:
-    """Writes index.html from compare.json with answers.jsonl, and from speed.json, as far as the folder has them."""
+    """Writes index.html from those of compare.json (with answers.jsonl) and speed.json that are in the folder."""
     comparison, speed = (_read(folder / f"{name}.json") for name in ("compare", "speed"))
     lines = (folder / "answers.jsonl").read_text().splitlines() if comparison else []
     (folder / "index.html").write_text(page(comparison, [json.loads(line) for line in lines], speed))
@@ -31,7 +31,7 @@ def _read(file: epath.Path) -> dict | None:
 
 
 def page(comparison: dict | None, answers: Sequence[dict], speed: dict | None = None) -> str:
-    """The page, from compare.json and the lines of answers.jsonl, and from speed.json; None = there is none."""
+    """The page as HTML, from compare.json, the records of answers.jsonl, and speed.json; None = file is absent."""
     sections = ["<h1>MLP Memory: systems compared on the same questions</h1>"]
     if comparison:
         sections += [
@@ -53,23 +53,23 @@ def page(comparison: dict | None, answers: Sequence[dict], speed: dict | None = 
 
 
 def verdict(comparison: dict) -> str:
-    """Which differences to the base LM the data support, in a sentence or two."""
-    better, worse, asked = [], [], 0
+    """Which differences from the base LM the data support, in a sentence or two."""
+    better, worse, count = [], [], 0
     for task in comparison["tasks"].values():
         for name, of in task["systems"].items():
             if name == "base":
                 continue
             for measure in dict.fromkeys((task["headline"], task["tuned on"])):
-                asked += 1
+                count += 1
                 low, high = of["over base"][measure]
                 words = f"{comparison['systems'][name]['title']} on {task['title']}, {measure}"
                 is_enough = task["questions"] >= FEWEST
                 better += [words] if low > 0 and is_enough else []
                 worse += [words] if high < 0 and is_enough else []
-    text = f"Of {asked} differences to the base LM, {len(better)} are gains that the data support"
+    text = f"Of {count} differences to the base LM, {len(better)} are gains that the data support"
     text += f" ({'; '.join(better)})" if better else ""
     text += f", {len(worse)} are losses" + (f" ({'; '.join(worse)})" if worse else "")
-    return text + f"; the other {asked - len(better) - len(worse)} may be chance."
+    return text + f"; the other {count - len(better) - len(worse)} may be chance."
 
 
 def _shown(measure: str, value: float) -> str:
@@ -93,7 +93,7 @@ def _scores(comparison: dict) -> str:
 
 
 def _published(comparison: dict) -> str:
-    """The paper's figures for the same tasks and systems."""
+    """The paper's results for the same tasks and systems."""
     names = [name for name in comparison["tasks"] if (name, "base") in PUBLISHED]
     if not names:
         return ""
@@ -107,10 +107,10 @@ def _published(comparison: dict) -> str:
     ]
     heads = ["published, another model", *(comparison["tasks"][name]["title"] for name in names)]
     note = (
-        "For reference alone: the paper's figures in percent (arXiv 2508.01832), Mistral-7B-v0.3 on tasks of words and "
-        "HaluEval, Llama-2-7B on questions, on other text, with λ tuned on what is reported."
+        "For reference only: the paper's results in percent (arXiv 2508.01832), Mistral-7B-v0.3 on word tasks and "
+        "HaluEval, Llama-2-7B on open questions, on other text, with λ tuned on the reported questions."
     )
-    return f"<h3>Published figures of models of 7B parameters</h3>{markup.table(heads, rows)}<p>{note}</p>"
+    return f"<h3>Published results of 7B models</h3>{markup.table(heads, rows)}<p>{note}</p>"
 
 
 def _task(comparison: dict, name: str) -> str:
@@ -147,7 +147,7 @@ def _task(comparison: dict, name: str) -> str:
 
 
 def _curves(comparison: dict, name: str) -> str:
-    """The measure that weights are tuned on, by weight."""
+    """The metric that weights are tuned on, by weight."""
     task = comparison["tasks"][name]
     curves = {system: of["curve"] for system, of in task["systems"].items() if of["curve"]}
     if not curves:
@@ -183,13 +183,13 @@ def _costs(comparison: dict) -> str:
         "datastore and neighbors, FLOPs",
         "parameters",
         "on disk",
-        "scored and written in",
+        "scoring and generation time",
     )
     return f"<h2>What they cost</h2>{markup.table(heads, rows)}"
 
 
 def _disagreements(answers: Sequence[dict], names: Sequence[str]) -> str:
-    """Questions to which systems say different things: of each task in turn those with the most answers."""
+    """Questions on which systems disagree, most different answers first, alternating between tasks."""
     by_task: dict[str, list[tuple[dict, dict]]] = {}
     for line in answers:
         texts = {name: of["text"] for name, of in line["systems"].items()}

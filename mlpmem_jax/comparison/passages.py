@@ -1,7 +1,7 @@
 """The training text as passages, and retrievers over them.
 
-Passages are runs of about as many words as asked for, of one document each. They come from the training split alone:
-what the memory and the datastore were made from.
+A passage is a run of about the requested number of words from one document. Passages come from the training split only,
+the text that the memory and the datastore were built from.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _WORDS = re.compile(r"\S+\s*")
 
 
 class Retriever(Protocol):
-    """What finds passages.
+    """Finds passages for queries.
 
     Attributes:
-      bytes: of the passages and of what is kept to find them.
+      bytes: size of the passages and of their index.
     """
 
     bytes: int
@@ -55,7 +55,7 @@ def documents(tokens: Artifact, split: str = "train") -> list[str]:
 
 
 def split(text: str, words: int) -> list[str]:
-    """A document as passages of at most `words` words, of nearly equal numbers."""
+    """Splits a document into passages of nearly equal length, at most `words` words each."""
     pieces = _WORDS.findall(text)
     count = -(-len(pieces) // words)
     bounds = np.linspace(0, len(pieces), count + 1).round().astype(int)
@@ -63,7 +63,7 @@ def split(text: str, words: int) -> list[str]:
 
 
 class BM25:
-    """Lucene's BM25 with k1 = 1.5 and b = 0.75, of the package bm25s (extra `rag`)."""
+    """Lucene's BM25 with k1 = 1.5 and b = 0.75, from the package bm25s (extra `rag`)."""
 
     def __init__(self, passages: list[str]):
         self._library = require("bm25s", extra="rag")
@@ -84,10 +84,9 @@ class BM25:
 
 
 class Dense:
-    """Inner products of sentence vectors of unit length, by an encoder of sentence-transformers (extra `dense`).
-
-    Many passages are searched with the backend of config.targets: of vectors of unit length those of the largest inner
-    products are the nearest.
+    """Search by inner product of unit-length sentence vectors from a sentence-transformers encoder (extra `dense`).
+    Many passages are searched with the backend of config.targets: for unit-length vectors, the largest inner products
+    are the smallest distances.
     """
 
     def __init__(self, passages: list[str], folder: str, settings: Mapping, mesh: Mesh, index_folder: epath.Path):
@@ -126,15 +125,15 @@ def _text_bytes(texts: list[str]) -> int:
 def open_retriever(
     name: str, tokens: Artifact, words: int, settings: Mapping, mesh: Mesh, index_folder: epath.Path
 ) -> Retriever:
-    """The retriever of a name, "bm25" or the folder of a sentence encoder, over the training passages.
+    """Opens a retriever over the training passages.
 
     Args:
-      name: of the retriever.
-      tokens: whose training split is searched.
-      words: most words of a passage.
-      settings: of config.targets, whose backend searches many vectors.
-      mesh: the devices.
-      index_folder: where its index is kept.
+      name: "bm25", or the folder of a sentence encoder.
+      tokens: the `tokens` artifact whose training split is searched.
+      words: maximum words per passage.
+      settings: config.targets, whose backend searches many vectors.
+      mesh: the devices to search on.
+      index_folder: where the index is stored.
 
     Raises:
       ConfigError: the corpus has no passages.
@@ -142,12 +141,12 @@ def open_retriever(
     """
     passages = [passage for text in documents(tokens) for passage in split(text, words)]
     if not passages:
-        raise ConfigError(f"{tokens.path}: its training split has no words to make passages of")
+        raise ConfigError(f"{tokens.path}: its training split has no words, so there are no passages to retrieve")
     return make_retriever(name, passages, settings, mesh, index_folder)
 
 
 def make_retriever(
     name: str, passages: list[str], settings: Mapping, mesh: Mesh, index_folder: epath.Path
 ) -> Retriever:
-    """The same over given passages."""
+    """Opens a retriever over given passages; other arguments as in `open_retriever`."""
     return BM25(passages) if name == "bm25" else Dense(passages, name, settings, mesh, index_folder)

@@ -1,6 +1,6 @@
-"""Figures of the paper (arXiv 2508.01832): Mistral-7B-v0.3 on tasks of words and HaluEval, Llama-2-7B on questions.
+"""Results of the paper (arXiv 2508.01832): Mistral-7B-v0.3 on word tasks and HaluEval, Llama-2-7B on open questions.
 
-They are of other models on other text. Those of kNN-LM on questions are of the paper's version for ICLR.
+They come from other models on other text. The kNN-LM results on open questions are from the paper's ICLR version.
 """
 
 WORDS = ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte", "agn", "yahoo")
@@ -37,4 +37,4 @@ PUBLISHED = {
     for system, figures in systems.items()
     for task, figure in zip(tasks, figures, strict=False)
 }
-"""Percent, by (task, system)."""
+"""In percent, by (task, system)."""

@@ -1,4 +1,4 @@
-"""What a task asks, and what a system answers."""
+"""Data types: a task, its questions, and a system's answers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Question:
     """One question.
 
     Attributes:
-      id: distinct within its task.
+      id: unique within its task.
       query: what a retriever searches for.
-      fields: of its prompt, by name.
-      continuations: texts whose log-probability after the prompt is asked for, a space in front included.
-      words: for each label, the words whose first tokens are compared as the next token; () = none.
-      gold: what the task's measures compare with.
-      accepted: right answers, to be shown.
-      source: the text that holds the answer, where the task brings one; the question is asked only where a system could
-        have read it.
+      fields: values for the prompt template, by name.
+      continuations: texts whose log-probability after the prompt is wanted, including a leading space.
+      words: for each label, the words whose first tokens compete as the next token; () = none.
+      gold: the correct answer, in the form that the task's metrics expect.
+      accepted: correct answers, for display.
+      source: the text that contains the answer, if the task provides it; such a question is used only if the text is
+        in the training split.
     """
 
     id: str
@@ -39,18 +39,18 @@ class Question:
 
     @property
     def choices(self) -> list[str]:
-        """How choices are shown: each text, or the first word of each label."""
+        """The choices for display: each text, or the first word of each label."""
         return [text.strip() for text in (*self.continuations, *(group[0] for group in self.words))]
 
 
 class Answer(NamedTuple):
-    """What one system says to one question, at one interpolation weight.
+    """One system's answer to one question, at one interpolation weight.
 
     Attributes:
       continuations_C: log-probability of each continuation, in nats.
-      words: for each label, log-probabilities of its words as the next token.
+      words: for each label, log-probabilities of its words as the next token, in nats.
       domain_words: the same after the task's domain prompt.
-      text: generated, without the prompt; None where none was asked for.
+      text: the generated text, without the prompt; None if the task generates none.
     """
 
     continuations_C: np.ndarray
@@ -61,23 +61,23 @@ class Answer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task: `tasks/NAME.py` has one as TASK, or `tasks/NAME.toml` describes one (see `tasks.find`).
+    """A task, defined as TASK in `tasks/NAME.py` or described by `tasks/NAME.toml` (see `tasks.find`).
 
     Attributes:
-      title: how tables call it.
+      title: display name.
       load: folder of data files -> {"test": questions} or {"test": ..., "validation": ...}. Without a validation
-        split, interpolation weights are tuned on one half of the questions for the other.
-      template: of the prompt, with the names of `Question.fields` in braces.
-      measure: (question, answer) -> {measure: value}.
-      headline: the measure that tables show.
-      tuned_on: the measure, of log-probabilities alone, whose mean the interpolation weight maximizes.
-      max_new_tokens: of a generated text; 0 = none is asked for.
+        split, the interpolation weight of each half of the questions is tuned on the other half.
+      template: the prompt, with the names of `Question.fields` in braces.
+      measure: (question, answer) -> {metric: value}.
+      headline: the metric that tables show.
+      tuned_on: the metric whose mean the interpolation weight maximizes; it must depend on log-probabilities only.
+      max_new_tokens: maximum length of a generated text; 0 = no generation.
       stop: strings that end a generated text.
-      background_template: of the prompt with passages, which are {passages}; "" = they stand in front of the prompt.
-      domain: the prompt that stands for the domain alone, of tasks that compare words (domain-conditional PMI).
-      single_tokens: words of several tokens are left out; else they count by their first one.
-      hub: where the Hugging Face hub has the data, by the names of files in the folder.
-      source: of the protocol.
+      background_template: the prompt with passages, which replace {passages}; "" = passages precede the prompt.
+      domain: for tasks that compare words, the domain prompt of the domain-conditional PMI.
+      single_tokens: whether words of several tokens are dropped; otherwise their first token is compared.
+      hub: data sets on the Hugging Face hub, by file name in the folder.
+      source: where the protocol comes from.
     """
 
     title: str
@@ -95,7 +95,7 @@ class Task:
     source: str = ""
 
     def prompt(self, question: Question, passages: Sequence[str] = ()) -> str:
-        """What the language model reads."""
+        """The prompt of a question, with passages if given."""
         if not passages:
             return self.template.format(**question.fields)
         numbered = " ".join(f"{number}. {passage}" for number, passage in enumerate(passages, start=1))

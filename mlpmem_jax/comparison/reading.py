@@ -1,10 +1,9 @@
-"""Log-probabilities of given tokens in given texts: few forward passes, whatever is mixed with the model later.
+"""Log-probabilities of given tokens in given texts, with few forward passes and for every mixing weight at once.
 
-Texts are packed (`packing`): what they have in common is computed once, and few programs are compiled. Logits exist at
-the positions that are read and nowhere else.
-
-Dimensions: B sequences of T positions, U positions read in each, R in all, P positions read in a text, C tokens asked
-for at each, Q tokens asked for in a sequence, D width, V vocabulary.
+Texts are packed (`packing`), so that what they have in common is computed once and few programs are compiled. Logits
+are computed only at the scored positions.
+Dimensions: B sequences of T positions, U scored positions in each, R in all, P scored positions in a text, C tokens
+scored at each, Q tokens scored in a sequence, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from mlpmem_jax.models.packed import Layout, Prefix
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A language model on the mesh, with parameters as `saved.load_language_model` gives them."""
+    """A language model on the mesh, with parameters as `saved.load_language_model` returns them."""
 
     parameters: dict
     config: language_model.Config
@@ -38,17 +37,17 @@ class Model:
 def read(
     model: Model, rows: Sequence[Row], sides: dict[str, Side], sharding: Sharding, name: str
 ) -> dict[str, list[np.ndarray]]:
-    """Log-probabilities, float [P, C] of each row: the language model's under "model", each side's under its name.
+    """Log-probabilities, float [P, C] for each row: the language model's under "model", each side's under its name.
 
     Args:
-      model: what reads.
-      rows: those of a question one after another; none longer than the model's context.
-      sides: what reads the model's hidden states besides its own output projection, by name.
-      sharding: of the model.
-      name: what the user is told is being read.
+      model: the language model.
+      rows: the texts, those of a question adjacent; none longer than the model's context.
+      sides: what else reads the model's hidden states, by name.
+      sharding: the model's sharding.
+      name: label for progress output.
     """
     input_blocks = tuple(sorted({side.block for side in sides.values()}))
-    found = {source: [np.zeros(0)] * len(rows) for source in ("model", *sides)}
+    log_probabilities = {source: [np.zeros(0)] * len(rows) for source in ("model", *sides)}
     with progress(len(rows), name, "texts") as bar:
         for batch, prefix in _batches(model, rows, sharding):
             log_BxQ, block_inputs = _read(
@@ -66,28 +65,27 @@ def read(
             for source, values in computed.items():
                 values_BxQ = np.asarray(values).reshape(batch.ids_BxQ.shape)
                 for row, values_PxC in _unpacked(batch, values_BxQ, rows):
-                    found[source][row] = values_PxC
+                    log_probabilities[source][row] = values_PxC
             bar.advance(len(batch.parts))
-    return found
+    return log_probabilities
 
 
 def read_mixture(
     model: Model, rows: Sequence[Row], side: Side | None, weight: float, sharding: Sharding, name: str
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Log-probabilities of a mixture, float [P, C] of each row, and whether each is the likeliest token, bool [P, C].
-
-    Whole distributions are computed, which `read` does without.
+    """Log-probabilities of a mixture, float [P, C] for each row, and whether each token is the argmax, bool [P, C].
+    Unlike `read`, this computes whole distributions.
 
     Args:
-      model: what reads.
-      rows: those of a question one after another; none longer than the model's context.
+      model: the language model.
+      rows: the texts, those of a question adjacent; none longer than the model's context.
       side: what is mixed in; None = nothing.
-      weight: lambda of the side.
-      sharding: of the model.
-      name: what the user is told is being read.
+      weight: lambda, the interpolation weight of the side.
+      sharding: the model's sharding.
+      name: label for progress output.
     """
     input_blocks = (side.block,) if side else ()
-    found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0, bool))] * len(rows)
+    log_probabilities: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0, bool))] * len(rows)
     with progress(len(rows), name, "texts") as bar:
         for batch, prefix in _batches(model, rows, sharding):
             log_RxV, block_inputs = _distributions(
@@ -103,19 +101,19 @@ def read_mixture(
                 side_RxV = side.distributions(block_inputs[side.block], log_RxV.shape[-1])
                 log_RxV = decoding.mix(log_RxV, jnp.asarray(side_RxV, jnp.float32), weight)
             places_Q, ids_Q = _flat(batch)
-            asked_BxQ = np.asarray(log_RxV[places_Q, ids_Q]).reshape(batch.ids_BxQ.shape)
+            scored_BxQ = np.asarray(log_RxV[places_Q, ids_Q]).reshape(batch.ids_BxQ.shape)
             likeliest_Q = np.asarray(jnp.argmax(log_RxV, axis=1))[places_Q]
             is_likeliest_BxQ = (likeliest_Q == ids_Q).reshape(batch.ids_BxQ.shape)
             for (row, values_PxC), (_, is_likeliest_PxC) in zip(
-                _unpacked(batch, asked_BxQ, rows), _unpacked(batch, is_likeliest_BxQ, rows), strict=True
+                _unpacked(batch, scored_BxQ, rows), _unpacked(batch, is_likeliest_BxQ, rows), strict=True
             ):
-                found[row] = values_PxC, is_likeliest_PxC
+                log_probabilities[row] = values_PxC, is_likeliest_PxC
             bar.advance(len(batch.parts))
-    return found
+    return log_probabilities
 
 
 def _batches(model: Model, rows: Sequence[Row], sharding: Sharding) -> Iterator[tuple[Batch, Prefix | None]]:
-    """Batches of rows, each with what its texts begin with."""
+    """Batches of rows, each with the computed prefix of its texts."""
     tokens_P, shards = packing.shared_prefix(rows), sharding.shards("batch")
     has_prefix = [bool(tokens_P) and packing.begins_with(row, tokens_P) for row in rows]
     if tokens_P:
@@ -130,13 +128,13 @@ def _batches(model: Model, rows: Sequence[Row], sharding: Sharding) -> Iterator[
 
 
 def _flat(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """(place of each token that is asked for among the R positions read, the token), int32 [B * Q]."""
+    """For each scored token (the index of its position among the R scored ones, the token), int32 [B * Q]."""
     firsts_Bx1 = batch.reads_BxU.shape[1] * np.arange(len(batch.places_BxQ), dtype=np.int32)[:, None]
     return (batch.places_BxQ + firsts_Bx1).ravel(), batch.ids_BxQ.ravel()
 
 
 def _unpacked(batch: Batch, values_BxQ: np.ndarray, rows: Sequence[Row]) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of a row, its values [P, C])."""
+    """Yields (number of a row, its values [P, C])."""
     for row, sequence, start in batch.parts:
         positions, choices = rows[row].shape
         values = values_BxQ[sequence, start : start + positions * choices]
@@ -144,7 +142,7 @@ def _unpacked(batch: Batch, values_BxQ: np.ndarray, rows: Sequence[Row]) -> Iter
 
 
 def _placed(sharding: Sharding, *arrays: np.ndarray) -> list[jax.Array]:
-    """On the mesh, from arrays that every process holds whole."""
+    """Replicates on the mesh arrays that every process holds in full."""
     return [
         jax.make_array_from_callback(array.shape, sharding.rows(array.ndim), lambda index, a=array: a[index])
         for array in arrays
@@ -153,12 +151,12 @@ def _placed(sharding: Sharding, *arrays: np.ndarray) -> list[jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("config", "sharding"))
 def _prefix(parameters, tokens_P, *, config, sharding) -> Prefix:
-    """Of the texts, on every device."""
+    """The texts' common prefix, computed and replicated on every device."""
     return jax.lax.with_sharding_constraint(packed.read_prefix(parameters, config, tokens_P), sharding.named())
 
 
 def _at_positions(parameters, layout, reads_BxU, prefix, config, input_blocks):
-    """(logits [B, U, V], {block: hidden states [R, D]}) at the positions that are read."""
+    """(logits [B, U, V], {block: hidden states [R, D]}) at the scored positions."""
     final_BxTxD, block_inputs = packed.features(parameters, config, layout, prefix, input_blocks)
 
     def taken(states_BxTxD):
@@ -170,20 +168,20 @@ def _at_positions(parameters, layout, reads_BxU, prefix, config, input_blocks):
 
 @functools.partial(jax.jit, static_argnames=("config", "input_blocks", "sharding"))
 def _read(parameters, layout, reads_BxU, places_BxQ, ids_BxQ, prefix, *, config, input_blocks, sharding):
-    """(log-probabilities [B, Q], {block: hidden states [R, D]}), both on every device."""
+    """(log-probabilities [B, Q], {block: hidden states [R, D]}), both replicated."""
     logits_BxUxV, block_inputs = _at_positions(parameters, layout, reads_BxU, prefix, config, input_blocks)
     sums_BxU = jax.nn.logsumexp(logits_BxUxV, axis=2)
 
-    def asked(logits_UxV, sums_U, places_Q, ids_Q):
+    def scored(logits_UxV, sums_U, places_Q, ids_Q):
         return logits_UxV[places_Q, ids_Q] - sums_U[places_Q]
 
-    log_BxQ = jax.vmap(asked)(logits_BxUxV, sums_BxU, places_BxQ, ids_BxQ)
+    log_BxQ = jax.vmap(scored)(logits_BxUxV, sums_BxU, places_BxQ, ids_BxQ)
     return jax.lax.with_sharding_constraint((log_BxQ, block_inputs), sharding.named())
 
 
 @functools.partial(jax.jit, static_argnames=("config", "input_blocks", "sharding"))
 def _distributions(parameters, layout, reads_BxU, prefix, *, config, input_blocks, sharding):
-    """(log-probabilities [R, V], {block: hidden states [R, D]}), both on every device."""
+    """(log-probabilities [R, V], {block: hidden states [R, D]}), both replicated."""
     logits_BxUxV, block_inputs = _at_positions(parameters, layout, reads_BxU, prefix, config, input_blocks)
     log_RxV = jax.nn.log_softmax(logits_BxUxV).reshape(-1, logits_BxUxV.shape[-1])
     return jax.lax.with_sharding_constraint((log_RxV, block_inputs), sharding.named())

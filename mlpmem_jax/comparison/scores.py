@@ -1,10 +1,10 @@
-"""Scores of one task: what every language model, and every side, says to every question, computed once and kept.
+"""Scores of one task: log-probabilities of every language model and side on every question, computed once and cached.
 
-    WORKDIR/comparison/scores/TASK-MODEL[-rag].npz    log-probabilities of one model and its sides, of all rows
+    WORKDIR/comparison/scores/TASK-MODEL[-rag].npz    log-probabilities of one model and its sides, for all rows
     WORKDIR/comparison/texts/TASK-SYSTEM.json         generated texts of one system
 
-Each file says by a fingerprint what it was computed from; one that says otherwise is computed again. So a comparison
-that was killed resumes where it was.
+Each file stores a fingerprint of its inputs and is recomputed when that changes. So a comparison that was killed
+resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ Values = list[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class EncodedQuestions:
     """The questions of a task as token ids, with or without passages in front.
 
     Attributes:
-      questions: N of them.
-      prompts: text of each prompt.
-      prompt_ids: tokens of each prompt, the last ones where it was too long.
-      rows: of all questions, then of the domain prompt if there is one.
-      row_of: for each question its rows' numbers.
-      truncated: how many prompts were too long.
+      questions: the N questions.
+      prompts: the text of each prompt.
+      prompt_ids: the token ids of each prompt, truncated on the left where it was too long.
+      rows: the rows of all questions, followed by that of the domain prompt if there is one.
+      row_of: the row numbers of each question.
+      truncated: the number of prompts that were too long.
     """
 
     questions: Sequence[Question]
@@ -54,25 +54,25 @@ class Asked:
 
     @property
     def domain_row(self) -> int:
-        """Number of the domain prompt's row, the last."""
+        """The number of the domain prompt's row, which is the last."""
         return len(self.rows) - 1
 
 
-def ask(
+def encode_questions(
     task: Task,
     questions: Sequence[Question],
     passages: Sequence[Sequence[str]] | None,
     encode: Callable[[list[str]], list[list[int]]],
     context_length: int,
-) -> Asked:
-    """Lays out the questions of a task for reading.
+) -> EncodedQuestions:
+    """Encodes the questions of a task for scoring.
 
     Args:
-      task: whose prompts they are put in.
-      questions: what is asked.
-      passages: of each question; None = none.
-      encode: texts -> token ids of each.
-      context_length: tokens that a prompt and what it is continued with may have; longer ones lose their beginning.
+      task: the task that provides the prompts.
+      questions: the questions to encode.
+      passages: the passages for each question; None = none.
+      encode: texts -> token ids of each text.
+      context_length: maximum tokens of a prompt plus its continuation; longer prompts are truncated on the left.
 
     Raises:
       ConfigError: a label has no token, or the context has no room for a prompt.
@@ -80,8 +80,8 @@ def ask(
     room = context_length - task.max_new_tokens
     if room < 1:
         raise ConfigError(
-            f"{task.title}: {task.max_new_tokens} tokens are written, which leaves nothing of a context of "
-            f"{context_length} for a prompt"
+            f"{task.title}: the task generates {task.max_new_tokens} tokens, which leaves no room for a prompt in "
+            f"a context of {context_length} tokens"
         )
     words = _first_tokens(questions, encode, task.single_tokens)
     if task.single_tokens:
@@ -102,11 +102,11 @@ def ask(
     if task.domain:
         ids = [words[word] for group in questions[0].words for word in group]
         rows.append(Row.of_next(encode([task.domain])[0], ids))
-    return Asked(questions, prompts, [ids[-room:] for ids in prompt_ids], rows, row_of, truncated)
+    return EncodedQuestions(questions, prompts, [ids[-room:] for ids in prompt_ids], rows, row_of, truncated)
 
 
 def _first_tokens(questions: Sequence[Question], encode, single: bool) -> dict[str, int]:
-    """{word: its first token} of all words that are compared; with `single`, of those that are one token.
+    """{word: its first token} for all words that are compared; with `single`, only for words that are one token.
 
     Raises:
       ConfigError: the tokenizer has no token for a word.
@@ -114,15 +114,15 @@ def _first_tokens(questions: Sequence[Question], encode, single: bool) -> dict[s
     words = list(dict.fromkeys(word for question in questions for group in question.words for word in group))
     if not words:
         return {}
-    begin = len(encode([""])[0])  # what stands in front of every text
+    begin = len(encode([""])[0])  # special tokens in front of every text
     tokens = {word: ids[begin:] for word, ids in zip(words, encode(words), strict=True)}
     if lacking := [word for word, ids in tokens.items() if not ids]:
-        raise ConfigError(f"the tokenizer has no token for the word {lacking[0]!r}, which stands for a label")
+        raise ConfigError(f"the tokenizer has no token for the word {lacking[0]!r} of a label")
     return {word: ids[0] for word, ids in tokens.items() if not single or len(ids) == 1}
 
 
 def _with_known_words(questions: Sequence[Question], known: Mapping[str, int]) -> list[Question]:
-    """The questions with the words that are known alone.
+    """The questions, keeping only words that have a token.
 
     Raises:
       ConfigError: a label has no word left.
@@ -141,17 +141,17 @@ def _with_known_words(questions: Sequence[Question], known: Mapping[str, int]) -
 
 
 def answer(
-    asked: Asked, number: int, model: Values, side: Values | None, weight: float, text: str | None = None
+    encoded: EncodedQuestions, number: int, model: Values, side: Values | None, weight: float, text: str | None = None
 ) -> Answer:
-    """What a mixture says to one question.
+    """The answer of a mixture to one question.
 
     Args:
-      asked: the questions.
-      number: of the question.
+      encoded: the encoded questions.
+      number: the question's index.
       model: log-probabilities of the language model.
-      side: of what is mixed in; None = nothing.
+      side: log-probabilities of what is mixed in; None = nothing.
       weight: lambda of the side.
-      text: generated.
+      text: the generated text, if any.
     """
 
     def mixed(row: int) -> np.ndarray:
@@ -159,12 +159,12 @@ def answer(
             return np.asarray(model[row], np.float64)
         return mixture_log_probabilities(model[row], side[row], weight)
 
-    question, rows = asked.questions[number], list(asked.row_of[number])
+    question, rows = encoded.questions[number], list(encoded.row_of[number])
     words = domain_words = ()
     if question.words:
         ends = np.cumsum([len(group) for group in question.words])[:-1]
         words = np.split(mixed(rows.pop())[0], ends)
-        domain_words = np.split(mixed(asked.domain_row)[0], ends)
+        domain_words = np.split(mixed(encoded.domain_row)[0], ends)
     if len(rows) == 1 and len(question.continuations) > 1:
         continuations_C = mixed(rows[0])[0]
     else:
@@ -172,31 +172,31 @@ def answer(
     return Answer(continuations_C, words, domain_words, text)
 
 
-def fingerprint(asked: Asked, made_of: Mapping[str, str]) -> str:
-    """Of what scores follow from: the rows, and the fingerprints of artifacts and settings by name."""
-    digest = hashlib.sha256(json.dumps(dict(sorted(made_of.items()))).encode())
-    for row in asked.rows:
+def fingerprint(encoded: EncodedQuestions, inputs: Mapping[str, str]) -> str:
+    """A fingerprint of everything that scores depend on: the rows, and named fingerprints of artifacts and settings."""
+    digest = hashlib.sha256(json.dumps(dict(sorted(inputs.items()))).encode())
+    for row in encoded.rows:
         digest.update(np.asarray(row.tokens_T, np.int32).tobytes())
         digest.update(json.dumps([list(row.positions_P), [list(ids) for ids in row.ids_PxC]]).encode())
-    for ids in asked.prompt_ids:
+    for ids in encoded.prompt_ids:
         digest.update(np.asarray(ids, np.int32).tobytes())
     return digest.hexdigest()
 
 
-def kept_scores(
-    file: epath.Path, made_of: str, compute: Callable[[], dict[str, Values]]
+def cached_scores(
+    file: epath.Path, inputs: str, compute: Callable[[], dict[str, Values]]
 ) -> tuple[dict[str, Values], float]:
-    """What `compute` gives, from the file where it was computed from the same; and the seconds that it took."""
+    """(result of `compute`, the seconds it took), loaded from the file if its inputs are unchanged."""
     if file.exists():
         with np.load(io.BytesIO(file.read_bytes())) as kept:
-            if str(kept["made_of"]) == made_of:
+            if str(kept["made_of"]) == inputs:
                 sources = json.loads(str(kept["sources"]))
                 return {source: _unpacked(kept, source) for source in sources}, float(kept["seconds"])
     start = time.perf_counter()
     computed = compute()
     seconds = time.perf_counter() - start
     arrays = {
-        "made_of": np.array(made_of),
+        "made_of": np.array(inputs),
         "sources": np.array(json.dumps(list(computed))),
         "seconds": np.array(seconds),
     }
@@ -216,16 +216,16 @@ def _unpacked(kept, source: str) -> Values:
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def kept_texts(file: epath.Path, made_of: str, compute: Callable[[], list[str]]) -> tuple[list[str], float]:
-    """What `compute` gives, from the file where it was computed from the same; and the seconds that it took."""
+def cached_texts(file: epath.Path, inputs: str, compute: Callable[[], list[str]]) -> tuple[list[str], float]:
+    """(result of `compute`, the seconds it took), loaded from the file if its inputs are unchanged."""
     if file.exists():
         kept = json.loads(file.read_text())
-        if kept["made_of"] == made_of:
+        if kept["made_of"] == inputs:
             return kept["texts"], kept["seconds"]
     start = time.perf_counter()
     texts = compute()
     seconds = time.perf_counter() - start
-    content = {"made_of": made_of, "seconds": seconds, "texts": texts}
+    content = {"made_of": inputs, "seconds": seconds, "texts": texts}
     _keep(file, json.dumps(content, ensure_ascii=False).encode())
     return texts, seconds
 
@@ -236,7 +236,7 @@ def _keep(file: epath.Path, content: bytes) -> None:
 
 
 def encoder(tokenizer: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[int]]]:
-    """Texts -> token ids of each, behind what the tokenizer puts in front of a text."""
+    """A function from texts to their token ids, including special tokens that the tokenizer puts in front."""
 
     def encode(texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in tokenizer.encode_batch(texts)] if texts else []

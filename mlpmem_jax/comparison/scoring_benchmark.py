@@ -1,7 +1,6 @@
-"""How fast choices are scored, beside lm-evaluation-harness's `hf` model on the same weights (extra `harness`).
-
-Questions are made of the test split: a prompt, what follows it, and what follows other prompts. Both read float32, as
-many positions in a forward pass as the other, on all cores.
+"""How fast choices are scored, next to lm-evaluation-harness's `hf` model on the same weights (extra `harness`).
+Questions are built from the test split: a prompt, its true continuation, and continuations of other prompts. Both
+models run in float32 on all cores, with the same number of positions per forward pass.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ _BATCH = packing.POSITIONS_AT_ONCE // (PROMPT + ANSWER)  # texts in a forward pa
 
 
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
-    """Measures; each row has name, value, unit and detail. Of a workdir without a base there are none."""
+    """Rows of (name, value, unit, detail); none for a workdir without a finished base."""
     if not (epath.Path(config.workdir) / "base").exists():
-        say(f"scoring: no rows, {config.workdir} has no base; set --config.workdir to one with a finished base")
+        say(f"scoring: no rows, {config.workdir} has no finished base; set --config.workdir to one that does")
         return []
     workdir = Workdir(config)
     model, pairs = workdir.model(SIDE_MODEL), _pairs(workdir)
-    asked = [Row.of_continuation(prompt, prompt + answer) for prompt, answer in pairs]
+    choices = [Row.of_continuation(prompt, prompt + answer) for prompt, answer in pairs]
 
     def ours() -> list[float]:
-        return [float(of.sum()) for of in reading.read(model, asked, {}, workdir.sharding, "scoring")["model"]]
+        return [float(of.sum()) for of in reading.read(model, choices, {}, workdir.sharding, "scoring")["model"]]
 
     ours()
     start = time.perf_counter()
@@ -45,24 +44,24 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     seconds = time.perf_counter() - start
     questions = len(pairs) // CHOICES
     detail = f"{questions} questions of {CHOICES} choices; prompts of {PROMPT} tokens, answers of {ANSWER}; float32"
-    measured = [row("scoring, base LM", questions / seconds, "questions/s", f"{detail}; compiled before")]
+    measured = [row("scoring, base LM", questions / seconds, "questions/s", f"{detail}; without compilation")]
     try:
         theirs, their_seconds = _harness(model, pairs)
     except UserError as error:
-        say(f"scoring: without the harness's row: {error}")
+        say(f"scoring: the harness's row is left out: {error}")
         return measured
     difference = float(np.abs(np.subtract(scores, theirs)).max())
     return [
         *measured,
         row("scoring, hf of lm-evaluation-harness", questions / their_seconds, "questions/s",
-             f"{_BATCH} texts a pass"),
+             f"{_BATCH} texts per pass"),
         row("scoring, base LM / hf", their_seconds / seconds, "ratio",
-             f"log-probabilities differ by {difference:.1e} nats at most"),
+             f"log-probabilities differ by at most {difference:.1e} nats"),
     ]  # fmt: skip
 
 
 def _pairs(workdir: Workdir) -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer) of every choice, the choices of a question one after another."""
+    """(prompt, answer) of every choice, with the choices of a question adjacent."""
     stream = TokenStream(workdir.tokens, "test")
     count = min(QUESTIONS, stream.length // (PROMPT + ANSWER))
     windows = np.asarray(stream.read(0, count * (PROMPT + ANSWER))).reshape(count, PROMPT + ANSWER).tolist()
@@ -85,16 +84,16 @@ def _harness(model: reading.Model, pairs: list[tuple[list[int], list[int]]]) -> 
         tokenizer_object=_no_tokenizer(model.config.vocab_size), eos_token="0"
     )
     theirs = language_models.HFLM(pretrained=loaded, tokenizer=tokenizer, device="cpu", batch_size=_BATCH)
-    # The texts are the keys of a cache: they differ where token ids do.
+    # The harness caches by text, so texts must differ wherever token ids do.
     requests = [((str(prompt), str(answer)), prompt, answer) for prompt, answer in pairs]
     theirs._loglikelihood_tokens(requests[:_BATCH], disable_tqdm=True)
     start = time.perf_counter()
-    found = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
-    return [value for value, _ in found], time.perf_counter() - start
+    results = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
+    return [value for value, _ in results], time.perf_counter() - start
 
 
 def _no_tokenizer(vocab_size: int):
-    """What the harness asks for, and does not need where token ids are given."""
+    """A stub: the harness requires a tokenizer, although it is given token ids."""
     import tokenizers
 
     return tokenizers.Tokenizer(tokenizers.models.WordLevel({str(id): id for id in range(vocab_size)}, unk_token="0"))

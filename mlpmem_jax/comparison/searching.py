@@ -1,6 +1,6 @@
-"""Searches of the systems that are compared: exact over few vectors, by the backend of config.targets over many.
-
-An approximate search is made as hard as `config.targets.recall` asks for, measured on queries with known neighbors.
+"""Searches of the compared systems: exact over few vectors, with the backend of config.targets over many.
+The effort of an approximate search is the least that reaches `config.targets.recall`, measured on queries with known
+neighbors.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mlpmem_jax.retrieval.key_shards import KeyShards, Search
 from mlpmem_jax.retrieval.quality import Sample, contains
 from mlpmem_jax.retrieval.queries import sample_queries
 
-EXACT = 500_000  # vectors up to which a search of them all costs less than an index
-_SAMPLE = 256  # queries that the recall is measured on
+EXACT = 500_000  # vectors up to which exact search costs less than an index
+_SAMPLE = 256  # queries on which recall is measured
 
 
 class TunedIndex:
-    """An index that is searched as hard as its recall asks for."""
+    """An index searched with the effort that its recall requires."""
 
     def __init__(self, index: Index, effort: Effort | None):
         self._index, self._effort = index, effort
@@ -39,13 +39,13 @@ class TunedIndex:
 
 
 def open_key_index(datastore: Artifact, settings: Mapping, mesh: Mesh, folder: epath.Path) -> TunedIndex:
-    """The keys of a training datastore as one index.
+    """Opens the keys of a training datastore as one index.
 
     Args:
-      datastore: of the training split.
-      settings: named like those of config.targets.
-      mesh: the devices.
-      folder: where indices are kept.
+      datastore: the datastore of the training split.
+      settings: named as in config.targets.
+      mesh: the devices to search on.
+      folder: where indices are stored.
 
     Raises:
       UserError: no search reaches the recall.
@@ -70,15 +70,15 @@ def open_key_index(datastore: Artifact, settings: Mapping, mesh: Mesh, folder: e
 def open_index(
     source: KeySource, settings: Mapping, k: int, mesh: Mesh, folder: epath.Path, queries_QxD: np.ndarray
 ) -> TunedIndex:
-    """Any vectors as one index, searched by the cheapest way that reaches the recall, or by the greatest effort.
+    """Opens any vectors as one index, searched with the least effort that reaches the recall, or else the greatest.
 
     Args:
       source: the vectors.
-      settings: named like those of config.targets.
-      k: neighbors that will be asked for.
-      mesh: the devices.
-      folder: where the index is kept; of these vectors alone.
-      queries_QxD: float32, some that are like those to come.
+      settings: named as in config.targets.
+      k: neighbors per query.
+      mesh: the devices to search on.
+      folder: where the index is stored; used for these vectors only.
+      queries_QxD: float32, a sample of typical queries.
     """
     if source.size <= EXACT:
         return TunedIndex(exact_backend.ExactIndex(source, mesh), None)
@@ -106,12 +106,12 @@ def open_index(
 
 
 def source_of(vectors_NxD: np.ndarray) -> KeySource:
-    """Vectors that are in memory, as backends read them."""
+    """In-memory vectors as a source that backends read."""
     return KeySource(*vectors_NxD.shape, vectors_NxD.dtype, lambda start, stop: vectors_NxD[start:stop])
 
 
 def _build_first(open_index, is_collective: bool):
-    """What `open_index` gives; the first process builds what is kept in a folder, the others read it."""
+    """The result of `open_index`; the first process builds the stored index, the others then read it."""
     if is_collective:
         return open_index()
     if jax.process_index() == 0:
@@ -121,5 +121,5 @@ def _build_first(open_index, is_collective: bool):
 
 
 def fingerprint(*parts) -> str:
-    """A short name of what an index follows from."""
+    """A short hash of everything that an index depends on."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -1,9 +1,8 @@
-"""What is mixed with a language model's distribution: its memory's, or that of kNN search.
+"""Sides: the distributions that are mixed into a language model's, from the memory or from kNN search.
+A side reads hidden states of the language model and returns probabilities of tokens. To add one, write a class with
+the same members and add a line to `systems.Workdir.side`.
 
-A side reads hidden states of the language model and says how probable tokens are. Another one is a class with the same
-members, and a line in `systems.Workdir.side`.
-
-Dimensions: R positions, Q tokens asked for, B texts, K neighbors, D width, V vocabulary.
+Dimensions: R positions, Q scored tokens, B texts, K neighbors, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from mlpmem_jax.retrieval.distribution import neighbor_weights
 
 
 class Side(Protocol):
-    """What reads hidden states.
+    """A distribution over tokens from hidden states.
 
     Attributes:
-      block: of the language model, from 1, whose feed-forward input is read.
+      block: the block of the language model, from 1, whose feed-forward input is read.
     """
 
     block: int
@@ -32,7 +31,7 @@ class Side(Protocol):
     def log_probabilities(
         self, states_RxD: jax.Array, places_Q: np.ndarray, ids_Q: np.ndarray
     ) -> np.ndarray | jax.Array:
-        """log p(token), float [Q], of tokens int32 [Q], each after the one of R states whose number is its place; minus
+        """log p(token), float [Q], of tokens int32 [Q], each given the state that its place indexes among R; minus
         infinity where the probability is 0."""
 
     def distributions(self, states_BxD: jax.Array, vocab_size: int) -> np.ndarray | jax.Array:
@@ -67,26 +66,26 @@ class NeighborsSide:
     """kNN search over the datastore: p_kNN(y) is proportional to the sum over neighbors before y of exp(-d / T)."""
 
     def __init__(self, index, next_tokens_N: np.ndarray, block: int, k: int, temperature: float):
-        """Over a search index.
+        """Creates a side over a search index.
 
         Args:
           index: with `search(queries_QxD, k) -> (squared distances [Q, K], ids [Q, K])`, ids of -1 for none.
-          next_tokens_N: token after each key.
-          block: the last of the language model, whose feed-forward input is the key.
-          k: neighbors.
-          temperature: T, in squared-L2 units.
+          next_tokens_N: the token that follows each key.
+          block: the last block of the language model, whose feed-forward input is the key.
+          k: number of neighbors.
+          temperature: T, in units of squared L2 distance.
         """
         self.block, self._index, self._next_tokens_N = block, index, next_tokens_N
         self._k, self._temperature = k, temperature
 
     def _weighted_tokens(self, states_SxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int [S, K] and their weights float64 [S, K], which sum to 1, of S states."""
+        """For S states: tokens int [S, K] and their weights float64 [S, K], which sum to 1 per state."""
         distances_SxK, ids_SxK = self._index.search(np.asarray(states_SxD, np.float32), self._k)
         weights_SxK = neighbor_weights(distances_SxK, self._temperature).astype(np.float64)
         return self._next_tokens_N[np.maximum(ids_SxK, 0)], weights_SxK / weights_SxK.sum(1, keepdims=True)
 
     def log_probabilities(self, states_RxD, places_Q, ids_Q):
-        asked_S, numbers_Q = np.unique(places_Q, return_inverse=True)  # no search where nothing is asked for
+        asked_S, numbers_Q = np.unique(places_Q, return_inverse=True)  # searches only for states with tokens to score
         tokens_SxK, weights_SxK = self._weighted_tokens(np.asarray(states_RxD)[asked_S])
         found_Q = np.zeros(ids_Q.shape)
         for tokens_S, weights_S in zip(tokens_SxK.T, weights_SxK.T, strict=True):

@@ -1,10 +1,8 @@
-"""`mlpmem compare --speed`: time to the first token and tokens per second of every system, by the size of the corpus.
-
-Prompts and outputs have the same lengths for all; what a system retrieves is in the time to its first token, and makes
-its prompt longer. Corpora larger than the one at hand are made from it: keys by noise around real ones, passages by
-shuffling the words of real ones. Rounds take the systems in turn, so that other load meets them all.
-
-WORKDIR/comparison/speed.json has every time; the page shows them.
+"""`mlpmem compare --speed`: time to first token and tokens per second of every system, by corpus size.
+All systems get prompts and outputs of the same length. Retrieval counts toward the time to first token and makes the
+prompt longer. Corpora larger than the real one are synthesized from it: keys by adding noise to real ones, passages by
+shuffling the words of real ones. Each round measures all systems in turn, so that other load affects them equally.
+All timings are in WORKDIR/comparison/speed.json, which the page shows.
 """
 
 from __future__ import annotations
@@ -33,8 +31,8 @@ from mlpmem_jax.retrieval import backends, exact_backend
 from mlpmem_jax.retrieval.backends import KeySource
 
 BATCHES = (1, 8)
-WEIGHT = 0.5  # lambda; any but 0 costs the same
-_NOISE = 0.1  # of a new key, in standard deviations of the real ones
+WEIGHT = 0.5  # lambda; any value other than 0 costs the same
+_NOISE = 0.1  # noise of a synthetic key, in standard deviations of the real keys
 _KEYS_AT_ONCE = 65_536
 
 
@@ -42,10 +40,10 @@ def run(config: ml_collections.ConfigDict) -> dict:
     """Measures the systems of `config.comparison`.
 
     Returns:
-      What is in speed.json.
+      The contents of speed.json.
 
     Raises:
-      UserError: a stage is not finished, or a text is too short.
+      UserError: a stage is not finished, or the test split is too short.
     """
     settings = config.comparison.speed
     workdir = Workdir(config)
@@ -70,7 +68,7 @@ def run(config: ml_collections.ConfigDict) -> dict:
                 systems_timed[name] = _Timed.open(workdir, name, positions, prompts, settings.new_tokens)
             except _TooLargeError as error:
                 skipped.append({"system": name, "positions": positions, "reason": str(error)})
-                say(f"{name}: left out, {error}")
+                say(f"{name}: skipped, {error}")
         for batch in BATCHES:
             report["measured"] += _rounds(systems_timed, positions, batch, settings.rounds)
         if jax.process_index() == 0:
@@ -83,9 +81,9 @@ def run(config: ml_collections.ConfigDict) -> dict:
 
 
 def _rounds(systems_timed: dict[str, _Timed], positions: int, batch: int, rounds: int) -> list[dict]:
-    """A line for each system; rounds take them in turn."""
+    """One record per system; each round measures all systems in turn."""
     seconds = {name: [] for name in systems_timed}
-    for number in range(-1, rounds):  # the first round compiles
+    for number in range(-1, rounds):  # round -1 compiles and is not recorded
         for name, timed in systems_timed.items():
             once = timed.measure(batch)
             seconds[name] += [once] if number >= 0 else []
@@ -108,11 +106,11 @@ def _rounds(systems_timed: dict[str, _Timed], positions: int, batch: int, rounds
 
 
 class _TooLargeError(Exception):
-    """A corpus that this machine has no memory for."""
+    """The corpus does not fit into this machine's memory."""
 
 
 def _usable(workdir: Workdir) -> tuple[list[str], list[dict]]:
-    """(systems whose parts are finished, those that are left out and why)."""
+    """(systems whose artifacts are finished, records of the skipped systems and why)."""
     chosen, skipped = [], []
     for name in systems.parse(workdir.config.comparison.systems):
         try:
@@ -122,21 +120,20 @@ def _usable(workdir: Workdir) -> tuple[list[str], list[dict]]:
             if name == "base":
                 raise
             skipped.append({"system": name, "positions": None, "reason": str(error)})
-            say(f"{name}: left out, {error}")
+            say(f"{name}: skipped, {error}")
     return chosen, skipped
 
 
 def _prompts(workdir: Workdir, count: int, length: int) -> list[list[int]]:
-    """Runs of the test split.
-
+    """Prompts taken from the test split.
     Raises:
-      UserError: it is too short.
+      UserError: the split is too short.
     """
     stream = TokenStream(workdir.tokens, "test")
     if stream.length < length + count:
         raise UserError(
-            f"config.comparison.speed.prompt_tokens: {count} prompts of {length} tokens are asked for, the test split "
-            f"has {stream.length}"
+            f"config.comparison.speed.prompt_tokens: {count} prompts of {length} tokens are needed, but the test split "
+            f"has {stream.length} tokens"
         )
     starts = np.linspace(0, stream.length - length, count).astype(int)
     return [stream.read(start, start + length).tolist() for start in starts]
@@ -149,13 +146,13 @@ def _real_positions(workdir: Workdir) -> int:
 
 @dataclasses.dataclass
 class _Timed:
-    """A system with what it reads.
+    """A system ready to be timed.
 
     Attributes:
-      mixture: its greedy steps.
-      prompts: token ids of each.
-      retrieve: prompt of a text with what is retrieved for it; None where nothing is.
-      count: tokens that are written.
+      mixture: its greedy decoding steps.
+      prompts: token ids of each prompt.
+      retrieve: prompts -> prompts with retrieved passages; None without retrieval.
+      count: number of tokens to generate.
     """
 
     mixture: greedy.Mixture
@@ -166,10 +163,9 @@ class _Timed:
 
     @classmethod
     def open(cls, workdir: Workdir, name: str, positions: int, prompts: list[list[int]], count: int) -> _Timed:
-        """A system over a corpus of so many positions.
-
+        """Opens a system over a corpus of `positions` positions.
         Raises:
-          _TooLargeError: this machine has not the memory.
+          _TooLargeError: the corpus does not fit into this machine's memory.
         """
         system = SYSTEMS[name]
         side = None
@@ -183,7 +179,7 @@ class _Timed:
         return cls(greedy.Mixture(decoder, other, WEIGHT), prompts, retrieve, count, read)
 
     def measure(self, batch: int) -> tuple[float, float]:
-        """(seconds to the first token of every text, seconds of each step after it)."""
+        """(seconds until every text has its first token, seconds per step after that)."""
         prompts, start = self.prompts[:batch], time.perf_counter()
         tokens_B = self.mixture.start(self.retrieve(prompts) if self.retrieve else prompts, self.count)
         first = time.perf_counter() - start
@@ -193,7 +189,7 @@ class _Timed:
 
 
 def _with_passages(workdir: Workdir, positions: int, count: int) -> Callable[[list[list[int]]], list[list[int]]]:
-    """Prompts with passages of a corpus of so many positions."""
+    """A function that adds passages to prompts, from a corpus of `positions` positions."""
     settings, tokenizer = workdir.config.comparison, read_tokenizer(workdir.tokens)
     real = [passage for text in documents(workdir.tokens) for passage in split(text, settings.passage_words)]
     wanted = max(1, round(len(real) * positions / _real_positions(workdir)))
@@ -212,7 +208,7 @@ def _with_passages(workdir: Workdir, positions: int, count: int) -> Callable[[li
 
 
 def _more_passages(real: list[str], count: int) -> list[str]:
-    """`count` passages: the real ones, then those with their words shuffled."""
+    """`count` passages: the real ones, followed by copies with their words shuffled."""
     shuffled, passages = random.Random(0), real[:count]
     while len(passages) < count:
         words = real[len(passages) % len(real)].split()
@@ -222,10 +218,9 @@ def _more_passages(real: list[str], count: int) -> list[str]:
 
 
 def _neighbors_over(workdir: Workdir, positions: int):
-    """kNN search over so many keys: the real ones, then those with noise around them.
-
+    """kNN search over `positions` keys: the real ones, followed by noisy copies.
     Raises:
-      _TooLargeError: this machine has not the memory.
+      _TooLargeError: the keys do not fit into this machine's memory.
     """
     datastore = workdir.artifact("datastore/train", "datastore")
     keys_NxD = datastore.read("keys", 0, datastore.arrays["keys"].shape[0])
@@ -240,7 +235,7 @@ def _neighbors_over(workdir: Workdir, positions: int):
 
 
 def _more_keys(keys_NxD: np.ndarray, count: int) -> KeySource:
-    """`count` keys: the real ones again and again, from the second time on with noise, the same at every reading."""
+    """`count` keys: the real ones repeated, with noise from the second copy on; every read returns the same values."""
     deviations_D = _NOISE * keys_NxD.astype(np.float32).std(axis=0)
 
     def block(number: int) -> np.ndarray:
@@ -265,14 +260,14 @@ def _check_memory(workdir: Workdir, positions: int, keys_NxD: np.ndarray) -> Non
     needed = keys_NxD.nbytes + search.needs(positions, keys_NxD.shape[1], keys_NxD.dtype.itemsize, 1).memory
     if needed > host.memory_bytes():
         raise _TooLargeError(
-            f"its index takes {needed / 2**30:.1f} GiB of memory, this machine has {host.memory_bytes() / 2**30:.1f}"
+            f"its index needs {needed / 2**30:.1f} GiB of memory, this machine has {host.memory_bytes() / 2**30:.1f}"
         )
 
 
 def _show(report: dict) -> None:
     table = rich.table.Table(
         "system", "positions", "batch", "prompt", "first token, ms", "/ base", "tokens/s", "/ base",
-        title=f"prompts of {report['prompt_tokens']} tokens, {report['new_tokens']} written, {report['rounds']} rounds",
+        title=f"prompts of {report['prompt_tokens']} tokens, {report['new_tokens']} new, {report['rounds']} rounds",
     )  # fmt: skip
     for row in speed_page.rows(report):
         table.add_row(*row)

@@ -1,4 +1,4 @@
-"""The section of the page on speed: time to the first token and tokens per second, by the size of the corpus."""
+"""The speed section of the page: time to first token and tokens per second, by corpus size."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _BASE = "base"
 
 
 def section(speed: dict) -> str:
-    """From speed.json."""
+    """The section as HTML, from the contents of speed.json."""
     heads = ("system", "positions", "batch", "prompt, tokens", "first token, ms", "/ base", "tokens/s", "/ base")
     notes = [
-        f"Prompts of {speed['prompt_tokens']} tokens, to which passages are added where a system retrieves them; "
-        f"{speed['new_tokens']} tokens written. Medians of {speed['rounds']} rounds that take the systems in turn, the "
-        "smallest and the largest in parentheses; ratios are medians of the ratios within a round. Searches are in the "
-        f"times. Beyond {speed['real_positions']:,} positions keys are noise around real ones, and passages have "
-        f"their words shuffled. {speed['device']}, {speed['cores']} cores.",
+        f"Prompts of {speed['prompt_tokens']} tokens, plus passages for systems that retrieve; "
+        f"{speed['new_tokens']} tokens generated. Medians of {speed['rounds']} rounds over all systems, with minimum "
+        "and maximum in parentheses; ratios are medians of the ratios within a round. Times include searches. "
+        f"Beyond {speed['real_positions']:,} positions, keys are noisy copies of real ones and passages have "
+        f"shuffled words.  {speed['device']}, {speed['cores']} cores.",
         *(
-            f"Left out: {line['system']}"
+            f"Skipped: {line['system']}"
             + (f" at {line['positions']:,} positions" if line["positions"] else "")
             + f", {line['reason']}."
             for line in speed["skipped"]
@@ -34,7 +34,7 @@ def section(speed: dict) -> str:
 
 
 def rows(speed: dict) -> list[list[str]]:
-    """Texts of the table, one row for each measurement."""
+    """The cells of the table, one row per measurement."""
     bases = {(line["positions"], line["batch"]): line for line in speed["measured"] if line["system"] == _BASE}
     texts = []
     for line in speed["measured"]:
@@ -85,5 +85,5 @@ def _picture(speed: dict) -> str:
     for axes in panels:
         axes.set_xlabel("positions of the corpus")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
-    caption = "Flat against growing: a memory takes the same time, whatever the size of the corpus it was made from"
+    caption = "A memory's time does not depend on the size of its corpus; the time of a search grows with it"
     return markup.picture(figure, caption, "60rem")

@@ -1,7 +1,6 @@
-"""The systems that are compared, each made from one working directory.
-
-A system is a language model, with passages in its prompt or not, and with something mixed into its distribution or not.
-Several systems share a language model, and so its forward passes.
+"""The compared systems, all built from one working directory.
+A system is a language model, optionally with passages in its prompt, and optionally with a side mixed into its
+distribution. Systems that share a language model also share its forward passes.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ class System:
     """One system.
 
     Attributes:
-      title: how tables call it.
+      title: display name.
       model: the language model, a key of `FOLDERS`.
-      side: what is mixed in, a key of `Workdir.side`; "" = nothing.
+      side: what is mixed in, a name for `Workdir.side`; "" = nothing.
       retrieves: whether its prompts have passages.
     """
 
@@ -53,26 +52,26 @@ SYSTEMS = {
     "cpt+memory": System("continued pretraining + memory", model="continued", side="memory"),
 }
 FOLDERS = {"base": "base", "continued": controls.CONTINUED, "lora": lora.FOLDER}
-SIDE_MODEL = "base"  # whose hidden states sides read: the memory was trained on them, the keys are made of them
+SIDE_MODEL = "base"  # sides read its hidden states: the memory was trained on them, and keys are made of them
 
 
 def parse(names: str) -> list[str]:
-    """Names of systems, from names with commas between.
+    """Parses system names, separated by commas.
 
     Raises:
-      ConfigError: one is not known.
+      ConfigError: a system is unknown.
     """
     chosen = [name for name in names.split(",") if name]
     for name in chosen:
         if name not in SYSTEMS:
-            raise ConfigError(f"comparison system {name!r}: there is none; expected some of {', '.join(SYSTEMS)}")
+            raise ConfigError(f"comparison system {name!r}: unknown; expected some of {', '.join(SYSTEMS)}")
     if not chosen:
         raise ConfigError(f"config.comparison.systems: is empty; expected some of {', '.join(SYSTEMS)}")
-    return list(dict.fromkeys(["base", *chosen]))  # the others are compared with the base
+    return list(dict.fromkeys(["base", *chosen]))  # all systems are compared with the base
 
 
 class Workdir:
-    """What the systems of a working directory are made of; each part is read when it is first asked for."""
+    """The parts that systems are built from, in one working directory; each is loaded on first use."""
 
     def __init__(self, config: ml_collections.ConfigDict):
         self.config, self.path = config, epath.Path(config.workdir)
@@ -90,7 +89,7 @@ class Workdir:
         return open_artifact(self.path / folder, kind)
 
     def parts(self, system: System) -> dict[str, Artifact]:
-        """The artifacts that a system is made of, by role.
+        """The artifacts that a system is built from, by role.
 
         Raises:
           ArtifactError: one is not finished.
@@ -103,19 +102,19 @@ class Workdir:
             artifacts["targets"] = self.artifact("targets/train", "targets")
         return artifacts
 
-    @functools.cache  # noqa: B019  one working directory a command
+    @functools.cache  # noqa: B019  one working directory per command
     def model(self, name: str) -> Model:
-        """The language model of a key of `FOLDERS`, on the mesh."""
+        """The language model with a key of `FOLDERS`, on the mesh."""
         parameters, config, _ = saved.load_language_model(self.path / FOLDERS[name], self.sharding)
         return Model(parameters, config)
 
     def decoder(self, name: str, side: Side | None) -> Decoder:
-        """The language model of a key of `FOLDERS` as texts are written with it."""
+        """The language model with a key of `FOLDERS`, for decoding."""
         return Decoder(self.model(name), side, self.sharding)
 
     @functools.cache  # noqa: B019
     def side(self, name: str) -> Side:
-        """What can be mixed in: "memory" or "knn"."""
+        """The side with a name: "memory" or "knn"."""
         if name == "memory":
             parameters, config, artifact = saved.load_memory(self.path / "memory", self.sharding)
             return MemorySide(parameters, config, saved.input_block(artifact))
@@ -123,23 +122,22 @@ class Workdir:
 
     @property
     def k(self) -> int:
-        """Neighbors of kNN-LM."""
+        """The number of neighbors of kNN-LM."""
         return self.config.comparison.k or self.config.targets.k
 
     def neighbors(self, index, next_tokens_N: np.ndarray) -> NeighborsSide:
-        """kNN search over an index of keys, as the settings want it.
-
+        """kNN search over an index of keys, with the config's settings.
         Raises:
-          UserError: the keys are another model's, or there is no temperature.
+          UserError: the keys come from another model, or no temperature is set.
         """
         if self.config.datastore.key_model:
             raise ConfigError(
-                "config.datastore.key_model: kNN-LM needs the keys of the base itself, not another model's"
+                "config.datastore.key_model: kNN-LM needs keys from the base itself, not from another model"
             )
         targets = self.artifact("targets/train", "targets")
         temperature = targets.summary.get("temperature") or self.config.targets.temperature
         if not temperature:
-            raise ArtifactError(f"{targets.path}: does not say its temperature; set config.targets.temperature")
+            raise ArtifactError(f"{targets.path}: has no temperature; set config.targets.temperature")
         block = self.model(SIDE_MODEL).config.blocks
         return NeighborsSide(index, next_tokens_N, block, min(self.k, len(next_tokens_N)), temperature)
 
@@ -151,7 +149,7 @@ class Workdir:
 
     @functools.cached_property
     def retriever(self) -> Retriever:
-        """Over the training passages."""
+        """A retriever over the training passages."""
         settings, mesh = self.config.comparison, self.sharding.mesh
         return open_retriever(
             settings.retriever, self.tokens, settings.passage_words, self.config.targets, mesh, self.indices

@@ -1,4 +1,4 @@
-"""The interpolation weight of each question: tuned on other questions than the ones that are reported."""
+"""The interpolation weight of each question, always tuned on other questions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 GRID = np.round(np.linspace(0.0, 0.95, 20), 2)
-"""Weights that are tried. 1 is not among them: a mixture of which the base is no part is not a mixture."""
+"""The weights to try. 1 is excluded: the base would have no part in the mixture."""
 
 
 def halves(count: int, seed: int) -> np.ndarray:
@@ -16,27 +16,27 @@ def halves(count: int, seed: int) -> np.ndarray:
 
 
 def best(values_GxN: np.ndarray, chosen_N: np.ndarray) -> int:
-    """The index of the weight with the largest mean of a measure over the chosen questions; the smallest of equals."""
+    """The index of the weight with the largest mean metric over the chosen questions; ties go to the smallest."""
     return int(np.argmax(values_GxN[:, chosen_N].mean(axis=1)))
 
 
 def tuned(values_GxN: np.ndarray, tuning_GxM: np.ndarray | None, seed: int) -> np.ndarray:
-    """int [N]: for each question the index of its weight.
+    """int [N]: the index of each question's weight.
 
     Args:
-      values_GxN: the measure that is maximized, at each weight, of the questions that are reported.
-      tuning_GxM: the same of questions of a validation split; None = each half of the N is tuned on the other.
-      seed: of the halves.
+      values_GxN: the metric to maximize, at each weight, for the reported questions.
+      tuning_GxM: the same for questions of a validation split; None = each half of the N is tuned on the other.
+      seed: random seed of the split into halves.
     """
     count = values_GxN.shape[1]
     if tuning_GxM is not None:
         return np.full(count, best(tuning_GxM, np.ones(tuning_GxM.shape[1], bool)))
     first_N = halves(count, seed)
     if not first_N.any() or first_N.all():
-        return np.zeros(count, int)  # a single question has no other to be tuned on
+        return np.zeros(count, int)  # a single question cannot be tuned on others
     return np.where(first_N, best(values_GxN, ~first_N), best(values_GxN, first_N))
 
 
 def over_grid(measure: Callable[[int, float], float], count: int, grid: Sequence[float] = GRID) -> np.ndarray:
-    """float [G, N]: a measure of (question, weight) at every weight of the grid."""
+    """float [G, N]: a metric of (question, weight) at every weight of the grid."""
     return np.array([[measure(question, weight) for question in range(count)] for weight in grid])

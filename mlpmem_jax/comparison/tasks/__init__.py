@@ -1,6 +1,6 @@
 """Tasks, found by the names of their files: NAME.py has a `TASK`, NAME.toml describes a choice among words.
 
-To add a task, add its file, or name it where it lies; nothing else is touched. docs/extending.md shows two.
+To add a task, add a file here, or pass the path of a file elsewhere. docs/extending.md shows two examples.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ _FOLDER = pathlib.Path(__file__).parent
 
 
 def names() -> list[str]:
-    """All tasks, by name."""
+    """The names of all tasks."""
     return sorted(file.stem for file in _FOLDER.iterdir() if file.suffix in (".py", ".toml") and file.stem[0] != "_")
 
 
 def find(name: str) -> Task:
-    """The task of a name, or of a file: PATH.toml or PATH.py.
-
+    """The task with a name, or from a file: PATH.toml or PATH.py.
     Raises:
-      ConfigError: there is none.
+      ConfigError: the task does not exist.
     """
     file = pathlib.Path(name)
     if file.suffix in (".toml", ".py"):
         if not file.is_file():
-            raise ConfigError(f"comparison task {name!r}: there is no such file")
+            raise ConfigError(f"comparison task {name!r}: file not found")
         return _words.read(file) if file.suffix == ".toml" else runpy.run_path(name)["TASK"]
     if name not in names():
-        raise ConfigError(f"comparison task {name!r}: there is no such task; expected some of {', '.join(names())}")
+        raise ConfigError(f"comparison task {name!r}: unknown task; expected some of {', '.join(names())}")
     if (described := _FOLDER / f"{name}.toml").exists():
         return _words.read(described)
     return importlib.import_module(f"{__name__}.{name}").TASK

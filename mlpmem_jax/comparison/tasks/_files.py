@@ -13,28 +13,26 @@ from mlpmem_jax.corpus import compression
 
 
 def read_text(file: pathlib.Path) -> str:
-    """The text of a file, or of the compressed file whose name has one more ending.
-
+    """The text of a file, or of its compressed version (with one more file name extension).
     Raises:
-      UserError: it is not there, or cannot be read.
+      UserError: the file does not exist or cannot be read.
     """
-    found = next((one for one in (file, *(file.with_name(file.name + end) for end in compression.COMPRESSED))
-                  if one.exists()), None)  # fmt: skip
-    if found is None:
+    candidates = [file, *(file.with_name(file.name + end) for end in compression.COMPRESSED)]
+    existing = next((candidate for candidate in candidates if candidate.exists()), None)
+    if existing is None:
         raise UserError(f"{file}: does not exist, compressed ({', '.join(compression.COMPRESSED)}) or not; "
-                        "config.comparison.data names the folder of the tasks' files (docs/evaluation.md)")  # fmt: skip
+                        "config.comparison.data is the folder of task files (docs/evaluation.md)")  # fmt: skip
     try:
-        with found.open("rb") as raw:
-            return compression.decompress(raw, found.suffix).read().decode()
+        with existing.open("rb") as raw:
+            return compression.decompress(raw, existing.suffix).read().decode()
     except (*compression.ERRORS, UnicodeDecodeError) as error:
-        raise UserError(f"{found}: could not be read: {error}") from error
+        raise UserError(f"{existing}: could not be read: {error}") from error
 
 
 def read_rows(file: pathlib.Path, fields: Sequence[str]) -> list[dict]:
-    """The rows of a file, each of which has all of `fields`.
-
+    """The rows of a file; each must have all of `fields`.
     Raises:
-      UserError: the file is not there or damaged, or a row lacks a field; names the row.
+      UserError: the file is missing or damaged, or a row (which the message names) lacks a field.
     """
     text = read_text(file)
     try:

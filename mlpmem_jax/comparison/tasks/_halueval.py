@@ -11,7 +11,7 @@ from mlpmem_jax.comparison.hub import DataSet
 from mlpmem_jax.comparison.question import Answer, Question, Task
 from mlpmem_jax.comparison.tasks import _files
 
-_SEED = 0  # of the side that is shown; the official script has none
+_SEED = 0  # decides which of the two texts is shown; the official script sets no seed
 _JUDGEMENTS = (" Yes", " No")
 
 
@@ -19,10 +19,10 @@ def task(title: str, name: str, fields: dict[str, str], right: str, hallucinated
     """One of the three tasks.
 
     Args:
-      title: how tables call it.
-      name: of its instruction file, `halueval/NAME_evaluation_instruction.txt`; its data are `NAME_*data.json`.
+      title: display name.
+      name: the NAME in `halueval/NAME_evaluation_instruction.txt` (instructions) and `NAME_*data.json` (data).
       fields: label in the prompt -> field of the data.
-      right, hallucinated: fields of the two texts of which one is shown.
+      right, hallucinated: fields of the two texts; one of them is shown.
     """
     *given, judged = [f"#{label}#: " for label in fields]
     lines = [f"{label}{{{field}}}" for label, field in zip(given, fields.values(), strict=False)]
@@ -67,6 +67,6 @@ def _measure(question: Question, answer: Answer) -> dict[str, float]:
     measures = metrics.yes_or_no(question, answer)
     if answer.text is not None:
         text = answer.text.replace(".", "")
-        said = [judgement.strip() in text for judgement in _JUDGEMENTS]
-        measures["accuracy of the text"] = float(sum(said) == 1 and said[question.gold])
+        is_said = [judgement.strip() in text for judgement in _JUDGEMENTS]
+        measures["accuracy of the text"] = float(sum(is_said) == 1 and is_said[question.gold])
     return measures

@@ -11,9 +11,8 @@ from mlpmem_jax.core.errors import UserError
 
 def question(file: pathlib.Path, number: int, text: str, answers: str | Sequence[str], source: str = "") -> Question:
     """An open question with its accepted answers.
-
     Raises:
-      UserError: it has no text, or no answer; names the row.
+      UserError: the row, which the message names, has no question or no answer.
     """
     accepted = [answers] if isinstance(answers, str) else list(answers or ())
     accepted = [answer.strip() for answer in accepted if isinstance(answer, str) and answer.strip()]
@@ -31,7 +30,7 @@ def question(file: pathlib.Path, number: int, text: str, answers: str | Sequence
 
 
 def with_question_mark(text: str) -> str:
-    """The question with a question mark at its end and a small first letter, as the paper asks NQ and HotpotQA."""
+    """Ends the question with a question mark and lowercases its first letter, as the paper does for NQ and HotpotQA."""
     if not text.strip():
         return text  # `question` refuses it
     text = text if text.endswith("?") else f"{text}?"

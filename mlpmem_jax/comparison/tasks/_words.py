@@ -1,17 +1,17 @@
-"""Tasks that choose a label by the words that stand for it, as TOML files describe them.
+"""Tasks, described by TOML files, that choose a label by words that stand for it.
 
 title = "RTE"
 file = "pmi/rte/val.jsonl"
-fields = ["premise", "hypothesis"]           # of the prompt, by name
+fields = ["premise", "hypothesis"]           # fields of a row, for the prompt
 prompt = " {premise}\\nquestion: {hypothesis} true or false?\\nanswer:"
 domain = "true or false?\\nanswer:"
-label = "label"                              # the field that holds the label
+label = "label"                              # field with the label
 labels = ["entailment", "not_entailment"]    # its values, in the order of the words
-words = [["true", "yes"], ["false", "no"]]   # or: word_file = "pmi/label_names_sentidict.txt", a line a label
+words = [["true", "yes"], ["false", "no"]]   # or: word_file = "pmi/label_names_sentidict.txt", one line per label
 
-Optional: dropped (labels whose rows are left out), strip (fields of the prompt are stripped), first_words (in front of
-those of word_file), single_tokens (words of several tokens are left out; else they count by their first one), hub
-(where the file is to be had, see `comparison.hub`), like (the name of a task that has what is not said here).
+Optional: dropped (labels whose rows are dropped), strip (whether to strip whitespace from fields), first_words (words
+that precede those of word_file), single_tokens (whether to drop words of several tokens; otherwise their first token is
+compared), hub (where to download the file, see `comparison.hub`), like (a task that provides the keys not given here).
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ def _load(described: dict, folder: pathlib.Path) -> dict[str, list[Question]]:
 
 
 def _label_words(described: dict, folder: pathlib.Path) -> tuple[tuple[str, ...], ...]:
-    """The words of each label, each with a space in front; lists of a file are trimmed to the shortest."""
+    """The words of each label, each with a leading space; lists from a file are trimmed to the shortest."""
     if "words" in described:
         groups = described["words"]
     else:
         groups = _groups(folder / described["word_file"])
         if len(groups) != len(described["labels"]):
             raise UserError(
-                f"{folder / described['word_file']}: has {len(groups)} lines of words for "
+                f"{folder / described['word_file']}: has {len(groups)} lines of words but there are "
                 f"{len(described['labels'])} labels"
             )
         shortest = min(map(len, groups))
@@ -95,7 +95,7 @@ def _label_words(described: dict, folder: pathlib.Path) -> tuple[tuple[str, ...]
 
 
 def _groups(file: pathlib.Path) -> list[list[str]]:
-    """Words of each label: a line with commas between them, or a list in a JSON object."""
+    """The words of each label: a comma-separated line, or a list in a JSON object."""
     text = _files.read_text(file)
     if file.suffix == ".json":
         return list(json.loads(text).values())

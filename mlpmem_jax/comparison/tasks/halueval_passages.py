@@ -1,4 +1,4 @@
-"""HaluEval's questions as open ones: `knowledge` is the passage that answers each (Li et al., 2023)."""
+"""HaluEval's questions as open questions; `knowledge` is the passage that answers each (Li et al., 2023)."""
 
 import dataclasses
 import pathlib

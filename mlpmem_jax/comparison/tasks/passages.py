@@ -1,7 +1,6 @@
-"""A corpus and the questions that it answers: NQ-open with the passage of Wikipedia that holds each answer.
-
-Text of your own: JSON lines of `question`, `answers` and `ctxs`, a list whose first entry has the `text` that the
-corpus was made from, as `nq/nq-open-oracle.jsonl` of the data folder.
+"""A corpus and questions that it answers: NQ-open with the Wikipedia passage that contains each answer.
+For your own text, write JSON lines like `nq/nq-open-oracle.jsonl` in the data folder: `question`, `answers`, and
+`ctxs`, a list whose first entry has the `text` that the corpus was built from.
 """
 
 import dataclasses

@@ -20,11 +20,11 @@ def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
 
 
 def _data_set(split: str) -> DataSet:
-    # DPR's test set is the validation split of all questions; its own validation set is a part of the training split.
+    # DPR's test set is the hub's validation split; DPR's validation set is part of the hub's training split.
     return DataSet("mandarjoshi/trivia_qa", split, "unfiltered.nocontext", {"answer": "answer.aliases"})
 
 
-# A question mark is added to every question, also to those that have one, as the reference does.
+# A question mark is added to every question, even to those that have one, as in the reference.
 TASK = Task(
     title="TriviaQA",
     load=_load,

@@ -45,7 +45,7 @@ def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
         )
         best = _sentence(row["Best Answer"])
         if best not in true or not false:
-            raise UserError(f"{file}: row {number}: the best answer is none of the correct ones, or no answer is wrong")
+            raise UserError(f"{file}: row {number}: the best answer is not a correct one, or no answer is incorrect")
         questions.append(
             Question(
                 id=str(number),
