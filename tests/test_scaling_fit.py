@@ -137,7 +137,7 @@ def test_unequal_compute_and_perplexities_below_one_are_said(tmp_path):
     rows = [[arm, n, 1e9, c * n, (1e-8 * n) ** -0.2, 0] for arm, c in (("a", 6e9), ("b", 9e9)) for n in (1e6, 1e7, 1e9)]
     verdict = fit.run(write(tmp_path / "p.csv", rows), tmp_path / "out", **SETTINGS)["comparison"]["verdict"]
     assert "did not spend the same training compute" in verdict
-    assert "Perplexities of a lie below 1" in verdict
+    assert "Perplexities of a are below 1" in verdict
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_the_command_reads_points_or_the_workdir_of_a_sweep(tmp_path, capsys):
         cli.main(["fit", source, f"--output={tmp_path / str(number)}"])
         assert {path.name for path in (tmp_path / str(number)).iterdir()} == {"fit.json", "fit.png", "fit.svg"}
     for words, message in (
-        ([f"--runs={tmp_path / '0'}"], "holds no points.csv"),
-        ([f"--points={tmp_path / 'none.csv'}"], "no such file of points"),
+        ([f"--runs={tmp_path / '0'}"], "has no points.csv"),
+        ([f"--points={tmp_path / 'none.csv'}"], "no such file; expected a CSV file of points"),
         ([f"--points={tmp_path / 'points.csv'}", "--against=flops", "--bins=3"], "--bins=3: unknown option"),
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -340,7 +340,7 @@ def test_one_sweep_at_a_time_in_a_workdir(toy, monkeypatch):
     with runner._alone(workdir / "logs") as lock:
         child = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
     monkeypatch.setattr(runner, "_GRACE_SECONDS", 0.3)
-    with pytest.raises(UserError, match="another mlpmem sweep runs in this workdir"):
+    with pytest.raises(UserError, match="another mlpmem sweep is running in this workdir"):
         runner.run(actual, 1)
     assert not (workdir / "order.txt").exists()
     child.kill()

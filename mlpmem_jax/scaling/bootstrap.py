@@ -1,12 +1,12 @@
-"""Intervals for fits of a few points: a parametric bootstrap in Student's form.
+"""Confidence intervals for fits to a few points: a studentized parametric bootstrap.
 
-Resampling a handful of points with replacement understates the uncertainty badly: five points repeat themselves, and
-their scatter around a fit is smaller than the noise that made it. Instead whole sweeps are drawn from the fitted law.
-The noise is normal on log perplexity, one value a size, so that seeds, which share whatever is peculiar to their
-size, are never counted as independent sizes. Its scale is not taken as known: each replicate has its own, from the
-chi-square law that the scatter around the fit follows. Every replicate is fitted again, and percentiles are taken. For
-a coefficient of a straight line this gives Student's t interval, which is exact at any number of points; other
-quantities (beta, ratios, optima, Chinchilla's coefficients) are computed on the same replicates.
+Resampling a handful of points with replacement badly understates the uncertainty: samples of five points repeat
+points, and their scatter around a fit is smaller than the true noise. Instead, whole sweeps are simulated from the
+fitted law. The noise is normal on log perplexity, one value per size, so that seeds of one size, whose deviations are
+correlated, are never counted as independent sizes. Its scale is not assumed known: each replicate draws its own from
+the chi-square distribution that the scatter around the fit follows. Every replicate is refitted, and percentiles are
+taken. For a coefficient of a straight line this gives Student's t interval, which is exact for any number of points;
+other quantities (beta, ratios, optima, Chinchilla's coefficients) are computed on the same replicates.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import math
 
 import numpy as np
 
-ROUNDING = 1e-12  # of logarithms in float64, several operations on: no fit is more certain than this
+ROUNDING = 1e-12  # of float64 logarithms after several operations: no fit is more precise than this
 
 
 def generator_of(seed: int, *names: str) -> np.random.Generator:
-    """Random numbers of their own for each quantity, whatever others are computed."""
+    """An independent random stream for each quantity, unaffected by which others are computed."""
     return np.random.default_rng([seed, *(int.from_bytes(name.encode(), "big") for name in names)])
 
 
 def noise(
     scatter: float, degrees_of_freedom: int, shape: tuple[int, int], generator: np.random.Generator
 ) -> np.ndarray:
-    """Noise of drawn sweeps, float64 [S, U]; the scale of each row is drawn as well."""
+    """Noise of simulated sweeps, float64 [S, U]; each row draws its own scale."""
     scales_Sx1 = scatter * np.sqrt(degrees_of_freedom / generator.chisquare(degrees_of_freedom, (shape[0], 1)))
     return scales_Sx1 * generator.standard_normal(shape)
 
@@ -37,11 +37,11 @@ class LeastSquares:
     """A linear fit and its bootstrap replicates.
 
     Attributes:
-      coefficients_K: the fit.
-      replicates_SxK: coefficients of the drawn sweeps; None without a degree of freedom to draw them from.
+      coefficients_K: the fitted coefficients.
+      replicates_SxK: coefficients of the simulated sweeps; None if there are no degrees of freedom left.
       residuals_U: observed minus fitted.
-      scatter: standard deviation around the fit, corrected for the K coefficients; None likewise.
-      covariance_KxK: of the coefficients; None likewise.
+      scatter: standard deviation around the fit, corrected for the K coefficients; None in the same case.
+      covariance_KxK: covariance of the coefficients; None in the same case.
       degrees_of_freedom: U - K.
     """
 
@@ -56,7 +56,7 @@ class LeastSquares:
 def least_squares(
     design_UxK: np.ndarray, observed_U: np.ndarray, samples: int, generator: np.random.Generator
 ) -> LeastSquares:
-    """Fits observed = design @ coefficients with equal weights, and draws the coefficients `samples` times."""
+    """Fits observed = design @ coefficients with equal weights, and draws `samples` bootstrap replicates."""
     inverse_KxU = np.linalg.pinv(design_UxK)
     coefficients_K = inverse_KxU @ observed_U
     residuals_U = observed_U - design_UxK @ coefficients_K
@@ -72,21 +72,21 @@ def least_squares(
 
 
 def interval(value: float, draws_S: np.ndarray | None, confidence: float) -> dict[str, float | None]:
-    """{value, low, high}; a bound is None where it cannot be given or is infinite.
+    """{value, low, high}; a bound is None if it cannot be computed or is infinite.
 
-    Draws may be infinite (a coefficient that runs away) or not a number (an optimum that does not exist). The second
-    count against both bounds.
+    Replicates may be infinite (a diverging coefficient) or NaN (an optimum that does not exist). NaNs count against
+    both bounds.
     """
     if draws_S is None:
         return {"value": finite(value), "low": None, "high": None}
     tail = (1.0 - confidence) / 2.0
     downward_S, upward_S = (np.where(np.isnan(draws_S), end, draws_S) for end in (-np.inf, np.inf))
-    # A drawn value itself rather than a mixture of two, one of which may be infinite.
+    # Picks an actual replicate rather than interpolating between two, one of which may be infinite.
     low = np.quantile(downward_S, tail, method="inverted_cdf")
     high = np.quantile(upward_S, 1.0 - tail, method="inverted_cdf")
     return {"value": finite(value), "low": finite(low), "high": finite(high)}
 
 
 def finite(value: float) -> float | None:
-    """The value as JSON can hold it."""
+    """The value, or None where JSON cannot represent it."""
     return float(value) if math.isfinite(value) else None

@@ -1,8 +1,8 @@
-"""Training compute: optimizer steps from a budget in FLOPs, and what was spent, from the dimensions.
+"""Training compute: optimizer steps that a FLOP budget pays for, and FLOPs spent, from the dimensions.
 
-Two counts. `training`: the steps of what is trained, forward and backward. `construction`: what makes a memory's
-inputs and targets before it, on the training split: the forward passes of the base and of the model of the keys, the
-building of the index, and the search. Validation and evaluation count in neither.
+There are two counts. `training`: forward and backward passes of the trained model. `construction`: building a memory's
+inputs and targets beforehand, on the training split: forward passes of the base and of the key model, building the
+index, and the search. Neither includes validation or evaluation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COUNTED = ("training", "training and targets")
 
 
 def base_model(config: ml_collections.ConfigDict) -> language_model.Config:
-    """Dimensions of the base that a config describes, or names."""
+    """Dimensions of the base that a config describes or names."""
     if config.base.source != "train":
         return _published(config.base.path, "base.path")
     return GPT2Config(
@@ -41,8 +41,8 @@ def _published(path: str, key: str) -> language_model.Config:
         return published.dimensions(path)
     except UserError as error:
         raise ConfigError(
-            f"config.{key}: the dimensions of {path!r} are not known before it is imported, so no budget can be turned "
-            f"into steps: {error}"
+            f"config.{key}: the dimensions of {path!r} are unknown until it is imported, so a budget cannot be "
+            f"converted to steps: {error}"
         ) from error
 
 
@@ -53,20 +53,20 @@ def memory_model(config: ml_collections.ConfigDict) -> MemoryConfig:
 
 
 def per_position(arm: str, config: ml_collections.ConfigDict) -> int:
-    """FLOPs of one position of a training step of what the arm trains."""
+    """FLOPs per position of a training step of the model that the arm trains."""
     if arm == "continued":
         return 3 * flops.language_model_forward(base_model(config), config.base.context_length)
     return 3 * flops.memory_forward(memory_model(config))
 
 
 def steps(arm: str, config: ml_collections.ConfigDict, budget: float, construction_flops: float) -> int:
-    """Optimizer steps that a budget pays for.
+    """The number of optimizer steps that a budget pays for.
 
     Args:
       arm: "continued" or "augmented".
-      config: of the point.
-      budget: FLOPs.
-      construction_flops: what is to be paid from the budget first.
+      config: the point's config.
+      budget: in FLOPs.
+      construction_flops: FLOPs of construction, which are deducted from the budget first.
 
     Raises:
       ConfigError: the budget does not pay for one step.
@@ -84,7 +84,7 @@ def steps(arm: str, config: ml_collections.ConfigDict, budget: float, constructi
 
 
 def planned_construction(config: ml_collections.ConfigDict, positions: int) -> float:
-    """FLOPs of inputs and targets of so many training positions, by the config alone."""
+    """FLOPs of building inputs and targets for `positions` training positions, from the config alone."""
     key_model = None
     if config.datastore.key_model:
         key_model = _published(config.datastore.key_model, "datastore.key_model")
@@ -100,15 +100,15 @@ def construction(
     backend: str,
     targets: dict,
 ) -> float:
-    """FLOPs of inputs and targets of the training split.
+    """FLOPs of building inputs and targets of the training split.
 
     Args:
       base: dimensions of the base.
-      key_model: dimensions of the model of the keys; None where it is the base.
-      length: positions of a sequence.
-      positions: N, keys and queries both.
-      backend: as of config.targets.
-      targets: the settings `config.targets`.
+      key_model: dimensions of the key model; None if it is the base.
+      length: positions per sequence.
+      positions: N, the number of keys and also of queries.
+      backend: the search backend, as in config.targets.
+      targets: the settings config.targets.
     """
     models = [base] if key_model is None else [base, key_model]
     forward = sum(flops.language_model_forward(model, length, output_projection=False) for model in models)
@@ -116,7 +116,7 @@ def construction(
 
 
 def _search(width: int, positions: int, backend: str, targets: dict) -> float:
-    """FLOPs of the indices of N keys of a width, and of one query in each for every key."""
+    """FLOPs of indexing N keys of the given width, and of querying each index once per key."""
     shards = math.ceil(positions / targets["key_shard_rows"])
     search = Search.create(backends.planned(backend), targets)
     return shards * search.flops(math.ceil(positions / shards), width, positions)

@@ -18,19 +18,19 @@ from mlpmem_jax.scaling.points import Runs, set_of
 from mlpmem_jax.scaling.power_law import with_errors
 
 DELTA = 1e-3
-_PRECISION = 1e-9  # of log L at the solver's optimum: no fit is more certain than this
+_PRECISION = 1e-9  # of log L at the solver's optimum: no fit is more precise than this
 COEFFICIENTS = ("E", "A", "B", "a", "b")
-_LEAST_RUNS = 7  # two more than coefficients
-_LEAST_SPREAD = 0.1  # of log tokens around a smooth function of the size
+_LEAST_RUNS = 7  # two more than there are coefficients
+_LEAST_SPREAD = 0.1  # standard deviation of log tokens around a smooth function of size
 _REFITS = 500
 _START_EXPONENTS, _START_FLOORS = (0.15, 0.5, 1.0), (0.2, 0.5, 0.8)
-_BOUNDS = [(-14.0, 4.0)] * 3 + [(1e-3, 4.0)] * 2  # of the search: logarithms of terms, then exponents
+_BOUNDS = [(-14.0, 4.0)] * 3 + [(1e-3, 4.0)] * 2  # search bounds: logarithms of terms, then exponents
 _STEPS = 100
 _OPTIONS = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 20}
 
 
 def absent(runs: Runs) -> str | None:
-    """Why these runs cannot tell the five coefficients apart; None when they can."""
+    """Why these runs cannot identify the five coefficients; None if they can."""
     if np.min(runs.losses_R) <= 0.0:
         return "log L needs perplexities above 1"
     sizes, tokens = len(set_of(runs.parameters_R)), len(set_of(runs.tokens_R))
@@ -43,7 +43,7 @@ def absent(runs: Runs) -> str | None:
     curve_3 = np.polyfit(log_sizes_R - log_sizes_R.mean(), log_tokens_R, 2)
     apart_R = log_tokens_R - np.polyval(curve_3, log_sizes_R - log_sizes_R.mean())
     if np.std(apart_R) < _LEAST_SPREAD:
-        return "tokens follow from the size in these runs: train sizes on several numbers of tokens each"
+        return "in these runs size determines the number of tokens: train each size on several numbers of tokens"
     return None
 
 
@@ -51,14 +51,14 @@ def fit(runs: Runs, *, confidence: float, samples: int, generator: np.random.Gen
     """Fits the law to the runs of one arm.
 
     Args:
-      runs: for which `absent` finds nothing.
-      confidence: of the intervals.
+      runs: runs for which `absent` returns None.
+      confidence: confidence level of the intervals.
       samples: bootstrap replicates for the intervals; at most 500 are refitted.
-      generator: of the replicates.
+      generator: random generator for the replicates.
 
     Returns:
       {value, low, high} for E, A, B, a, b and for the exponents optimal_parameters and optimal_tokens in
-      compute; goodness of fit, and errors of predicting each run from the others. Ready for JSON.
+      compute; goodness of fit, and errors of predicting each run from the others. Serializable as JSON.
     """
     points = _Points(runs)
     fitted_5 = points.fit(np.log(runs.losses_R))
@@ -78,9 +78,8 @@ def fit(runs: Runs, *, confidence: float, samples: int, generator: np.random.Gen
 
 class _Points:
     """Objective and solver for one set of runs.
-
-    Parameters of the search are (log E, log A', log B', a, b), with A' and B' the terms at the runs' mean log N and
-    log D: so centered they hardly depend on the exponents, and every start finds the same optimum.
+    The search parameters are (log E, log A', log B', a, b), where A' and B' are the terms at the runs' mean log N and
+    log D: centered this way they hardly depend on the exponents, and every start reaches the same optimum.
     """
 
     def __init__(self, runs: Runs):
@@ -89,7 +88,7 @@ class _Points:
         self._sizes_R, self._tokens_R = log_2xR - self._centers_2[:, None]
 
     def _linearized(self, search: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """log L of the runs by the law, [..., R], and its slopes by the parameters, [..., R, 5]."""
+        """log L of the runs under the law, [..., R], and its derivatives by the parameters, [..., R, 5]."""
         log_e, log_a, log_b, a, b = np.moveaxis(search, -1, 0)[..., None]
         logarithms = np.broadcast_arrays(log_e, log_a - a * self._sizes_R, log_b - b * self._tokens_R)
         terms = np.exp(np.stack(logarithms, axis=-1))
@@ -99,7 +98,7 @@ class _Points:
         return np.log(losses), np.concatenate([shares, by_exponents], axis=-1)
 
     def log_losses(self, search: np.ndarray) -> np.ndarray:
-        """log L of the runs by the law."""
+        """log L of the runs under the law, [..., R]."""
         return self._linearized(search)[0]
 
     def _huber(self, search: np.ndarray, observed: np.ndarray, counted: np.ndarray | float = 1.0) -> np.ndarray:
@@ -115,7 +114,7 @@ class _Points:
         return value, np.clip(residuals_R, -1.0, 1.0) @ slopes_Rx5 / DELTA
 
     def fit(self, observed_R: np.ndarray) -> np.ndarray:
-        """The best of the optima found from a grid of starts."""
+        """The best optimum from a grid of starting points."""
         level, starts = float(np.log(np.mean(np.exp(observed_R)))), []
         for a, b, floor in itertools.product(_START_EXPONENTS, _START_EXPONENTS, _START_FLOORS):
             term = level + np.log((1.0 - floor) / 2.0)
@@ -135,8 +134,7 @@ class _Points:
 
     def refit(self, observed_SxR: np.ndarray, counted_SxR: np.ndarray, start_5: np.ndarray) -> np.ndarray:
         """Optima for S sets of losses at once, each near `start_5`; runs where `counted` is 0 are left out.
-
-        Levenberg-Marquardt steps on Huber's weights, which draw a quadratic above the loss that touches it.
+        Takes Levenberg-Marquardt steps with Huber weights, whose quadratic majorizes the loss at the current point.
         """
         search_Sx5, damping_S = np.tile(start_5, (len(observed_SxR), 1)), np.full(len(observed_SxR), 1e-3)
         lowest_5, highest_5 = np.array(_BOUNDS).T
@@ -157,7 +155,7 @@ class _Points:
         return search_Sx5
 
     def coefficients(self, search: np.ndarray) -> dict[str, np.ndarray]:
-        """The law's own coefficients, and the exponents of the optimum, of search parameters [..., 5]."""
+        """Converts search parameters [..., 5] to the law's coefficients and the exponents of the optimum."""
         log_e, log_a, log_b, a, b = np.moveaxis(search, -1, 0)
         with np.errstate(over="ignore"):
             terms = np.exp(log_e), np.exp(log_a + a * self._centers_2[0]), np.exp(log_b + b * self._centers_2[1])
@@ -166,7 +164,7 @@ class _Points:
 
 
 def _goodness(runs: Runs, residuals_R: np.ndarray, scatter: float) -> dict:
-    """scatter: standard deviation of log L around the law."""
+    """Goodness of fit; `scatter` is the standard deviation of log L around the law."""
     observed_R = np.log(runs.losses_R)
     total = float(np.sum(np.square(observed_R - observed_R.mean())))
     return {

@@ -1,4 +1,4 @@
-"""points.csv: one row for each finished point, read from what its tasks left."""
+"""Collects points.csv: one row per finished point, read from the artifacts of its tasks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MORE = (
 
 
 def write(sweep: Sweep, names: set[str]) -> epath.Path:
-    """Writes points.csv in the sweep's workdir, with the points of these names, and returns its path.
+    """Writes points.csv, with the named points, into the sweep's workdir and returns its path.
 
     Raises:
       ArtifactError: points were trained on different tokens.
@@ -47,7 +47,7 @@ def write(sweep: Sweep, names: set[str]) -> epath.Path:
     if len(tokens) > 1:
         raise ArtifactError(
             f"{sweep.workdir}: points {' and '.join(list(tokens.values())[:2])} were trained on different tokens, "
-            "and their perplexities share no law; run the sweep in another config.workdir"
+            "so no single law fits their perplexities; run the sweep in another config.workdir"
         )
     text = io.StringIO()
     writer = csv.DictWriter(text, [*COLUMNS, *_MORE], lineterminator="\n")
@@ -59,11 +59,10 @@ def write(sweep: Sweep, names: set[str]) -> epath.Path:
 
 
 def row(sweep: Sweep, point: Point) -> dict[str, str | float]:
-    """What points.csv says of a finished point.
-
-    parameters: of everything that predicts. tokens: positions that the budget trained on, repetitions included.
-    flops: training_flops, and construction_flops where the sweep counts them. base_flops: training of the base before,
-    empty where it was imported. Perplexities are of the test split but for validation_perplexity.
+    """The row of points.csv for a finished point.
+    parameters: those of every model used for prediction. tokens: positions trained on, counting repetitions.
+    flops: training_flops, plus construction_flops if the sweep counts them. base_flops: earlier training of the base,
+    empty if it was imported. Perplexities are on the test split, except for validation_perplexity.
     """
     base = _opened(point, "base", "base")
     model, length = saved.language_model_config(base), point.config.base.context_length
@@ -122,7 +121,7 @@ def _continued(point: Point, base: Artifact) -> dict[str, float | str]:
 
 
 def _construction(point: Point, base: Artifact, trained_positions: int) -> float:
-    """FLOPs of the datastore and the targets that the point rests on, as if made for it alone."""
+    """FLOPs of the point's datastore and targets, in full even if other points share them."""
     datastore, targets = (_opened(point, f"{kind}/train", kind) for kind in ("datastore", "targets"))
     key_model = None
     if point.config.datastore.key_model:
@@ -140,7 +139,7 @@ def _opened(point: Point, folder: str, kind: str) -> Artifact:
 
 
 def _corpus(config: ml_collections.ConfigDict) -> str:
-    """The corpus in a few words, for the axis of a picture."""
+    """A short name of the corpus, for an axis label."""
     corpus = config.corpus
     if corpus.source == "hub":
         return ", ".join(name.split("/")[-1] for name in corpus.name.split(","))

@@ -1,4 +1,4 @@
-"""Two arms side by side: the ratio of their exponents, and what the data support, in words."""
+"""Compares two arms: the ratio of their exponents, and a verdict in words on what the data support."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mlpmem_jax.scaling.points import SAME_BUDGET
 from mlpmem_jax.scaling.power_law import PowerLaw, goodness
 
 PREFERRED_REFERENCE, PREFERRED_ARM = "continued", "augmented"
-Laws = tuple[PowerLaw, PowerLaw]  # of the reference, and of the arm compared with it
+Laws = tuple[PowerLaw, PowerLaw]  # laws of the reference and of the arm compared with it
 _GAMMA = np.array([0.0, 1.0])  # weights of height and gamma
 
 
 def pairs(arms: list[str]) -> list[tuple[str, str]]:
     """(reference, arm) of every comparison, the main one first; empty for a single arm.
 
-    The reference is "continued" where there is such an arm, else the first; the main comparison is that of
-    "augmented" where there is one, else of the first other arm.
+    The reference is "continued" if there is such an arm, else the first arm; the main comparison is with
+    "augmented" if there is one, else with the first other arm.
     """
     reference = PREFERRED_REFERENCE if PREFERRED_REFERENCE in arms else arms[0]
     others = [arm for arm in arms if arm != reference]
@@ -32,24 +32,24 @@ def pairs(arms: list[str]) -> list[tuple[str, str]]:
 def compare(reference: tuple[str, PowerLaw], other: tuple[str, PowerLaw], *, against: str, confidence: float) -> dict:
     """Compares the laws of two arms, fitted independently.
 
-    Differences between arms have Student's t intervals with Welch's degrees of freedom, because neither arm's scatter
-    need be that of the other; the ratio of exponents has Fieller's interval, built on the same.
+    Differences between arms have Student's t intervals with Welch's degrees of freedom, because the arms' scatters may
+    differ; the ratio of exponents has Fieller's interval, built the same way.
 
     Args:
-      reference: name and law of the arm compared with.
-      other: name and law of the arm in question.
-      against: "parameters" or "flops", what the laws are laws in.
-      confidence: of the intervals.
+      reference: name and law of the reference arm.
+      other: name and law of the arm to compare with it.
+      against: "parameters" or "flops", the independent variable of the laws.
+      confidence: confidence level of the intervals.
 
     Returns:
-      reference, arm: their names.
-      gamma_ratio: gamma of the arm over that of the reference, with its interval; the interval is None where
-        the reference's own gamma may be zero, because the ratio is then unbounded.
+      reference, arm: the arms' names.
+      gamma_ratio: gamma of the arm over that of the reference, with its interval; the interval is None if
+        the reference's gamma may be zero, because the ratio is then unbounded.
       gamma_difference: arm minus reference.
-      perplexity_ratio: arm over reference, both fitted, at `x`, the largest X that both arms reach; None where the
+      perplexity_ratio: arm over reference, both fitted, at `x`, the largest X that both arms reach; None if the
         arms' ranges do not overlap.
       equal_compute: whether the two arms' runs spent the same training budgets.
-      verdict: what the data support.
+      verdict: what the data support, in words.
     """
     (reference_name, law), (name, other_law) = reference, other
     laws = law, other_law
@@ -67,7 +67,7 @@ def compare(reference: tuple[str, PowerLaw], other: tuple[str, PowerLaw], *, aga
 
 
 def _half_width(laws: Laws, variances: list[float], confidence: float) -> float:
-    """Of the interval of a difference of two independent estimates, with Welch's degrees of freedom."""
+    """Half width of the interval of a difference of two independent estimates, with Welch's degrees of freedom."""
     degrees = [law.line.degrees_of_freedom for law in laws]
     total = sum(variances)
     welch = total**2 / sum(variance**2 / each for variance, each in zip(variances, degrees, strict=True))
@@ -84,7 +84,7 @@ def _difference(laws: Laws, weights: list[np.ndarray], confidence: float) -> tup
 
 
 def _ratio(laws: Laws, confidence: float) -> dict:
-    """Fieller's interval: the ratios r for which gamma - r gamma_reference is not distinguishable from zero."""
+    """Fieller's interval: all r for which gamma - r gamma_reference is not significantly different from zero."""
     (reference, reference_variance), (gamma, variance) = (law.combination(_GAMMA) for law in laws)
     ratio = gamma / reference if reference else math.nan
 
@@ -102,7 +102,7 @@ def _ratio(laws: Laws, confidence: float) -> dict:
 
 
 def _includes(interval: dict, value: float) -> bool:
-    """Whether an interval holds the value; an absent bound is no bound."""
+    """Whether an interval contains the value; a missing bound is unbounded."""
     low = -math.inf if interval["low"] is None else interval["low"]
     high = math.inf if interval["high"] is None else interval["high"]
     return low <= value <= high
@@ -131,7 +131,7 @@ def _sentences(comparison: dict, laws: Laws, gammas: list[dict], against: str, c
     for name, gamma in zip((reference, arm), gammas, strict=True):
         if gamma["high"] >= 0.0:
             return [
-                f"The exponents cannot be compared: the perplexity of {name} is not shown to fall with {what} "
+                f"The exponents cannot be compared: the perplexity of {name} does not clearly fall with {what} "
                 f"(gamma {_with_interval(gamma, level)})."
             ]
     measured = f"gamma {gammas[1]['value']:.3f} against {gammas[0]['value']:.3f}, ratio {_with_interval(ratio, level)}"
@@ -155,13 +155,13 @@ def _sentences(comparison: dict, laws: Laws, gammas: list[dict], against: str, c
 
 
 def _doubts(arm: str, law: PowerLaw) -> list[str]:
-    """Whether a straight line was the right thing to fit, and to what was meant to be perplexities."""
+    """Caveats: perplexities that cannot be right, or points that a straight line does not fit."""
     if np.min(law.runs.losses_R) <= 0.0:
-        return [f"Perplexities of {arm} lie below 1, which no language model reaches."]
+        return [f"Perplexities of {arm} are below 1, which is impossible for a language model."]
     fit = goodness(law)
     if fit["lack_of_fit_p"] is not None and fit["lack_of_fit_p"] < 0.01:
         return [
-            f"The points of {arm} leave a power law by more than their seeds explain (p = {fit['lack_of_fit_p']:.2g})."
+            f"The points of {arm} deviate from a power law by more than seeds explain (p = {fit['lack_of_fit_p']:.2g})."
         ]
     if fit["r_squared"] is not None and fit["r_squared"] < 0.9:
         return [f"A power law describes the points of {arm} poorly (R squared {fit['r_squared']:.2f})."]

@@ -35,12 +35,12 @@ _FURTHER = tuple(
 )
 _STYLE = {**STYLE, "mathtext.default": "regular"}
 _LEGEND = {"frameon": True, "framealpha": 0.85, "edgecolor": "none"}
-_OUTSIDE = 100.0  # log perplexity beyond any picture, still a number after exp
+_OUTSIDE = 100.0  # a log perplexity outside any plot that is still finite after exp
 _AXIS_LABELS = {"parameters": "total parameters", "flops": "training compute (FLOPs)"}
 
 
 def pictures(fitted: dict, laws: dict[str, PowerLaw], point_set: PointSet) -> dict[str, bytes]:
-    """The files of pictures, name -> content; the same fits give the same bytes."""
+    """The image files, name -> content; the same fits give the same bytes."""
     styles = _styles(list(laws))
     with matplotlib.rc_context(_STYLE):
         drawn = {"fit": _laws(fitted, laws, point_set, styles)}
@@ -57,14 +57,14 @@ def pictures(fitted: dict, laws: dict[str, PowerLaw], point_set: PointSet) -> di
 
 
 def _styles(arms: list[str]) -> dict[str, dict]:
-    """Color, marker and dashes of each arm, the known ones first."""
+    """Color, marker and line style of each arm, known arms first."""
     further = itertools.cycle(_FURTHER)
     ordered = [arm for arm in _KNOWN if arm in arms] + [arm for arm in arms if arm not in _KNOWN]
     return {arm: _KNOWN[arm] if arm in _KNOWN else next(further) for arm in ordered}
 
 
 def _laws(fitted: dict, laws: dict[str, PowerLaw], point_set: PointSet, styles: dict) -> matplotlib.figure.Figure:
-    """Points, lines and bands on the left; exponents with their intervals on the right."""
+    """Draws points, lines and bands on the left, exponents with their intervals on the right."""
     figure = matplotlib.figure.Figure(figsize=(10.4, 4.6))
     left, right = figure.subplots(1, 2, width_ratios=(1.75, 1.0))
     figure.get_layout_engine().set(wspace=0.05)
@@ -88,7 +88,7 @@ def _laws(fitted: dict, laws: dict[str, PowerLaw], point_set: PointSet, styles: 
     left.set_xlabel(_AXIS_LABELS[fitted["against"]])
     left.set_ylabel(_perplexity_label(fitted))
     _ticks(left.xaxis, left.get_xlim())
-    # Bands of few points may be far wider than the points; the points set the scale.
+    # With few points, bands may be far wider than the points, so the points set the scale.
     losses = [np.log(points_Px3[:, 2]) for points_Px3 in point_set.points.values()]
     low, high = np.min(np.concatenate(losses)), np.max(np.concatenate(losses))
     margin = 0.14 * max(high - low, 0.05)
@@ -109,7 +109,7 @@ def _laws(fitted: dict, laws: dict[str, PowerLaw], point_set: PointSet, styles: 
 
 
 def _draw_exponents(axes: matplotlib.axes.Axes, fitted: dict, styles: dict) -> None:
-    """gamma of each arm with its interval; the numbers stand beside."""
+    """Draws gamma of each arm with its interval, and prints the numbers next to it."""
     values = []
     axes.grid(visible=False)
     for row, (arm, style) in enumerate(styles.items()):
@@ -139,7 +139,7 @@ def _draw_exponents(axes: matplotlib.axes.Axes, fitted: dict, styles: dict) -> N
 
 
 def _label(arm: str) -> str:
-    """An arm's name in the points, and what it is where that is known."""
+    """An arm's name in the points file, with a description if it is a known arm."""
     return _plain(arm if label(arm) == arm else f"{arm}: {label(arm)}")
 
 
@@ -148,7 +148,7 @@ def _perplexity_label(fitted: dict) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text in which a dollar is a dollar, not the start of mathematics."""
+    """Escapes dollar signs, which would start math mode."""
     return text.replace("$", r"\$")
 
 
@@ -157,7 +157,7 @@ def _signed(value: float) -> str:
 
 
 def _frontier(fitted: dict, point_set: PointSet, styles: dict) -> matplotlib.figure.Figure:
-    """Perplexity by size at each training budget, a panel for each arm; then the best size by compute."""
+    """Draws perplexity by size at each training budget, one panel per arm, and the best size by compute."""
     figure = matplotlib.figure.Figure(figsize=(3.9 * (len(styles) + 1), 4.2))
     *panels, last = figure.subplots(1, len(styles) + 1)
     for axes, (arm, style) in zip(panels, styles.items(), strict=True):
@@ -169,7 +169,7 @@ def _frontier(fitted: dict, point_set: PointSet, styles: dict) -> matplotlib.fig
             _draw_budgets(axes, frontier["isoflop"]["budgets"], runs)
         else:
             _draw_envelope(axes, frontier["envelope"].get("runs", []), runs)
-        axes.set_xlim(axes.get_xlim()[0], axes.get_xlim()[1] * 8)  # room for the texts beside the last points
+        axes.set_xlim(axes.get_xlim()[0], axes.get_xlim()[1] * 8)  # room for the labels next to the last points
         _ticks(axes.xaxis, axes.get_xlim())
     limits = [limit for axes in panels for limit in axes.get_ylim()]
     for axes in panels:
@@ -190,7 +190,7 @@ def _frontier(fitted: dict, point_set: PointSet, styles: dict) -> matplotlib.fig
 
 
 def _draw_budgets(axes: matplotlib.axes.Axes, budgets: list[dict], runs: Runs) -> None:
-    """Perplexity by size, one color a training budget; its parabola, and a diamond at the minimum."""
+    """Draws perplexity by size, one color per training budget, with its parabola and a diamond at the minimum."""
     groups_R, fitted = runs.budgets(), {budget["flops"]: budget for budget in budgets}
     colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.8, max(groups_R) + 1))
     for group, color in enumerate(colors):
@@ -213,7 +213,7 @@ def _draw_budgets(axes: matplotlib.axes.Axes, budgets: list[dict], runs: Runs) -
 
 
 def _draw_envelope(axes: matplotlib.axes.Axes, envelope: list[dict], runs: Runs) -> None:
-    """Perplexity by compute, one color a size; the lower envelope in black."""
+    """Draws perplexity by compute, one color per size, with the lower envelope in black."""
     sizes = set_of(runs.parameters_R)
     for size, color in zip(sizes, matplotlib.colormaps["viridis"](np.linspace(0.0, 0.8, len(sizes))), strict=True):
         of_size = runs.take(runs.parameters_R == size)
@@ -227,7 +227,7 @@ def _draw_envelope(axes: matplotlib.axes.Axes, envelope: list[dict], runs: Runs)
 
 
 def _draw_optima(axes: matplotlib.axes.Axes, frontier: dict, arm: str, style: dict) -> None:
-    """Minima of the parabolas with intervals and their law; where there are none, the runs of the lower envelope."""
+    """Draws the parabolas' minima with intervals and law, or if there are none, the runs of the lower envelope."""
     inside = [budget for budget in frontier["isoflop"].get("budgets", []) if budget["inside"]]
     exponents = frontier["isoflop"].get("exponents") if inside else frontier["envelope"].get("exponents")
     optima = inside or frontier["envelope"].get("runs", [])
@@ -254,7 +254,7 @@ def _value(estimate: dict | float) -> float:
 
 
 def _ticks(axis: matplotlib.axis.Axis, limits: tuple[float, float]) -> None:
-    """Plain, few, round ticks on a logarithmic axis, also where it spans less than a decade."""
+    """Puts a few plain, round ticks on a logarithmic axis, even if it spans less than a decade."""
     least = 3 if limits[0] >= 1e13 else 4  # powers of ten take more room
     exponents = range(math.floor(math.log10(limits[0])), math.ceil(math.log10(limits[1])) + 1)
     for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
@@ -271,7 +271,7 @@ def _ticks(axis: matplotlib.axis.Axis, limits: tuple[float, float]) -> None:
 
 
 def _magnitude(value: float, _position: int | None = None) -> str:
-    """A tick: 124M, 1.5B; powers of ten beyond, plain numbers below."""
+    """A tick label: 124M, 1.5B; powers of ten for larger values, plain numbers for smaller ones."""
     if value >= 1e13:
         exponent = math.floor(math.log10(value) + 1e-9)
         digits = value / 10**exponent

@@ -1,4 +1,4 @@
-"""`mlpmem fit`: points of a sweep in, laws with intervals out (fit.json, and pictures of them)."""
+"""`mlpmem fit`: fits scaling laws with intervals to the points of a sweep (fit.json and plots)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mlpmem_jax.core.progress import say
 from mlpmem_jax.scaling import bootstrap, chinchilla, exponents, figure, frontier, points, power_law
 
 INTERVALS = (
-    "parametric bootstrap in Student's form over sizes: the seeds of a run are averaged; sweeps are drawn from the "
-    "fitted law with normal noise on log perplexity, one value a size, of a scale drawn for each sweep from the "
-    "chi-square law of the scatter around the fit; every drawn sweep is fitted again and percentiles are taken"
+    "studentized parametric bootstrap over sizes: the seeds of a run are averaged; sweeps are simulated from the "
+    "fitted law with normal noise on log perplexity, one value per size, with a scale drawn for each sweep from the "
+    "chi-square law of the scatter around the fit; every simulated sweep is refitted and percentiles are taken"
 )
 
 
@@ -27,26 +27,23 @@ def run(
     seed: int = 0,
 ) -> dict:
     """Fits the laws of every arm, compares the arms, and writes fit.json, fit.svg and fit.png.
-
-    frontier.svg and frontier.png stand beside them where training budgets were spent on several sizes.
+    Also writes frontier.svg and frontier.png if training budgets were spent on several sizes.
 
     Args:
       points_csv: CSV file with the columns of `points.COLUMNS`.
-      output_dir: created where it does not exist.
+      output_dir: folder for the results, created if missing.
       against: "parameters" for PPL = (beta N)^gamma, "flops" for the same law in training compute, for sweeps of one
         size over several budgets.
-      confidence: of the intervals, between 0 and 1.
+      confidence: confidence level of the intervals, between 0 and 1.
       samples: bootstrap replicates for the intervals.
-      seed: of the replicates; the same points and seed give the same bytes.
-
+            seed: random seed of the replicates; the same points and seed give the same bytes.
     Returns:
-      What fit.json holds.
-
+      The contents of fit.json.
     Raises:
-      UserError: an argument or the points cannot be fitted; nothing has been written then.
+      UserError: an argument is invalid or the points cannot be fitted; then nothing is written.
     """
     if against not in ("parameters", "flops"):
-        raise UserError(f"against={against!r}: a law is fitted against 'parameters' or 'flops'")
+        raise UserError(f"against={against!r}: expected 'parameters' or 'flops'")
     if not 0.0 < confidence < 1.0:
         raise UserError(f"confidence={confidence}: expected a number between 0 and 1, for example 0.95")
     if samples < (least := round(20 / (1.0 - confidence))):
@@ -65,15 +62,15 @@ def run(
         partial.replace(folder / name)
     for name in figure.FILES:
         if name not in pictures:
-            (folder / name).unlink(missing_ok=True)  # of other points, fitted here before
-    say(fitted["comparison"]["verdict"] if fitted["comparison"] else "One arm: nothing to compare it with.")
+            (folder / name).unlink(missing_ok=True)  # left over from an earlier fit of other points
+    say(fitted["comparison"]["verdict"] if fitted["comparison"] else "There is only one arm: nothing to compare.")
     return fitted
 
 
 def fit(
     point_set: points.PointSet, *, against: str, confidence: float, samples: int, seed: int
 ) -> tuple[dict, dict[str, power_law.PowerLaw]]:
-    """All fits of a sweep: the content of fit.json, and the power law of each arm."""
+    """All fits of a sweep: the contents of fit.json, and the power law of each arm."""
     options = {"confidence": confidence, "samples": samples}
     laws, arms = {}, {}
     for name, runs in point_set.arms.items():

@@ -1,9 +1,8 @@
-"""What size to train for a given compute, read off the runs in two ways.
-
-The lower envelope keeps the runs that no run of less or equal compute beats. The iso-FLOP way (Hoffmann et al., arXiv
-2203.15556, section 3.2) fits, at each training budget, a parabola of log perplexity in log parameters, whose
-minimum is the best size for that budget. Through either set of optima go power laws in compute: of the size, the tokens
-and the perplexity.
+"""The best model size for a given compute, estimated from the runs in two ways.
+The lower envelope keeps the runs that no run with less or equal compute beats. The iso-FLOP method (Hoffmann et al.,
+arXiv 2203.15556, section 3.2) fits, at each training budget, a parabola of log perplexity in log parameters, whose
+minimum is the best size for that budget. Power laws in compute are fitted to either set of optima: for the size, the
+tokens and the perplexity.
 """
 
 from __future__ import annotations
@@ -19,20 +18,19 @@ from mlpmem_jax.scaling.power_law import described
 
 
 def envelope(runs: Runs, *, confidence: float, samples: int, generator: np.random.Generator) -> dict:
-    """The lower envelope of one arm and its laws in compute, ready for JSON; or {"absent": reason}.
-
-    Sizes on it are sizes that were tried: the true optimum may lie anywhere up to half way to the next size. The
-    draws spread each optimum over that range, beside the scatter of the optima around their law.
+    """The lower envelope of one arm and its laws in compute, serializable as JSON; or {"absent": reason}.
+    The envelope contains only sizes that were run: the true optimum may lie anywhere up to halfway to the next size.
+    The replicates spread each optimum over that range, in addition to the scatter of the optima around their law.
     """
     groups_R = runs.budgets()
     best = runs.best(groups_R)
     if len(best) == len(set_of(runs.parameters_R)) == len(runs):
-        return {"absent": "each size has a training budget of its own, so none was chosen over another"}
+        return {"absent": "each size has its own training budget, so no two sizes can be compared"}
     frontier = best.take(best.losses_R < np.minimum.accumulate(np.append(np.inf, best.losses_R[:-1])))
     if len(frontier) == len(runs):
-        return {"absent": "no run is beaten by another of less or equal compute, so no size was chosen over another"}
+        return {"absent": "no run is beaten by another with less or equal compute, so every size is on the envelope"}
     if len(frontier) < LEAST_SIZES:
-        return {"absent": f"{len(frontier)} runs lie on it, a law needs {LEAST_SIZES}", "runs": described(frontier)}
+        return {"absent": f"it has {len(frontier)} runs, a law needs {LEAST_SIZES}", "runs": described(frontier)}
     log_flops_U = np.log(frontier.flops_R)
     design_UxK = np.stack([np.ones(len(frontier)), log_flops_U - log_flops_U.mean()], axis=1)
     spread_SxU = np.stack(
@@ -56,7 +54,7 @@ def envelope(runs: Runs, *, confidence: float, samples: int, generator: np.rando
 
 
 def _spread(runs: Runs, groups_R: np.ndarray, flops: float, size: float, samples: int, generator) -> np.ndarray:
-    """Draws of log(optimum / size) over the range that belongs to a size among those tried at its budget, [S]."""
+    """Random log(optimum / size), [S], over the range that a size represents among those run at its budget."""
     budget = runs.take(groups_R == groups_R[np.flatnonzero(runs.flops_R == flops)[0]])
     tried = budget if len(set_of(budget.parameters_R)) > 1 else runs
     sizes = np.log(set_of(tried.parameters_R))
@@ -69,16 +67,16 @@ def _spread(runs: Runs, groups_R: np.ndarray, flops: float, size: float, samples
 def isoflop(runs: Runs, *, confidence: float, samples: int, generator: np.random.Generator) -> dict:
     """Parabolas of one arm's budgets, their optima, and the optima's laws in compute; or {"absent": reason}.
 
-    Each budget with at least three sizes has {flops, coefficients (log PPL = c0 + c1 z + c2 z^2 with z = log(N /
+    Each budget with at least three sizes gives {flops, coefficients (log PPL = c0 + c1 z + c2 z^2 with z = log(N /
     center)), center, smallest, largest (sizes), parameters, tokens, perplexity (at the optimum, each with an
-    interval), inside (whether the optimum lies among the sizes tried)}. Scatter is pooled over the budgets.
-    Laws go through the optima that lie inside, three or more of them.
+    interval), inside (whether the optimum is within the range of sizes run)}. Scatter is pooled over the budgets.
+    Laws are fitted to the optima inside that range, if there are at least three.
     """
     groups_R = runs.budgets()
     budgets = [runs.take(groups_R == group) for group in set_of(groups_R)]
     budgets = [budget for budget in budgets if len(set_of(budget.parameters_R)) >= LEAST_SIZES]
     if not budgets:
-        return {"absent": f"no training budget was spent on {LEAST_SIZES} sizes or more"}
+        return {"absent": f"no training budget was spent on at least {LEAST_SIZES} sizes"}
     parabolas = _parabolas(budgets, samples, generator)
     inside = [parabola for parabola in parabolas if parabola.is_inside]
     return {
@@ -89,7 +87,7 @@ def isoflop(runs: Runs, *, confidence: float, samples: int, generator: np.random
 
 @dataclasses.dataclass(frozen=True)
 class _Parabola:
-    """log PPL of one budget by z = log(N / center): coefficients [3], their draws [S, 3] or None."""
+    """log PPL of one budget by z = log(N / center): coefficients [3] and replicates [S, 3], or None."""
 
     budget: Runs
     center: float
@@ -97,7 +95,7 @@ class _Parabola:
     draws_Sx3: np.ndarray | None
 
     def optimum(self, coefficients: np.ndarray) -> dict[str, np.ndarray]:
-        """Logarithms of size, tokens and perplexity at the minimum by coefficients [..., 3]; nan without one."""
+        """Logarithms of size, tokens and perplexity at the minimum, from coefficients [..., 3]; NaN without one."""
         height, slope, bend = np.moveaxis(coefficients, -1, 0)
         z = -slope / (2.0 * np.where(bend > 0.0, bend, np.nan))
         log_tokens_per_log_size = np.polyfit(
@@ -134,7 +132,7 @@ class _Parabola:
 
 
 def _parabolas(budgets: list[Runs], samples: int, generator: np.random.Generator) -> list[_Parabola]:
-    """One least-squares problem for all budgets, a block of three columns each, so that they share their scatter."""
+    """Solves one least-squares problem for all budgets, with a block of three columns each, to pool their scatter."""
     centers = [float(np.exp(np.mean(np.log(budget.parameters_R)))) for budget in budgets]
     blocks = [
         np.vander(np.log(budget.parameters_R / center), 3, increasing=True)
@@ -154,7 +152,7 @@ def _parabolas(budgets: list[Runs], samples: int, generator: np.random.Generator
 
 
 def _exponents(parabolas: list[_Parabola], confidence: float) -> dict:
-    """Slopes of the optima's logarithms over log compute; draws carry the noise of the runs through the parabolas."""
+    """Slopes of the optima's logarithms over log compute; replicates carry the runs' noise through the parabolas."""
     log_flops_U = np.log([np.median(parabola.budget.flops_R) for parabola in parabolas])
     weights_U = (log_flops_U - log_flops_U.mean()) / np.sum(np.square(log_flops_U - log_flops_U.mean()))
     exponents = {}

@@ -1,7 +1,6 @@
-"""Writes the tasks of a sweep as jobs for `launch/`: one config and one command each, a script for each level.
-
-Tasks of a level need those of the levels before and nothing of their own level, so all jobs of a script may run at
-once. Finished tasks are left out; run again when jobs have failed, what is left is written.
+"""Writes the tasks of a sweep as jobs for `launch/`: one config and one command per task, one script per level.
+Tasks depend only on tasks of earlier levels, so all jobs of a script may run at once. Finished tasks are left out; if
+jobs fail, run the command again to write scripts for what is left.
 """
 
 from __future__ import annotations
@@ -25,26 +24,26 @@ _EXAMPLES = {
 }
 _HEAD = """\
 #!/bin/sh
-# {count} jobs of the sweep {sweep}. Run this when {before}, with the options of {launcher}, for example
+# {count} jobs of the sweep {sweep}. Run this {when}, with options for {launcher}, for example
 #   sh {script} {example}
-# --dry_run prints what would be sent.
+# --dry_run prints what would be submitted.
 set -e
 """
 
 
 def write(sweep: Sweep, kind: str) -> list[pathlib.Path]:
-    """Writes the scripts and configs of every unfinished task into runs/launch/SWEEP, and the links into the workdir.
+    """Writes scripts and configs for every unfinished task into runs/launch/SWEEP, and links into the workdir.
 
     Args:
       sweep: a checked sweep.
-      kind: launcher of `launch/`: "jobset" or "slurm".
+      kind: the launcher of `launch/`: "jobset" or "slurm".
 
     Returns:
-      The scripts, in the order in which they are to be run.
+      The scripts, in the order in which to run them.
     """
     folder = FOLDER / sweep.name
     if folder.exists():
-        shutil.rmtree(folder)  # jobs that have finished since must not be sent again
+        shutil.rmtree(folder)  # jobs that have finished since must not be submitted again
     folder.mkdir(parents=True)
     left = [task for task in of_sweep(sweep) if not task.is_finished()]
     scripts = []
@@ -53,11 +52,11 @@ def write(sweep: Sweep, kind: str) -> list[pathlib.Path]:
         if not members:
             continue
         script = folder / f"{number}-{level}.sh"
-        before = f"every job of {scripts[-1].name} has succeeded" if scripts else "nothing else is needed"
+        when = f"after every job of {scripts[-1].name} has succeeded" if scripts else "first"
         head = _HEAD.format(
             count=len(members),
             sweep=sweep.name,
-            before=before,
+            when=when,
             launcher=f"{LAUNCHERS}.{kind}",
             script=script,
             example=_EXAMPLES[kind],
@@ -66,15 +65,15 @@ def write(sweep: Sweep, kind: str) -> list[pathlib.Path]:
         scripts.append(script)
     for script in scripts:
         say(f"sh {script} {_EXAMPLES[kind]}")
-    say("then, for points.csv: the same mlpmem sweep without --launch" if scripts else "every task is finished")
+    say("then run the same mlpmem sweep without --launch to write points.csv" if scripts else "every task is finished")
     return scripts
 
 
 def _command(task: SweepTask, kind: str, folder: pathlib.Path) -> str:
-    """The line that sends a task's job; the caller's options come last."""
+    """The shell line that submits a task's job; the caller's options come last."""
     config = folder / f"{task.name}.py"
     config.write_text(task.prepare())
-    # A name of Kubernetes is taken until it is deleted: another config of the same point is another job.
+    # Kubernetes names stay taken until the job is deleted, so another config of the same point needs another name.
     name = f"{task.name}-{hashlib.sha256(config.read_bytes()).hexdigest()[:6]}"
     words = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""The points of a sweep: one CSV row for each trained model, read and checked before anything is fitted."""
+"""Reads and checks the points of a sweep, one CSV row per trained model, before anything is fitted."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mlpmem_jax.core.errors import UserError
 COLUMNS = ("arm", "parameters", "tokens", "flops", "perplexity", "seed")
 LEAST_SIZES = 3
 FILE = "points.csv"
-SAME_BUDGET = 1.1  # whole optimizer steps round a budget; runs within this factor of compute share one
+SAME_BUDGET = 1.1  # budgets are rounded to whole optimizer steps; runs within this factor of compute share one
 
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """The runs of one arm, R of them: all seeds of one size and one training budget are one run.
+    """The R runs of one arm; all seeds of the same size and training budget count as one run.
 
     Attributes:
       parameters_R: total parameters.
@@ -42,7 +42,7 @@ class Runs:
         return len(self.losses_R)
 
     def take(self, rows) -> Runs:
-        """The runs at these rows, an index array or a mask."""
+        """The runs at the given rows, an index array or a mask."""
         fields = {field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)}
         return Runs(**fields)
 
@@ -57,7 +57,7 @@ class Runs:
         return budgets_R
 
     def best(self, groups_R: np.ndarray) -> Runs:
-        """Of each group the run of lowest loss, in the order of the groups' labels."""
+        """The run with the lowest loss in each group, in the order of the groups' labels."""
         rows = [
             min(np.flatnonzero(groups_R == group), key=lambda row: self.losses_R[row]) for group in set_of(groups_R)
         ]
@@ -71,13 +71,13 @@ def set_of(values: np.ndarray) -> list:
 
 @dataclasses.dataclass(frozen=True)
 class PointSet:
-    """A checked file of points.
+    """A checked points file.
 
     Attributes:
       rows: number of points.
-      corpus: the one corpus of all points; None where the file names none.
-      arms: runs of every arm, in the order in which the arms first appear.
-      points: arm -> (parameters, flops, perplexity) of its rows as they stand, float [P, 3].
+      corpus: the common corpus of all points; None if the file names none.
+      arms: runs of every arm, in order of first appearance.
+      points: arm -> (parameters, flops, perplexity) of its rows, unaveraged, float [P, 3].
     """
 
     rows: int
@@ -87,15 +87,14 @@ class PointSet:
 
 
 def of_sweep(workdir) -> epath.Path:
-    """The file of points in the workdir of a sweep.
-
+    """The points file in the workdir of a sweep.
     Raises:
-      UserError: the sweep has written none.
+      UserError: the sweep has not written one.
     """
     file = epath.Path(workdir) / FILE
     if not file.is_file():
         raise UserError(
-            f"--runs={workdir}: holds no {FILE}; expected the workdir of a sweep, which mlpmem sweep ends by writing it"
+            f"--runs={workdir}: has no {FILE}; expected the workdir of a sweep for which mlpmem sweep has finished"
         )
     return file
 
@@ -104,20 +103,18 @@ def read(points_csv, against: str = "parameters") -> PointSet:
     """Reads and checks a CSV file of points.
 
     Args:
-      points_csv: any path that etils.epath opens. A header names the columns arm, parameters, tokens, flops,
-        perplexity and seed, in any order, and perhaps corpus; others are passed over.
+      points_csv: any path that etils.epath opens. The header must name the columns arm, parameters, tokens, flops,
+        perplexity and seed, in any order, and may name corpus; other columns are ignored.
       against: "parameters" or "flops", what the power law will be fitted against.
-
     Returns:
-      The points, the seeds of each run gathered.
-
+      The points, with the seeds of each run averaged.
     Raises:
-      UserError: the file is missing or empty, lacks a column, or a row has a value that cannot be: not a number, not
-        positive; points of several corpora; the same point twice; an arm with fewer than three sizes (budgets).
+      UserError: the file is missing or empty, lacks a column, has an invalid value (not a number, not positive), mixes
+        corpora, repeats a point, or has an arm with fewer than three sizes (or budgets).
     """
     path = epath.Path(points_csv)
     if not path.is_file():
-        raise UserError(f"{path}: no such file of points; expected a CSV file with the columns {', '.join(COLUMNS)}")
+        raise UserError(f"{path}: no such file; expected a CSV file of points with the columns {', '.join(COLUMNS)}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -130,7 +127,7 @@ def read(points_csv, against: str = "parameters") -> PointSet:
         (a, first), (b, second) = list(corpora.items())[:2]
         raise UserError(
             f"{path}: column 'corpus' is {a!r} in row {first} and {b!r} in row {second}; perplexities of "
-            "different corpora share no law: fit one file for each corpus"
+            "different corpora do not follow one law: fit a separate file for each corpus"
         )
     _refuse_repeated(str(path), rows)
     arms, points = {}, {}
@@ -143,7 +140,7 @@ def read(points_csv, against: str = "parameters") -> PointSet:
 
 
 def _rows(path: str, text: str) -> list[tuple[int, dict]]:
-    """Every row with its line in the file, its values converted and checked one by one."""
+    """Every row with its line number in the file, each value converted and checked."""
     reader = csv.reader(io.StringIO(text))
     header = [name.strip() for name in next(reader, [])]
     lacking = [name for name in COLUMNS if name not in header]
@@ -154,18 +151,18 @@ def _rows(path: str, text: str) -> list[tuple[int, dict]]:
         )
     repeated = [name for name in (*COLUMNS, "corpus") if header.count(name) > 1]
     if repeated:
-        raise UserError(f"{path}: row 1 names the column {repeated[0]!r} twice; leave one")
+        raise UserError(f"{path}: row 1 names the column {repeated[0]!r} twice; remove one")
     rows = []
     for cells in reader:
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) != len(header):
-            raise UserError(f"{path}: row {reader.line_num} has {len(cells)} cells where the header has {len(header)}")
+            raise UserError(f"{path}: row {reader.line_num} has {len(cells)} cells but the header has {len(header)}")
         cells = dict(zip(header, (cell.strip() for cell in cells), strict=True))
         row = {name: _value(path, reader.line_num, name, cells[name]) for name in COLUMNS}
         rows.append((reader.line_num, row | {"corpus": cells.get("corpus")}))
     if not rows:
-        raise UserError(f"{path}: no points below the header; expected one row for each trained model")
+        raise UserError(f"{path}: no points below the header; expected one row per trained model")
     return rows
 
 
@@ -183,7 +180,7 @@ def _value(path: str, line: int, column: str, text: str) -> str | int | float:
     except ValueError:
         raise UserError(f"{cell}; expected {'a whole number' if column == 'seed' else 'a number'}") from None
     if column != "seed" and not 0.0 < value < math.inf:
-        advice = ": leave out runs that diverged" if column == "perplexity" else ""
+        advice = ": remove runs that diverged" if column == "perplexity" else ""
         raise UserError(f"{cell}; expected a finite number above 0{advice}")
     return value
 
@@ -195,20 +192,20 @@ def _refuse_repeated(path: str, rows: list[tuple[int, dict]]) -> None:
         if point in seen:
             raise UserError(
                 f"{path}: rows {seen[point]} and {line} are the same point (columns arm, parameters, tokens, flops and "
-                "seed agree); leave one, or give repeated runs different seeds"
+                "seed agree); remove one, or give repeated runs different seeds"
             )
         seen[point] = line
 
 
 def _refuse_few(path: str, arm: str, runs: Runs, against: str) -> None:
-    """Three sizes are the fewest that leave a line something to be wrong about."""
+    """Refuses arms with fewer than three sizes (or budgets), which any line would fit."""
     if against == "flops":
         values, what = [float(np.min(runs.flops_R[runs.budgets() == b])) for b in set_of(runs.budgets())], "budgets"
-        advice = f"column 'flops', within a factor {SAME_BUDGET:g} one budget"
+        advice = f"column 'flops'; values within a factor {SAME_BUDGET:g} are one budget"
     else:
         values, what, advice = set_of(runs.parameters_R), "sizes", "column 'parameters'"
         if len(set_of(runs.budgets())) >= LEAST_SIZES:
-            advice += "; its budgets are enough for a law in compute instead, against='flops'"
+            advice += "; it has enough budgets for a law in compute, against='flops'"
     if len(values) < LEAST_SIZES:
         listed = ", ".join(f"{value:.6g}" for value in values)
         raise UserError(

@@ -1,6 +1,6 @@
 """PPL = (beta X)^gamma, the scaling law of the paper's figure 1, by least squares in logarithms.
 
-X is the number of parameters, or the training compute. With L = log PPL the law is the straight line
+X is the number of parameters or the training compute. With L = log PPL the law is the straight line
 L = gamma log X + gamma log beta.
 """
 
@@ -21,10 +21,10 @@ class PowerLaw:
     """A fitted law and its bootstrap replicates. The line is L = height + gamma (log X - center).
 
     Attributes:
-      runs: the runs it was fitted to, one for each X.
-      x_U: their X.
+      runs: the runs it was fitted to, one per X.
+      x_U: X of each run.
       center: mean of log X.
-      line: the fit; its coefficients are height and gamma.
+      line: the fitted line; its coefficients are height and gamma.
     """
 
     runs: Runs
@@ -46,7 +46,7 @@ class PowerLaw:
         return _log_beta(heights_S, gammas_S, self.center, self.gamma)
 
     def combination(self, weights_2: np.ndarray) -> tuple[float, float]:
-        """Value and variance of a weighted sum of height and gamma."""
+        """The value and variance of a weighted sum of height and gamma."""
         return float(weights_2 @ self.line.coefficients_K), float(weights_2 @ self.line.covariance_KxK @ weights_2)
 
     def losses(self, x: float | np.ndarray) -> np.ndarray:
@@ -55,13 +55,13 @@ class PowerLaw:
         return height + gamma * (np.log(x) - self.center)
 
     def drawn_losses(self, x_G: np.ndarray) -> np.ndarray:
-        """log PPL at x of every replicate, [S, G]."""
+        """log PPL at x for every replicate, [S, G]."""
         heights_S, gammas_S = self.line.replicates_SxK.T
         return heights_S[:, None] + gammas_S[:, None] * (np.log(x_G) - self.center)
 
 
 def _log_beta(height, gamma, center: float, fitted_gamma: float):
-    """log beta = intercept / gamma; a gamma drawn beyond zero lies past the pole of that quotient, not back from it."""
+    """log beta = intercept / gamma; a replicate whose gamma changes sign is beyond the pole of that quotient."""
     intercept = height - gamma * center
     with np.errstate(divide="ignore"):
         beyond = np.copysign(np.inf, intercept) * math.copysign(1.0, fitted_gamma)
@@ -69,13 +69,12 @@ def _log_beta(height, gamma, center: float, fitted_gamma: float):
 
 
 def fit(runs: Runs, *, against: str, samples: int, generator: np.random.Generator) -> PowerLaw:
-    """Fits one arm. Where an X was run in several ways, its run of lowest loss stands for it.
-
+    """Fits one arm. If several runs share an X, the one with the lowest loss is used.
     Args:
-      runs: of one arm, at least three different X.
+      runs: the runs of one arm, with at least three different X.
       against: "parameters", or "flops" for a law in training compute (runs of about equal compute share an X).
       samples: bootstrap replicates for the intervals.
-      generator: of the replicates.
+      generator: random generator for the replicates.
     """
     used = runs.best(runs.budgets() if against == "flops" else runs.parameters_R)
     x_U = used.flops_R if against == "flops" else used.parameters_R
@@ -88,9 +87,8 @@ def _design(x_U: np.ndarray, center: float) -> np.ndarray:
 
 
 def summary(law: PowerLaw, confidence: float) -> dict:
-    """Coefficients with intervals, goodness of fit and leave-one-out errors, ready for JSON.
-
-    beta.low and beta.high are None where the interval of gamma includes zero, because beta is then unbounded.
+    """Coefficients with intervals, goodness of fit and leave-one-out errors, serializable as JSON.
+    beta.low and beta.high are None if the interval of gamma includes zero, because beta is then unbounded.
     """
     with np.errstate(over="ignore"):
         beta = bootstrap.interval(np.exp(law.log_beta), np.exp(law.log_betas_S), confidence)
@@ -114,17 +112,16 @@ def described(runs: Runs) -> list[dict]:
 
 
 def goodness(law: PowerLaw) -> dict:
-    """How well the line fits; scatters are standard deviations of log perplexity, about relative errors.
-
-    lack_of_fit_p: of the F test of the scatter around the line against the scatter between seeds; small where the
-    points bend away from a power law by more than seeds explain. None without repeated seeds.
+    """Goodness of fit; scatters are standard deviations of log perplexity, which approximate relative errors.
+    lack_of_fit_p: p-value of the F test of the scatter around the line against the scatter between seeds; small if the
+    points deviate from a power law by more than seed variation explains. None without repeated seeds.
     """
     runs, total = law.runs, float(np.sum(np.square(law.runs.losses_R - np.mean(law.runs.losses_R))))
     of_seeds = int(np.sum(runs.seeds_R - 1))
     squares = float(np.sum(runs.squares_R))
     probability = None
     if of_seeds and squares > 0.0:
-        # The mean of several seeds varies less than one of them.
+        # The mean over seeds varies less than a single seed does.
         around = law.line.scatter**2 * len(runs) / np.sum(1.0 / runs.seeds_R)
         probability = float(scipy.special.fdtrc(law.line.degrees_of_freedom, of_seeds, around * of_seeds / squares))
     return {
@@ -137,7 +134,7 @@ def goodness(law: PowerLaw) -> dict:
 
 
 def leave_one_out(law: PowerLaw) -> dict:
-    """Each size predicted by a law fitted to the others; errors are predicted over observed perplexity, minus 1."""
+    """Each size predicted by a law fitted to the others; the error is predicted / observed perplexity - 1."""
     sizes = []
     for left_out in range(len(law.x_U)):
         others = np.arange(len(law.x_U)) != left_out

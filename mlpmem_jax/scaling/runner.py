@@ -1,4 +1,4 @@
-"""Runs the tasks of a sweep on this machine, so many at once, and shows how far they are."""
+"""Runs the tasks of a sweep on this machine, several at once, and shows their progress."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mlpmem_jax.scaling.sweep import Sweep
 from mlpmem_jax.scaling.tasks import SweepTask, of_sweep
 
 PROGRAM = (sys.executable, "-m", "mlpmem_jax.cli")
-"""The command that a child runs a verb with."""
+"""The command with which a child process runs a verb."""
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 120.0  # from SIGTERM to SIGKILL: time for a checkpoint
@@ -29,12 +29,12 @@ _GRACE_SECONDS = 120.0  # from SIGTERM to SIGKILL: time for a checkpoint
 
 @dataclasses.dataclass
 class State:
-    """How far a task is.
+    """The state of a task.
 
     Attributes:
-      phase: "waits", "runs", "finished", "failed", or "skipped" (what it needs has failed).
-      seconds: since its start, or that it took.
-      reason: of a failure.
+      phase: "waits", "runs", "finished", "failed", or "skipped" (a task that it needs has failed).
+      seconds: time since its start, or its total time.
+      reason: why it failed.
     """
 
     phase: str = "waits"
@@ -52,18 +52,17 @@ class _Child:
 
 
 def run(sweep: Sweep, workers: int) -> None:
-    """Runs every task that is not finished, `workers` at once, and writes points.csv.
-
-    A task that fails does not stop those that do not need it. Run again, finished tasks are left as they are and
-    unfinished ones resume from their last shard or checkpoint.
+    """Runs every unfinished task, `workers` at once, and writes points.csv.
+    A failed task stops only the tasks that need it. On a rerun, finished tasks are skipped and unfinished ones resume
+    from their last shard or checkpoint.
 
     Args:
       sweep: a checked sweep.
-      workers: child processes at once; each gets its share of the processor's cores.
-
+            workers: number of concurrent child processes; each gets an equal share of the CPU cores.
     Raises:
-      UserError: `workers` cannot be, the workdir is not on this machine, or points failed; they are named.
-      Stopped: SIGTERM or SIGINT came; children were asked to write checkpoints.
+      UserError: `workers` is out of range, the workdir is not on this machine, or points failed (the message names
+        them).
+      Stopped: SIGTERM or SIGINT arrived; the children were told to write checkpoints.
     """
     tasks = of_sweep(sweep)
     states = {task.name: State("finished" if task.is_finished() else "waits") for task in tasks}
@@ -74,21 +73,21 @@ def run(sweep: Sweep, workers: int) -> None:
     if finished:
         say(f"{len(finished)} of {len(sweep.points)} points: {collection.write(sweep, finished)}")
     if stopped:
-        raise Stopped(f"{sweep.name}: preempted; what was done is kept, run the same command again")
+        raise Stopped(f"{sweep.name}: preempted; finished work is kept, run the same command again to resume")
     if failed := [task for task in tasks if states[task.name].phase == "failed"]:
         reasons = "\n  ".join(f"{task.name}: {states[task.name].reason}" for task in failed)
         missing = [point.name for point in sweep.points if point.name not in finished]
-        raise UserError(f"these failed:\n  {reasons}\npoints without a result: {', '.join(missing)}")
+        raise UserError(f"these tasks failed:\n  {reasons}\npoints without a result: {', '.join(missing)}")
 
 
 def _run_tasks(sweep: Sweep, tasks: list[SweepTask], states: dict[str, State], rows: table.Rows, workers: int) -> bool:
-    """Runs what is left and keeps `states`; returns whether it was preempted before the end."""
+    """Runs the remaining tasks and updates `states`; returns whether it was preempted."""
     cores = _cores()
     if not 1 <= workers <= len(cores):
         raise UserError(f"--workers={workers}: expected 1 to {len(cores)}, the cores of this machine")
     if "://" in sweep.workdir:
         raise UserError(
-            f"config.workdir: {sweep.workdir!r} is not on this machine, where the points are to run; name a folder, or "
+            f"config.workdir: {sweep.workdir!r} is not a folder on this machine; set it to a local folder, or "
             "write jobs for other machines with --launch"
         )
     logs = pathlib.Path(sweep.workdir) / "logs"
@@ -121,10 +120,9 @@ def _run_tasks(sweep: Sweep, tasks: list[SweepTask], states: dict[str, State], r
 
 @contextlib.contextmanager
 def _alone(folder: pathlib.Path) -> Iterator[int]:
-    """Refuses a second sweep in the same workdir; yields the descriptor of the lock.
-
-    Children inherit it, and the kernel drops the lock with the last process that has it, however it ends: what a killed
-    sweep left to write its checkpoints is waited for.
+    """Refuses a second sweep in the same workdir; yields the file descriptor of the lock.
+    Children inherit it, and the kernel releases the lock when the last holder exits, however it ends. So a new sweep
+    waits for children of a killed sweep that are still writing checkpoints.
     """
     end = time.monotonic() + _GRACE_SECONDS
     with (folder / "lock").open("w") as file:
@@ -135,7 +133,7 @@ def _alone(folder: pathlib.Path) -> Iterator[int]:
             except OSError as error:
                 if time.monotonic() > end:
                     raise UserError(
-                        f"{folder.parent}: another mlpmem sweep runs in this workdir; wait for it, or stop it"
+                        f"{folder.parent}: another mlpmem sweep is running in this workdir; wait for it or stop it"
                     ) from error
                 time.sleep(_POLL_SECONDS)
         yield file.fileno()
@@ -149,7 +147,7 @@ def _cores() -> list[int]:
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator:
-    """Yields a function that tells whether SIGTERM or SIGINT came."""
+    """Yields a function that returns whether SIGTERM or SIGINT has arrived."""
     is_requested = False
 
     def note(signum, frame):
@@ -165,7 +163,7 @@ def _stop_requests() -> Iterator:
 
 
 def _ready(tasks: list[SweepTask], states: dict[str, State]) -> list[SweepTask]:
-    """Tasks that can start, those with the longest way after them first; marks those that never can."""
+    """Tasks that can start, longest remaining chain first; marks as skipped those that never can."""
     for task in tasks:
         if states[task.name].phase == "waits" and any(
             states[needed].phase in ("failed", "skipped") for needed in task.needs
@@ -180,13 +178,13 @@ def _ready(tasks: list[SweepTask], states: dict[str, State]) -> list[SweepTask]:
 
 
 def _started(task: SweepTask, slot: int, cores: list[int], logs: pathlib.Path, lock: int) -> _Child:
-    """Starts a task's child on its cores; what it says goes to a log file of its own."""
+    """Starts a task's child process on its cores, with its own log file."""
     task.prepare()
     log = logs / f"{task.name}.txt"
     command = [*PROGRAM, task.verb, f"--config={task.config.workdir}/config.py"]
     environment = os.environ | {"MLPMEM_QUIET": "0"} | child_process.environment()
     with _on_cores(cores), log.open("a") as output:
-        # A session of its own: Ctrl-C reaches the sweep alone, which asks its children for checkpoints.
+        # The child gets its own session, so Ctrl-C reaches only the sweep, which tells its children to checkpoint.
         process = subprocess.Popen(
             command,
             env=environment,
@@ -201,7 +199,7 @@ def _started(task: SweepTask, slot: int, cores: list[int], logs: pathlib.Path, l
 
 @contextlib.contextmanager
 def _on_cores(cores: list[int]) -> Iterator[None]:
-    """A child started here inherits these cores, so that children do not contend with each other's threads."""
+    """Pins children started within to these cores, so that their threads do not compete."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -222,11 +220,11 @@ def _note_end(child: _Child, states: dict[str, State]) -> None:
         return
     lines = [line for line in child.log.read_text(errors="replace").splitlines() if line.strip()]
     how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-    state.phase, state.reason = "failed", f"{how}: {lines[-1] if lines else 'it said nothing'} ({child.log})"
+    state.phase, state.reason = "failed", f"{how}: {lines[-1] if lines else 'no output'} ({child.log})"
 
 
 def _stop(children: list[_Child]) -> None:
-    """SIGTERM to those that run, SIGKILL to those that outlast the grace."""
+    """Sends SIGTERM to running children, and SIGKILL to those still running after the grace period."""
     for child in children:
         if child.process.poll() is None:
             child.process.terminate()

@@ -1,7 +1,6 @@
-"""`mlpmem sweep`: many models over size, compute and arm, trained at equal budgets from shared artifacts.
-
-A sweep file (see configs/sweeps) becomes checked points here, before any compute; `units` finds what they share,
-`runner` runs it on this machine, `launching` writes it down for others, `collection` makes points.csv.
+"""`mlpmem sweep`: trains many models over size, compute and arm, at equal budgets from shared artifacts.
+This module turns a sweep file (see configs/sweeps) into checked points, before any compute; `tasks` finds what they
+share, `runner` runs it on this machine, `launching` writes jobs for others, `collection` writes points.csv.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from mlpmem_jax.scaling import budgets
 ARMS = ("continued", "augmented")
 _KEYS = ("config", "counted", "positions", "points")
 _POINT_KEYS = ("name", "arm", "flops", "seed", "variant", "overrides")
-_LONGEST_NAME = 36  # what the name of a Kubernetes job leaves
+_LONGEST_NAME = 36  # what Kubernetes' limit on job names leaves
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 
@@ -31,12 +30,12 @@ class Point:
     """One trained model of a sweep.
 
     Attributes:
-      name: of its folder.
+      name: name of the point and its folder.
       arm: one of ARMS.
-      variant: what else tells it from the arm's other points; "" where nothing does.
-      seed: of the arm's training.
+      variant: a label for other differences from the arm's points; "" = none.
+      seed: random seed of the arm's training.
       flops: its budget.
-      config: resolved, with the steps that the budget pays for and a workdir of its own.
+      config: its resolved config, with the steps that the budget pays for and its own workdir.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The arm as points.csv names it."""
+        """The arm's name in points.csv."""
         return f"{self.arm} {self.variant}".strip()
 
 
@@ -57,10 +56,10 @@ class Sweep:
     """A checked sweep.
 
     Attributes:
-      name: of its file, without ".py".
-      workdir: where everything goes.
+      name: the sweep file's name, without ".py".
+      workdir: folder of all results.
       counted: one of budgets.COUNTED.
-      points: in the order of the file.
+      points: the points, in the order of the file.
     """
 
     name: str
@@ -70,15 +69,15 @@ class Sweep:
 
 
 def read(file: str, overrides: Sequence[str] = ()) -> Sweep:
-    """Reads a sweep file and checks all of it.
+    """Reads and checks a sweep file.
 
     Args:
       file: a Python file with `get_sweep()`.
-      overrides: `--config.key=value`, of the config that the points start from.
+      overrides: `--config.key=value`, applied to the config that the points start from.
 
     Raises:
-      ConfigError: the file cannot be read; a point's name, key or value is wrong; two points have the same name; points
-        are of different corpora; a budget is too small for one step.
+      ConfigError: the file cannot be read; a point's name, key or value is invalid; two points have the same name;
+        points use different corpora; a budget is too small for one step.
     """
     fields_by_key = _load(file)
     base = config_files.override(file, fields_by_key["config"], overrides)
@@ -88,8 +87,8 @@ def read(file: str, overrides: Sequence[str] = ()) -> Sweep:
     counts_targets = fields_by_key["counted"] == budgets.COUNTED[1]
     if counts_targets and not fields_by_key["positions"]:
         raise ConfigError(
-            f"{file}: positions: expected the number of training positions, which the cost of the targets "
-            f"({fields_by_key['counted']!r}) follows from, found 0"
+            f"{file}: positions: expected the number of training positions, from which the cost of the targets "
+            f"({fields_by_key['counted']!r}) is computed, found 0"
         )
     if not fields_by_key["points"]:
         raise ConfigError(f"{file}: points: expected at least one point, found none")
@@ -97,7 +96,7 @@ def read(file: str, overrides: Sequence[str] = ()) -> Sweep:
     for number, fields in enumerate(fields_by_key["points"], start=1):
         _check_fields(f"{file}: point {number}", fields)
         if fields["name"] in names:
-            raise ConfigError(f"{file}: two points have the name {fields['name']!r}; give each a name of its own")
+            raise ConfigError(f"{file}: two points have the name {fields['name']!r}; give each its own name")
         names.add(fields["name"])
         try:
             points.append(_resolved(base, fields, fields_by_key["positions"] if counts_targets else 0))
@@ -122,8 +121,8 @@ def _check_fields(where: str, fields: Mapping) -> None:
     name, budget = fields["name"], fields["flops"]
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         raise ConfigError(
-            f"{where}: name: expected lower-case letters, digits and '-', a letter first and no '-' last, at most "
-            f"{_LONGEST_NAME} characters, found {name!r}"
+            f"{where}: name: expected lowercase letters, digits and '-', first a letter, last not '-', "
+            f"at most {_LONGEST_NAME} characters,  found {name!r}"
         )
     if fields["arm"] not in ARMS:
         raise ConfigError(f"{where} {name!r}: arm: expected {' or '.join(map(repr, ARMS))}, found {fields['arm']!r}")
@@ -132,12 +131,12 @@ def _check_fields(where: str, fields: Mapping) -> None:
 
 
 def _resolved(base: ml_collections.ConfigDict, fields: Mapping, positions: int) -> Point:
-    """A point with its whole config; `positions` is 0 where targets are not paid for."""
+    """A point with its complete config; `positions` is 0 if the budget does not include targets."""
     config = ml_collections.ConfigDict(base.to_dict())
     config.update_from_flattened_dict({"training.seed": fields["seed"], **fields["overrides"]})
     config.workdir = str(epath.Path(base.workdir) / "points" / fields["name"])
     warmup = config.training.warmup_steps
-    config.training.update({"steps": 1, "warmup_steps": 0})  # known below
+    config.training.update({"steps": 1, "warmup_steps": 0})  # set below, once the budget is converted to steps
     check_config(config)
     pays_for_targets = positions and fields["arm"] == "augmented"
     first = budgets.planned_construction(config, positions) if pays_for_targets else 0.0
@@ -153,5 +152,5 @@ def _refuse_other_corpus(file: str, point: Point, other: Point) -> None:
             if here[key] != there[key]:
                 raise ConfigError(
                     f"{file}: config.{group}.{key} is {here[key]!r} in point {point.name!r} and {there[key]!r} in "
-                    f"point {other.name!r}; perplexities of different corpora share no law: make a sweep of each"
+                    f"point {other.name!r}; different corpora do not follow one law: make one sweep per corpus"
                 )

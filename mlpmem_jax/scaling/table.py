@@ -13,17 +13,16 @@ _COLORS = {"runs": "cyan", "finished": "green", "failed": "red", "skipped": "red
 
 
 class Rows:
-    """What is shown of a sweep.
-
+    """The rows that show a sweep's progress.
     Args:
-      sweep: whose points are the rows.
-      tasks: of the sweep.
-      states: task -> State of `runner`, which changes meanwhile.
+      sweep: the sweep, whose points are the rows.
+      tasks: the sweep's tasks.
+      states: task -> `runner.State`, updated while the sweep runs.
     """
 
     def __init__(self, sweep: Sweep, tasks: list[SweepTask], states: dict):
         self._sweep, self._states = sweep, states
-        self._units = {task.name: task for task in tasks}
+        self._tasks = {task.name: task for task in tasks}
         self._perplexities: dict[str, float] = {}
 
     @property
@@ -32,8 +31,8 @@ class Rows:
         return sum(state.phase == "finished" for state in self._states.values())
 
     def render(self) -> rich.table.Table:
-        """The table as it stands."""
-        caption = f"{self.finished} of {len(self._units)} tasks finished"
+        """The table in its current state."""
+        caption = f"{self.finished} of {len(self._tasks)} tasks finished"
         drawn = rich.table.Table(title=self._sweep.name, caption=caption)
         for name, justify in (
             *(("point", "left"), ("arm", "left"), ("seed", "right"), ("FLOPs", "right"), ("steps", "right")),
@@ -52,9 +51,9 @@ class Rows:
         return drawn
 
     def line(self, task: SweepTask) -> str:
-        """One line of a log about a task that has just started or ended."""
+        """One log line about a task that has just started or ended."""
         state = self._states[task.name]
-        text = f"[{self.finished} of {len(self._units)}] {task.name} {state.phase}"
+        text = f"[{self.finished} of {len(self._tasks)}] {task.name} {state.phase}"
         if state.phase == "runs":
             return text
         text += f" after {state.seconds:,.0f} s"
@@ -64,13 +63,13 @@ class Rows:
         return f"{text}, perplexity {self._perplexity(points[0])}" if points else text
 
     def _words(self, point: Point) -> tuple:
-        """The state that says most about a point, in words: its own, or that of what it waits for."""
-        task = self._units[point.name]
+        """The most informative state of a point, in words: its own, or that of a task it waits for."""
+        task = self._tasks[point.name]
         state = self._states[point.name]
         if state.phase not in ("waits", "skipped"):
             return state, state.phase
         while task.needs:
-            task = self._units[task.needs[0]]
+            task = self._tasks[task.needs[0]]
             needed = self._states[task.name]
             if needed.phase in ("runs", "failed"):
                 return needed, f"{task.verb} {needed.phase}"

@@ -1,9 +1,8 @@
-"""What a sweep has to run: one task for each artifact that points share, and one for each point.
-
-A task is one verb of mlpmem in a working directory of its own, in which links stand for the artifacts that other
-tasks make. A shared task's folder is named by a digest of every config key that its artifact depends on, so points
-that need the same one find the same folder, in this sweep and in a later one of the same workdir; the artifacts' own
-checks of their origin stand behind that.
+"""The tasks of a sweep: one per artifact that points share, and one per point.
+A task is one verb of mlpmem in its own working directory, which has links to the artifacts of other tasks. A shared
+task's folder is named by a digest of every config key that its artifact depends on, so points that need the same
+artifact use the same folder, in this sweep and in later ones with the same workdir; the artifacts also check their
+own origin.
 
     WORKDIR/shared/VERB-DIGEST/    tokens, base, datastore, targets
     WORKDIR/points/NAME/           memory and report (augmented), or continued
@@ -29,7 +28,7 @@ from mlpmem_jax.training import continued, loop
 
 SHARED = ("tokens", "base", "datastore", "targets")
 _VERBS = {"augmented": "run", "continued": "continued"}
-_CHAINS = {"augmented": SHARED, "continued": SHARED[:2]}  # what a point of the arm needs, each made from those before
+_CHAINS = {"augmented": SHARED, "continued": SHARED[:2]}  # what each arm needs, in order of dependency
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +36,12 @@ class SweepTask:
     """One verb in one working directory.
 
     Attributes:
-      name: of its folder, and of its job.
-      verb: of mlpmem.
-      config: resolved, its workdir the task's folder.
-      needs: names of the tasks that must be finished before.
-      links: folder in the workdir -> the artifact that it stands for.
-      path_flops: training compute from here to the end of the longest chain of tasks, to know what to start first.
+      name: name of its folder and job.
+      verb: the mlpmem verb.
+      config: its resolved config, whose workdir is the task's folder.
+      needs: names of the tasks that must finish first.
+      links: folder in the workdir -> the artifact that it links to.
+      path_flops: training compute from here to the end of the longest chain of tasks, used to order task starts.
     """
 
     name: str
@@ -63,10 +62,9 @@ class SweepTask:
         return text
 
     def is_finished(self) -> bool:
-        """Whether what it makes is there, made by this very config.
-
+        """Whether its output exists and was produced by the same config.
         Raises:
-          ArtifactError: something is there that is no artifact, or was edited.
+          ArtifactError: the output folder is not an artifact, or was edited.
         """
         workdir = epath.Path(self.config.workdir)
         if self.verb == "run":
@@ -83,7 +81,7 @@ class SweepTask:
 
 
 def _products(verb: str, config: ml_collections.ConfigDict) -> list[str]:
-    """Folders of the artifacts that a shared task makes."""
+    """Folders of the artifacts that a shared task writes."""
     if verb == "tokens":
         return ["tokens"]
     if verb == "base":
@@ -96,7 +94,7 @@ def _products(verb: str, config: ml_collections.ConfigDict) -> list[str]:
 
 
 def _digest(verb: str, config: ml_collections.ConfigDict) -> str:
-    """Of every key that the artifacts of a shared task depend on."""
+    """A digest of every config key that the artifacts of a shared task depend on."""
     parts = {"corpus": plain_dict(config.corpus), "tokenizer": plain_dict(config.tokenizer)}
     if verb != "tokens":
         parts |= {"base": plain_dict(config.base), "key_model": config.datastore.key_model}
@@ -108,7 +106,7 @@ def _digest(verb: str, config: ml_collections.ConfigDict) -> str:
 
 
 def of_sweep(sweep: Sweep) -> list[SweepTask]:
-    """Every task, each after those that it needs."""
+    """All tasks, each after those that it needs."""
     tasks: dict[str, SweepTask] = {}
     for point in sweep.points:
         chain, links = [], {}
@@ -124,7 +122,7 @@ def of_sweep(sweep: Sweep) -> list[SweepTask]:
 
 
 def _flops(verb: str, config: ml_collections.ConfigDict) -> float:
-    """Training compute of a shared task; of a base that is trained for so many epochs it is not known yet."""
+    """Training compute of a shared task; unknown for a base whose training length is set in epochs."""
     if verb != "base" or config.base.source != "train":
         return 0.0
     positions = config.base.training.steps * config.base.training.batch_sequences * config.base.context_length
@@ -132,7 +130,7 @@ def _flops(verb: str, config: ml_collections.ConfigDict) -> float:
 
 
 def _with_paths(tasks: list[SweepTask]) -> list[SweepTask]:
-    """The tasks with `path_flops` of whole chains instead of their own."""
+    """The tasks with `path_flops` of whole chains instead of single tasks."""
     longest = {task.name: task.path_flops for task in tasks}
     after = dict.fromkeys(longest, 0.0)
     for task in reversed(tasks):
