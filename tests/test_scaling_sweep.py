@@ -92,7 +92,7 @@ def test_construction_counts_forward_passes_and_the_search():
         ('[point("a", "augmented", 1e12), point("a", "continued", 1e12)]', {}, "two points have the name 'a'"),
         ('[point("a", "augmented", 1e3)]', {}, "point 'a': flops: a budget of 1e.03 FLOPs is too small for one step"),
         ('[point("a", "both", 1e12)]', {}, "arm: expected 'continued' or 'augmented', found 'both'"),
-        ('[point("A b", "augmented", 1e12)]', {}, "point 1: name: expected lower-case"),
+        ('[point("A b", "augmented", 1e12)]', {}, "point 1: name: expected lowercase"),
         ('[point("a", "augmented", 0)]', {}, "flops: expected a number above 0, found 0"),
         ('[point("a", "augmented", 1e12, overrides={"base.widht": 3})]', {}, "'a'.*no such key; did you mean"),
         ('[point("a", "augmented", 1e12, overrides={"base.width": "x"})]', {}, "point 'a'"),

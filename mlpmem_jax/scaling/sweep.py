@@ -152,5 +152,5 @@ def _refuse_other_corpus(file: str, point: Point, other: Point) -> None:
             if here[key] != there[key]:
                 raise ConfigError(
                     f"{file}: config.{group}.{key} is {here[key]!r} in point {point.name!r} and {there[key]!r} in "
-                    f"point {other.name!r}; different corpora do not follow one law: make one sweep per corpus"
+                    f"point {other.name!r}; perplexities of different corpora share no law: make one sweep each"
                 )
