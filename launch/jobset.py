@@ -51,17 +51,18 @@ def _failure_policy(max_restarts: int) -> dict:
 
 
 def _pod_failure_policy() -> dict:
-    """What ends the Job: a preempted pod, a user error. Pods that left because they lost another are replaced: what
-    happened to that other one decides."""
+    """What ends the Job: a preempted pod, a user error, any other failure. Pods that left because they lost another are
+    replaced: what happened to that other one decides. They alone count towards the Job's `backoffLimit`."""
 
-    def on_exit(action: str, code: int) -> dict:
-        return {"action": action, "onExitCodes": {"containerName": "mlpmem", "operator": "In", "values": [code]}}
+    def on_exit(action: str, operator: str, code: int) -> dict:
+        return {"action": action, "onExitCodes": {"containerName": "mlpmem", "operator": operator, "values": [code]}}
 
     return {
         "rules": [
             {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-            on_exit("FailJob", job.USER_ERROR),
-            on_exit("Ignore", job.STOPPED),
+            on_exit("FailJob", "In", job.USER_ERROR),
+            on_exit("Count", "In", job.STOPPED),
+            on_exit("FailJob", "NotIn", job.STOPPED),
         ]
     }
 
@@ -119,7 +120,8 @@ def manifests(options: argparse.Namespace, tpu: accelerators.Slice, config_file:
         "completionMode": "Indexed",
         "completions": tpu.hosts,
         "parallelism": tpu.hosts,
-        "backoffLimit": 0,
+        # All hosts may lose another one once, with nothing to show for it; a second time is a failure of the JobSet.
+        "backoffLimit": tpu.hosts,
         "podFailurePolicy": _pod_failure_policy(),
         "template": _pod(options, tpu),
     }

@@ -1,6 +1,7 @@
 """Manifests against the published schemas of Kubernetes and of JobSet."""
 
 import pathlib
+import re
 
 import jsonschema
 import kubernetes_validate
@@ -98,12 +99,7 @@ def test_a_slice_is_one_indexed_job_with_a_pod_on_each_host(manifests):
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]
     assert replicated["replicas"] == 1
-    assert (job["completionMode"], job["completions"], job["parallelism"], job["backoffLimit"]) == (
-        "Indexed",
-        64,
-        64,
-        0,
-    )
+    assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 64, 64)
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "16x16",
@@ -149,7 +145,54 @@ def test_failures_restart_preemptions_are_free_and_user_errors_end(manifests):
     assert actions["rule at index 0$"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert pod_rules[1]["onExitCodes"]["values"] == [2]
     assert actions["rule at index 1$"] == "FailJobSet"
-    assert (pod_rules[2]["onExitCodes"]["values"], pod_rules[2]["action"]) == ([Stopped.exit_code], "Ignore")
+    assert (pod_rules[2]["onExitCodes"]["values"], pod_rules[2]["action"]) == ([Stopped.exit_code], "Count")
+
+
+def fate(job, exits):
+    """What the Job controller makes of pods that ended, (exit code, whether disrupted) each, as its documentation has it.
+
+    The first rule that a pod matches decides. Those that none fails count, and more of them than `backoffLimit` fail.
+    """
+    counted = 0
+    for code, disrupted in exits:
+        for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
+            codes = rule.get("onExitCodes")
+            if codes is None:
+                matches = disrupted
+            else:
+                matches = (code in codes["values"]) == (codes["operator"] == "In")
+            if matches:
+                break
+        if matches and rule["action"] == "FailJob":
+            return f"PodFailurePolicy: rule at index {index}"
+        counted += not matches or rule["action"] == "Count"
+    return "BackoffLimitExceeded" if counted > job["backoffLimit"] else "replaced"
+
+
+@pytest.mark.parametrize(
+    ("exits", "end"),
+    [
+        (63 * [(75, False)] + [(137, True)], "RestartJobSetAndIgnoreMaxRestarts"),  # one preempted, the others lost it
+        ([(75, False), (75, True)], "RestartJobSetAndIgnoreMaxRestarts"),
+        ([(75, False), (2, False)], "FailJobSet"),
+        ([(75, False), (1, False)], "RestartJobSet"),
+        ([(137, False)], "RestartJobSet"),  # out of memory
+        (64 * [(75, False)], "replaced"),  # the network failed once
+        (65 * [(75, False)], "RestartJobSet"),  # and again: no end of it
+    ],
+)
+def test_lost_processes_are_replaced_once_and_what_failed_decides(manifests, exits, end):
+    _, job_set = manifests(*CASES["one slice"])
+    actual = fate(job_set["spec"]["replicatedJobs"][0]["template"]["spec"], exits)
+    if actual != "replaced":
+        reason, _, message = actual.partition(": ")
+        matching = (
+            rule["action"]
+            for rule in job_set["spec"]["failurePolicy"]["rules"]
+            if reason in rule["onJobFailureReasons"] and re.search(rule["onJobFailureMessagePatterns"][0], message)
+        )
+        actual = next(matching, "RestartJobSet")  # JobSet's own default, which counts
+    assert actual == end
 
 
 def test_jax_coordinates_on_the_port_that_it_is_told(monkeypatch):
