@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from workdirs import bytes_by_file
 
+from mlpmem_jax.core import manifests
 from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import ArtifactError
 
@@ -107,6 +108,33 @@ def test_a_newer_version_is_refused(tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": 99}))
     with pytest.raises(ArtifactError, match="has version 99"):
         open_artifact(tmp_path / "a", "datastore")
+
+
+@pytest.mark.parametrize(("old", "new"), [(b'"version"', b'"versinn"'), (b'"version": 1', b'"version": "'), (b"{", b"[")])
+def test_a_damaged_manifest_is_named(tmp_path, old, new):
+    write(tmp_path / "a")
+    file = tmp_path / "a" / "manifest.json"
+    file.write_bytes(file.read_bytes().replace(old, new, 1))
+    with pytest.raises(ArtifactError, match=rf"^{file}: "):
+        open_artifact(tmp_path / "a", "datastore")
+
+
+def test_a_damaged_record_of_a_shard_is_named(tmp_path):
+    writer = write(tmp_path / "a", seal=False)
+    record = tmp_path / "a" / "shards" / "000001.json"
+    record.write_bytes(record.read_bytes()[:-9])
+    with pytest.raises(ArtifactError, match=rf"^{record}: not valid JSON .* delete it"):
+        writer.seal({})
+    record.unlink()
+    assert writer.incomplete_shards() == [1]
+
+
+@pytest.mark.parametrize("content", [b"../\xffoo\n", b"../a\0b\n"])
+def test_a_damaged_link_is_named(tmp_path, content):
+    manifests.link(tmp_path / "used", tmp_path / "made")
+    (tmp_path / "used" / "link").write_bytes(content)
+    with pytest.raises(ArtifactError, match="used/link: names no folder"):
+        open_artifact(tmp_path / "used", "datastore")
 
 
 @settings(max_examples=60, deadline=None)

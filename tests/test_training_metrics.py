@@ -39,6 +39,17 @@ def test_a_resumed_run_has_each_step_once(tmp_path, end):
     assert steps((tmp_path / metrics.FILE).read_bytes()) == [20, 40, 40, 45]
 
 
+def test_a_damaged_line_costs_no_other(tmp_path):
+    """Zeros are what some file systems leave where a machine went down."""
+    content = b'{"step": 20}\n{"st\xff": 40}\n' + 12 * b"\0" + b'\n{"step": 60}\n'
+    (tmp_path / metrics.FILE).write_bytes(content)
+    writer = metrics.MetricsWriter(tmp_path, 60)
+    writer.write(80, {"loss": 1.0})
+    writer.close()
+    assert (tmp_path / metrics.FILE).read_bytes() == content + b'{"step": 80, "loss": 1.0}\n'
+    assert [record["step"] for record in writer.records()] == [20, 60, 80]
+
+
 def test_a_bucket_is_written_to_with_checkpoints_and_not_waited_for(monkeypatch):
     written, free = [], threading.Event()
 

@@ -314,6 +314,23 @@ class ArtifactWriter:
         complete = {int(file.stem) for file in folder.iterdir() if file.suffix == ".json"} if folder.exists() else set()
         return [index for index in range(self.num_shards) if index not in complete]
 
+    def shard_records(self) -> list[dict]:
+        """What is kept of each shard: its `arrays`, and the `extra` that its writer gave.
+
+        Raises:
+          ArtifactError: shards are incomplete, or a record is damaged.
+        """
+        if missing := self.incomplete_shards():
+            raise ArtifactError(f"{self.path}: shards {missing[:8]} are incomplete; run its stage again")
+        records = []
+        for index in range(self.num_shards):
+            file = epath.Path(self.path) / "shards" / f"{index:06d}.json"
+            try:
+                records.append(json.loads(file.read_bytes()))
+            except ValueError as error:
+                raise ArtifactError(f"{file}: not valid JSON ({error}); delete it and run the same command") from error
+        return records
+
     def write_shard(self, index: int, arrays: Mapping[str, np.ndarray], extra: Mapping | None = None) -> None:
         """Writes one shard of every array and returns when it is durable.
 
@@ -366,18 +383,12 @@ class ArtifactWriter:
           files: names of the side files that belong to it.
 
         Raises:
-          ArtifactError: shards are incomplete.
+          ArtifactError: shards are incomplete, or the record of one is damaged.
         """
-        if missing := self.incomplete_shards():
-            raise ArtifactError(f"{self.path}: shards {missing[:8]} are incomplete; run its stage again")
-        records = [
-            json.loads((epath.Path(self.path) / "shards" / f"{index:06d}.json").read_bytes())
-            for index in range(self.num_shards)
-        ]
         manifest = {
             **self._manifest,
             "sealed": True,
-            "shards": records,
+            "shards": self.shard_records(),
             "files": {name: hashlib.sha256((epath.Path(self.path) / name).read_bytes()).hexdigest() for name in files},
             "summary": json.loads(json.dumps(summary)),
             "libraries": library_versions(_LIBRARIES),

@@ -1,14 +1,26 @@
-"""Files of JSON lines that a killed process may have left with half a last line."""
+"""Files of JSON lines that a killed process or a disk may have left with damaged lines."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 from etils import epath
 
 
 def read(file: epath.Path) -> list[dict]:
-    """The objects of a file; none where it does not exist. A last line that a kill truncated is left out."""
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    """The objects of a file; none where it does not exist. Lines that are damaged are left out."""
+    return parsed(file.read_bytes().splitlines()) if file.exists() else []
+
+
+def parsed(lines: Iterable[bytes]) -> list[dict]:
+    """The objects of lines; those that are damaged are left out."""
+    return [record for line in lines if (record := _object(line)) is not None]
+
+
+def _object(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

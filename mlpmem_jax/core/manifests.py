@@ -39,13 +39,20 @@ def link(path, target) -> None:
 
 
 def located(path) -> str:
-    """Where the artifact at `path` is, a link followed."""
+    """Where the artifact at `path` is, a link followed.
+
+    Raises:
+      ArtifactError: the link is damaged.
+    """
     path = absolute(path)
     file = epath.Path(path) / LINK
     if not file.exists():
         return path
+    target = file.read_bytes().decode(errors="replace").strip()
+    if not target.isprintable() or "\ufffd" in target:
+        raise ArtifactError(f"{file}: names no folder (edited or corrupt); delete it and run again what made it")
     scheme, separator, place = path.rpartition("://")
-    return scheme + separator + posixpath.normpath(posixpath.join(place, file.read_text().strip()))
+    return scheme + separator + posixpath.normpath(posixpath.join(place, target))
 
 
 def fingerprint(manifest: Mapping) -> str:
@@ -74,9 +81,10 @@ def read_manifest(path: str) -> dict | None:
         raise ArtifactError(f"{file}: not valid JSON ({error}); delete {path} and run its stage again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactError(f"{file}: expected a manifest with format {FORMAT!r}; this folder is not an artifact")
-    if manifest["version"] > VERSION:
+    version = manifest.get("version")
+    if isinstance(version, int) and version > VERSION:  # asked first: its fingerprint may be another one
         raise ArtifactError(
-            f"{file}: has version {manifest['version']}, this installation reads up to {VERSION}; upgrade mlpmem_jax"
+            f"{file}: has version {version}, this installation reads up to {VERSION}; upgrade mlpmem_jax"
         )
     if fingerprint(manifest) != manifest.get("fingerprint"):
         raise ArtifactError(

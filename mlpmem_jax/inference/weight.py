@@ -8,6 +8,7 @@ from typing import NamedTuple
 from etils import epath
 
 from mlpmem_jax.core.artifacts import Artifact
+from mlpmem_jax.core.errors import ArtifactError
 
 
 class Weight(NamedTuple):
@@ -33,12 +34,22 @@ def find_weight(workdir, memory: Artifact) -> Weight:
 
 
 def read_report(workdir, memory: Artifact) -> dict | None:
-    """What report/metrics.json says, where it is about this very memory."""
+    """What report/metrics.json says, where it is about this very memory.
+
+    Raises:
+      ArtifactError: the file is damaged.
+    """
     file = _file(workdir)
     if not file.exists():
         return None
-    metrics = json.loads(file.read_text())
-    return metrics if metrics["provenance"]["fingerprints"].get("memory") == memory.fingerprint else None
+    try:
+        metrics = json.loads(file.read_bytes())
+        is_of_memory = metrics["provenance"]["fingerprints"].get("memory") == memory.fingerprint
+        if is_of_memory and not 0 <= metrics["interpolation_weight"]["memory"] <= 1:
+            raise ValueError("a lambda outside 0 to 1")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{file}: edited or corrupt ({error}); delete it, or run `mlpmem evaluate` again") from error
+    return metrics if is_of_memory else None
 
 
 def _file(workdir) -> epath.Path:

@@ -12,7 +12,6 @@ Shards hold the same sequences as those of the datastore.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -182,8 +181,7 @@ class TargetsWriter:
 
     def seal(self, summary: Mapping) -> Artifact:
         """Makes the targets readable, once all shards are complete; `summary` joins the statistics of the shards."""
-        folder = self._folder / "shards"
-        records = [json.loads((folder / f"{n:06d}.json").read_bytes()) for n in range(self._writer.num_shards)]
+        records = self._writer.shard_records()
         statistics = [record["extra"] for record in records]
         positions = self.num_sequences * self.length
         stored = sum(array["bytes"] for record in records for array in record["arrays"].values())

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import jax
 from etils import epath
 
+from mlpmem_jax.core import json_lines
+
 FILE = "metrics.jsonl"
 
 
@@ -64,7 +66,7 @@ class MetricsWriter:
 
     def records(self) -> list[dict]:
         """All records of the run so far; of every process but the first, none."""
-        return [json.loads(line) for line in self._lines]
+        return json_lines.parsed(self._lines)
 
     def close(self) -> None:
         """Waits until everything is written.
@@ -86,9 +88,15 @@ class MetricsWriter:
 
 
 def _up_to(content: bytes, step: int) -> list[bytes]:
-    """The lines of a file of records up to the first that is of a later step, or was not written to its end."""
-    lines = content.splitlines(keepends=True)
-    return list(itertools.takewhile(lambda line: line.endswith(b"}\n") and json.loads(line)["step"] <= step, lines))
+    """The lines of a file of records up to the first that is of a later step, or was not written to its end.
+
+    Damaged ones among them stay where they are.
+    """
+
+    def belongs(line: bytes) -> bool:
+        return line.endswith(b"\n") and all(record.get("step", 0) <= step for record in json_lines.parsed([line]))
+
+    return list(itertools.takewhile(belongs, content.splitlines(keepends=True)))
 
 
 def _append(file: epath.Path, line: bytes) -> None:
