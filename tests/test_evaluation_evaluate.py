@@ -1,5 +1,6 @@
 """The stage `evaluate` on small artifacts made by hand, against NumPy on the models' logits."""
 
+import errno
 import json
 import shutil
 
@@ -15,7 +16,7 @@ from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
-from mlpmem_jax.evaluation import evaluate, provenance
+from mlpmem_jax.evaluation import evaluate, provenance, report
 from mlpmem_jax.evaluation.inputs import open_inputs
 from mlpmem_jax.models import gpt2, memory, saved, scoring
 
@@ -234,6 +235,18 @@ def test_the_breakdown_agrees_with_counts_and_entropies_of_the_streams(world, me
             assert len(chosen) == row["positions"]
             assert row["gain"]["augmented"] == pytest.approx(gains[chosen].mean(), abs=1e-4)
     assert metrics["breakdown"]["counted_tokens"] == len(training)
+
+
+def test_a_report_that_cannot_be_written_again_stays(world, metrics, monkeypatch):
+    def refused(folder, _):
+        raise OSError(errno.EROFS, "Read-only file system", str(folder))
+
+    monkeypatch.setattr(report, "write", refused)
+    config = config_of(world[0])
+    assert evaluate.run(config)["perplexity"] == metrics["perplexity"]
+    config.evaluation.confidence = 0.5
+    with pytest.raises(OSError, match="Read-only"):
+        evaluate.run(config)
 
 
 def linked(workdir, folder, *, without):

@@ -88,3 +88,6 @@ def test_what_cannot_be_written_is_not_locked(tmp_path):
     (tmp_path / "file").write_text("")
     with lock.held(str(tmp_path / "file" / "run")):
         pass
+    with pytest.raises(ZeroDivisionError) as error, lock.held(str(tmp_path / "file" / "run")):
+        1 / 0  # noqa: B018
+    assert error.value.__context__ is None  # else the refused lock would be told as the first cause

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
+import warnings
 from collections.abc import Iterator
 
 import jax
@@ -157,7 +158,9 @@ def _alone(workdir: str, writes: bool) -> contextlib.AbstractContextManager:
 def _cache_compiled_programs(workdir: str) -> None:
     """Keeps compiled programs for the next start, in JAX_COMPILATION_CACHE_DIR or else in WORKDIR/compiled.
 
-    The first process writes them, all read them. Those that compile in less than a second are not kept.
+    The first process writes them, all read them. Those that compile in less than a second are not kept. Nothing is lost
+    where they cannot be written.
     """
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(epath.Path(workdir) / _COMPILED_FOLDER))

@@ -149,10 +149,12 @@ def held(workdir: str) -> Iterator[None]:
     Raises:
       UserError: another process works there; says which.
     """
-    try:
-        lock = _Lock(workdir)
-        lock.take()
-    except (ValueError, OSError):  # read-only: finished artifacts can be used by many at once
+    lock: _Lock | None = None
+    with contextlib.suppress(ValueError, OSError):  # read-only: finished artifacts can be used by many at once
+        taken = _Lock(workdir)
+        taken.take()
+        lock = taken
+    if lock is None:
         yield
         return
     finished = threading.Event()

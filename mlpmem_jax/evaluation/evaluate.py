@@ -56,7 +56,13 @@ def run(config: ml_collections.ConfigDict) -> dict:
     metrics |= _facts(opened)
     metrics["seconds"]["evaluate"] = time.perf_counter() - start
     metrics["peak_rss_bytes"]["evaluate"] = host.peak_rss_bytes()
-    folder = report.write(epath.Path(config.workdir) / "report", metrics)
+    folder = epath.Path(config.workdir) / "report"
+    try:
+        report.write(folder, metrics)
+    except OSError as error:
+        if not report.is_there(folder, metrics):
+            raise
+        say(f"report: cannot be written again ({error.strerror or error}); the one there is of the same artifacts")
     say(" ".join(wording.verdict(metrics)))
     say(f"report: {folder / 'index.html'}")
     return metrics

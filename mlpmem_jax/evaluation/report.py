@@ -36,3 +36,15 @@ def write(folder, metrics: dict) -> epath.Path:
             partial.write_bytes(content)
             partial.replace(folder / name)
     return folder
+
+
+def is_there(folder, metrics: dict) -> bool:
+    """Whether the folder holds the report of the same artifacts, evaluated with the same settings."""
+    try:
+        stored = json.loads((epath.Path(folder) / "metrics.json").read_bytes())
+        return all(
+            stored[group][name] == metrics[group][name]
+            for group, name in (("provenance", "fingerprints"), ("config", "evaluation"))
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
