@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import sys
 from collections.abc import Iterator
@@ -19,13 +20,21 @@ def silence_standard_output() -> None:
 
 @contextlib.contextmanager
 def silenced_standard_error() -> Iterator[None]:
-    """While inside, discards what C++ prints to standard error; its errors are raised as exceptions all the same."""
+    """While inside, discards what C++ prints to standard error; its errors are raised as exceptions all the same.
+
+    A library that aborts raises nothing: then Python's fault handler says where, past the silence.
+    """
     sys.stderr.flush()
     saved = os.dup(2)
+    was_enabled = faulthandler.is_enabled()
+    if not was_enabled:
+        faulthandler.enable(file=saved)
     try:
         with open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), 2)
         yield
     finally:
+        if not was_enabled:
+            faulthandler.disable()
         os.dup2(saved, 2)
         os.close(saved)
