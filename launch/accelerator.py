@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mlpmem_jax.core import config_files
 from mlpmem_jax.core.installation import READY
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -228,14 +229,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="everything on the CPU, at small sizes")
     parser.add_argument("--steps", default=",".join(names), metavar="A,B", help=f"of {', '.join(names)}")
     parser.add_argument("--seconds", type=float, default=7200, help="for all steps together (default 7200)")
-    parser.add_argument("--output", type=pathlib.Path, metavar="DIR", help="default runs/accelerator, or its _smoke")
-    parser.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="of the trainings (default OUTPUT/runs)")
+    path = config_files.path_option
+    parser.add_argument("--output", type=path, metavar="DIR", help="default runs/accelerator, or its _smoke")
+    parser.add_argument("--workdir", type=path, metavar="DIR", help="of the trainings (default OUTPUT/runs)")
     options = parser.parse_args(arguments)
     chosen = options.steps.split(",")
     if unknown := sorted(set(chosen) - set(names)):
         parser.error(f"--steps: no step {unknown[0]!r}; there are {', '.join(names)}")
-    output = options.output or pathlib.Path("runs", "accelerator_smoke" if options.smoke else "accelerator")
-    output, workdir = output.absolute(), (options.workdir or output / "runs").absolute()
+    output = pathlib.Path(options.output or f"runs/accelerator{'_smoke' if options.smoke else ''}").absolute()
+    workdir = pathlib.Path(options.workdir or output / "runs").absolute()
     selected = [step for step in steps(output, workdir, options.smoke) if step.name in chosen]
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # ends the step that runs, too
     summary = run(selected, output, environment(options.smoke), options.seconds)

@@ -33,7 +33,13 @@ def parser(name: str, description: str, example: str) -> argparse.ArgumentParser
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    result.add_argument("--config", required=True, metavar="FILE", help="a config; --config.key=value overrides it")
+    result.add_argument(
+        "--config",
+        required=True,
+        type=config_files.path_option,
+        metavar="FILE",
+        help="a config; --config.key=value overrides it",
+    )
     choices = ["run", "controls", "continued", *stages.STAGES]
     result.add_argument("--stage", default="run", choices=choices, metavar="STAGE", help="of mlpmem (default run)")
     result.add_argument("--dry_run", action="store_true", help="print exactly what would be sent, and send nothing")

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 
+from mlpmem_jax.core import config_files
 from mlpmem_jax.core.errors import UserError
 
 from . import job
@@ -98,7 +99,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--time", required=True, metavar="HH:MM:SS", help="limit of one attempt")
     parser.add_argument("--partition", help="of the cluster (default: its own)")
     parser.add_argument("--account", help="that is charged (default: the cluster's)")
-    parser.add_argument("--venv", default=".venv", help="on the shared disk, with jax[cuda13] (default .venv)")
+    parser.add_argument(
+        "--venv",
+        default=".venv",
+        type=config_files.path_option,
+        help="on the shared disk, with jax[cuda13] (default .venv)",
+    )
     parser.add_argument("--max_restarts", type=int, default=10, help="after failures and time limits (default 10)")
     job.run(parser, _launch, arguments)
 

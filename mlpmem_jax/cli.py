@@ -12,7 +12,7 @@ from absl import logging
 
 from mlpmem_jax import stages
 from mlpmem_jax.core import child_process, config_files, failures, preflight, storage
-from mlpmem_jax.core.config import expand_home
+from mlpmem_jax.core.config_files import path_option
 from mlpmem_jax.core.errors import UserError
 
 _OTHER = {
@@ -50,14 +50,6 @@ Every key of a config can be given as --config.GROUP.KEY=VALUE; configs/default.
 """
 
 
-def _path(text: str) -> str:
-    """The type of options that name a file or folder."""
-    try:
-        return expand_home(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def _text(text: str) -> str:
     """The type of options that hold text; the system's own bytes need not be."""
     try:
@@ -80,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
             name, help=help_text, description=help_text, epilog=_EXAMPLES, formatter_class=parser.formatter_class
         )
         verb.add_argument(
-            "--config", required=True, type=_path, metavar="FILE", help="a config, e.g. configs/quickstart.py"
+            "--config", required=True, type=path_option, metavar="FILE", help="a config, e.g. configs/quickstart.py"
         )
         verb.add_argument("--quiet", action="store_true", help="no progress, errors alone")
         if name == "generate":
@@ -103,16 +95,18 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--speed", action="store_true", help="time the systems by size of the corpus instead")
         if name == "export":
             verb.add_argument("--format", required=True, choices=FORMATS, help=FORMATS_HELP)
-            verb.add_argument("--output", required=True, type=_path, metavar="PATH", help="folder or file to make")
+            verb.add_argument(
+                "--output", required=True, type=path_option, metavar="PATH", help="folder or file to make"
+            )
             verb.add_argument("--verify", action="store_true", help="score the test split in PyTorch and compare")
         if name == "import":
             verb.add_argument(
-                "--from", dest="source", required=True, type=_path, metavar="PATH", help="folder or Arrow stream"
+                "--from", dest="source", required=True, type=path_option, metavar="PATH", help="folder or Arrow stream"
             )
         if name in ("export", "import"):
             verb.add_argument("--split", default="train", choices=SPLITS, help="of an Arrow stream (default train)")
         if name == "benchmark":
-            verb.add_argument("--json", type=_path, metavar="FILE", help="write the rows here as well")
+            verb.add_argument("--json", type=path_option, metavar="FILE", help="write the rows here as well")
             verb.add_argument("--rows", default="", metavar="A,B", help="only these parts, e.g. train,generate")
         if name == "plan":
             verb.add_argument("--topology", required=True, metavar="NAME", help="one slice, e.g. v5e:16x16 or v5p-1024")
@@ -120,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--stage", default="train", choices=("train", "datastore", "neighbors", "all"))
             verb.add_argument("--meshes", action="store_true", help="compare meshes for the train step instead")
             verb.add_argument("--positions", type=int, default=0, metavar="N", help="of the training split")
-            verb.add_argument("--json", type=_path, metavar="FILE", help="write what was found here as well")
+            verb.add_argument("--json", type=path_option, metavar="FILE", help="write what was found here as well")
     _add_sweep(verbs)
     _add_fit(verbs)
     return parser
@@ -130,7 +124,7 @@ def _add_sweep(verbs) -> None:
     """`mlpmem sweep`, whose config is a sweep."""
     verb = verbs.add_parser("sweep", help=_SWEEP, description=_SWEEP, allow_abbrev=False)
     verb.add_argument(
-        "--config", required=True, type=_path, metavar="FILE", help="e.g. configs/sweeps/quickstart_sizes.py"
+        "--config", required=True, type=path_option, metavar="FILE", help="e.g. configs/sweeps/quickstart_sizes.py"
     )
     verb.add_argument("--workers", type=int, default=1, help="points at once on this machine's cores (default 1)")
     verb.add_argument("--launch", choices=("jobset", "slurm"), help="write jobs for launch/ instead of running here")
@@ -141,12 +135,12 @@ def _add_fit(verbs) -> None:
     """`mlpmem fit`, which reads points rather than a config."""
     verb = verbs.add_parser("fit", help=_FIT, description=_FIT, allow_abbrev=False)
     source = verb.add_mutually_exclusive_group(required=True)
-    source.add_argument("--runs", type=_path, metavar="DIR", help="workdir of a sweep, which holds points.csv")
+    source.add_argument("--runs", type=path_option, metavar="DIR", help="workdir of a sweep, which holds points.csv")
     source.add_argument(
-        "--points", type=_path, metavar="CSV", help="columns arm,parameters,tokens,flops,perplexity,seed"
+        "--points", type=path_option, metavar="CSV", help="columns arm,parameters,tokens,flops,perplexity,seed"
     )
     verb.add_argument(
-        "--output", required=True, type=_path, metavar="DIR", help="fit.json, fit.svg and fit.png go here"
+        "--output", required=True, type=path_option, metavar="DIR", help="fit.json, fit.svg and fit.png go here"
     )
     verb.add_argument(
         "--against",

@@ -110,7 +110,7 @@ def test_a_newer_version_is_refused(tmp_path):
         open_artifact(tmp_path / "a", "datastore")
 
 
-@pytest.mark.parametrize(("old", "new"), [(b'"version"', b'"versinn"'), (b'"version": 1', b'"version": "'), (b"{", b"[")])
+@pytest.mark.parametrize(("old", "new"), [(b'"version"', b'"v"'), (b'"version": 1', b'"version": ""'), (b"{", b"[")])
 def test_a_damaged_manifest_is_named(tmp_path, old, new):
     write(tmp_path / "a")
     file = tmp_path / "a" / "manifest.json"

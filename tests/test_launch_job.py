@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch import job
+from launch import job, slurm
 from mlpmem_jax.core import config_files
 from mlpmem_jax.core.errors import ConfigError, UserError
 
@@ -120,6 +121,18 @@ def test_a_command_that_is_not_installed_is_named(monkeypatch, tmp_path):
 def _read_and_succeed(options, overrides) -> int:
     job.read_config(options.config, overrides, stage="run", devices=1, processes=1)
     return 0
+
+
+def test_home_is_home_in_every_path_of_launchers(monkeypatch, tmp_path, capsys):
+    """A shell expands none in --config=~/c.py; a quoted one in a script would be a folder named ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(CONFIG, tmp_path / "c.py")
+    with pytest.raises(SystemExit, match="0"):
+        slurm.main(["--config=~/c.py", "--venv=~/venv", "--nodes=1", "--gpus_per_node=8", "--time=1:00", "--dry_run"])
+    assert f"    {tmp_path}/venv/bin/mlpmem run --config={tmp_path}/c.py" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        job.parser("test", "", "").parse_args(["--config=~nobody_of_this_name/c.py"])
+    assert "is not the home of a user" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_and_exit_code_2(capsys):

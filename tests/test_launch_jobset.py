@@ -149,23 +149,21 @@ def test_failures_restart_preemptions_are_free_and_user_errors_end(manifests):
 
 
 def fate(job, exits):
-    """What the Job controller makes of pods that ended, (exit code, whether disrupted) each, as its documentation has it.
+    """What the Job controller makes of pods that ended, (exit code, whether disrupted) each, by its documentation.
 
-    The first rule that a pod matches decides. Those that none fails count, and more of them than `backoffLimit` fail.
+    The first rule that a pod matches decides. Those that count fail the Job where they are more than `backoffLimit`.
     """
-    counted = 0
-    for code, disrupted in exits:
-        for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
-            codes = rule.get("onExitCodes")
-            if codes is None:
-                matches = disrupted
-            else:
-                matches = (code in codes["values"]) == (codes["operator"] == "In")
-            if matches:
-                break
-        if matches and rule["action"] == "FailJob":
+
+    def matches(rule, code, disrupted):
+        codes = rule.get("onExitCodes")
+        return disrupted if codes is None else (code in codes["values"]) == (codes["operator"] == "In")
+
+    rules, counted = list(enumerate(job["podFailurePolicy"]["rules"])), 0
+    for pod in exits:
+        index, action = next(((index, rule["action"]) for index, rule in rules if matches(rule, *pod)), (None, "Count"))
+        if action == "FailJob":
             return f"PodFailurePolicy: rule at index {index}"
-        counted += not matches or rule["action"] == "Count"
+        counted += action == "Count"
     return "BackoffLimitExceeded" if counted > job["backoffLimit"] else "replaced"
 
 

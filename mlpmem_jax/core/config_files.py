@@ -7,6 +7,7 @@ in a bucket for instance, and then among the ready ones that are installed with 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import pathlib
 import sys
@@ -18,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mlpmem_jax.core import storage
-from mlpmem_jax.core.config import check_config, first_unknown, settle
+from mlpmem_jax.core.config import check_config, expand_home, first_unknown, settle
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.installation import READY
 
@@ -26,6 +27,14 @@ _IS_OTHER = {
     "get_config": "; it is the config of a sweep: mlpmem sweep --config",
     "get_sweep": "; it is the config of one run: mlpmem run --config",
 }
+
+
+def path_option(text: str) -> str:
+    """The type of command-line options that name a file or folder: ~ is home in each of them."""
+    try:
+        return expand_home(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def read(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:

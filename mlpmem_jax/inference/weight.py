@@ -48,7 +48,7 @@ def read_report(workdir, memory: Artifact) -> dict | None:
         if is_of_memory and not 0 <= metrics["interpolation_weight"]["memory"] <= 1:
             raise ValueError("a lambda outside 0 to 1")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{file}: edited or corrupt ({error}); delete it, or run `mlpmem evaluate` again") from error
+        raise ArtifactError(f"{file}: edited or corrupt ({error}); delete it, or run `evaluate` again") from error
     return metrics if is_of_memory else None
 
 
