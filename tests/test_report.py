@@ -80,10 +80,10 @@ def test_a_gain_is_claimed_only_where_the_interval_excludes_one():
     metrics = metrics_of(0.1)
     first, second, third = wording.verdict(metrics)
     of, weight = metrics["perplexity"]["test"], metrics["interpolation_weight"]
-    assert first.startswith("A memory of 2.5 million parameters beside a base LM of 4,000 lowers its test perplexity ")
+    assert first.startswith("A memory of 2.5 million parameters with a base LM of 4,000 lowers test perplexity ")
     assert f"from {of['base']:.2f} to {of['augmented']:.2f} at λ {weight['memory']:.2f}" in first
     assert f"{of['memory']:.2f}" in second
-    assert f"(kNN-LM) reaches {of['knn_lm']:.2f}: " in third
+    assert f"(kNN-LM) reaches {of['knn_lm']:.2f}; " in third
     no_gain = metrics_of(0.1)
     no_gain["interval"]["test"]["augmented_over_base"] = [0.95, 1.0]
     said = wording.verdict(no_gain)
@@ -97,16 +97,16 @@ def test_a_gain_is_claimed_only_where_the_interval_excludes_one():
 def test_a_memory_that_replaced_the_base_is_called_that():
     metrics = metrics_of(0.1)
     metrics["interpolation_weight"]["memory"] = 0.95
-    assert "has replaced the base rather than helped it: alone it reaches" in wording.verdict(metrics)[1]
+    assert "replaces the base rather than helping it: alone it reaches" in wording.verdict(metrics)[1]
     metrics["interpolation_weight"]["memory"] = 0.9
-    assert "replaced" not in " ".join(wording.verdict(metrics))
+    assert "replaces the base" not in " ".join(wording.verdict(metrics))
 
 
 def test_test_text_that_repeats_training_text_is_named():
     metrics = metrics_of(0.1)
-    assert "runs of" not in " ".join(wording.verdict(metrics))
+    assert "13-word runs" not in " ".join(wording.verdict(metrics))
     metrics["overlap"]["test"]["13"] = 0.14
-    assert "14 % of the test split's words lie in runs of 13 words" in wording.verdict(metrics)[-1]
+    assert "14 % of the test split's words are in 13-word runs" in wording.verdict(metrics)[-1]
 
 
 def test_what_finding_a_learning_rate_cost_is_said(plain_page):
@@ -116,7 +116,7 @@ def test_what_finding_a_learning_rate_cost_is_said(plain_page):
         "continued": {"learning_rate": 3e-5, "rate_search_flops": 3.75e11, "training_flops": 1e12},
         "ce_only": {"training_flops": 1e12},
     }
-    said = "the learning rate 3e-05 was found by short runs of 3.8e+11 FLOPs together, on top of the 1e+12 of the"
+    said = "the learning rate 3e-05 was found by short runs that took 3.8e+11 FLOPs, on top of 1e+12 for the"
     text = page(metrics)
     assert said in text
     assert text.count("short runs") == 1
@@ -126,15 +126,15 @@ def test_few_documents_are_said_to_say_little():
     metrics = metrics_of(0.1)
     assert "too few" not in " ".join(wording.verdict(metrics))
     metrics["interval"] |= {"cluster": "document", "clusters": 3}
-    assert "only 3 documents: too few" in wording.verdict(metrics)[-1]
+    assert "only 3 documents, too few" in wording.verdict(metrics)[-1]
 
 
 def test_controls_that_are_not_beaten_are_said_not_to_be():
     metrics = metrics_of(0.1, controls=True)
     said = " ".join(wording.verdict(metrics))
     reached = {name: f"({control['perplexity']['test']:.2f})" for name, control in metrics["controls"].items()}
-    assert f"does better than the base trained on with the memory's training compute {reached['continued']}" in said
-    assert f"not shown to do better than the same memory trained without kNN targets {reached['ce_only']}" in said
+    assert f"is better than the base trained further with the memory's training compute {reached['continued']}" in said
+    assert f"not shown to be better than the same memory trained without kNN targets {reached['ce_only']}" in said
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_whether_the_memory_adds_to_a_base_that_was_trained_on_is_said(interval,
     }
     said = wording.verdict(metrics)[-1]
     assert said.startswith(
-        f"Mixed with the base trained on with the memory's training compute instead, the same memory {verb}"
+        f"Mixed with the base trained further with the memory's training compute instead, the same memory {verb}"
     )
     assert "to 5.00 at λ 0.12 (ratio" in said
     assert said in html.unescape(page(metrics))
@@ -158,9 +158,9 @@ def test_whether_the_memory_adds_to_a_base_that_was_trained_on_is_said(interval,
 
 def test_page_names_controls_that_were_left_out_and_shows_overlap_search_and_dtype():
     metrics = metrics_of(0.1)
-    metrics["controls_left_out"] = {"continued": "/w/controls/continued: was made beside another memory"}
+    metrics["controls_left_out"] = {"continued": "/w/controls/continued: was trained for another memory"}
     text = page(metrics)
-    assert "left out: /w/controls/continued: was made beside another memory" in text
+    assert "Left out, not a control of this memory: /w/controls/continued: was trained for another memory" in text
     assert "<td>2.34 %</td>" in text
     assert "<td>16</td><td>2.5</td><td>0.9</td><td>10.0</td>" in text
     assert "scored in float32" in text

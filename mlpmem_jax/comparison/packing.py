@@ -2,6 +2,7 @@
 
 The answers to a question share its prompt, and all prompts of a task may share a beginning. Texts are split into
 the prefix of them all, the stem of a question, and branches (`models.packed`), and laid out one after another.
+
 Dimensions: B sequences of T positions, U scored positions in each, Q scored tokens in each.
 """
 

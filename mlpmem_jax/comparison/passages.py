@@ -85,6 +85,7 @@ class BM25:
 
 class Dense:
     """Search by inner product of unit-length sentence vectors from a sentence-transformers encoder (extra `dense`).
+
     Many passages are searched with the backend of config.targets: for unit-length vectors, the largest inner products
     are the smallest distances.
     """

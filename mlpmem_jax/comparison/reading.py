@@ -2,6 +2,7 @@
 
 Texts are packed (`packing`), so that what they have in common is computed once and few programs are compiled. Logits
 are computed only at the scored positions.
+
 Dimensions: B sequences of T positions, U scored positions in each, R in all, P scored positions in a text, C tokens
 scored at each, Q tokens scored in a sequence, D width, V vocabulary.
 """
@@ -74,6 +75,7 @@ def read_mixture(
     model: Model, rows: Sequence[Row], side: Side | None, weight: float, sharding: Sharding, name: str
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Log-probabilities of a mixture, float [P, C] for each row, and whether each token is the argmax, bool [P, C].
+
     Unlike `read`, this computes whole distributions.
 
     Args:

@@ -1,4 +1,5 @@
 """How fast choices are scored, next to lm-evaluation-harness's `hf` model on the same weights (extra `harness`).
+
 Questions are built from the test split: a prompt, its true continuation, and continuations of other prompts. Both
 models run in float32 on all cores, with the same number of positions per forward pass.
 """

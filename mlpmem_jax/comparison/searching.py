@@ -1,4 +1,5 @@
 """Searches of the compared systems: exact over few vectors, with the backend of config.targets over many.
+
 The effort of an approximate search is the least that reaches `config.targets.recall`, measured on queries with known
 neighbors.
 """

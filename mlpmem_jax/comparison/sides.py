@@ -1,4 +1,5 @@
 """Sides: the distributions that are mixed into a language model's, from the memory or from kNN search.
+
 A side reads hidden states of the language model and returns probabilities of tokens. To add one, write a class with
 the same members and add a line to `systems.Workdir.side`.
 

@@ -1,7 +1,9 @@
 """`mlpmem compare --speed`: time to first token and tokens per second of every system, by corpus size.
+
 All systems get prompts and outputs of the same length. Retrieval counts toward the time to first token and makes the
 prompt longer. Corpora larger than the real one are synthesized from it: keys by adding noise to real ones, passages by
 shuffling the words of real ones. Each round measures all systems in turn, so that other load affects them equally.
+
 All timings are in WORKDIR/comparison/speed.json, which the page shows.
 """
 
@@ -126,6 +128,7 @@ def _usable(workdir: Workdir) -> tuple[list[str], list[dict]]:
 
 def _prompts(workdir: Workdir, count: int, length: int) -> list[list[int]]:
     """Prompts taken from the test split.
+
     Raises:
       UserError: the split is too short.
     """
@@ -164,6 +167,7 @@ class _Timed:
     @classmethod
     def open(cls, workdir: Workdir, name: str, positions: int, prompts: list[list[int]], count: int) -> _Timed:
         """Opens a system over a corpus of `positions` positions.
+
         Raises:
           _TooLargeError: the corpus does not fit into this machine's memory.
         """
@@ -219,6 +223,7 @@ def _more_passages(real: list[str], count: int) -> list[str]:
 
 def _neighbors_over(workdir: Workdir, positions: int):
     """kNN search over `positions` keys: the real ones, followed by noisy copies.
+
     Raises:
       _TooLargeError: the keys do not fit into this machine's memory.
     """

@@ -1,4 +1,5 @@
 """The compared systems, all built from one working directory.
+
 A system is a language model, optionally with passages in its prompt, and optionally with a side mixed into its
 distribution. Systems that share a language model also share its forward passes.
 """
@@ -127,6 +128,7 @@ class Workdir:
 
     def neighbors(self, index, next_tokens_N: np.ndarray) -> NeighborsSide:
         """kNN search over an index of keys, with the config's settings.
+
         Raises:
           UserError: the keys come from another model, or no temperature is set.
         """

@@ -1,7 +1,7 @@
-"""Where the memory helps: the gain over the base by what kind of position it is.
+"""Where the memory helps: the gain over the base by kind of position.
 
-Positions are grouped by how often the next token occurs in the training text, by how often the tokens before it do
-together, and by how uncertain the base is. Pure functions of arrays.
+Positions are grouped by how often the next token occurs in the training text, by how often the preceding tokens occur
+there as a sequence, and by how uncertain the base is. Pure functions of arrays.
 
 Dimensions: N positions, B bins, V vocabulary.
 """
@@ -15,22 +15,22 @@ import numpy as np
 from mlpmem_jax.evaluation.intervals import mean_interval
 
 CONTEXT = 4
-"""Tokens before the next one whose occurrences are counted."""
+"""Length of the counted contexts, in tokens before the next one."""
 
 TOKEN_COUNTS = (0, 1, 10, 100, 1_000, 10_000, 100_000)
 CONTEXT_COUNTS = (0, 1, 2, 5, 10, 100)
 ENTROPIES = (0, 1, 2, 3, 4, 5, 6, 7)
-"""Lower ends of the bins: occurrences, occurrences, nats; the last bins have no upper end."""
+"""Lower edges of the bins: occurrences, occurrences, nats; the last bins are unbounded above."""
 
 
 class ContextCounter:
-    """Counts how often given 4-grams occur in a text that is read piece by piece."""
+    """Counts how often given 4-grams occur in a text that is read in chunks."""
 
     def __init__(self, contexts_Nx4: np.ndarray, vocab_size: int) -> None:
-        """The 4-grams to count, int; the same one may come several times."""
+        """Takes the 4-grams to count, int; they may repeat."""
         self._vocab_size = vocab_size
         pairs_Nx2 = contexts_Nx4[:, ::2].astype(np.int64) * vocab_size + contexts_Nx4[:, 1::2]
-        # Four tokens do not fit in 64 bits where a vocabulary is large: pairs are numbered first.
+        # With a large vocabulary, four tokens do not fit in 64 bits, so pairs of tokens are numbered first.
         self._pairs_P, places_Nx2 = np.unique(pairs_Nx2, return_inverse=True)
         places_Nx2 = places_Nx2.reshape(pairs_Nx2.shape)
         keys_N = places_Nx2[:, 0] * len(self._pairs_P) + places_Nx2[:, 1]
@@ -39,7 +39,7 @@ class ContextCounter:
         self._tail = np.empty(0, np.int64)
 
     def add(self, tokens_M: np.ndarray) -> None:
-        """Counts in the next M tokens of the text, and across their start."""
+        """Counts in the next M tokens of the text, including 4-grams that span the previous chunk."""
         tokens = np.concatenate([self._tail, tokens_M.astype(np.int64)])
         self._tail = tokens[max(len(tokens) - CONTEXT + 1, 0) :]
         if len(tokens) < CONTEXT or not len(self._keys_K):
@@ -50,12 +50,12 @@ class ContextCounter:
         self._counts_K += np.bincount(places[is_known], minlength=len(self._keys_K))
 
     def counts(self) -> np.ndarray:
-        """Occurrences so far of each of the 4-grams given, int64 [N]."""
+        """Occurrences so far of each given 4-gram, int64 [N]."""
         return self._counts_K[self._inverse_N]
 
 
 def _look_up(sorted_K: np.ndarray, values_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(place in a sorted array, whether the value is there), both [M]."""
+    """(index in the sorted array, whether the value is present), both [M]."""
     places_M = np.minimum(np.searchsorted(sorted_K, values_M), len(sorted_K) - 1)
     return places_M, sorted_K[places_M] == values_M
 
@@ -69,21 +69,21 @@ def gains_by(
     *,
     confidence: float,
 ) -> list[dict]:
-    """Gains over the base of positions whose values lie in each bin.
+    """Gains over the base in each bin of positions.
 
     Args:
-      values_N: of each position, what it is grouped by.
-      edges: lower ends of the bins, rising, the first at most the smallest value.
-      base_N: log p_base(next token), nats.
+      values_N: the value of each position by which it is grouped.
+      edges: lower edges of the bins, ascending; the first must not exceed the smallest value.
+      base_N: log p_base(next token), in nats.
       systems: name -> log p(next token).
-      clusters_N: int, which positions belong together; see `intervals`.
-      confidence: of the intervals.
+      clusters_N: int, the cluster of each position; see `intervals`.
+      confidence: confidence level of the intervals.
 
     Returns:
-      For each bin that has positions: from and below (None: no upper end), positions, share_of_positions, base (mean
-      negative log-likelihood of the base, nats per token), and by system gain (mean log p_system - log p_base, nats
-      per token), interval ([low, high] of it; None on a single cluster) and share_of_gain (of the system's gain on all
-      positions; None where that is no gain).
+      For each nonempty bin: from and below (None: unbounded), positions, share_of_positions, base (mean negative
+      log-likelihood of the base, nats per token), and per system gain (mean log p_system - log p_base, nats per token),
+      interval ([low, high] of the gain; None for a single cluster) and share_of_gain (share of the system's total gain;
+      None if the total is not a gain).
     """
     bins_N = np.searchsorted(edges, values_N, side="right") - 1
     gains = {name: np.asarray(scores_N, np.float64) - base_N for name, scores_N in systems.items()}

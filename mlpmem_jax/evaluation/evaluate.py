@@ -1,7 +1,7 @@
-"""Stage `evaluate`: perplexities, intervals, shapes of distributions, and the report made of them.
+"""Stage `evaluate`: perplexities, intervals, sharpness of distributions, and the report.
 
-The base's scores and those of p_kNN were stored with the datastore and the targets; only the memories, and language
-models to compare with, run here.
+Scores of the base and of p_kNN are stored with the datastore and the targets; only memories and the language models of
+controls run here.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from mlpmem_jax.evaluation.sharpness import SharpnessMean, rows_of_ragged
 from mlpmem_jax.models import saved, scoring
 from mlpmem_jax.retrieval.targets_artifact import TargetsReader
 
-_PROBABILITIES_AT_ONCE = 2**22  # of one distribution in a chunk: 16 MiB of float32
-_READ_PER_POSITION = 8  # positions that the base reads for each one whose distribution is looked at
-_TOKENS_AT_ONCE = 2**22  # of the training text, while it is counted: 32 MiB of int64
-_COUNTED_TOKENS = 2**28  # of the training text at most: a second for every few million
+_PROBABILITIES_AT_ONCE = 2**22  # per distribution and chunk: 16 MiB of float32
+_READ_PER_POSITION = 8  # positions that the base reads per sampled position
+_TOKENS_AT_ONCE = 2**22  # chunk size for counting in the training text: 32 MiB of int64
+_COUNTED_TOKENS = 2**28  # maximum training tokens to count in; takes a second per few million
 
 
 def run(config: ml_collections.ConfigDict) -> dict:
-    """Evaluates the memory of `config.workdir` and writes report/metrics.json, index.html and pictures there.
+    """Evaluates the memory of `config.workdir` and writes report/metrics.json, index.html and plots there.
 
     Returns:
-      What metrics.json holds.
+      The contents of metrics.json.
 
     Raises:
-      ArtifactError: a stage before this one is missing, or was made from others than those that are there.
+      ArtifactError: an earlier stage is missing, or was built from other artifacts than the ones present.
       ConfigError: the test split is too short for intervals.
     """
     start = time.perf_counter()
@@ -69,7 +69,7 @@ def run(config: ml_collections.ConfigDict) -> dict:
 
 
 def _computed_by(opened: Inputs) -> dict:
-    """Arguments of `scoring` that are the same for all that is compared."""
+    """Arguments of `scoring` that all compared systems share."""
     return {"sharding": opened.sharding, "compute_dtype": opened.compute_dtype}
 
 
@@ -97,7 +97,7 @@ def _scores(opened: Inputs, split: str, parameters: dict, model) -> perplexities
 
 
 def _memory_scores(opened: Inputs, split: str, parameters: dict, model, name: str) -> np.ndarray:
-    """log p_MLP of the next tokens, float32 [S, T], shard by shard."""
+    """log p_MLP of the next tokens, float32 [S, T], computed shard by shard."""
     sequences, length = opened.sequences(split)
     rows = []
     with progress(sequences * length, f"evaluate: {name} on {split}", "positions") as bar:
@@ -111,7 +111,7 @@ def _memory_scores(opened: Inputs, split: str, parameters: dict, model, name: st
 
 
 def _language_model_scores(opened: Inputs, split: str, parameters: dict, model, name: str) -> np.ndarray:
-    """log p_LM of the next tokens, float32 [S, T], shard by shard."""
+    """log p_LM of the next tokens, float32 [S, T], computed shard by shard."""
     sequences, length = opened.sequences(split)
     rows = []
     with progress(sequences * length, f"evaluate: {name} on {split}", "positions") as bar:
@@ -129,15 +129,15 @@ def _language_model_scores(opened: Inputs, split: str, parameters: dict, model, 
 def _distributions(
     opened: Inputs, parameters: dict, model, weight: float
 ) -> tuple[dict[str, dict], tuple[np.ndarray, np.ndarray]]:
-    """Shapes of the four distributions at random test positions, the same ones for all; these, and the base's entropy.
+    """Sharpness of the four distributions at the same random test positions, and the base's entropy there.
 
     Returns:
-      The summary of each distribution's shape; and (positions [N], counted through the split, nats [N]).
+      The sharpness summary of each distribution; and (positions [N] within the split, entropies [N] in nats).
     """
     length = opened.sequences("test")[1]
     positions_N = _sample(opened)
     base, base_model, _ = saved.load_language_model(opened.artifacts["base"].path, opened.sharding)
-    vocabulary = max(base_model.vocab_size, model.vocab_size)  # models are padded beyond the tokenizer's
+    vocabulary = max(base_model.vocab_size, model.vocab_size)  # models may pad the tokenizer's vocabulary
     on_mesh = _computed_by(opened)
     hidden_NxD = _hidden(opened, base, base_model, positions_N)
     means = {name: SharpnessMean() for name in ("base", "knn", "memory", "augmented")}
@@ -166,9 +166,9 @@ def _distributions(
 
 
 def _sample(opened: Inputs) -> np.ndarray:
-    """Random test positions, rising, counted through the split.
+    """Random test positions within the split, ascending.
 
-    They lie in no more sequences than the base need read for so many: it reads `_READ_PER_POSITION` for each of them.
+    They come from few sequences, so that the base reads only `_READ_PER_POSITION` positions per sampled one.
     """
     sequences, length = opened.sequences("test")
     settings = opened.config.evaluation
@@ -181,12 +181,12 @@ def _sample(opened: Inputs) -> np.ndarray:
 
 
 def _widened(distributions_NxV: np.ndarray, vocabulary: int) -> np.ndarray:
-    """Distributions over a larger vocabulary, whose further tokens have no probability."""
+    """Pads distributions to a larger vocabulary with tokens of probability 0."""
     return np.pad(distributions_NxV, ((0, 0), (0, vocabulary - distributions_NxV.shape[1])))
 
 
 def _hidden(opened: Inputs, base: dict, base_model, positions_N: np.ndarray) -> np.ndarray:
-    """The base's final hidden states [N, D] at rising positions of the test split, counted through it."""
+    """The base's final hidden states [N, D] at ascending positions within the test split."""
     length = opened.sequences("test")[1]
     chosen_S, places_N = np.unique(positions_N // length, return_inverse=True)
     rows_N = places_N * length + positions_N % length
@@ -194,7 +194,7 @@ def _hidden(opened: Inputs, base: dict, base_model, positions_N: np.ndarray) -> 
     batch = max(1, scoring.chunk_positions(base_model.vocab_size, opened.sharding) // length)
     parts = []
     for at in range(0, len(chosen_S), batch):
-        tokens_BxT = tokens_SxT[np.minimum(np.arange(at, at + batch), len(chosen_S) - 1)]  # one shape compiles once
+        tokens_BxT = tokens_SxT[np.minimum(np.arange(at, at + batch), len(chosen_S) - 1)]  # a fixed shape compiles once
         hidden_BxTxD = scoring.language_model_hidden(base, base_model, tokens_BxT, **_computed_by(opened))
         begin, end = np.searchsorted(rows_N, [at * length, (at + batch) * length])
         parts.append(hidden_BxTxD.reshape(-1, base_model.width)[rows_N[begin:end] - at * length])
@@ -202,7 +202,7 @@ def _hidden(opened: Inputs, base: dict, base_model, positions_N: np.ndarray) -> 
 
 
 def _knn_rows(targets: TargetsReader, first: int, count: int, rows_N: np.ndarray) -> np.ndarray:
-    """p_kNN at positions rows_N of a shard, one zero-padded row each; which token is which does not matter here."""
+    """p_kNN at positions rows_N of a shard, as zero-padded rows; sharpness does not depend on which token is which."""
     offsets_P1, _, entries_M = targets.read(first, first + count)
     starts_N, stops_N = offsets_P1[rows_N], offsets_P1[rows_N + 1]
     offsets_N1 = np.concatenate([[0], np.cumsum(stops_N - starts_N)])
@@ -220,7 +220,7 @@ def _breakdown(
     Args:
       test: scores of the test split.
       weights: lambda of every mixture.
-      sample: positions [N] of the split, and the base's entropy there.
+      sample: sampled positions [N] of the split, and the base's entropies there.
     """
     sequences = opened.sequences("test")[0]
     systems = {name: scores.ravel() for name, scores in perplexities.mixtures(test, weights).items()}
@@ -238,7 +238,7 @@ def _breakdown(
             token_counts_V += np.bincount(tokens_M, minlength=vocabulary)
             counter.add(tokens_M)
             bar.advance(len(tokens_M))
-    skipped = breakdown.CONTEXT - 1  # the split's first positions have fewer tokens before them
+    skipped = breakdown.CONTEXT - 1  # the split's first positions have too few tokens before them
 
     def gains(values_N: np.ndarray, edges, at) -> list[dict]:
         scores = {name: scores_N[at] for name, scores_N in systems.items()}
@@ -254,12 +254,12 @@ def _breakdown(
 
 
 def _figures(trained: Artifact) -> dict:
-    """The numbers that training left in a model's manifest."""
+    """The numbers that training recorded in a model's manifest."""
     return {name: value for name, value in trained.summary.items() if isinstance(value, int | float)}
 
 
 def _facts(opened: Inputs) -> dict:
-    """Everything of metrics.json that is read rather than computed."""
+    """The entries of metrics.json that are read rather than computed."""
     artifacts, workdir = opened.artifacts, opened.config.workdir
     targets_summary = artifacts["targets/train"].summary
     every = {**artifacts, **{f"controls/{name}": artifact for name, artifact in opened.controls.items()}}

@@ -1,4 +1,4 @@
-"""The report's pictures, drawn from the figures of metrics.json alone.
+"""The report's plots, drawn from the values of metrics.json only.
 
 Colors are Okabe and Ito's, which color-blind readers tell apart; line style and marker carry the same distinction.
 """
@@ -32,7 +32,7 @@ LABELS = {
     "knn_lm": "base + kNN",
     "knn": "kNN",
     "augmented": "base + memory",
-    "continued": "base, trained on",
+    "continued": "base, more training",
     "ce_only": "base + memory,\nno kNN targets",
 }
 STYLE = {
@@ -59,7 +59,7 @@ STYLE = {
     "svg.fonttype": "path",
     "figure.constrained_layout.use": True,
 }
-WIDTH = 5.4  # inches: legible at the width of a phone, two side by side on a page
+WIDTH = 5.4  # inches: legible on a phone, and two fit side by side on a page
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def _figure(width: float, height: float, columns: int = 1, **options) -> Iterato
 def svg(figure: matplotlib.figure.Figure, name: str) -> str:
     """The figure as one <svg> element that may share a page with others; the same figure gives the same text.
 
-    `name` is put before every id in it.
+    `name` prefixes every id in it.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
@@ -117,7 +117,7 @@ def overview(metrics: dict) -> bytes:
 
 
 def draw_perplexities(axes: matplotlib.axes.Axes, metrics: dict) -> None:
-    """Horizontal bars from zero, ratios in a column; a bar beyond 1.6 times the base runs out of the picture."""
+    """Draws horizontal bars from zero, with ratios in a column; bars are clipped at 1.6 times the base."""
     systems = _systems(metrics)
     base = systems["base"][0]
     limit = max([base, *(value for value, _ in systems.values() if value <= 1.6 * base)]) * 1.03
@@ -149,7 +149,7 @@ def draw_perplexities(axes: matplotlib.axes.Axes, metrics: dict) -> None:
 
 
 def draw_weights(axes: matplotlib.axes.Axes, metrics: dict) -> None:
-    """One color a system, test solid and validation dashed, the chosen weight as a dot on both."""
+    """Draws one color per system, solid for test and dashed for validation, with a dot at the chosen weight."""
     curves, finite = metrics["curves"], []
     for name, system in (("memory", "augmented"), ("knn_lm", "knn_lm")):
         color, chosen = COLORS[system], metrics["interpolation_weight"][name]
@@ -173,7 +173,7 @@ def draw_weights(axes: matplotlib.axes.Axes, metrics: dict) -> None:
 
 
 def training(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
-    """Losses of the memory, and validation perplexities of the memory and of the base, where they were recorded."""
+    """Losses of the memory, and validation perplexities of the memory and of the base, if recorded."""
     figures = {}
     memory, base = metrics["training"].get("memory", []), metrics["training"].get("base", [])
     losses = {"cross_entropy": "cross entropy", "kl": "KL from kNN", "loss": "loss (weighted sum)"}
@@ -196,7 +196,7 @@ def training(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
 
 
 def _memory_validation(records: list[dict], base: float) -> matplotlib.figure.Figure:
-    """The mixture beside the base; above it, on a scale of its own, the memory alone."""
+    """The mixture and the base below; above them, on a separate scale, the memory alone."""
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=(WIDTH, 3.4))
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.5))
@@ -221,12 +221,12 @@ def _draw_records(axes: matplotlib.axes.Axes, records: list[dict], name: str, **
 
 
 def shapes(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
-    """Tokens above each threshold, and tokens that hold a share of the mass, for each distribution."""
+    """For each distribution: tokens above each threshold, and tokens that hold a given share of the mass."""
     figures = {}
     for kind in ("tokens_above", "tokens_for_mass"):
         with _figure(WIDTH, 3.4) as (figures[kind], (axes,)):
             for name, table in metrics["sharpness"].items():
-                # Zeros have no place on logarithmic axes.
+                # Zeros cannot be drawn on logarithmic axes.
                 points = [(float(at), count or math.nan) for at, count in table[kind].items() if float(at) > 0]
                 style = {"color": COLORS[name], "marker": MARKERS[name], "ms": 5, "label": LABELS[name]}
                 axes.plot(*zip(*points, strict=True), **style)
@@ -251,11 +251,11 @@ BREAKDOWNS = {
     "context_count": "occurrences of the 4 tokens before it",
     "base_entropy": "entropy of the base, nats",
 }
-"""What positions are grouped by, in the words of axes and captions."""
+"""What positions are grouped by, for axes and captions."""
 
 
 def breakdowns(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
-    """Gain over the base by each kind of position."""
+    """Plots of the gain over the base, for each way of grouping positions."""
     figures = {}
     for name in BREAKDOWNS:
         with _figure(WIDTH, 3.4) as (figures[name], (axes,)):
@@ -265,7 +265,7 @@ def breakdowns(metrics: dict) -> dict[str, matplotlib.figure.Figure]:
 
 
 def breakdown_overview(metrics: dict) -> bytes:
-    """The same side by side, as a PNG."""
+    """These plots side by side, as a PNG."""
     with _figure(3 * WIDTH, 3.6, columns=3) as (figure, row):
         for axes, name in zip(row, BREAKDOWNS, strict=True):
             draw_breakdown(axes, metrics, name)
@@ -274,7 +274,7 @@ def breakdown_overview(metrics: dict) -> bytes:
 
 
 def draw_breakdown(axes: matplotlib.axes.Axes, metrics: dict, name: str) -> None:
-    """Bars of memory and search side by side, bin by bin; below each bin its share of the tokens."""
+    """Draws bars of memory and search for each bin, labeled with the bin's share of tokens."""
     rows = metrics["breakdown"][name]
     gains = []
     for place, system in ((-0.2, "augmented"), (0.2, "knn_lm")):
@@ -288,7 +288,7 @@ def draw_breakdown(axes: matplotlib.axes.Axes, metrics: dict, name: str) -> None
         gains += heights
     low, high = min(0.0, *gains), max(0.0, *gains)
     margin = 0.3 * max(high - low, 1e-3)
-    # Intervals of a few documents may be much wider than what is seen.
+    # With few documents, intervals may be much wider than the bars, so they are clipped.
     axes.set_ylim(low - margin * (low < 0), high + margin)
     axes.axhline(0, color=FAINT, lw=0.8)
     labels = [f"{bin_label(row, name)}\n{100 * row['share_of_positions']:.0f} %" for row in rows]
@@ -299,7 +299,7 @@ def draw_breakdown(axes: matplotlib.axes.Axes, metrics: dict, name: str) -> None
 
 
 def bin_label(row: dict, name: str) -> str:
-    """The values of a bin of a breakdown, short."""
+    """A short label of a breakdown's bin."""
 
     def short(value: float) -> str:
         return f"{value // 1000:g}k" if value >= 1000 else f"{value:g}"
@@ -312,7 +312,7 @@ def bin_label(row: dict, name: str) -> str:
 
 
 def _systems(metrics: dict) -> dict[str, tuple[float, list[float] | None]]:
-    """Test perplexity and interval over the base of each system, in the order of the picture."""
+    """Test perplexity of each system, and interval of its ratio to the base, in drawing order."""
     intervals, of = metrics["interval"]["test"], metrics["perplexity"]["test"]
     controls = {name: control["perplexity"]["test"] for name, control in metrics["controls"].items()}
     ordered = {"base": of["base"], "augmented": of["augmented"], "knn_lm": of["knn_lm"], **controls}
@@ -321,14 +321,14 @@ def _systems(metrics: dict) -> dict[str, tuple[float, list[float] | None]]:
 
 
 def _legend_above(axes: matplotlib.axes.Axes) -> None:
-    """A legend of two columns over the axes, where it covers nothing."""
+    """Puts a two-column legend above the axes, where it covers nothing."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, columnspacing=1.4, handlelength=1.8, borderaxespad=0.2
     )
 
 
 def _plain_logarithmic_ticks(axes: matplotlib.axes.Axes) -> None:
-    """Ticks of a logarithmic axis as plain numbers, also where it spans less than a decade."""
+    """Labels a logarithmic axis with plain numbers, even if it spans less than a decade."""
     low, high = axes.get_ylim()
     decades = math.log10(high / low)
     subdivisions = (1,) if decades > 2.5 else (1, 2, 5) if decades > 1.2 else (1, 1.5, 2, 3, 5, 7)

@@ -1,4 +1,4 @@
-"""What an evaluation reads: the finished stages of a working directory, checked to belong to each other."""
+"""The inputs of an evaluation: the finished stages of a working directory, checked for consistency."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mlpmem_jax.retrieval.targets_artifact import TargetsReader
 
 HELD_OUT = ("validation", "test")
 CONTROLS = {"continued": "base", "ce_only": "memory"}
-"""Controls by folder name, and what each is: a language model by itself, or a memory to be mixed with the base."""
+"""Controls by folder name, and their kind: a language model, or a memory to be mixed with the base."""
 
-_COMPUTE_TOLERANCE = 0.02  # by which the FLOPs of `continued` may differ from the memory's, if a step is no more
+_COMPUTE_TOLERANCE = 0.02  # allowed relative difference of FLOPs between `continued` and the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Inputs:
     """The artifacts of a finished working directory, and the mesh to compute on.
 
     Attributes:
-      config: of the evaluation.
+      config: the evaluation's config.
       artifacts: tokens, base, memory, and datastore and targets by "<kind>/<split>".
-      controls: those that were made from this memory's settings, by name.
-      controls_left_out: name -> why, of the other finished controls.
+      controls: controls trained with this memory's settings, by name.
+      controls_left_out: name -> reason, for finished controls that do not match this memory.
       sharding: where and how scores are computed.
     """
 
@@ -44,7 +44,7 @@ class Inputs:
 
     @property
     def compute_dtype(self) -> str:
-        """Of the forward passes: the one that the datastore's base scores were computed in; imported ones: float32."""
+        """Dtype of forward passes: that of the datastore's base scores, or float32 if they were imported."""
         return self.artifacts["datastore/test"].config.get("compute_dtype", "float32")
 
     def sequences(self, split: str) -> tuple[int, int]:
@@ -75,7 +75,7 @@ def open_inputs(config: ml_collections.ConfigDict) -> Inputs:
     """Opens everything that an evaluation of `config.workdir` reads.
 
     Raises:
-      ArtifactError: a stage is missing, or an artifact was made from another one than the one that is there.
+      ArtifactError: a stage is missing, or an artifact was built from other artifacts than the ones present.
       ConfigError: the test split is too short for intervals.
     """
     workdir = epath.Path(config.workdir)
@@ -88,8 +88,8 @@ def open_inputs(config: ml_collections.ConfigDict) -> Inputs:
     sequences = artifacts["datastore/test"].arrays["next_tokens"].shape[0]
     if sequences < 2:
         raise ConfigError(
-            f"config.corpus.test_fraction: the test split holds {sequences} sequence of "
-            f"{config.base.context_length} tokens, intervals need 2 or more; raise it, or lower "
+            f"config.corpus.test_fraction: the test split has {sequences} sequence of "
+            f"{config.base.context_length} tokens, but intervals need at least 2; raise it, or lower "
             "config.base.context_length"
         )
     sharding = Sharding.of(config)
@@ -97,10 +97,10 @@ def open_inputs(config: ml_collections.ConfigDict) -> Inputs:
 
 
 def _check_belong_together(artifacts: dict[str, Artifact]) -> None:
-    """Whether the memory was made from the datastore and targets that are there, and those from the base and tokens.
+    """Checks that the memory was built from the present datastore and targets, and those from the base and tokens.
 
     Raises:
-      ArtifactError: naming the two folders that do not belong together.
+      ArtifactError: two artifacts do not match; names their folders.
     """
     datastores = {f"datastore/{split}": artifacts[f"datastore/{split}"] for split in SPLITS}
     base, memory, targets = artifacts["base"], artifacts["memory"], artifacts["targets/train"]
@@ -110,21 +110,21 @@ def _check_belong_together(artifacts: dict[str, Artifact]) -> None:
         artifacts[f"targets/{split}"].check_made_from(datastores)
         if not artifacts[f"targets/{split}"].is_imported and artifacts[f"targets/{split}"].config != targets.config:
             raise ArtifactError(
-                f"{artifacts[f'targets/{split}'].path}: was made with other settings than {targets.path}; delete "
+                f"{artifacts[f'targets/{split}'].path}: was built with other settings than {targets.path}; delete "
                 "both and run `targets` again"
             )
     memory.check_made_from({"base": base, "datastore": artifacts["datastore/train"], "targets": targets})
     reads, held = (artifacts[name].summary.get("input_block") for name in ("memory", "datastore/test"))
     if reads != held and None not in (reads, held):
         raise ArtifactError(
-            f"{memory.path}: reads block {reads} of the base, but {artifacts['datastore/test'].path} holds the inputs "
+            f"{memory.path}: reads block {reads} of the base, but {artifacts['datastore/test'].path} has the inputs "
             f"of block {held}; set config.datastore.input_depth to "
-            f"{reads / saved.language_model_config(base).blocks:.4g}, delete the datastore and run its stage again"
+            f"{reads / saved.language_model_config(base).blocks:.4g}, delete the datastore and run `datastore` again"
         )
 
 
 def _controls(folder: epath.Path, memory: Artifact) -> tuple[dict[str, Artifact], dict[str, str]]:
-    """The finished controls of this very memory, and why the other finished ones are left out."""
+    """The finished controls of this memory, and why other finished controls are left out."""
     kept, left_out = {}, {}
     for name, kind in CONTROLS.items():
         manifest = read_manifest(str(folder / name))
@@ -140,23 +140,23 @@ def _controls(folder: epath.Path, memory: Artifact) -> tuple[dict[str, Artifact]
 
 
 def _other_compute(control: Artifact, memory: Artifact) -> str | None:
-    """Why the base trained on is no control of the memory; None where it is one."""
+    """Why the continued base is not a valid control of the memory; None if it is."""
     if control.inputs.get("memory") != memory.fingerprint:
-        return "was made beside another memory"
+        return "was trained for another memory"
     its, wanted = control.summary["training_flops"], memory.summary["training_flops"]
-    # Its steps are whole, so it may miss the memory's compute by half a step where there are few of them.
+    # The number of steps is rounded, so compute may differ by half a step, which matters if there are few.
     if abs(its - wanted) > max(_COMPUTE_TOLERANCE * wanted, 0.51 * its / control.summary["steps"]):
-        return f"took {its / wanted:.2f} times the memory's training compute"
+        return f"used {its / wanted:.2f} times the memory's training compute"
     return None
 
 
 def _other_settings(control: Artifact, memory: Artifact) -> str | None:
-    """Why a memory trained without targets is no control of the memory; None where it is one."""
+    """Why a memory trained without targets is not a valid control of the memory; None if it is."""
     if memory.is_imported:
-        return "how the memory was trained is not known"
+        return "the memory's training settings are unknown"
     training = {**memory.config["training"], "alpha": 0.0}
     if control.config != {**memory.config, "training": training} or control.inputs != memory.inputs:
-        return "was trained with other settings, or from other inputs, than the memory"
+        return "was trained with different settings or inputs than the memory"
     if control.summary["steps"] != memory.summary["steps"]:
         return f"was trained for {control.summary['steps']} steps, the memory for {memory.summary['steps']}"
     return None

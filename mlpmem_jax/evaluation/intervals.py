@@ -1,11 +1,11 @@
-"""Confidence intervals of perplexity ratios, over texts that are few and of different lengths.
+"""Confidence intervals of perplexity ratios, for texts that are few and of different lengths.
 
 Two systems are scored on the same positions. Positions of one text are not independent: a memory that knows a document
-gains on all of it. So texts, not positions, are what is sampled: the logarithm of the ratio is a weighted mean over
-clusters of positions, its variance the cluster-robust estimator CR2, and its interval that of Student's t with Bell and
-McCaffrey's degrees of freedom ("Bias reduction in standard errors for linear regression with multi-stage samples",
-Survey Methodology 28, 2002; Pustejovsky and Tipton, J. Business & Economic Statistics 36, 2018). A bootstrap of few
-clusters is too sure: its 95 % interval over 5 documents covers 75 to 88 %, this one 90 to 98 %.
+gains on all of it. So the sampling unit is the text, not the position: the log ratio is a weighted mean over clusters
+of positions, its variance the cluster-robust estimator CR2, and its interval Student's t with Bell and McCaffrey's
+degrees of freedom ("Bias reduction in standard errors for linear regression with multi-stage samples",
+Survey Methodology 28, 2002; Pustejovsky and Tipton, J. Business & Economic Statistics 36, 2018). A bootstrap over
+few clusters is overconfident: its 95 % interval over 5 documents covers 75 to 88 %, this one 90 to 98 %.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import numpy as np
 import scipy.stats
 
 FEW_CLUSTERS = 6
-"""Below so many clusters an interval says little: it is wide, and rests on their effects being about normal."""
+"""With fewer clusters than this an interval says little: it is wide, and assumes normally distributed effects."""
 
 
 def clusters_of(documents_SxT: np.ndarray) -> tuple[str, np.ndarray]:
-    """What to take as clusters: documents or sequences, whichever are fewer, as long as there are two.
+    """Chooses the clusters: documents or sequences, whichever are fewer, if there are at least two.
 
-    Documents are the clusters where they are longer than sequences; where they are shorter (lines of one article, say)
-    neighbors still belong together, and sequences are.
+    Documents are the clusters if they are longer than sequences. If they are shorter (such as lines of one article),
+    adjacent documents are still correlated, so sequences are the clusters.
 
     Args:
-      documents_SxT: document of every position of S sequences; the pieces of one file or article are one document.
+      documents_SxT: document of every position of S sequences; all parts of one file or article are one document.
 
     Returns:
       ("document" or "sequence", int [S, T] cluster of every position, counted from 0).
@@ -47,14 +47,14 @@ def ratio_intervals(
     Args:
       reference_log_probabilities_N: log-probabilities of the next tokens, any shape.
       systems: {name: log-probabilities of the same positions}.
-      clusters_N: cluster of every position, whole numbers from 0 without gaps, as `clusters_of` gives them.
-      confidence: probability content of the interval, for example 0.95.
+      clusters_N: cluster of every position, consecutive integers from 0, as returned by `clusters_of`.
+      confidence: confidence level of the intervals, for example 0.95.
 
     Returns:
       {name: [low, high]}, floats.
 
     Raises:
-      ValueError: on fewer than two clusters, shapes that differ, or log-probabilities that are not finite.
+      ValueError: there are fewer than two clusters, shapes differ, or log-probabilities are not finite.
     """
     reference_N = np.asarray(reference_log_probabilities_N, np.float64)
     if clusters_N.max() < 1:
@@ -72,7 +72,7 @@ def ratio_intervals(
 
 
 def mean_interval(values_N: np.ndarray, clusters_N: np.ndarray, *, confidence: float) -> list[float]:
-    """[low, high] of the mean of values, from two clusters or more, numbered from 0 without gaps."""
+    """[low, high] of the mean of values, from at least two clusters, numbered consecutively from 0."""
     sums_U = np.bincount(clusters_N, weights=values_N)
     mean, error, freedom = mean_of_clusters(sums_U, np.bincount(clusters_N).astype(np.float64))
     reach = float(scipy.stats.t.ppf((1.0 + confidence) / 2.0, freedom)) * error
@@ -80,9 +80,9 @@ def mean_interval(values_N: np.ndarray, clusters_N: np.ndarray, *, confidence: f
 
 
 def mean_of_clusters(sums_U: np.ndarray, sizes_U: np.ndarray) -> tuple[float, float, float]:
-    """Mean over the positions of U clusters, its standard error, and the degrees of freedom of that.
+    """Mean over the positions of U clusters, its standard error, and degrees of freedom.
 
-    The working model behind the correction: the means of clusters vary alike, whatever their sizes.
+    The correction's working model is that cluster means have equal variance, whatever the clusters' sizes.
 
     Args:
       sums_U: float64, sum over the positions of each cluster.

@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page: no network, no scripts, good on paper and on a phone."""
+"""The report as one self-contained HTML page: no network, no scripts, readable on paper and on a phone."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def page(metrics: dict) -> str:
 
 
 def _finetuned(base: dict) -> str:
-    """Of a base that was imported and then trained on the corpus."""
+    """A note for a base that was imported and then fine-tuned on the corpus."""
     if "rate_search_flops" not in base:
         return ""
     return f", fine-tuned on this text (step {base['step']} of {base['steps']} kept)"
@@ -107,7 +107,7 @@ def _tiles(metrics: dict) -> str:
             f"{of['augmented'] / of['base']:.3f}",
             f"ratio of these two, {level} interval {wording.interval(intervals['augmented_over_base'])}",
         ),
-        (wording.ABSENT if kept is None else wording.percent(kept), "of kNN-LM's gain kept, without any search"),
+        (wording.ABSENT if kept is None else wording.percent(kept), "of kNN-LM's gain, without any search"),
         (
             wording.number(of["knn_lm"]),
             f"with kNN search (λ\u00a0=\u00a0{metrics['interpolation_weight']['knn_lm']:.2f})",
@@ -183,16 +183,16 @@ def _controls_table(metrics: dict) -> str:
         f"base + memory ({wording.number(of_memory)}) over it",
         f"{level} interval",
         "memory better",
-        "its share of the memory's gain",
+        "share of the memory's gain",
     )
     return _table(heads, lines)
 
 
 def _rate_searches(metrics: dict) -> str:
-    """What finding a learning rate cost where one was searched for; no other figure counts it."""
+    """The compute spent on searching a learning rate, where one was searched; no other number includes it."""
     return "".join(
-        f"<p>{html.escape(wording.label(name))}: the learning rate {run['learning_rate']:g} was found by short runs of "
-        f"{run['rate_search_flops']:.2g} FLOPs together, on top of the {run['training_flops']:.2g} of the training.</p>"
+        f"<p>{html.escape(wording.label(name))}: the learning rate {run['learning_rate']:g} was found by short runs "
+        f"that took {run['rate_search_flops']:.2g} FLOPs, on top of {run['training_flops']:.2g} for the training.</p>"
         for name, run in {**metrics["training_runs"], **metrics["control_runs"]}.items()
         if "rate_search_flops" in run
     )
@@ -200,11 +200,11 @@ def _rate_searches(metrics: dict) -> str:
 
 def _left_out(metrics: dict) -> str:
     reasons = metrics["controls_left_out"].values()
-    return "".join(f"<p>No control of this memory, and left out: {html.escape(reason)}.</p>" for reason in reasons)
+    return "".join(f"<p>Left out, not a control of this memory: {html.escape(reason)}.</p>" for reason in reasons)
 
 
 def _overlap_table(overlap: dict[str, dict[str, float]]) -> str:
-    """Shares of held-out text that the training text has word for word, by split and by length of the n-gram."""
+    """Shares of held-out text that also occur verbatim in the training text, by split and n-gram length."""
     if not overlap:
         return ""
     lengths = sorted({length for shares in overlap.values() for length in shares}, key=int)
@@ -212,13 +212,13 @@ def _overlap_table(overlap: dict[str, dict[str, float]]) -> str:
         (split, *(f"{100 * shares[length]:.2f} %" if length in shares else wording.ABSENT for length in lengths))
         for split, shares in overlap.items()
     ]
-    return "<p>Share of the words that lie in runs of words which the training text has as well:</p>" + _table(
+    return "<p>Share of words that are part of a run of words that also occurs in the training text:</p>" + _table(
         ("split", *(f"runs of {length}" for length in lengths)), lines
     )
 
 
 def _breakdown_section(metrics: dict) -> str:
-    """The gain over the base by kind of position: a picture and a table for each way of grouping them."""
+    """The gain over the base by kind of position: a plot and a table for each way of grouping."""
     heads = ("tokens", "base", "memory", f"{wording.level(metrics)} interval", "share", "kNN")
     blocks = []
     for name, figure in figures.breakdowns(metrics).items():
@@ -241,10 +241,10 @@ def _breakdown_section(metrics: dict) -> str:
         blocks.append(f"<div>{_figure(caption, figure, name)}{_table((head, *heads), lines)}</div>")
     sampled = sum(row["positions"] for row in metrics["breakdown"]["base_entropy"])
     return (
-        "<h2>Where the memory helps</h2><p>Gain over the base in nats per token of the test split, of base + memory "
-        "and of base + kNN at their λ. In the tables: the share of all tokens, the base's negative log-likelihood, "
-        "both gains, and the share of the memory's whole gain. Occurrences are counted in "
-        f"{metrics['breakdown']['counted_tokens']:,} tokens of the training text; entropy is known at a sample of "
+        "<h2>Where the memory helps</h2><p>Gain over the base, in nats per token of the test split, of base + memory "
+        "and of base + kNN at their λ. Table columns: the share of all tokens, the base's negative log-likelihood, "
+        "both gains, and the share of the memory's total gain. Occurrences are counted in "
+        f"{metrics['breakdown']['counted_tokens']:,} tokens of the training text; entropy is computed at a sample of "
         f'{sampled:,} positions.</p><div class="figures">{"".join(blocks)}</div>'
     )
 
@@ -265,7 +265,7 @@ def _training_section(metrics: dict) -> str:
 
 
 def _runs_table(metrics: dict) -> str:
-    """Of each training run: what its manifest says, and the median of what was measured step by step."""
+    """For each training run: values from its manifest, and medians of per-step measurements."""
     runs = metrics["training_runs"]
 
     def median(name: str, measure: str) -> float | None:
@@ -278,11 +278,11 @@ def _runs_table(metrics: dict) -> str:
 
     lines = [
         row("optimizer steps", lambda name: runs[name].get("steps")),
-        row("step that was kept", lambda name: runs[name].get("step")),
+        row("selected step", lambda name: runs[name].get("step")),
         row("positions per second", lambda name: median(name, "positions_per_second")),
         row("GFLOP/s", lambda name: median(name, "flops_per_second"), 1e-9),
         row("share of the matmul rate", lambda name: median(name, "utilization"), 100, " %"),
-        row("waiting for input", lambda name: median(name, "input_wait"), 100, " %"),
+        row("time waiting for input", lambda name: median(name, "input_wait"), 100, " %"),
         row("parameters", lambda name: metrics["counts"]["parameters"][name]),
     ]
     return _table(("training run", *runs), lines)
@@ -315,7 +315,7 @@ def _targets_section(metrics: dict) -> str:
     names = {
         "k": "neighbors",
         "temperature": "temperature, squared L2",
-        "recall_at_k": "recall@k against exact search",
+        "recall_at_k": "recall@k versus exact search",
         "total_variation": "total variation from exact targets",
         "mean_entries": "tokens per position, mean",
         "dropped_mass": "probability dropped, mean",
@@ -329,10 +329,10 @@ def _targets_section(metrics: dict) -> str:
 
 
 def _search_table(curve: list[dict]) -> str:
-    """Settings of the search that were tried on a sample, and what each reached."""
+    """Search settings that were tried on a sample, and the results of each."""
     names = {
         "leaves_to_search": "leaves searched",
-        "reorder": "candidates a neighbor",
+        "reorder": "candidates per neighbor",
         "candidates": "candidates",
         "bytes_read": "bytes read",
         "recall": "recall",
@@ -345,7 +345,7 @@ def _search_table(curve: list[dict]) -> str:
     lines = [
         [wording.ABSENT if row.get(name) is None else wording.quantity(row[name]) for name in columns] for row in curve
     ]
-    return "<p>Searches that were tried on a sample:</p>" + _table(columns.values(), lines)
+    return "<p>Search settings tried on a sample:</p>" + _table(columns.values(), lines)
 
 
 def _stages_section(metrics: dict) -> str:

@@ -1,4 +1,4 @@
-"""What scores of the same positions say about the systems that made them: perplexities, weights, intervals.
+"""Compares systems scored on the same positions: perplexities, interpolation weights, intervals.
 
 Pure functions of log-probabilities of the next tokens, [S, T] for S sequences of T positions.
 """
@@ -23,10 +23,10 @@ class Scores:
     Attributes:
       base: the base LM.
       memory: the memory alone.
-      knn: p_kNN alone; -inf where no neighbor had the next token.
+      knn: p_kNN alone; -inf if no neighbor has the next token.
       documents: document of every position, int [S, T].
-      other_memories: memories trained in another way, by name, to be mixed with the base like the memory.
-      other_models: language models to compare with, by name, as they are.
+      other_memories: memories trained in other ways, by name; mixed with the base like the memory.
+      other_models: language models to compare with, by name; used unmixed.
     """
 
     base: np.ndarray
@@ -41,23 +41,23 @@ def compare(validation: Scores, test: Scores, *, confidence: float) -> dict:
     """Tunes every interpolation weight on validation, applies it to test, and compares the systems.
 
     Args:
-      validation: scores that choose the weights.
-      test: scores that the weights are applied to.
-      confidence: of the intervals, for example 0.95.
+      validation: scores on which the weights are tuned.
+      test: scores to which the weights are applied.
+      confidence: confidence level of the intervals, for example 0.95.
 
     Returns:
-      Nested dictionaries, ready for JSON:
+      Nested dictionaries, serializable as JSON:
       perplexity: split -> system -> perplexity, systems base, memory, knn_lm, augmented.
       interpolation_weight: memory, knn_lm and every other memory -> lambda.
-      interval: test -> '<system>_over_<reference>' -> [low, high] of the ratio of perplexities; cluster, what positions
-        belong together in (document or sequence), and clusters, the number of them.
+      interval: test -> '<system>_over_<reference>' -> [low, high] of the ratio of perplexities; cluster, the kind
+        of cluster (document or sequence), and clusters, their number.
       gain_kept: split -> log(base / augmented) / log(base / knn_lm), the share of kNN-LM's gain that the memory
-        keeps; None where kNN-LM gains nothing.
+        keeps; None if kNN-LM gains nothing.
       controls: name -> perplexity by split, ratio_over_base, interval_over_base, interval_of_augmented_over_it,
-        share_of_memory_gain (on test, None where the memory gains nothing); of a language model also with_memory:
+        share_of_memory_gain (on test, None if the memory gains nothing); for a language model also with_memory:
         perplexity by split of its mixture with the memory, interpolation_weight, and interval_over_it, of the ratio to
         the language model alone.
-      curves: weights, and split -> memory and knn_lm -> perplexity at each weight, None where infinite.
+      curves: weights, and split -> memory and knn_lm -> perplexity at each weight, None if infinite.
     """
     weights = {
         "memory": interpolation.tune_weight(validation.base, validation.memory)[0],
@@ -110,7 +110,7 @@ def compare(validation: Scores, test: Scores, *, confidence: float) -> dict:
 
 
 def _with_memory(name: str, validation: Scores, test: Scores, common: dict) -> dict:
-    """Whether the memory adds to another language model than the base that it was trained beside."""
+    """Whether the memory helps a language model other than the base it was trained with."""
     weight, of_validation = interpolation.tune_weight(validation.other_models[name], validation.memory)
     alone_SxT = test.other_models[name]
     mixed_SxT = interpolation.mixture_log_probabilities(alone_SxT, test.memory, weight)
@@ -122,7 +122,7 @@ def _with_memory(name: str, validation: Scores, test: Scores, common: dict) -> d
 
 
 def mixtures(scores: Scores, weights: dict[str, float]) -> dict[str, np.ndarray]:
-    """Log-probabilities of every system that is compared, [S, T] by name, mixed at the weights of `compare`."""
+    """Log-probabilities of every compared system, [S, T] by name, mixed at the weights from `compare`."""
     others = {"knn_lm": scores.knn, "augmented": scores.memory, **scores.other_memories}
     mixed = {
         name: interpolation.mixture_log_probabilities(
@@ -134,7 +134,7 @@ def mixtures(scores: Scores, weights: dict[str, float]) -> dict[str, np.ndarray]
 
 
 def _share_of_gain(perplexity: dict[str, float], system: str, of: str) -> float | None:
-    """log(base / system) / log(base / of); None where the denominator is no gain."""
+    """log(base / system) / log(base / of); None if `of` has no gain."""
     gain = math.log(perplexity["base"] / perplexity[of])
     return math.log(perplexity["base"] / perplexity[system]) / gain if gain > 0 else None
 

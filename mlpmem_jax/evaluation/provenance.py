@@ -1,4 +1,4 @@
-"""Where a report's metrics come from: what the stages cost, how training went, sizes, versions, fingerprints."""
+"""Where a report's metrics come from: costs of the stages, training curves, sizes, versions, fingerprints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlpmem_jax.core import json_lines, storage
 from mlpmem_jax.core.artifacts import Artifact, library_versions
 
 CURVE_RECORDS = 400
-"""Records of a training curve that a report keeps; more than a picture can show."""
+"""Maximum records of a training curve in a report; more than a plot can show."""
 
 _LIBRARIES = (
     "jax",
@@ -29,7 +29,7 @@ _TRAINED = ("base", "memory")
 
 
 def training_curves(workdir) -> dict[str, list[dict]]:
-    """Records of the base's and the memory's training, thinned evenly; validations are all kept."""
+    """Records of the base's and the memory's training, thinned evenly, with all validations kept."""
     curves = {name: json_lines.read(epath.Path(workdir) / name / "metrics.jsonl") for name in _TRAINED}
     return {name: _thinned(curve) for name, curve in curves.items()}
 
@@ -44,14 +44,14 @@ def _thinned(curve: list[dict]) -> list[dict]:
 
 
 def artifact_bytes(artifact: Artifact) -> int:
-    """Bytes on disk; of a trained model those of its parameters, without checkpoints and logs."""
+    """Bytes on disk; for a trained model, of its parameters only, without checkpoints and logs."""
     if artifact.kind not in _TRAINED:
         return artifact.bytes_on_disk
     return storage.folder_bytes(epath.Path(artifact.path) / "parameters")
 
 
 def environment(artifacts: dict[str, Artifact]) -> dict:
-    """Versions, devices, and the fingerprint of every artifact that the metrics rest on."""
+    """Versions, devices, and the fingerprint of every artifact that the metrics depend on."""
     devices = jax.devices()
     return {
         "libraries": library_versions(("mlpmem_jax", *_LIBRARIES)),

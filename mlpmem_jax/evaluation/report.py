@@ -1,4 +1,4 @@
-"""The report of an evaluation: metrics.json, and a page and a picture made of it."""
+"""Writes the report of an evaluation: metrics.json, and a page and plots made from it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mlpmem_jax.evaluation.page import page
 
 
 def write(folder, metrics: dict) -> epath.Path:
-    """Writes metrics.json, index.html and two pictures, each whole or not at all; the first process alone does.
+    """Writes metrics.json, index.html and two plots, each atomically, on the first process only.
 
     Args:
-      folder: created where it does not exist.
-      metrics: what `evaluate.run` gathers; JSON values.
+      folder: created if missing.
+      metrics: the metrics that `evaluate.run` gathers; JSON values.
 
     Returns:
       The folder.

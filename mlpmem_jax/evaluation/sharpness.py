@@ -1,7 +1,7 @@
 """How sharp next-token distributions are: the paper's table "Shape of the distributions".
 
-Counted per position and averaged: tokens with a probability above each threshold, and the fewest tokens that
-together hold a share of the mass.
+Two counts per position, averaged: tokens with a probability above each threshold, and the fewest tokens that
+together hold a given share of the mass.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def tokens_above(probabilities_NxM: np.ndarray) -> np.ndarray:
     """Number of tokens whose probability is strictly above each of THRESHOLDS, int64 [N, 7].
 
     Args:
-      probabilities_NxM: one distribution per row; M is the vocabulary, or the most entries of a sparse
-        distribution, shorter rows filled up with zeros.
+      probabilities_NxM: one distribution per row; M is the vocabulary, or for sparse distributions the most
+        entries of a row, with shorter rows padded by zeros.
     """
     probabilities_NxM = np.asarray(probabilities_NxM)
     return np.stack([(probabilities_NxM > threshold).sum(axis=1) for threshold in THRESHOLDS], axis=1)
@@ -55,22 +55,22 @@ def tokens_for_mass(probabilities_NxM: np.ndarray) -> np.ndarray:
     """Fewest tokens that hold each of MASSES of a row's total, int64 [N, 4]; rows as in `tokens_above`.
 
     Shares are of the row's own total: a distribution stored in float16 does not sum to one exactly. A row of
-    nothing but zeros needs no token.
+    zeros needs no tokens.
     """
     descending_NxM = -np.sort(-np.asarray(probabilities_NxM), axis=1)
     cumulated_NxM = np.cumsum(descending_NxM, axis=1, dtype=np.float64)
     totals_Nx1 = cumulated_NxM[:, -1:]
     shares_NxM = cumulated_NxM / np.where(totals_Nx1 > 0, totals_Nx1, 1.0)
-    # The last share is one up to rounding: no mass may need more tokens than the row has.
+    # The last share is 1 up to rounding, so the count is limited to the tokens that the row has.
     counts_NxC = np.stack([(shares_NxM < mass - 1e-12).sum(axis=1) + 1 for mass in MASSES], axis=1)
     return np.where(totals_Nx1 > 0, np.minimum(counts_NxC, descending_NxM.shape[1]), 0)
 
 
 def rows_of_ragged(values_M: np.ndarray, offsets_N1: np.ndarray) -> np.ndarray:
-    """Lays ragged entries out as zero-padded rows.
+    """Converts ragged entries to zero-padded rows.
 
     Args:
-      values_M: entries of N positions, one position after the other.
+      values_M: entries of N positions, concatenated.
       offsets_N1: int [N + 1], start of each position's entries in values_M, relative to its first.
 
     Returns:

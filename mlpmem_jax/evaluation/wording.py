@@ -1,4 +1,4 @@
-"""How the report says things: the verdict in words, and numbers as text."""
+"""The report's text: the verdict in words, and number formats."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from mlpmem_jax.evaluation.figures import LABELS
 from mlpmem_jax.evaluation.intervals import FEW_CLUSTERS
 
 ABSENT = "n/a"
-_REPLACED = 0.9  # a lambda above which hardly anything of the base is left
+_REPLACED = 0.9  # above this lambda the base hardly contributes
 
 _CONTROLS = {
-    "continued": "the base trained on with the memory's training compute",
+    "continued": "the base trained further with the memory's training compute",
     "ce_only": "the same memory trained without kNN targets",
 }
 
 
-_MUCH_OVERLAP = 0.1  # share of words in runs of 13 that training text has too; unrelated texts have less
+_MUCH_OVERLAP = 0.1  # share of words in 13-word runs shared with training text; unrelated texts share less
 
 
 def verdict(metrics: dict) -> list[str]:
-    """What the test split shows, sentence by sentence; a gain is claimed only where the interval excludes 1."""
+    """What the test split shows, as sentences; a gain is claimed only if the interval excludes 1."""
     of, weight = metrics["perplexity"]["test"], metrics["interpolation_weight"]["memory"]
     low, high = metrics["interval"]["test"]["augmented_over_base"]
     size = {name: magnitude(count) for name, count in metrics["counts"]["parameters"].items()}
-    subject = f"memory of {size['memory']} parameters beside a base LM of {size['base']}"
+    subject = f"memory of {size['memory']} parameters with a base LM of {size['base']}"
     measured = (
         f"from {number(of['base'])} to {number(of['augmented'])} at λ {weight:.2f} (ratio "
         f"{of['augmented'] / of['base']:.3f}, {level(metrics)} interval {interval([low, high])})"
     )
     if low <= 1.0 <= high:
-        sentences = [f"No gain can be claimed: with a {subject}, test perplexity goes {measured}; that includes 1."]
+        sentences = [f"No gain can be claimed: for a {subject}, test perplexity changes {measured}, which includes 1."]
     elif low > 1.0:
-        sentences = [f"The memory makes the base worse: with a {subject}, test perplexity rises {measured}."]
+        sentences = [f"The memory makes the base worse: for a {subject}, test perplexity rises {measured}."]
     else:
-        sentences = [f"A {subject} lowers its test perplexity {measured}."]
+        sentences = [f"A {subject} lowers test perplexity {measured}."]
     alone = number(of["memory"])
     if weight > _REPLACED:
         sentences.append(
-            f"At so high a λ the memory has replaced the base rather than helped it: alone it reaches {alone}."
+            f"At such a high λ the memory replaces the base rather than helping it: alone it reaches {alone}."
         )
     else:
         sentences.append(f"The memory alone reaches {alone}.")
@@ -44,23 +44,24 @@ def verdict(metrics: dict) -> list[str]:
         sentences += _compared(metrics)
     if (clusters := metrics["interval"]["clusters"]) < FEW_CLUSTERS:
         kind = metrics["interval"]["cluster"]
-        sentences.append(f"The test split has only {clusters} {kind}s: too few for intervals to say much.")
+        sentences.append(f"The test split has only {clusters} {kind}s, too few for informative intervals.")
     if (repeated := metrics["overlap"].get("test", {}).get("13", 0.0)) > _MUCH_OVERLAP:
         sentences.append(
-            f"{percent(repeated)} of the test split's words lie in runs of 13 words that the training text has too: "
+            f"{percent(repeated)} of the test split's words are in 13-word runs that also occur in the training text: "
             "part of the gain is copying."
         )
     return sentences
 
 
 def _compared(metrics: dict) -> list[str]:
-    """The gain beside that of kNN search and of the controls."""
+    """Compares the gain with those of kNN search and of the controls."""
     of, sentences = metrics["perplexity"]["test"], []
     if (kept := metrics["gain_kept"]["test"]) is not None and metrics["interval"]["test"]["knn_lm_over_base"][1] < 1.0:
         sentences.append(
-            f"Searching the datastore (kNN-LM) reaches {number(of['knn_lm'])}: {percent(kept)} of that gain is kept."
+            f"Searching the datastore (kNN-LM) reaches {number(of['knn_lm'])}; "
+            f"the memory keeps {percent(kept)} of that gain."
         )
-    for is_better, words in ((True, "It does better than"), (False, "It is not shown to do better than")):
+    for is_better, words in ((True, "It is better than"), (False, "It is not shown to be better than")):
         named = [
             f"{_CONTROLS.get(name, name)} ({number(control['perplexity']['test'])})"
             for name, control in metrics["controls"].items()
@@ -75,7 +76,7 @@ def _compared(metrics: dict) -> list[str]:
 
 
 def _with_memory(name: str, control: dict) -> str:
-    """Whether the memory adds to a control that is a language model."""
+    """Whether the memory helps a control that is a language model."""
     mixed = control["with_memory"]
     alone, together = control["perplexity"]["test"], mixed["perplexity"]["test"]
     low, high = mixed["interval_over_it"]
@@ -93,33 +94,33 @@ def is_beaten(control: dict) -> bool:
 
 
 def label(name: str) -> str:
-    """What a system is called, on one line."""
+    """The display name of a system, on one line."""
     return LABELS.get(name, name).replace("\n", " ")
 
 
 def level(metrics: dict) -> str:
-    """The confidence of the intervals, as a percentage."""
+    """The confidence level of the intervals, as a percentage."""
     return f"{100 * metrics['confidence']:g} %"
 
 
 def interval(bounds: list[float]) -> str:
-    """[low, high] of a ratio."""
+    """Formats the interval of a ratio."""
     low, high = bounds
     return f"{low:.3f} to {high:.3f}"
 
 
 def percent(share: float) -> str:
-    """A share in whole percent."""
+    """Formats a share in whole percent."""
     return f"{100 * share:.0f} %"
 
 
 def number(value: float) -> str:
-    """A perplexity."""
+    """Formats a perplexity."""
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def magnitude(value: int) -> str:
-    """A large count in millions or billions."""
+    """Formats a large count in millions or billions."""
     for unit, name in ((10**9, "billion"), (10**6, "million")):
         if value >= unit:
             return f"{value / unit:.3g} {name}"
@@ -127,7 +128,7 @@ def magnitude(value: int) -> str:
 
 
 def quantity(value: float) -> str:
-    """A count or a measured figure: whole from 100 on, one decimal from 10 on, else three digits."""
+    """Formats a count or measurement: no decimals from 100 on, one from 10 on, else three digits."""
     return (
         f"{value:,.0f}" if value >= 100 or isinstance(value, int) else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
     )

@@ -1,10 +1,10 @@
-"""A language model with a KV cache, and its memory: one pass over the prompts, then one token at a time.
+"""A language model with a KV cache, and its memory: one prefill pass over the prompts, then one token at a time.
 
-The memory reads the hidden state of the position whose next token is wanted and nothing else, so a prompt costs it one
-position, and a step that does not ask for it costs it nothing.
+The memory reads only the hidden state of the position whose next token is wanted, so it runs on one position per
+prompt, and not at all in steps that do not need it.
 
-Dimensions: B sequences, T positions of the prompts, S of the cache, D width, H heads of queries, G heads of keys and
-values, K width of a head, V vocabulary.
+Dimensions: B sequences, T prompt positions, S cache positions, D width, H query heads, G key/value heads, K head width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlpmem_jax.models.memory import MemoryConfig
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Dimensions of a base LM and of its memory, if any, which reads the input of block `input_block`."""
+    """Dimensions of a base LM and, optionally, of its memory, which reads the input of block `input_block`."""
 
     base: language_model.Config
     memory: MemoryConfig | None = None
@@ -31,7 +31,7 @@ class DecoderConfig:
 
 
 class Parameters(NamedTuple):
-    """Parameters of both, and the interpolation weight lambda. Without a memory the last two are None."""
+    """Parameters of base and memory, and the interpolation weight lambda. Without a memory the last two are None."""
 
     base: dict
     memory: dict | None = None
@@ -39,16 +39,16 @@ class Parameters(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of all positions so far, for each block [B, G, S, K]; S is the room there is."""
+    """Keys and values of all positions so far, [B, G, S, K] per block; S is the capacity."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
-    length: jax.Array  # positions filled, padding included
-    padding_B: jax.Array  # positions in front of each prompt that are no part of it
+    length: jax.Array  # filled positions, including padding
+    padding_B: jax.Array  # padding positions in front of each prompt
 
 
 class Reading(NamedTuple):
-    """What the base LM says after the last position: log p_LM, float32 [B, V], and the memory's input [B, D]."""
+    """The base LM's output at the last position: log p_LM, float32 [B, V], and the memory's input [B, D]."""
 
     base_log_BxV: jax.Array
     memory_input_BxD: jax.Array | None
@@ -56,7 +56,7 @@ class Reading(NamedTuple):
 
 @jax.jit
 def prepare(parameters: Parameters) -> Parameters:
-    """Parameters as `prefill` and `step` take them: each block's arrays on their own, read where they lie."""
+    """Prepares parameters for `prefill` and `step`: unstacks each block's arrays, so that steps read them in place."""
     base, memory, weight = parameters
     return Parameters(modules.unstack(base), memory and modules.unstack(memory), weight)
 
@@ -67,16 +67,16 @@ def prefill(
     """Reads the prompts.
 
     Args:
-      models: dimensions (static).
+      models: the models' dimensions (static).
       parameters: from `prepare`.
-      tokens_BxT: int32; prompts end at the last position, `padding_B` positions in front of them are ignored.
-      room: positions the cache has room for, T and what will be added (static).
+      tokens_BxT: int32; prompts end at the last position, and the `padding_B` positions in front of them are ignored.
+      room: capacity of the cache in positions: T plus the tokens to be added (static).
     """
     length = tokens_BxT.shape[1]
     positions_T = jnp.arange(length)
     seen_TxT = transformer.causal_mask(length, language_model.window(models.base)) == 0
     seen_BxTxT = seen_TxT & (positions_T >= padding_B[:, None, None])
-    # Padding sees itself: a softmax over nothing is no number, and would spread through the values.
+    # Padding attends to itself: a softmax over nothing is NaN, which would spread through the values.
     mask_Bx1xTxT = jnp.where(seen_BxTxT | jnp.eye(length, dtype=bool), 0.0, -jnp.inf)[:, None]
     positions_BxT = jnp.maximum(positions_T - padding_B[:, None], 0)
     rotate = language_model.rotation(models.base, positions_BxT)
@@ -115,8 +115,8 @@ def step(models: DecoderConfig, parameters: Parameters, cache: Cache, tokens_B: 
     reading = _read(
         models, parameters.base, tokens_B[:, None], positions_Bx1, lambda block: functools.partial(attend, block)
     )
-    # No log-probability exceeds 1, so this is the length. As a result of the whole step it tells the compiler that the
-    # cache is written after it was read, in place; otherwise it makes copies.
+    # No log-probability exceeds 1, so this equals the length. Making it depend on the step's result lets the compiler
+    # update the cache in place after reading it; otherwise it copies.
     end = cache.length + (reading.base_log_BxV[0, 0] > 1)
     extend = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=end, axis=2)
     longer = (tuple(map(extend, arrays, new)) for arrays, new in ((cache.keys, keys), (cache.values, values)))
@@ -124,7 +124,7 @@ def step(models: DecoderConfig, parameters: Parameters, cache: Cache, tokens_B: 
 
 
 def memory_log_probabilities(models: DecoderConfig, parameters: Parameters, reading: Reading) -> jax.Array:
-    """log p_MLP, float32 [B, V]; minus infinity for tokens of the base that the memory does not know."""
+    """log p_MLP, float32 [B, V]; minus infinity for tokens that are not in the memory's vocabulary."""
     return memory.log_probabilities(parameters.memory, models.memory, reading.memory_input_BxD, models.base.vocab_size)
 
 
@@ -134,9 +134,9 @@ def mix(base_log_BxV: jax.Array, memory_log_BxV: jax.Array, weight: float | jax.
 
 
 def can_change_the_likeliest(base_log_BxV: jax.Array, weight: float | jax.Array) -> jax.Array:
-    """Whether some p_MLP makes another token than the base's the likeliest of the mixture, bool [B].
+    """Whether any p_MLP could change the argmax of the mixture from the base's argmax, bool [B].
 
-    At most p_MLP gives all of its lambda to the base's second token.
+    In the extreme case, p_MLP gives all of its lambda to the base's second most probable token.
     """
     likeliest_Bx1 = jnp.argmax(base_log_BxV, axis=-1, keepdims=True)
     is_other_BxV = jnp.arange(base_log_BxV.shape[-1]) != likeliest_Bx1
@@ -147,7 +147,7 @@ def can_change_the_likeliest(base_log_BxV: jax.Array, weight: float | jax.Array)
 def _read(
     models: DecoderConfig, base: dict, tokens_BxT: jax.Array, positions_BxT: jax.Array, attention_of: Callable
 ) -> Reading:
-    """The base LM over new positions; `attention_of(block)` is a block's attention."""
+    """Runs the base LM over new positions; `attention_of(block)` returns a block's attention."""
     x_BxTxD = language_model.embed(base, models.base, tokens_BxT, positions_BxT)
     memory_input_BxD = None
     build = functools.partial(language_model.build_block, models.base)

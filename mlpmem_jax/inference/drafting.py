@@ -1,12 +1,12 @@
-"""Greedy generation with a memory that runs once for several tokens: the base drafts, the memory checks.
+"""Speculative greedy generation: the base drafts several tokens, and one pass of the memory verifies them.
 
-A step reads the weights of both models once, and little else takes time. So the base continues alone, by its own
-likeliest tokens, and keeps what the memory needs of each position. One pass of the memory over these positions then
-tells up to where the mixture agrees; the first token that it does not agree with is replaced, and what the base drafted
-after it is forgotten. The tokens are those of a memory that runs in every step.
+The time of a step is mostly spent reading weights. So the base continues alone with its own argmax tokens and stores
+the memory's input at each position. One pass of the memory over these positions then shows how far the mixture agrees;
+the first token that differs is replaced, and later drafts are dropped. The result is the same as if the memory ran in
+every step.
 
-Where no p_MLP can change the likeliest token, the draft needs no check. Where drafts are wrong, steps of the base are
-wasted: as many are drafted as were right the last time, and one more.
+Where no p_MLP can change the argmax, a draft needs no verification. Wrong drafts waste steps of the base, so each time
+one more token is drafted than was right the last time.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ MOST_DRAFTS = 8
 
 
 def most_drafts() -> int:
-    """Drafts that are worth waiting for, on the devices that are here.
+    """The number of drafts per verification that pays off on the present devices.
 
-    XLA's products of a few rows with a matrix take a CPU about as long as row after row: there the memory runs at once.
+    On CPUs, XLA multiplies a matrix by a few rows no faster than row by row, so there the memory runs in every step.
     """
     return 1 if jax.default_backend() == "cpu" else MOST_DRAFTS
 
 
 class Drafted(NamedTuple):
-    """New tokens, int32 [B, N], and how often each model ran for all but the first."""
+    """New tokens, int32 [B, N], and how often each model ran for all tokens after the first."""
 
     tokens_BxN: jax.Array
     base_steps: jax.Array
@@ -48,13 +48,13 @@ class Drafted(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Of the loop; W drafts at most wait for their check.
+    """The state of the loop; at most W drafts wait for verification.
 
     Attributes:
-      tokens_BxN: new tokens; `known` of them, then `waiting` drafts.
-      window: drafts that need a check and may wait for it.
-      base_log_WxBxV, memory_input_WxBxD: what the base said where the drafts stand.
-      is_open_WxB: whether the memory can change a draft.
+      tokens_BxN: new tokens: `known` final ones, then `waiting` drafts.
+      window: how many drafts may wait before they are verified.
+      base_log_WxBxV, memory_input_WxBxD: the base's outputs at the drafts' positions.
+      is_open_WxB: whether the memory could change a draft.
     """
 
     tokens_BxN: jax.Array
@@ -82,11 +82,11 @@ def greedy_tokens(
 ) -> Drafted:
     """`count` tokens of each sequence, the first of which are `tokens_B`; see `generate.following_tokens`.
 
-    Sequences of a batch keep step: of all drafts those count that are right in every sequence.
+    Sequences of a batch advance together: only drafts that are right in every sequence are accepted.
 
     Args:
-      models: dimensions, with a memory.
-      most: drafts that may wait for one pass of the memory; 1 = it runs in every step that it can change.
+      models: dimensions, including a memory.
+      most: maximum drafts per pass of the memory; 1 = the memory runs in every step whose token it could change.
     """
     batch, vocabulary = tokens_B.shape[0], models.base.vocab_size
     first = jnp.full((batch, count + most), end_token, jnp.int32).at[:, 0].set(tokens_B)
@@ -110,13 +110,13 @@ def greedy_tokens(
     final = jax.lax.while_loop(
         unfinished, functools.partial(_advance, models, parameters, end_token, count, most), state
     )
-    # What follows the last known token is end_token already, or a draft behind the end of every sequence.
+    # Everything after the last known token is already end_token, or a draft past the end of every sequence.
     tokens_BxN = jnp.where(jnp.arange(count + most) < final.known, final.tokens_BxN, end_token)[:, :count]
     return Drafted(tokens_BxN, final.base_steps, final.memory_passes)
 
 
 def _advance(models: DecoderConfig, parameters: Parameters, end_token, count: int, most: int, state: _State) -> _State:
-    """One step of the base, and the check of what waits where it is due."""
+    """One step of the base, plus verification of waiting drafts if it is due."""
     place, slot = state.known + state.waiting, state.waiting
     last_B = state.tokens_BxN[:, place - 1]
     reading, cache = step(models, parameters, state.cache, last_B)
@@ -142,7 +142,7 @@ def _advance(models: DecoderConfig, parameters: Parameters, end_token, count: in
     )
 
     def settle():
-        """No draft can be changed, or none is due to be checked."""
+        """Accepts drafts that cannot be changed, or leaves them waiting."""
         right = jnp.where(is_open_W.any(), 0, state.waiting)
         return state.tokens_BxN, state.known + right, state.waiting - right, state.window, jnp.int32(0)
 
@@ -160,7 +160,7 @@ def _advance(models: DecoderConfig, parameters: Parameters, end_token, count: in
         return tokens_BxN, known, jnp.int32(0), window.astype(jnp.int32), jnp.int32(1)
 
     tokens_BxN, known, waiting, window, passes = jax.lax.cond(is_due & is_open_W.any(), check, settle)
-    # The cache holds every token but the last: what was drafted in vain is written over.
+    # The cache has every token but the last: rejected drafts will be overwritten.
     forgotten = (state.known + state.waiting) - (known + waiting)
     return state._replace(
         tokens_BxN=tokens_BxN,
@@ -173,7 +173,7 @@ def _advance(models: DecoderConfig, parameters: Parameters, end_token, count: in
 
 
 def _likeliest(models: DecoderConfig, parameters: Parameters, state: _State, most: int) -> jax.Array:
-    """The likeliest token of the mixture wherever a draft may wait, int32 [W, B]."""
+    """The argmax of the mixture at every waiting position, int32 [W, B]."""
     base_log_RxV = state.base_log_WxBxV.reshape(-1, models.base.vocab_size)
     reading = Reading(base_log_RxV, state.memory_input_WxBxD.reshape(-1, models.memory.input_width))
     mixed_RxV = mix(base_log_RxV, memory_log_probabilities(models, parameters, reading), parameters.weight)

@@ -1,4 +1,4 @@
-"""Continuing prompts with a language model, alone or with its memory beside it.
+"""Continues prompts with a language model, alone or with its memory.
 
 New tokens follow p = lambda p_MLP + (1 - lambda) p_LM, but the memory runs only in steps whose token depends on it.
 """
@@ -27,7 +27,7 @@ from mlpmem_jax.inference.decoding import (
 )
 from mlpmem_jax.inference.sampling import GREEDY, Sampling, sample
 
-_PROMPT_MULTIPLE = 32  # prompts are padded to whole multiples, so that few lengths are compiled
+_PROMPT_MULTIPLE = 32  # prompts are padded to multiples of this, so that few lengths are compiled
 
 
 def generate(
@@ -40,22 +40,22 @@ def generate(
     seed: int = 0,
     end_token: int = -1,
 ) -> list[np.ndarray]:
-    """New tokens of each prompt, int32, at most `count`, up to and without the first `end_token`.
+    """New tokens of each prompt, int32, at most `count`, up to but not including the first `end_token`.
 
     Args:
-      models: dimensions.
+      models: the models' dimensions.
       parameters: from `decoding.prepare`.
       prompts: token ids, at least one each.
       sampling: greedy by default.
-      seed: of the draws.
+      seed: random seed for sampling.
       end_token: id of the end of text; -1 = none.
 
     Raises:
-      UserError: an empty prompt, no tokens asked for, or more than the base's context length holds.
+      UserError: a prompt is empty, `count` is 0, or the text would exceed the base's context length.
     """
     lengths_B = np.array([len(prompt) for prompt in prompts])
     if not len(prompts) or lengths_B.min() < 1 or count < 1:
-        raise UserError("generation needs at least one prompt, a token in each prompt, and a token to add")
+        raise UserError("generation needs at least one prompt, one token in each, and one token to add")
     if lengths_B.max() + count > models.base.context_length:
         raise UserError(
             f"a prompt of {lengths_B.max()} tokens and {count} new ones exceed the context of "
@@ -76,7 +76,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames=("models", "room", "sampling"))
 def first_tokens(models, parameters, tokens_BxT, padding_B, key, *, room, sampling) -> tuple[jax.Array, Cache]:
-    """The first new token of each prompt, int32 [B], and the cache; arguments as of `decoding.prefill`."""
+    """The first new token of each prompt, int32 [B], and the cache; arguments as in `decoding.prefill`."""
     reading, cache = prefill(models, parameters, tokens_BxT, padding_B, room)
     return draw(models, parameters, reading, jax.random.fold_in(key, 0), sampling), cache
 
@@ -111,8 +111,8 @@ def draw(
 ) -> jax.Array:
     """The next token of each sequence, int32 [B].
 
-    The memory runs only if a token depends on it. Greedily that is where it can change which token is likeliest. A
-    plain draw from a mixture is a draw of one of its two distributions, then of a token from that one.
+    The memory runs only if a token depends on it. For greedy decoding, that is where it could change the argmax.
+    Sampling from a mixture draws one of its two distributions first, then a token from that one.
     """
     base_log_BxV, weight = reading.base_log_BxV, parameters.weight
     if models.memory is None:

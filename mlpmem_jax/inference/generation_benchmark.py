@@ -1,4 +1,4 @@
-"""What a memory costs beside its language model: time to the first token and per next token, at random weights.
+"""What a memory costs on top of its language model: time to the first token and per next token, with random weights.
 
 GPT-2 small (124M parameters) and the paper's memory for it (18 blocks of width 768, 124M), float32, batch 1. Nearly
 flat random distributions are the worst case of greedy generation: every step needs the memory.
@@ -27,7 +27,7 @@ from mlpmem_jax.models import flops, gpt2, memory
 BASE = gpt2.GPT2Config(vocab_size=50257, context_length=1024, width=768, blocks=12, heads=12)
 MEMORY = memory.MemoryConfig("gpt2", 50257, 50304, input_width=768, width=768, blocks=18, feed_forward_width=3072)
 WEIGHT = 0.25  # the paper's interpolation weight on WikiText-103
-HIGH_WEIGHT = 0.99  # of a memory that is larger than its base: draws ask for it nearly always
+HIGH_WEIGHT = 0.99  # as with a memory larger than its base: sampling nearly always needs the memory
 PROMPT = 512
 COUNT = 64
 ROUNDS = 5
@@ -41,7 +41,7 @@ def rows(
     prompt: int = PROMPT,
     count: int = COUNT,
 ) -> list[dict]:
-    """Measures; each row has name, value, unit and detail. Sizes do not depend on the config. 3 GB of memory."""
+    """Rows of (name, value, unit, detail). Sizes do not depend on the config. Needs 3 GB of memory."""
     del config
     initialize = jax.jit(
         lambda key: prepare(
@@ -61,38 +61,38 @@ def rows(
     first, following = {}, {}
     for name, (models, parameters, sampling) in cases.items():
         first[name], following[name] = _programs(models, parameters, sampling, prompt, count)
-    for name in [name for name in cases if "drawn" in name]:  # their prefill is that of greedy
+    for name in [name for name in cases if "drawn" in name]:  # they share the prefill of greedy decoding
         del first[name]
     try:
         first[_THEIRS], following[_THEIRS] = _their_programs(base, prompt, count)
     except UserError as error:
-        say(f"generate: without transformers: {error}")
+        say(f"generate: rows of transformers are left out: {error}")
     weights = {"base": flops.language_model_parameters(base), "memory": flops.memory_parameters(memory_model)}
     result = [
         row("weights of the memory over those of the base", weights["memory"] / weights["base"], "ratio",
-             "1 + this bounds a greedy step that waits for its weights"),
+             "1 + this bounds the ratio of a greedy step that is limited by reading weights"),
         row("weights read by one matrix-vector product", _read_rate(both) / 1e9, "GB/s",
              f"[{memory_model.width}] x [{memory_model.width}, {memory_model.padded_vocab_size}]"),
     ]  # fmt: skip
     first_seconds, next_seconds = _interleaved(first), _interleaved(following)
     if _THEIRS in following:
-        next_seconds[_THEIRS] = next_seconds[_THEIRS] - np.median(first_seconds[_THEIRS])  # their call has both
+        next_seconds[_THEIRS] = next_seconds[_THEIRS] - np.median(first_seconds[_THEIRS])  # their call includes both
     next_seconds = {name: seconds / (count - 1) for name, seconds in next_seconds.items()}
     traffic = 4 * weights["base"] / np.median(next_seconds["base alone"])
-    result.append(row("weights read by a step, base alone", traffic / 1e9, "GB/s", "bytes of weights over time"))
+    result.append(row("weights read by a step, base alone", traffic / 1e9, "GB/s", "bytes of weights divided by time"))
     result += _time_rows("first token", first_seconds, f"prompt of {prompt} tokens, batch 1, float32")
     result += _time_rows("next token", next_seconds, f"mean of {count - 1} after {prompt}, batch 1, float32")
     return result
 
 
 def _time_rows(title: str, seconds: dict[str, np.ndarray], detail: str) -> list[dict]:
-    """Times, and ratios to the base alone: medians over the rounds."""
+    """Rows of times and of ratios to the base alone: medians over the rounds."""
     result = [row(f"{title}, {name}", 1e3 * np.median(values), "ms", detail) for name, values in seconds.items()]
     alone = seconds["base alone"]
     for name, values in seconds.items():
         if values is not alone:
             weight = HIGH_WEIGHT if str(HIGH_WEIGHT) in name else WEIGHT
-            over = f"lambda {weight}, batch 1; over {1e3 * np.median(alone):.1f} ms of the base alone"
+            over = f"lambda {weight}, batch 1; the base alone takes {1e3 * np.median(alone):.1f} ms"
             result.append(row(f"{title}, {name} / base alone", np.median(values / alone), "ratio", over))
     return result
 
@@ -100,7 +100,7 @@ def _time_rows(title: str, seconds: dict[str, np.ndarray], detail: str) -> list[
 def _programs(
     models: DecoderConfig, parameters: Parameters, sampling: Sampling, prompt: int, count: int
 ) -> tuple[Callable, Callable]:
-    """Calls that make the first token and the following ones, compiled."""
+    """Compiled calls that generate the first token and the following ones."""
     tokens_1xT = np.random.default_rng(0).integers(0, models.base.vocab_size, (1, prompt), dtype=np.int32)
     key, padding = jax.random.key(0), jnp.zeros(1, jnp.int32)
     first = functools.partial(
@@ -115,14 +115,14 @@ def _programs(
 
 
 def _their_programs(base: gpt2.GPT2Config, prompt: int, count: int) -> tuple[Callable, Callable]:
-    """Calls of transformers that make the first token, and the first and all following ones, on this machine's CPU.
+    """Calls of transformers that generate the first token, and all tokens, on this machine's CPU.
 
     Raises:
       UserError: PyTorch or transformers is not installed, or JAX runs on another device.
     """
     torch, transformers = (require(name, extra="torch") for name in ("torch", "transformers"))
     if jax.default_backend() != "cpu":
-        raise UserError(f"this row is for CPUs, JAX runs on {jax.default_backend()}")
+        raise UserError(f"this row needs a CPU, but JAX runs on {jax.default_backend()}")
     torch.set_num_threads(host.cpu_count())
     sizes = {"n_positions": base.context_length, "n_embd": base.width, "n_layer": base.blocks, "n_head": base.heads}
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
@@ -133,12 +133,12 @@ def _their_programs(base: gpt2.GPT2Config, prompt: int, count: int) -> tuple[Cal
     )
     first, following = (functools.partial(added, max_new_tokens=number) for number in (1, count))
     if following().shape[1] != prompt + count:
-        raise UserError("transformers' generate did not add as many tokens as it was asked for")
+        raise UserError("transformers' generate did not add the requested number of tokens")
     return first, following
 
 
 def _interleaved(calls: dict[str, Callable]) -> dict[str, np.ndarray]:
-    """Seconds of each call in every round; rounds take the calls in turn, so that other load meets them all."""
+    """Seconds of each call in every round; each round runs all calls, so that other load affects them equally."""
     seconds = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
@@ -149,7 +149,7 @@ def _interleaved(calls: dict[str, Callable]) -> dict[str, np.ndarray]:
 
 
 def _read_rate(parameters: Parameters) -> float:
-    """Bytes a second of the largest matrix-vector product of a step."""
+    """Bytes per second of the largest matrix-vector product of a step."""
     kernel_DxV = memory.output_kernel(parameters.memory)
     product = jax.jit(lambda x_1xD, kernel_DxV: x_1xD @ kernel_DxV)
     call = functools.partial(product, jnp.ones((1, kernel_DxV.shape[0])), kernel_DxV)

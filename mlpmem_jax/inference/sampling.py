@@ -1,4 +1,4 @@
-"""Drawing the next token from its distribution."""
+"""Sampling the next token from its distribution."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlpmem_jax.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Temperature 0 takes the likeliest one; top_k 0 and top_p 1 leave all tokens in.
+    """How a token is sampled. Temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens.
 
     Raises:
       UserError: a value is out of its range.
@@ -36,7 +36,7 @@ GREEDY = Sampling()
 
 
 def sample(log_probabilities_BxV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token of each row, int32 [B]."""
+    """Samples one token per row, int32 [B]."""
     if sampling.temperature == 0:
         return jnp.argmax(log_probabilities_BxV, axis=-1).astype(jnp.int32)
     kept_BxV = keep(jax.nn.log_softmax(log_probabilities_BxV / sampling.temperature), sampling)
@@ -44,10 +44,10 @@ def sample(log_probabilities_BxV: jax.Array, key: jax.Array, sampling: Sampling)
 
 
 def keep(log_probabilities_BxV: jax.Array, sampling: Sampling) -> jax.Array:
-    """The same with minus infinity at tokens that top_k and, of what that leaves, top_p exclude.
+    """The log-probabilities with minus infinity at tokens that top_k, and then top_p, exclude.
 
-    The k likeliest tokens stay; then the fewest likeliest ones whose probabilities sum to top_p or more. Tokens as
-    likely as the last one that stays, stay too.
+    First the k most probable tokens are kept; of those, the fewest most probable ones whose probabilities sum to at
+    least top_p. Ties with the last kept token are kept too.
     """
     if sampling.top_k:
         count = min(sampling.top_k, log_probabilities_BxV.shape[-1])

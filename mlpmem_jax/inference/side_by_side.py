@@ -1,4 +1,4 @@
-"""`mlpmem generate`: a prompt continued by the base LM alone and with its memory, side by side."""
+"""`mlpmem generate`: continues a prompt with the base LM alone and with its memory, side by side."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def run(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Prints the continuations of texts by the models of `config.workdir`.
+    """Prints continuations of prompts by the models in `config.workdir`.
 
     Args:
-      config: resolved; its workdir holds tokens, base and memory.
+      config: resolved; its workdir has tokens, base and memory.
       texts: the prompts.
-      count: tokens to add to each.
-      temperature, top_k, top_p: as of `Sampling`.
-      seed: of the sampling.
+      count: number of tokens to add to each.
+      temperature, top_k, top_p: as in `Sampling`.
+      seed: random seed for sampling.
 
     Raises:
       UserError: a model is missing, a prompt is too long, an option is out of range.

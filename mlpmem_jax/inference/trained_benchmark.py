@@ -1,4 +1,4 @@
-"""What a next token costs of a workdir's trained models: drafting saves as much as drafts are right."""
+"""Time per next token with a workdir's trained models: the more drafts are right, the more drafting saves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COUNT = 64
 
 
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
-    """Measures; each row has name, value, unit and detail. Of a workdir without a memory there are none."""
+    """Rows of (name, value, unit, detail); none for a workdir without a memory."""
     workdir = epath.Path(config.workdir)
     if not (workdir / "memory").exists():
         say(f"generate: no rows of trained models, {workdir / 'memory'} does not exist")
@@ -72,11 +72,10 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
         plain_passes += int(plain.memory_passes)
         steps, passes = steps + int(drafted.base_steps), passes + int(drafted.memory_passes)
     added = len(prompts_PxT) * (count - 1)
-    shared = f"batch 1, {len(prompts_PxT)} prompts of {length} tokens of the test split, {count - 1} more of each"
+    shared = f"batch 1, {len(prompts_PxT)} prompts of {length} tokens of the test split, {count - 1} new tokens each"
     details = {
         "base alone": shared,
-        "memory in every step": f"lambda {weight:.2f}; that can change the likeliest token: {plain_passes} of {added}; "
-        f"{shared}",
+        "memory in every step": f"lambda {weight:.2f}; steps that it could change: {plain_passes} of {added}; {shared}",
         "with drafts": f"lambda {weight:.2f}; for {added} tokens {steps} steps of the base and {passes} passes of the "
         f"memory; {shared}",
     }

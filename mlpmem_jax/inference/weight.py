@@ -1,4 +1,4 @@
-"""The interpolation weight lambda of a finished memory: one number, wherever it is used."""
+"""The interpolation weight lambda of a finished memory, the same wherever it is used."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mlpmem_jax.core.errors import ArtifactError
 
 
 class Weight(NamedTuple):
-    """Lambda, and where it is kept and what it was tuned on, in words."""
+    """Lambda, and a description of where it is stored and what it was tuned on."""
 
     value: float
     source: str
 
 
 def find_weight(workdir, memory: Artifact) -> Weight:
-    """The lambda of a memory: the report's, tuned on the whole validation split, else the one its training ended with.
+    """The lambda of a memory: from the report (tuned on the whole validation split), else from the end of its training.
 
     Args:
-      workdir: its report, if any, is looked at.
-      memory: finished; a report about another memory does not count.
+      workdir: the workdir, whose report is read if there is one.
+      memory: the finished memory; a report about another memory is ignored.
     """
     if report := read_report(workdir, memory):
         value = report["interpolation_weight"]["memory"]
@@ -34,7 +34,7 @@ def find_weight(workdir, memory: Artifact) -> Weight:
 
 
 def read_report(workdir, memory: Artifact) -> dict | None:
-    """What report/metrics.json says, where it is about this very memory.
+    """The contents of report/metrics.json, if it is about this memory.
 
     Raises:
       ArtifactError: the file is damaged.

@@ -78,6 +78,7 @@ def fit(runs: Runs, *, confidence: float, samples: int, generator: np.random.Gen
 
 class _Points:
     """Objective and solver for one set of runs.
+
     The search parameters are (log E, log A', log B', a, b), where A' and B' are the terms at the runs' mean log N and
     log D: centered this way they hardly depend on the exponents, and every start reaches the same optimum.
     """
@@ -134,6 +135,7 @@ class _Points:
 
     def refit(self, observed_SxR: np.ndarray, counted_SxR: np.ndarray, start_5: np.ndarray) -> np.ndarray:
         """Optima for S sets of losses at once, each near `start_5`; runs where `counted` is 0 are left out.
+
         Takes Levenberg-Marquardt steps with Huber weights, whose quadratic majorizes the loss at the current point.
         """
         search_Sx5, damping_S = np.tile(start_5, (len(observed_SxR), 1)), np.full(len(observed_SxR), 1e-3)

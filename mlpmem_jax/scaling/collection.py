@@ -60,6 +60,7 @@ def write(sweep: Sweep, names: set[str]) -> epath.Path:
 
 def row(sweep: Sweep, point: Point) -> dict[str, str | float]:
     """The row of points.csv for a finished point.
+
     parameters: those of every model used for prediction. tokens: positions trained on, counting repetitions.
     flops: training_flops, plus construction_flops if the sweep counts them. base_flops: earlier training of the base,
     empty if it was imported. Perplexities are on the test split, except for validation_perplexity.

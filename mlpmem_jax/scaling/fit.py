@@ -27,6 +27,7 @@ def run(
     seed: int = 0,
 ) -> dict:
     """Fits the laws of every arm, compares the arms, and writes fit.json, fit.svg and fit.png.
+
     Also writes frontier.svg and frontier.png if training budgets were spent on several sizes.
 
     Args:
@@ -37,8 +38,10 @@ def run(
       confidence: confidence level of the intervals, between 0 and 1.
       samples: bootstrap replicates for the intervals.
             seed: random seed of the replicates; the same points and seed give the same bytes.
+
     Returns:
       The contents of fit.json.
+
     Raises:
       UserError: an argument is invalid or the points cannot be fitted; then nothing is written.
     """

@@ -1,4 +1,5 @@
 """The best model size for a given compute, estimated from the runs in two ways.
+
 The lower envelope keeps the runs that no run with less or equal compute beats. The iso-FLOP method (Hoffmann et al.,
 arXiv 2203.15556, section 3.2) fits, at each training budget, a parabola of log perplexity in log parameters, whose
 minimum is the best size for that budget. Power laws in compute are fitted to either set of optima: for the size, the
@@ -19,6 +20,7 @@ from mlpmem_jax.scaling.power_law import described
 
 def envelope(runs: Runs, *, confidence: float, samples: int, generator: np.random.Generator) -> dict:
     """The lower envelope of one arm and its laws in compute, serializable as JSON; or {"absent": reason}.
+
     The envelope contains only sizes that were run: the true optimum may lie anywhere up to halfway to the next size.
     The replicates spread each optimum over that range, in addition to the scatter of the optima around their law.
     """

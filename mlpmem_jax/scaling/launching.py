@@ -1,4 +1,5 @@
 """Writes the tasks of a sweep as jobs for `launch/`: one config and one command per task, one script per level.
+
 Tasks depend only on tasks of earlier levels, so all jobs of a script may run at once. Finished tasks are left out; if
 jobs fail, run the command again to write scripts for what is left.
 """

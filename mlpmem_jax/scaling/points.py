@@ -88,6 +88,7 @@ class PointSet:
 
 def of_sweep(workdir) -> epath.Path:
     """The points file in the workdir of a sweep.
+
     Raises:
       UserError: the sweep has not written one.
     """
@@ -106,8 +107,10 @@ def read(points_csv, against: str = "parameters") -> PointSet:
       points_csv: any path that etils.epath opens. The header must name the columns arm, parameters, tokens, flops,
         perplexity and seed, in any order, and may name corpus; other columns are ignored.
       against: "parameters" or "flops", what the power law will be fitted against.
+
     Returns:
       The points, with the seeds of each run averaged.
+
     Raises:
       UserError: the file is missing or empty, lacks a column, has an invalid value (not a number, not positive), mixes
         corpora, repeats a point, or has an arm with fewer than three sizes (or budgets).

@@ -70,6 +70,7 @@ def _log_beta(height, gamma, center: float, fitted_gamma: float):
 
 def fit(runs: Runs, *, against: str, samples: int, generator: np.random.Generator) -> PowerLaw:
     """Fits one arm. If several runs share an X, the one with the lowest loss is used.
+
     Args:
       runs: the runs of one arm, with at least three different X.
       against: "parameters", or "flops" for a law in training compute (runs of about equal compute share an X).
@@ -88,6 +89,7 @@ def _design(x_U: np.ndarray, center: float) -> np.ndarray:
 
 def summary(law: PowerLaw, confidence: float) -> dict:
     """Coefficients with intervals, goodness of fit and leave-one-out errors, serializable as JSON.
+
     beta.low and beta.high are None if the interval of gamma includes zero, because beta is then unbounded.
     """
     with np.errstate(over="ignore"):
@@ -113,6 +115,7 @@ def described(runs: Runs) -> list[dict]:
 
 def goodness(law: PowerLaw) -> dict:
     """Goodness of fit; scatters are standard deviations of log perplexity, which approximate relative errors.
+
     lack_of_fit_p: p-value of the F test of the scatter around the line against the scatter between seeds; small if the
     points deviate from a power law by more than seed variation explains. None without repeated seeds.
     """

@@ -53,12 +53,14 @@ class _Child:
 
 def run(sweep: Sweep, workers: int) -> None:
     """Runs every unfinished task, `workers` at once, and writes points.csv.
+
     A failed task stops only the tasks that need it. On a rerun, finished tasks are skipped and unfinished ones resume
     from their last shard or checkpoint.
 
     Args:
       sweep: a checked sweep.
             workers: number of concurrent child processes; each gets an equal share of the CPU cores.
+
     Raises:
       UserError: `workers` is out of range, the workdir is not on this machine, or points failed (the message names
         them).
@@ -121,6 +123,7 @@ def _run_tasks(sweep: Sweep, tasks: list[SweepTask], states: dict[str, State], r
 @contextlib.contextmanager
 def _alone(folder: pathlib.Path) -> Iterator[int]:
     """Refuses a second sweep in the same workdir; yields the file descriptor of the lock.
+
     Children inherit it, and the kernel releases the lock when the last holder exits, however it ends. So a new sweep
     waits for children of a killed sweep that are still writing checkpoints.
     """

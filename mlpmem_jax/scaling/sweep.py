@@ -1,4 +1,5 @@
 """`mlpmem sweep`: trains many models over size, compute and arm, at equal budgets from shared artifacts.
+
 This module turns a sweep file (see configs/sweeps) into checked points, before any compute; `tasks` finds what they
 share, `runner` runs it on this machine, `launching` writes jobs for others, `collection` writes points.csv.
 """

@@ -14,6 +14,7 @@ _COLORS = {"runs": "cyan", "finished": "green", "failed": "red", "skipped": "red
 
 class Rows:
     """The rows that show a sweep's progress.
+
     Args:
       sweep: the sweep, whose points are the rows.
       tasks: the sweep's tasks.

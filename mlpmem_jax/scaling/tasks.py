@@ -1,4 +1,5 @@
 """The tasks of a sweep: one per artifact that points share, and one per point.
+
 A task is one verb of mlpmem in its own working directory, which has links to the artifacts of other tasks. A shared
 task's folder is named by a digest of every config key that its artifact depends on, so points that need the same
 artifact use the same folder, in this sweep and in later ones with the same workdir; the artifacts also check their
@@ -63,6 +64,7 @@ class SweepTask:
 
     def is_finished(self) -> bool:
         """Whether its output exists and was produced by the same config.
+
         Raises:
           ArtifactError: the output folder is not an artifact, or was edited.
         """

@@ -23,6 +23,7 @@ def names() -> list[str]:
 
 def find(name: str) -> Task:
     """The task with a name, or from a file: PATH.toml or PATH.py.
+
     Raises:
       ConfigError: the task does not exist.
     """

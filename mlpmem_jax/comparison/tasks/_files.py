@@ -14,6 +14,7 @@ from mlpmem_jax.corpus import compression
 
 def read_text(file: pathlib.Path) -> str:
     """The text of a file, or of its compressed version (with one more file name extension).
+
     Raises:
       UserError: the file does not exist or cannot be read.
     """
@@ -31,6 +32,7 @@ def read_text(file: pathlib.Path) -> str:
 
 def read_rows(file: pathlib.Path, fields: Sequence[str]) -> list[dict]:
     """The rows of a file; each must have all of `fields`.
+
     Raises:
       UserError: the file is missing or damaged, or a row (which the message names) lacks a field.
     """

@@ -11,6 +11,7 @@ from mlpmem_jax.core.errors import UserError
 
 def question(file: pathlib.Path, number: int, text: str, answers: str | Sequence[str], source: str = "") -> Question:
     """An open question with its accepted answers.
+
     Raises:
       UserError: the row, which the message names, has no question or no answer.
     """

@@ -1,4 +1,5 @@
 """A corpus and questions that it answers: NQ-open with the Wikipedia passage that contains each answer.
+
 For your own text, write JSON lines like `nq/nq-open-oracle.jsonl` in the data folder: `question`, `answers`, and
 `ctxs`, a list whose first entry has the `text` that the corpus was built from.
 """
