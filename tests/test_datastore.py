@@ -71,7 +71,7 @@ def test_progress_counts_every_position_once_and_comes_with_every_pass(config, m
 @pytest.mark.parametrize(
     ("block", "value", "expected"),
     [
-        (1, 1e6, r"datastore/train, shard 0: memory_inputs .*float16 ends at 65,504.*dtype to bfloat16"),
+        (1, 1e6, r"datastore/train, shard 0: memory_inputs .*float16 overflows beyond 65,504.*dtype to bfloat16"),
         (2, np.nan, r"datastore/train, shard 0: keys .*forward pass ran in float32.*parameters"),
     ],
 )

@@ -93,7 +93,7 @@ def test_total_variation_falls_as_the_search_looks_harder(datastore, tmp_path):
 
 def test_a_recall_out_of_reach_stops_with_what_was_tried(datastore, tmp_path):
     key_shards, sample = shards_and_sample(datastore, tmp_path, leaves_to_search=1, reorder=K)
-    with pytest.raises(UserError, match=r"recall: expected 0.99, but the best of 1 ways .* with 1 of \d+ leaves"):
+    with pytest.raises(UserError, match=r"recall: expected 0.99, but the best of 1 searches .* with 1 of \d+ leaves"):
         tuning.reach(key_shards, sample, 0.99)
 
 

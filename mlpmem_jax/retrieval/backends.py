@@ -1,6 +1,6 @@
-"""What a search backend is, and the one place where it is chosen.
+"""The search backend protocol, and the one place where a backend is chosen.
 
-A new backend is one module with a class `Backend` that has the methods below, and one line in
+To add a backend, write a module with a class `Backend` that has the methods below, and add a line to
 `core.config.SEARCH_BACKENDS`.
 """
 
@@ -22,13 +22,13 @@ from mlpmem_jax.core.progress import say
 
 @dataclasses.dataclass(frozen=True)
 class KeySource:
-    """The keys of one shard, read a range at a time.
+    """The keys of one shard, read in ranges.
 
     Attributes:
       size: N.
       width: D.
-      dtype: that the datastore keeps them in.
-      read: function of (start, stop) that gives keys [stop - start, D], float.
+      dtype: dtype of the keys in the datastore.
+      read: function of (start, stop) that returns keys [stop - start, D], float.
     """
 
     size: int
@@ -39,11 +39,11 @@ class KeySource:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What one shard of keys takes in each process that searches it, in bytes.
+    """Memory and disk that one shard of keys takes in each process that searches it, in bytes.
 
     Attributes:
-      memory: at the highest, while its index is built or searched.
-      disk: of its index, in the scratch folder, or in the folder for temporary files where that is remote.
+      memory: peak memory while its index is built or searched.
+      disk: size of its index in the scratch folder, or in the folder for temporary files if scratch is remote.
     """
 
     memory: int
@@ -51,16 +51,16 @@ class Needs:
 
 
 class Effort(Protocol):
-    """One way to search an index: a greater effort finds more of the neighbors and reads more."""
+    """A search setting of an index: a greater effort finds more of the neighbors and reads more."""
 
     def summary(self) -> dict[str, float]:
-        """JSON values that tell it from other efforts, for manifests and reports."""
+        """JSON values that identify the effort, for manifests and reports."""
 
     def cost(self, size: int, width: int, k: int) -> int:
-        """Bytes that one query reads in an index of `size` keys for k neighbors."""
+        """Bytes that one query for k neighbors reads in an index of `size` keys."""
 
     def __str__(self) -> str:
-        """In words, to follow "a recall of 0.9 with"."""
+        """A description that can follow "a recall of 0.9 with"."""
 
 
 class Index(Protocol):
@@ -73,17 +73,17 @@ class Index(Protocol):
         excluded_Qx2: np.ndarray | None = None,
         effort: Effort | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest keys of each query. Threads may call it at once, unless the backend is collective.
+        """The k nearest keys of each query. Thread-safe, unless the backend is collective.
 
         Args:
           queries_QxD: float32 [Q, D].
-          k: neighbors wanted.
-          excluded_Qx2: int [Q, 2]; of query q, keys with ids in [start, stop) are left out. None leaves none out.
-          effort: one of the backend's; None for the first, or for the only one.
+          k: neighbors per query.
+          excluded_Qx2: int [Q, 2]; for query q, keys with ids in [start, stop) are excluded. None excludes none.
+          effort: one of the backend's efforts; None for the first or only one.
 
         Returns:
-          (squared distances float32 [Q, k], ids int32 [Q, k]), nearest first; where there are fewer, infinite
-          distances and ids of `neighbors.MISSING`.
+          (squared distances float32 [Q, k], ids int32 [Q, k]), nearest first; missing neighbors have infinite
+          distances and the id `neighbors.MISSING`.
         """
 
 
@@ -91,11 +91,11 @@ class Backend(Protocol):
     """A way to search shards of keys, with its settings.
 
     Attributes:
-      k: neighbors that an index is asked for.
-      is_collective: whether all processes open and search a shard together, in step.
+      k: neighbors per query of an index.
+      is_collective: whether all processes open and search a shard together, in lockstep.
       is_exact: whether no neighbor is ever missed.
-      is_rotated: whether it wants keys that are centered and rotated (`reduction`).
-      remedies: what may help where no effort reaches the recall that is asked for.
+      is_rotated: whether it needs keys that are centered and rotated (`reduction`).
+      remedies: advice if no effort reaches the required recall.
     """
 
     k: int
@@ -106,40 +106,40 @@ class Backend(Protocol):
 
     @classmethod
     def unavailable(cls) -> str:
-        """Why it cannot be used on this machine, to follow its name; "" where it can."""
+        """Why it cannot be used on this machine, phrased to follow its name; "" if it can."""
 
     @classmethod
     def create(cls, settings: Mapping, k: int, mesh: Mesh | None = None) -> Backend:
-        """The backend as the settings named like those of config.targets want it.
+        """Creates the backend from settings named as in config.targets.
 
         Args:
-          settings: of config.targets.
-          k: neighbors that an index will be asked for.
-          mesh: the devices of the run; None to plan without any.
+          settings: config.targets.
+          k: neighbors per query of an index.
+          mesh: the devices of the run; None for planning without devices.
         """
 
     def needs(self, rows: int, width: int, key_bytes: int, processes: int) -> Needs:
-        """What a process needs for a shard of `rows` keys of `width` numbers of `key_bytes` bytes, in a job of so many
-        processes."""
+        """The needs of a process for a shard of `rows` keys of `width` numbers of `key_bytes` bytes, in a job of
+        `processes` processes."""
 
     def flops(self, rows: int, width: int, queries: int) -> float:
-        """FLOPs of building an index of one shard and of searching it for so many queries."""
+        """FLOPs of building an index of one shard and searching it with `queries` queries."""
 
     def efforts(self, rows: int, width: int) -> tuple[Sequence[Effort], int]:
-        """(ways to search, the cheapest first; the place of the one to try first). Empty where there is only one."""
+        """(efforts, cheapest first; the index of the one to try first). Empty if there is only one way to search."""
 
     def open(self, keys: KeySource, folder: epath.Path) -> Index:
-        """The index of a shard, built if `folder` does not hold it yet."""
+        """Opens the index of a shard, building it if it is not in `folder` yet."""
 
 
 def chosen(name: str) -> tuple[str, type[Backend]]:
-    """The backend that config.targets.backend names: "auto" is the first of the table that this machine can run.
+    """The backend that config.targets.backend names; "auto" is the first in the table that this machine can run.
 
     Returns:
       (its name, its class).
 
     Raises:
-      ConfigError: the one that is named cannot run here, or none can.
+      ConfigError: the named backend cannot run here, or none can.
     """
     for candidate in SEARCH_BACKENDS if name == "auto" else [name]:
         backend = importlib.import_module(SEARCH_BACKENDS[candidate]).Backend
@@ -147,12 +147,12 @@ def chosen(name: str) -> tuple[str, type[Backend]]:
         if not reason:
             return candidate, backend
         if name == "auto":
-            say(f"targets: {candidate} {reason}: taking the next backend")
+            say(f"targets: {candidate} {reason}: trying the next backend")
     raise ConfigError(
         f"config.targets.backend: {name!r} {reason}; install what it needs, or set it to 'auto' or 'exact'"
     )
 
 
 def planned(name: str) -> type[Backend]:
-    """The class of the backend that machines prepared for the run will choose, whatever this one can run."""
+    """The class of the backend that a fully installed machine would choose, whether or not this one can run it."""
     return importlib.import_module(SEARCH_BACKENDS[next(iter(SEARCH_BACKENDS)) if name == "auto" else name]).Backend

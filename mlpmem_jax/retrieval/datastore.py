@@ -1,7 +1,7 @@
 """Stage `datastore`: one sharded forward pass turns every position of every split into a key and a memory input.
 
 The key of position t is the input of the last block's feed-forward layer there; its value is the token after t
-(section 3 of the paper). Held-out splits also keep log p_LM(next token), so that later stages need not run the LM.
+(section 3 of the paper). Held-out splits also store log p_LM(next token), so that later stages need not run the LM.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ SPLITS = ("train", "validation", "test")
 
 
 def block_at_depth(blocks: int, depth: float) -> int:
-    """The block, counted from 1, at a relative depth; 0.7 of 36 is block 25, the paper's."""
+    """The block, counted from 1, at a relative depth; a depth of 0.7 of 36 blocks is the paper's block 25."""
     return max(1, round(depth * blocks))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "input_blocks", "dtype", "compute_dtype", "sharding", "scored"))
 def forward(parameters, tokens_BxT, next_BxT, *, config, input_blocks, dtype, compute_dtype, sharding, scored):
-    """The inputs of `input_blocks`, [B, T, D] of `dtype`, and log p_LM(next) where `scored`, else None.
+    """The inputs of `input_blocks`, [B, T, D] of `dtype`, and log p_LM(next) if `scored`, else None.
 
-    Both are sharded along the batch alone, so that each process writes whole rows.
+    Both are sharded along the batch only, so that each process writes whole rows.
     """
     activations = sharding.named("batch", None, None)
     final, states = language_model.features(
@@ -59,16 +59,16 @@ def forward(parameters, tokens_BxT, next_BxT, *, config, input_blocks, dtype, co
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModels:
-    """The base LM, and the model that makes the keys: the base again, unless the config names another one.
+    """The base LM, and the key model: the same model, unless the config names another one.
 
     Attributes:
-      sharding: of both.
-      base, key_model: parameters.
-      base_config, key_config: dimensions.
-      fingerprints: of their artifacts, by name.
+      sharding: sharding of both models.
+      base, key_model: their parameters.
+      base_config, key_config: their dimensions.
+      fingerprints: fingerprints of their artifacts, by name.
       input_block: the block of the base, counted from 1, whose feed-forward input the memory reads.
-      dtype: of what is stored.
-      compute_dtype: of the forward pass.
+      dtype: dtype of the stored arrays.
+      compute_dtype: dtype of the forward pass.
     """
 
     sharding: Sharding
@@ -83,7 +83,7 @@ class LoadedModels:
 
     @classmethod
     def load(cls, config: ml_collections.ConfigDict) -> LoadedModels:
-        """Reads the models of a workdir.
+        """Loads the models of a workdir.
 
         Raises:
           ArtifactError: a model is missing or cannot be read.
@@ -98,7 +98,7 @@ class LoadedModels:
             fingerprints["key_model"] = artifact.fingerprint
         if key_config.vocab_size != base_config.vocab_size:
             raise ConfigError(
-                f"config.datastore.key_model: has a vocabulary of {key_config.vocab_size}, the base of "
+                f"config.datastore.key_model: has a vocabulary of {key_config.vocab_size} but the base of "
                 f"{base_config.vocab_size}; both must use the same tokenizer"
             )
         return cls(
@@ -119,7 +119,7 @@ class LoadedModels:
 
     @property
     def separate_inputs(self) -> bool:
-        """Whether memory inputs are stored apart from the keys."""
+        """Whether memory inputs are stored separately from the keys."""
         return not (self.base_makes_keys and self.input_block == self.key_config.blocks)
 
     def outputs(self, tokens_BxT: np.ndarray, next_BxT: np.ndarray, scored: bool) -> dict[str, np.ndarray]:
@@ -171,9 +171,9 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: Lo
     length, per_shard = config.base.context_length, config.datastore.sequences_per_shard
     inputs = {"tokens": tokens.fingerprint, **models.fingerprints}
     settings = {"context_length": length, **plain_dict(config.datastore)}
-    del settings["batch_sequences"]  # the sequences of a pass do not change the result
+    del settings["batch_sequences"]  # the batch size does not change the result
     if finished := find_finished(path, "datastore", settings, inputs):
-        say(f"datastore/{split}: finished already")
+        say(f"datastore/{split}: already finished")
         return finished
 
     stream = TokenStream(tokens, split)
@@ -181,7 +181,7 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: Lo
     if sequences < 1:
         raise ConfigError(
             f"config.base.context_length: {length} is more than the {stream.length} tokens of the {split} split; "
-            "lower it or give more text"
+            "lower it, or provide more text"
         )
     specs = _array_specs(models, sequences, length, per_shard, scored=split != "train")
     writer = ArtifactWriter.create(path, "datastore", settings, inputs, specs)
@@ -199,7 +199,7 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: Lo
 def _write_shards(
     config, models: LoadedModels, stream: TokenStream, writer: ArtifactWriter, shards, split: str, bar
 ) -> None:
-    """All forward passes of a split: as many shards at once as there are parts of the batch."""
+    """Runs all forward passes of a split, on as many shards at once as the mesh has batch shards."""
     length, per_shard = config.base.context_length, config.datastore.sequences_per_shard
     sequences, part = num_sequences(stream, length), models.sharding.batch_part
     largest = config.datastore.batch_sequences // part.count
@@ -207,7 +207,7 @@ def _write_shards(
     sizes = {shard: min(per_shard, sequences - shard * per_shard) for shard in shards}
     for first in range(0, len(shards), part.count):
         group = shards[first : first + part.count]
-        # Every process runs every forward pass, those without a shard of their own on a copy of another.
+        # Every process runs every forward pass; those without a shard use a copy of another one.
         shard = group[min(part.index, len(group) - 1)]
         tokens_SxT, next_SxT, documents_SxT = read_sequences(stream, shard * per_shard, sizes[shard], length)
         longest = max(sizes[member] for member in group)
@@ -226,40 +226,40 @@ def _positions(shards: list[int], sequences: int, per_shard: int, length: int) -
 
 
 def summary(sequences: int, length: int, width: int, input_block: int) -> dict[str, int]:
-    """The summary in the manifest of a datastore; `input_block` is the one that the memory reads."""
+    """The summary in the manifest of a datastore; `input_block` is the block whose input the memory reads."""
     return {"sequences": sequences, "positions": sequences * length, "width": width, "input_block": input_block}
 
 
 def rows_of_pass(count: int, largest: int, multiple: int) -> int:
-    """Rows of each forward pass over `count` sequences: few passes, little padding, and one shape to compile.
+    """Rows per forward pass over `count` sequences, for few passes, little padding and a single compiled shape.
 
     Args:
-      count: sequences, at least 1.
-      largest: most rows of one pass, a multiple of `multiple`.
-      multiple: number of equal parts that the devices divide the rows into.
+      count: number of sequences, at least 1.
+      largest: maximum rows per pass, a multiple of `multiple`.
+      multiple: number of equal shards into which the devices split the rows.
     """
     passes = -(-count // largest)
     return -(-count // (passes * multiple)) * multiple
 
 
 def _check_finite(arrays: dict[str, np.ndarray], where: str, settings: ml_collections.ConfigDict) -> None:
-    """Raises UserError at the first array with a number that is infinite or not a number."""
+    """Raises UserError for the first array with an infinite or NaN value."""
     for name, array in arrays.items():
         if np.isfinite(array).all():
             continue
         if array.dtype == np.float16 and not np.isnan(array).any():
-            cause = f"float16 ends at {np.finfo(np.float16).max:,.0f}"
+            cause = f"float16 overflows beyond {np.finfo(np.float16).max:,.0f}"
             remedy = "set config.datastore.dtype to bfloat16"
         else:
             cause = f"the forward pass ran in {settings.compute_dtype}"
             remedy = "set config.datastore.compute_dtype to float32"
             if settings.compute_dtype == "float32":
-                remedy = "the model's parameters are not fit for use; import or train it again"
-        raise UserError(f"{where}: {name} has numbers that are not finite ({cause}); {remedy}")
+                remedy = "the model's parameters are unusable; import or train it again"
+        raise UserError(f"{where}: {name} has values that are not finite ({cause}); {remedy}")
 
 
 def _padded(tokens_SxT: np.ndarray, next_SxT: np.ndarray, offset: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows offset to offset + batch; past the end the first row is repeated."""
+    """Rows offset to offset + batch, padded past the end by repeating the first row."""
     rows = np.arange(offset, offset + batch)
     rows = np.where(rows < len(tokens_SxT), rows, 0)
     return tokens_SxT[rows], next_SxT[rows]

@@ -1,9 +1,9 @@
-"""From neighbors to next-token distributions: equation of p_kNN in the paper, for many positions at once.
+"""Converts neighbors to next-token distributions: the paper's equation of p_kNN, for many positions at once.
 
     p_kNN(y | c)  is proportional to  sum over neighbors i with next token y of exp(-d_i / T)
 
-with d the squared L2 distance between the key of neighbor i and the query, T the temperature (paper, section on
-the construction of the targets; arXiv 2508.01832).
+where d is the squared L2 distance between the key of neighbor i and the query and T is the temperature (the paper's
+section on constructing the targets; arXiv 2508.01832).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class SparseDistributions:
-    """Next-token distributions of Q positions, only the tokens that have probability.
+    """Next-token distributions of Q positions, storing only tokens with nonzero probability.
 
-    The entries of position q are `offsets[q]:offsets[q + 1]` of the flat arrays, most probable first and, at equal
-    probability, smaller token id first.
+    The entries of position q are `offsets[q]:offsets[q + 1]` of the flat arrays, most probable first;
+    ties are ordered by token id.
 
     Attributes:
       offsets_Q1: int64 [Q + 1].
       token_ids_M: int32 [M].
       probabilities_M: float32 [M]; the entries of one position sum to 1. A position without neighbors has none.
-      label_probabilities_Q: float32 [Q], p_kNN(next token) before entries were dropped.
-      dropped_mass_Q: float32 [Q], probability of the entries that were dropped.
+      label_probabilities_Q: float32 [Q], p_kNN(next token) before entries are dropped.
+      dropped_mass_Q: float32 [Q], total probability of the dropped entries.
     """
 
     offsets_Q1: np.ndarray
@@ -40,11 +40,11 @@ class SparseDistributions:
 
 
 def neighbor_weights(distances_QxK: np.ndarray, temperature: float) -> np.ndarray:
-    """exp(-d / T) divided by its largest value in the row, float32 [Q, K]; 0 where the distance is infinite."""
+    """exp(-d / T) divided by the row's maximum, float32 [Q, K]; 0 where the distance is infinite."""
     nearest_Qx1 = distances_QxK.min(axis=1, keepdims=True)
     nearest_Qx1 = np.where(np.isfinite(nearest_Qx1), nearest_Qx1, 0)
     exponents_QxK = (nearest_Qx1 - distances_QxK).astype(np.float32, copy=False)
-    # However small the temperature, the exponent of the nearest neighbor stays 0.
+    # The exponent of the nearest neighbor is 0, however small the temperature is.
     with np.errstate(over="ignore"):
         exponents_QxK *= np.float32(min(1 / temperature, float(np.finfo(np.float32).max)))
     return np.exp(exponents_QxK, out=exponents_QxK)
@@ -61,18 +61,18 @@ def sparse_distributions(
     """p_kNN of each position from its neighbors, as sparse distributions.
 
     Args:
-      distances_QxK: squared L2 distances, float; infinite where there is no neighbor.
-      neighbor_tokens_QxK: the token that followed each neighbor, int; any value where there is no neighbor.
-      next_tokens_Q: the token that followed each query, int.
+      distances_QxK: squared L2 distances, float; infinite where a neighbor is missing.
+      neighbor_tokens_QxK: the token that follows each neighbor, int; any value where a neighbor is missing.
+      next_tokens_Q: the token that follows each query, int.
       temperature: T > 0, in units of squared distance.
-      minimum_probability: entries of this probability or less are dropped.
-      keep: only so many of the most probable entries are kept; 0 keeps all.
+            minimum_probability: entries with at most this probability are dropped.
+      keep: maximum number of entries to keep, the most probable ones; 0 keeps all.
 
     Returns:
-      The distributions. What is left is scaled to sum to 1 again.
+      The distributions, renormalized to sum to 1 after entries are dropped.
     """
     weights_QxK = neighbor_weights(distances_QxK, temperature)
-    # One integer sorts by token and carries the weight along: non-negative floats order like their bits.
+    # Packs token and weight into one integer for sorting: non-negative floats order like their bits.
     packed_QxK = np.left_shift(neighbor_tokens_QxK, 32, dtype=np.uint64, casting="unsafe")
     packed_QxK |= weights_QxK.view(np.uint32)
     packed_QxK.sort(axis=1)
@@ -96,7 +96,7 @@ def sparse_distributions(
 
 
 def _row_sums(values_M: np.ndarray, rows_M: np.ndarray, count: int) -> np.ndarray:
-    return np.bincount(rows_M, weights=values_M, minlength=count)  # adds up in float64
+    return np.bincount(rows_M, weights=values_M, minlength=count)  # accumulates in float64
 
 
 def _trimmed(
@@ -107,7 +107,7 @@ def _trimmed(
     rows_M, token_ids_M, probabilities_M = rows_M[kept_M], token_ids_M[kept_M], probabilities_M[kept_M]
     counts_Q = np.bincount(rows_M, minlength=len(labels_Q))
     columns_M = _columns(rows_M, counts_Q)
-    # Rows side by side in a rectangle, so that one call sorts them all: by descending probability, then by token id.
+    # Pads the rows to a rectangle, so that one call sorts them all: by descending probability, then by token id.
     descending_M = ~probabilities_M.view(np.uint32)
     packed_M = np.left_shift(descending_M, 32, dtype=np.uint64) | token_ids_M.astype(np.uint32)
     packed_QxS = np.full((len(counts_Q), counts_Q.max(initial=0)), np.iinfo(np.uint64).max)
@@ -137,7 +137,7 @@ def _columns(rows_M: np.ndarray, counts_Q: np.ndarray) -> np.ndarray:
 
 
 def total_variation(left: SparseDistributions, right: SparseDistributions) -> np.ndarray:
-    """Half the sum of absolute differences between two distributions of the same positions, float64 [Q]."""
+    """The total variation distance of two distributions at each of the same positions, float64 [Q]."""
     count = len(left.offsets_Q1) - 1
     rows_M = np.concatenate([left.rows(), right.rows()])
     tokens_M = np.concatenate([left.token_ids_M, right.token_ids_M])

@@ -17,18 +17,18 @@ from mlpmem_jax.core.sharding import local_rows
 from mlpmem_jax.retrieval import neighbors, ring
 from mlpmem_jax.retrieval.backends import KeySource, Needs
 
-_READ_BYTES = 1 << 26  # of keys on their way to a device
-_BLOCK_BYTES = 1 << 26  # of keys that a device holds at once where they are searched in blocks
+_READ_BYTES = 1 << 26  # bytes of keys per transfer to a device
+_BLOCK_BYTES = 1 << 26  # bytes of keys per block, where a device searches keys in blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """Exact search on the devices of a mesh, each process with its part of the keys.
+    """Exact search on the devices of a mesh, where each process holds a part of the keys.
 
     Attributes:
-      k: neighbors that an index is asked for.
-      mesh: the devices; None to plan without any.
-      recall_target: of the selection, see `ring.search_program`.
+      k: neighbors per query of an index.
+      mesh: the devices; None for planning without devices.
+      recall_target: recall of the selection, see `ring.search_program`.
     """
 
     k: int
@@ -55,7 +55,7 @@ class Backend:
         return cls(k, mesh, settings.get("recall_target", 1.0))
 
     def needs(self, rows: int, width: int, key_bytes: int, processes: int) -> Needs:
-        # Host and device both hold the keys while these are placed, and are one where the device is a CPU.
+        # Host and device both hold the keys during placement, and share memory if the device is a CPU.
         rows = -(-rows // processes)
         return Needs(2 * rows * width * key_bytes + search_bytes(rows, width, key_bytes))
 
@@ -66,7 +66,7 @@ class Backend:
         return [], 0
 
     def open(self, keys: KeySource, folder: epath.Path) -> ExactIndex:
-        return ExactIndex(keys, self.mesh, self.recall_target)  # nothing is built that would be worth keeping
+        return ExactIndex(keys, self.mesh, self.recall_target)  # no index is built, so none is stored
 
 
 class ExactIndex:
@@ -139,8 +139,8 @@ def search_in_blocks(
     """An exact search that never holds all keys, at `_BLOCK_BYTES` of them on a device; as `backends.Index.search`.
 
     Args:
-      keys: of the shard.
-      mesh: devices that search together; None for the first device of this process alone.
+      keys: the shard's keys.
+      mesh: devices that search together; None for only the first device of this process.
     """
     if mesh is None:
         mesh = Mesh(np.array(jax.local_devices()[:1]), ("device",))
@@ -159,14 +159,14 @@ def search_in_blocks(
 
 
 def search_bytes(rows: int, width: int, key_bytes: int) -> int:
-    """Memory of a search besides the keys that an index holds: float32 distances, half as much for their selection, and
-    blocks of keys."""
+    """Memory of a search in addition to the index's keys: float32 distances, half as much again for their selection,
+    and blocks of keys."""
     rows = min(rows, _BLOCK_BYTES // (width * key_bytes) + 1)
     return 6 * min(ring.SCORES_PER_BLOCK, ring.QUERIES_PER_DEVICE * rows) + 2 * _BLOCK_BYTES
 
 
 def largest(count: int) -> int:
-    """The largest of the counts that the processes call this with, together."""
+    """The maximum of `count` over all processes; a collective call."""
     return count if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.asarray(count)).max())
 
 

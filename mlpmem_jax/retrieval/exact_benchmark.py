@@ -1,4 +1,4 @@
-"""The exact search on one device against the roofline of its products."""
+"""The exact search on one device, compared with its roofline."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mlpmem_jax.core.device_rates import peak_rate
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.retrieval import ring
 
-_SIZES = (2_000_000, 1280, 1024), (2_500_000, 576, 64)  # keys, width, k: of the paper, of configs/library_h100.py
+_SIZES = (2_000_000, 1280, 1024), (2_500_000, 576, 64)  # keys, width, k: the paper's; configs/library_h100.py's
 _SIZES_ON_CPU = ((4096, 32, 16),)
 _ROUNDS = 5
 
 
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
-    """Measures; each row has name, value, unit and detail. Sizes are fixed, whatever the config."""
+    """Rows of (name, value, unit, detail). Sizes do not depend on the config."""
     del config
     return [_row(*sizes) for sizes in (_SIZES_ON_CPU if jax.default_backend() == "cpu" else _SIZES)]
 
 
 def _row(keys: int, width: int, k: int) -> dict:
-    """The least time that products, or the reading of the keys, need over the time that a search takes."""
+    """The minimum time for the matrix products, or for reading the keys, divided by the time that a search takes."""
     published = chips.published(jax.devices()[0].device_kind)
     peak = peak_rate("bfloat16")
     queries, dtype = ring.QUERIES_PER_DEVICE, jnp.bfloat16

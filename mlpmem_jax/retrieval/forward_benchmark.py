@@ -1,8 +1,8 @@
-"""The datastore's forward pass beside transformers' on the same machine, at random weights in float32.
+"""The datastore's forward pass compared with that of transformers on the same machine, with random float32 weights.
 
 GPT-2 small and a Llama of SmolLM2-135M's dimensions, 2,048 positions in sequences of three lengths. transformers
 (extra `torch`) runs with sdpa attention and without an output projection, which the training split does not need
-either, on as many threads as JAX has cores. Both are called in alternation, so that other load meets both.
+either, on as many threads as JAX has cores. Calls alternate, so that other load affects both equally.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ ROUNDS = 5
 
 
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
-    """Measures; each row has name, value, unit and detail. Rows with PyTorch need the extra `torch`."""
+    """Rows of (name, value, unit, detail). Rows with PyTorch need the extra `torch`."""
     del config
     try:
         torch, transformers = (require(name, extra="torch") for name in ("torch", "transformers"))
         torch.set_grad_enabled(False)
         torch.set_num_threads(host.cpu_count())
     except UserError as error:
-        say(f"forward: without PyTorch: {error}")
+        say(f"forward: rows of PyTorch are left out: {error}")
         torch = transformers = None
     best, measured = _product_rows(torch)
     for name, model in MODELS.items():
@@ -81,7 +81,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
 
 
 def _product_rows(torch) -> tuple[float, list[dict]]:
-    """FLOP/s of the best library's product of a feed-forward layer, and a row for each library."""
+    """The highest FLOP/s of any library for a feed-forward layer's matrix product, and a row for each library."""
     random = np.random.default_rng(0)
     left_NxD, right_DxF = (random.standard_normal(shape, np.float32) for shape in ((POSITIONS, 768), (768, 3072)))
     calls = {
@@ -99,7 +99,7 @@ def _product_rows(torch) -> tuple[float, list[dict]]:
 
 
 def _our_pass(model: language_model.Config, parameters: dict, tokens_BxT: np.ndarray) -> Callable[[], object]:
-    """The program of stage `datastore` for the training split, on one device."""
+    """The program that stage `datastore` runs for the training split, on one device."""
     tokens_BxT = jnp.asarray(tokens_BxT, jnp.int32)
     return functools.partial(
         datastore.forward,
@@ -121,7 +121,7 @@ def _their_pass(torch, model, tokens_BxT: np.ndarray) -> Callable[[], object]:
 
 
 def _torch_model(transformers, model: language_model.Config):
-    """A model of transformers with the same dimensions, without an output projection."""
+    """A transformers model with the same dimensions, without an output projection."""
     fields = {"vocab_size": model.vocab_size, "attn_implementation": "sdpa"}
     if isinstance(model, GPT2Config):
         fields |= {"n_positions": model.context_length, "n_embd": model.width}
@@ -136,7 +136,7 @@ def _torch_model(transformers, model: language_model.Config):
 
 
 def _alternated(calls: Mapping[str, Callable[[], object]]) -> dict[str, np.ndarray]:
-    """Seconds of each call in every round [R], all calls once a round; each is called once before, to compile."""
+    """Seconds of each call in every round [R]; each round runs all calls once, after a first call that compiles."""
     for call in calls.values():
         jax.block_until_ready(call())
     seconds = {name: np.zeros(ROUNDS) for name in calls}

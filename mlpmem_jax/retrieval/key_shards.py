@@ -1,4 +1,4 @@
-"""Keys of the training split in shards, each with a search index, and what queries may not retrieve.
+"""The training split's keys in shards, each with a search index, and the keys that queries must not retrieve.
 
 A process holds one shard at a time, so `config.targets.key_shard_rows` bounds its memory.
 """
@@ -27,9 +27,9 @@ class Search:
     """How shards are searched.
 
     Attributes:
-      backend: the backend with its settings, asked for `candidates(k, dimensions)` neighbors.
-      dimensions: principal components that candidates are searched in; 0 for all that keys have.
-      training_sample: keys that the projection is fitted on.
+      backend: the backend with its settings, which returns `candidates(k, dimensions)` neighbors.
+      dimensions: number of principal components in which candidates are searched; 0 for all dimensions.
+      training_sample: number of keys on which the projection is fitted.
     """
 
     backend: Backend
@@ -38,7 +38,7 @@ class Search:
 
     @classmethod
     def create(cls, backend: type[Backend], settings: Mapping, mesh: Mesh | None = None) -> Search:
-        """The search that settings named like those of config.targets ask for."""
+        """The search described by settings named as in config.targets."""
         dimensions = settings.get("search_dimensions", 0)
         return cls(
             backend.create(settings, candidates(settings["k"], dimensions), mesh),
@@ -47,7 +47,7 @@ class Search:
         )
 
     def flops(self, rows: int, width: int, queries: int) -> float:
-        """FLOPs of the index of a shard of keys of a width, and of so many queries."""
+        """FLOPs of building the index of a shard of keys and of running `queries` queries."""
         if not self.dimensions:
             return self.backend.flops(rows, width, queries)
         project = (rows + queries) * 2.0 * width * self.dimensions
@@ -56,7 +56,7 @@ class Search:
 
     @property
     def is_projected(self) -> bool:
-        """Whether a projection of the keys is searched in their place."""
+        """Whether a projection of the keys is searched instead of the keys."""
         return bool(self.dimensions) or self.backend.is_rotated
 
     @property
@@ -66,19 +66,19 @@ class Search:
 
 
 def candidates(k: int, dimensions: int) -> int:
-    """How many neighbors an index is asked for, where k are wanted and so many dimensions are searched (0: all)."""
+    """How many neighbors to request from an index for k neighbors, when searching `dimensions` dimensions (0: all)."""
     return reduction.candidates(k) if dimensions else k
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyShard:
-    """One part of the training split's keys, searchable.
+    """One searchable shard of the training split's keys.
 
     Attributes:
-      index: over the keys of this shard; its ids count from 0.
-      first_position: place of the first key within the split.
-      next_tokens_N: int32 [N], the token that followed each key.
-      documents_N: int32 [N], document of each key, ascending.
+      index: the index of this shard's keys; its ids count from 0.
+      first_position: position of the first key within the split.
+      next_tokens_N: int32 [N], the token that follows each key.
+      documents_N: int32 [N], the document of each key, ascending.
     """
 
     index: Index
@@ -87,10 +87,10 @@ class KeyShard:
     documents_N: np.ndarray
 
     def excluded(self, queries: Queries, exclude: str) -> np.ndarray:
-        """Keys of this shard that queries of the *training* split may not retrieve: [start, stop) int32 [Q, 2].
+        """Keys of this shard that queries of the *training* split must not retrieve: [start, stop) int32 [Q, 2].
 
         Args:
-          queries: of the training split.
+          queries: queries of the training split.
           exclude: "self" (the query's own position, the paper's rule) or "document" (its whole document).
         """
         if exclude == "document":
@@ -106,10 +106,10 @@ class KeyShard:
         """The k nearest keys: (squared distances float32 [Q, k], ids int32 [Q, k]), as `backends.Index.search`.
 
         Args:
-          queries: of any split.
-          k: neighbors wanted.
-          exclude: as of `excluded` where the queries are of the training split, else None.
-          effort: how hard to search.
+          queries: queries of any split.
+          k: neighbors per query.
+          exclude: as in `excluded` if the queries are of the training split, else None.
+          effort: the search effort.
         """
         excluded_Qx2 = self.excluded(queries, exclude) if exclude else None
         return self.index.search(queries.keys_QxD, k, excluded_Qx2, effort)
@@ -122,15 +122,15 @@ class KeyShard:
 
 @dataclasses.dataclass
 class KeyShards:
-    """All key shards of a training datastore. One index is in memory at a time; each is built once and kept.
+    """All key shards of a training datastore. One index is in memory at a time; each is built once and stored.
 
     Attributes:
-      datastore: of the training split.
-      bounds: shard s holds the sequences `bounds[s]` to `bounds[s + 1]`.
+      datastore: the datastore of the training split.
+      bounds: shard s has the sequences `bounds[s]` to `bounds[s + 1]`.
       search: how shards are searched.
-      scratch: existing folder for what is built.
-      mesh: devices that all processes search together; None where each process searches by itself.
-      projection: what is searched instead of the keys; None for the keys themselves.
+      scratch: an existing folder for built indices.
+      mesh: devices for a collective search; None if each process searches by itself.
+      projection: the projection that is searched; None to search the keys themselves.
     """
 
     datastore: Artifact
@@ -145,8 +145,8 @@ class KeyShards:
     def prepare(
         cls, datastore: Artifact, rows: int, scratch: epath.Path, search: Search, mesh: Mesh | None = None
     ) -> KeyShards:
-        """Divides the sequences evenly over the fewest shards of at most `rows` keys (and at least one sequence), and
-        fits the projection where the search wants one. All processes call it together."""
+        """Divides the sequences evenly into the fewest shards of at most `rows` keys (and at least one sequence), and
+        fits the projection if the search needs one. All processes must call it together."""
         sequences, length = datastore.arrays["next_tokens"].shape
         count = min(sequences, -(-sequences * length // rows))
         bounds = [sequences * shard // count for shard in range(count + 1)]
@@ -163,17 +163,17 @@ class KeyShards:
 
     @property
     def width(self) -> int:
-        """Numbers in a key."""
+        """Dimensions of a key."""
         return self.datastore.arrays["keys"].shape[2]
 
     @property
     def searched_width(self) -> int:
-        """Numbers in what is searched of a key."""
+        """Dimensions of a key that are searched."""
         return self.search.dimensions or self.width
 
     @property
     def variance_kept(self) -> float:
-        """The share of the keys' variance in the dimensions that are searched."""
+        """The share of the keys' variance in the searched dimensions."""
         return self.projection.variance_kept if self.projection else 1.0
 
     @property
@@ -181,21 +181,21 @@ class KeyShards:
         return self.datastore.arrays["keys"].shape[1]
 
     def rows(self, shard: int) -> int:
-        """How many keys the shard has."""
+        """The number of keys in a shard."""
         return (self.bounds[shard + 1] - self.bounds[shard]) * self._length
 
     def keys(self, shard: int) -> KeySource:
-        """The keys of a shard as the datastore has them."""
+        """The keys of a shard as stored in the datastore."""
         return self._source(shard, self.width, None)
 
     def efforts(self) -> tuple[Sequence[Effort], int]:
-        """Ways to search, as of `Backend.efforts`. Made for the first shard; all have about as many keys."""
+        """Efforts, as in `Backend.efforts`, for the first shard; all shards have about the same number of keys."""
         return self.search.backend.efforts(self.rows(0), self.searched_width)
 
     def open(self, shard: int) -> KeyShard:
-        """The shard with its index, loaded where it was built before, otherwise built and saved."""
+        """Opens a shard with its index, which is loaded if it exists, else built and saved."""
         if shard not in self._opened:
-            self._opened.clear()  # frees the memory of the last one
+            self._opened.clear()  # frees the memory of the previous shard
             first, stop = self.bounds[shard : shard + 2]
             self._opened[shard] = KeyShard(
                 index=self._index(shard),
@@ -208,11 +208,11 @@ class KeyShards:
     def exact_neighbors(
         self, shard: int, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What an exact search in all dimensions returns, as `backends.Index.search`."""
+        """The result of an exact search in all dimensions, as `backends.Index.search`."""
         return exact_backend.search_in_blocks(self.keys(shard), self.mesh, queries_QxD, k, excluded_Qx2)
 
     def _index(self, shard: int) -> Index:
-        """The index for queries that are keys, whatever it searches itself."""
+        """The index, which takes whole keys as queries even if it searches a projection."""
         source = self._source(shard, self.searched_width, self.projection)
         index = self.search.backend.open(source, self.scratch / f"index_{shard:04d}")
         if self.projection is None:
@@ -227,7 +227,7 @@ class KeyShards:
         return KeySource(self.rows(shard), width, dtype, read)
 
     def _read(self, shard: int, width: int, dtype, convert, start: int, stop: int) -> np.ndarray:
-        """Keys `start` to `stop` of a shard, read and converted a stored shard of the datastore at a time."""
+        """Keys `start` to `stop` of a shard, read and converted one stored datastore shard at a time."""
         first = self.bounds[shard] * self._length
         converted_NxD = np.empty((stop - start, width), dtype)
         step = self.datastore.arrays["keys"].rows_per_shard * self._length
@@ -242,7 +242,7 @@ class KeyShards:
 
 
 def _fit_projection(datastore: Artifact, file: epath.Path, sample: int, dimensions: int) -> Projection:
-    """Fitted by the first process alone, on sequences at even distances, and kept."""
+    """Fits the projection on evenly spaced sequences, on the first process only, and stores it."""
     if jax.process_index() == 0 and not file.exists():
         reduction.fit(sample_keys(datastore, sample), dimensions).save(file)
     barrier("targets projection fitted")

@@ -1,4 +1,4 @@
-"""What stage `targets` needs of a host, told before it computes anything."""
+"""Memory and disk that stage `targets` needs on a host, checked before any compute."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from mlpmem_jax.retrieval.key_shards import Search
 from mlpmem_jax.retrieval.scratch import is_remote
 
 _RUNTIME_BYTES = 512 << 20  # Python, JAX, ScaNN and compiled programs
-_PROJECTION_BYTES = 40  # of each pair of dimensions, while the rotation is drawn
-_PIECE_BYTES = 48  # of a neighbor that is being turned into a distribution, in each thread
-_ENTRY_BYTES = 24  # of an entry of a distribution until its shard is written
+_PROJECTION_BYTES = 40  # bytes per pair of dimensions, while the rotation is generated
+_PIECE_BYTES = 48  # bytes per neighbor that a thread is converting to a distribution
+_ENTRY_BYTES = 24  # bytes per entry of a distribution until its shard is written
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What a process holds of the positions that it looks neighbors up for.
+    """The positions for which a process looks up neighbors.
 
     Attributes:
-      positions: of a shard of the datastore.
-      k: neighbors.
-      entries: the most that a distribution can have.
+      positions: positions per shard of the datastore.
+      k: neighbors per position.
+      entries: maximum entries of a distribution.
     """
 
     positions: int
@@ -43,12 +43,12 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessNeeds:
-    """What a process needs at most, in bytes.
+    """Upper bounds on a process's needs, in bytes.
 
     Attributes:
-      fixed: memory, however many keys a shard has.
+      fixed: memory that does not depend on the number of keys.
       shard: memory for the keys of a shard and their index.
-      disk: see `backends.Needs`.
+      disk: disk space, see `backends.Needs`.
     """
 
     fixed: int
@@ -63,15 +63,15 @@ class ProcessNeeds:
 def of_process(
     search: Search, rows: int, width: int, key_bytes: int, load: Workload, processes: int = 1
 ) -> ProcessNeeds:
-    """What a process needs at most; docs/neighbors.md has what was measured.
+    """Upper bounds on a process's needs; docs/neighbors.md has measurements.
 
     Args:
       search: how shards are searched.
-      rows: keys of a shard.
-      width: numbers in a key.
-      key_bytes: bytes of one number in the datastore.
+      rows: keys per shard.
+      width: dimensions of a key.
+      key_bytes: bytes per number in the datastore.
       load: the queries.
-      processes: of the job.
+      processes: number of processes of the job.
     """
     index = search.backend.needs(rows, search.dimensions or width, key_bytes, processes)
     whole = rows * width * key_bytes if search.dimensions else 0
@@ -82,15 +82,15 @@ def of_process(
 
 
 def check(needs: ProcessNeeds, rows: int, scratch: epath.Path) -> None:
-    """Compares the needs of all processes of this host with what it has.
+    """Checks that this host has what its processes need together.
 
     Args:
-      needs: of each process.
-      rows: keys of a shard.
-      scratch: where indices are kept.
+      needs: the needs of each process.
+      rows: keys per shard.
+      scratch: the folder for indices.
 
     Raises:
-      ConfigError: there is less memory, or less room for temporary files.
+      ConfigError: there is too little memory, or too little space for temporary files.
     """
     processes, memory = processes_of_host(), host.memory_bytes()
     where = "in a process" if processes == 1 else f"in each of {processes} processes of this host"
@@ -102,14 +102,14 @@ def check(needs: ProcessNeeds, rows: int, scratch: epath.Path) -> None:
             remedy = f"lower it to {fitting:,} or less, or set config.targets.search_dimensions"
         raise ConfigError(
             f"config.targets.key_shard_rows: a shard of {rows:,} keys takes {_gib(needs.memory)} of memory {where}, "
-            f"this machine has {_gib(memory)}; {remedy}"
+            f"but this machine has {_gib(memory)}; {remedy}"
         )
     if needs.disk and is_remote(scratch):
         folder = tempfile.gettempdir()
         free = shutil.disk_usage(folder).free
         if processes * needs.disk > free:
             raise ConfigError(
-                f"config.targets.key_shard_rows: {scratch} is no local folder, so the index of a shard of {rows:,} "
+                f"config.targets.key_shard_rows: {scratch} is not a local folder, so the index of a shard of {rows:,} "
                 f"keys takes {_gib(needs.disk)} of temporary files {where}, {folder} has {_gib(free)} free; lower "
                 f"it to {int(rows * free / (processes * needs.disk)):,} or less, set config.targets.search_dimensions, "
                 "or name a larger disk in the environment variable TMPDIR"
@@ -121,7 +121,7 @@ def _gib(size: int) -> str:
 
 
 def processes_of_host() -> int:
-    """How many processes of the job run on this host; all processes call it together."""
+    """The number of the job's processes on this host; a collective call."""
     if jax.process_count() == 1:
         return 1
     own = zlib.crc32(socket.gethostname().encode())

@@ -1,4 +1,4 @@
-"""How good an approximate search is: its recall, and how far the distributions made from it are from the exact ones."""
+"""The quality of an approximate search: its recall, and how far its distributions are from the exact ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlpmem_jax.retrieval.queries import Queries
 
 
 def contains(ids_QxK: np.ndarray, wanted_QxK: np.ndarray) -> np.ndarray:
-    """Row by row, which of `wanted_QxK` are among `ids_QxK`: bool [Q, K]."""
+    """For each row, which of `wanted_QxK` are among `ids_QxK`: bool [Q, K]."""
     stride = 1 + int(max(ids_QxK.max(initial=0), wanted_QxK.max(initial=0)))
     offsets_Qx1 = np.arange(len(ids_QxK))[:, None] * stride
     is_there_QxK = np.isin(wanted_QxK + offsets_Qx1, (ids_QxK + offsets_Qx1)[ids_QxK != neighbors.MISSING])
@@ -23,14 +23,14 @@ def contains(ids_QxK: np.ndarray, wanted_QxK: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Queries of the training split with their true neighbors, to compare approximate searches with.
+    """Queries of the training split with their true neighbors, for evaluating approximate searches.
 
     Attributes:
-      key_shards: of the training split.
+      key_shards: the key shards of the training split.
       queries: Q of its positions.
-      exclude, k: as the targets are made.
+      exclude, k: as for the targets.
       true_neighbors: (squared distances float32 [Q, k], ids int32 [Q, k]) in each key shard.
-      packed_QxK: the k nearest over all shards with their next tokens, as `neighbors.pack` does.
+      packed_QxK: the k nearest over all shards with their next tokens, packed by `neighbors.pack`.
     """
 
     key_shards: KeyShards
@@ -42,7 +42,7 @@ class Sample:
 
     @classmethod
     def draw(cls, key_shards: KeyShards, queries: Queries, exclude: str, k: int) -> Sample:
-        """Searches all key shards exactly, in all dimensions."""
+        """Searches all key shards exactly, in all dimensions, for the true neighbors."""
         true_neighbors, packed_QxK = [], None
         for number in range(len(key_shards)):
             shard = key_shards.open(number)
@@ -57,7 +57,7 @@ class Sample:
         """Searches key shards (all, unless given) with their indices.
 
         Returns:
-          (recall: the share of the k nearest of these shards that the search returns, averaged over the queries;
+          (recall: the share of these shards' k nearest that the search returns, averaged over the queries;
           the neighbors packed with their next tokens, uint64 [Q, k]).
         """
         truth_QxK, packed_QxK = None, None
@@ -73,7 +73,7 @@ class Sample:
         return float(is_returned_QxK[np.isfinite(distances_QxK)].mean()), packed_QxK
 
     def total_variation(self, packed_QxK: np.ndarray, temperature: float) -> float:
-        """Half the L1 distance of p_kNN of these neighbors to that of the true ones, averaged over the queries."""
+        """The total variation between p_kNN of these neighbors and of the true ones, averaged over the queries."""
         approximate, exact = (
             sparse_distributions(*neighbors.unpack(packed), self.queries.next_tokens_Q, temperature)
             for packed in (packed_QxK, self.packed_QxK)

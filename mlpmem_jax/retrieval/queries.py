@@ -1,4 +1,4 @@
-"""Positions that look for neighbors, read from the datastore of their split."""
+"""Queries: positions whose neighbors are searched, read from the datastore of their split."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from mlpmem_jax.core.artifacts import Artifact
 
-_CONCURRENT_READS = 16  # small range reads, which wait for storage more than they work
+_CONCURRENT_READS = 16  # small range reads, which are limited by storage latency
 
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """Positions of a split that look for neighbors.
+    """Positions of a split whose neighbors are searched.
 
     Attributes:
       keys_QxD: float32 [Q, D].
       next_tokens_Q: int32 [Q].
-      positions_Q: int64 [Q], place within the split.
+      positions_Q: int64 [Q], position within the split.
       documents_Q: int32 [Q], document within the split.
-      base_log_probabilities_Q: float32 [Q], log p_LM(next token); None where the datastore has none.
+      base_log_probabilities_Q: float32 [Q], log p_LM(next token); None if the datastore has none.
     """
 
     keys_QxD: np.ndarray
@@ -53,7 +53,7 @@ def read_queries(datastore: Artifact, first: int, stop: int) -> Queries:
 
 
 def sample_queries(datastore: Artifact, count: int, seed: int = 0) -> Queries:
-    """`count` positions drawn from the whole split, without repetition; all of them when there are no more."""
+    """`count` positions sampled from the whole split without replacement; all of them if there are no more."""
     sequences, length = datastore.arrays["next_tokens"].shape
     drawn_Q = np.random.default_rng(seed).choice(sequences * length, min(count, sequences * length), replace=False)
     drawn_Q.sort()
@@ -68,7 +68,7 @@ def sample_queries(datastore: Artifact, count: int, seed: int = 0) -> Queries:
 
 
 def sample_keys(datastore: Artifact, count: int) -> np.ndarray:
-    """Keys of sequences at even distances, about `count` of them, [S, D]."""
+    """About `count` keys from evenly spaced sequences, [S, D]."""
     sequences, length = datastore.arrays["next_tokens"].shape
     chosen = np.linspace(0, sequences - 1, min(sequences, -(-count // length))).astype(int).tolist()
     with concurrent.futures.ThreadPoolExecutor(_CONCURRENT_READS) as threads:

@@ -1,12 +1,12 @@
-"""What is searched instead of the keys themselves: centered and rotated, in all of their dimensions or in fewer.
+"""Projections that are searched instead of the keys: centered and rotated, in all dimensions or fewer.
 
-Keys of real language models are far from isotropic. One number in hundreds may be a hundred times larger than the rest
-at attention sinks, and means are far from 0. Quantizers with one scale for all dimensions then lose
-everything else. Centering and a random rotation spread what is large over all dimensions and keep every distance.
+Keys of real language models are far from isotropic. At attention sinks, one number in hundreds may be a hundred times
+larger than the rest, and means are far from 0. Quantizers with one scale for all dimensions then lose everything else.
+Centering and a random rotation spread large values over all dimensions and preserve every distance.
 
-In fewer dimensions, the principal components, distances are not kept: an index over them gives candidates, more than k,
-and their distances to the query are computed again from whole keys. Only neighbors that are not among the candidates
-are lost.
+Projecting to fewer dimensions (principal components) does not preserve distances: an index over them returns more than
+k candidates, whose distances to the query are recomputed from whole keys. Only neighbors that are not among the
+candidates are lost.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from mlpmem_jax.retrieval import neighbors
 from mlpmem_jax.retrieval.backends import Effort, Index
 from mlpmem_jax.retrieval.scratch import write_whole
 
-_CANDIDATES = 1.5  # for each neighbor wanted
+_CANDIDATES = 1.5  # candidates per neighbor
 _QUERIES_PER_THREAD = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """An affine map that keeps distances, or onto a subspace.
+    """An affine map that preserves distances, or projects onto a subspace.
 
     Attributes:
-      mean_D: float32 [D], of the sample.
+      mean_D: float32 [D], mean of the sample.
       basis_DxM: float32 [D, M], orthonormal columns.
-      variance_kept: share of the sample's variance within them, 1 where M = D.
+      variance_kept: share of the sample's variance that the columns span; 1 if M = D.
     """
 
     mean_D: np.ndarray
@@ -46,7 +46,7 @@ class Projection:
         return (keys_NxD.astype(np.float32) - self.mean_D) @ self.basis_DxM
 
     def save(self, file: epath.Path) -> None:
-        """Writes it whole or not at all."""
+        """Writes the projection atomically."""
         content = io.BytesIO()
         np.save(content, np.concatenate([self.mean_D[:, None], self.basis_DxM], axis=1))
         np.save(content, np.float64(self.variance_kept))
@@ -61,12 +61,12 @@ class Projection:
 
 
 def fit(sample_SxD: np.ndarray, dimensions: int, seed: int = 0) -> Projection:
-    """Centers on the mean of a sample, takes its principal components where they are fewer, and rotates at random.
+    """Centers on the mean of a sample, projects on its principal components if M < D, and rotates at random.
 
     Args:
       sample_SxD: keys, float [S, D].
       dimensions: M, at most D.
-      seed: of the rotation.
+      seed: random seed of the rotation.
     """
     sample_SxD = sample_SxD.astype(np.float32)
     mean_D = sample_SxD.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -87,12 +87,12 @@ def rotation(dimensions: int, seed: int) -> np.ndarray:
 
 
 def candidates(k: int) -> int:
-    """How many candidates are compared in all dimensions for k neighbors."""
+    """The number of candidates that are compared in all dimensions for k neighbors."""
     return round(_CANDIDATES * k)
 
 
 def widened(rows_NxD: np.ndarray) -> np.ndarray:
-    """Finite rows in float32, exactly. NumPy would convert float16 one number after the other."""
+    """Converts finite rows exactly to float32. NumPy's own conversion of float16 is not vectorized."""
     if rows_NxD.dtype != np.float16:
         return rows_NxD.astype(np.float32)
     bits_NxD = rows_NxD.view(np.int16).astype(np.int32)  # the sign stays in front
@@ -104,7 +104,7 @@ def widened(rows_NxD: np.ndarray) -> np.ndarray:
 
 
 def squared_distances(queries_QxD: np.ndarray, keys_NxD: np.ndarray, ids_QxC: np.ndarray) -> np.ndarray:
-    """|q - x|^2 of each query to the keys named for it, float32 [Q, C]; infinite where the id is MISSING."""
+    """|q - x|^2 of each query to the keys with its ids, float32 [Q, C]; infinite where the id is MISSING."""
     distances_QxC = np.empty(ids_QxC.shape, np.float32)
     for query_D, ids_C, distances_C in zip(queries_QxD.astype(np.float32), ids_QxC, distances_QxC, strict=True):
         differences_CxD = widened(keys_NxD.take(ids_C, axis=0))
@@ -115,10 +115,10 @@ def squared_distances(queries_QxD: np.ndarray, keys_NxD: np.ndarray, ids_QxC: np
 
 
 class RotatedIndex:
-    """An index over a projection of the keys that keeps distances, for queries that are keys."""
+    """An index over a distance-preserving projection of the keys, which takes whole keys as queries."""
 
     def __init__(self, index: Index, projection: Projection):
-        """index: over `projection(keys_NxD)`."""
+        """index: index over `projection(keys_NxD)`."""
         self._index, self._projection = index, projection
 
     def search(
@@ -133,10 +133,10 @@ class RotatedIndex:
 
 
 class ReducedIndex:
-    """Candidates from an index over reduced keys, distances from whole keys."""
+    """Takes candidates from an index over reduced keys and computes distances from whole keys."""
 
     def __init__(self, index: Index, projection: Projection, keys_NxD: np.ndarray):
-        """index: over `projection(keys_NxD)`; keys_NxD: float [N, D], as the datastore has them."""
+        """index: index over `projection(keys_NxD)`; keys_NxD: float [N, D], as stored in the datastore."""
         self._index, self._projection, self._keys_NxD = index, projection, keys_NxD
 
     def search(

@@ -1,16 +1,16 @@
-"""Nearest neighbors over a device mesh: every device keeps its keys, queries travel from device to device.
+"""Nearest neighbors over a device mesh: keys stay on their devices, queries travel around a ring.
 
-All mesh axes together are one ring. At each step a device compares the queries that it holds with its own keys, a
+All mesh axes together form one ring. At each step a device compares its current queries with its own keys, using one
 matrix product per block of keys, and merges the nearest into the k nearest so far, which travel with their queries;
-after a whole round the queries are back. Queries are lighter to send than keys: D numbers and k neighbors each, and
-both are sent to the next device while the current product is computed.
+after a full round the queries are back. Queries are smaller than keys: each has D numbers and k neighbors, and both
+are sent to the next device while the current product is computed.
 
 Distances are |q|^2 + |x|^2 - 2 q.x. Products of bfloat16 are exact and are added in float32; float16 and float32 are
-multiplied in float32 (`Precision.HIGHEST`, several passes on a TPU). A distance is then wrong by a few millionths of
-|q|^2 + |x|^2, which matters to near duplicates alone.
+multiplied in float32 (`Precision.HIGHEST`, several passes on a TPU). The error of a distance is then a few millionths
+of |q|^2 + |x|^2, which matters only for near duplicates.
 
-At equal distance the smaller id comes first wherever neighbors are selected or merged, and blocks of keys are whole
-registers, in which a product has the same bits at every place: the result does not depend on the mesh (tested on CPUs).
+Ties are broken by the smaller id wherever neighbors are selected or merged, and blocks of keys are whole registers,
+so that a product has the same bits at any place in a block: the result does not depend on the mesh (tested on CPUs).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlpmem_jax.retrieval import neighbors
 
-QUERIES_PER_DEVICE = 512  # with fewer, a TPU waits for keys from its memory
-SCORES_PER_BLOCK = 1 << 26  # of one device, float32: 256 MiB
-_NUMBERS_PER_BLOCK = 1 << 24  # of keys that are converted to float32 for their products: 64 MiB
-_LANES = 128  # width of a TPU's registers; blocks of keys are whole multiples
+QUERIES_PER_DEVICE = 512  # with fewer, a TPU is limited by reading keys from memory
+SCORES_PER_BLOCK = 1 << 26  # per device, float32: 256 MiB
+_NUMBERS_PER_BLOCK = 1 << 24  # of keys converted to float32 for their products: 64 MiB
+_LANES = 128  # width of a TPU's registers; blocks of keys are multiples of it
 
 
 def blocks(num_keys: int, width: int, dtype, devices: int, queries: int = QUERIES_PER_DEVICE) -> tuple[int, int]:
-    """(blocks of keys on each device, keys of a block), for `queries` at once on each device."""
+    """(blocks of keys per device, keys per block), for `queries` concurrent queries per device."""
     keys = -(-num_keys // devices)
     count = -(-keys * queries // SCORES_PER_BLOCK)
     if _is_converted(dtype):
@@ -51,19 +51,18 @@ def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target:
     Args:
       mesh: its devices, in order, are the ring.
       num_keys: N, without padding.
-      block: keys whose distances to the queries of a device exist at once; it divides the keys of a device.
-      k: neighbors wanted.
-      recall_target: 1 selects the k nearest of each block exactly. Less leaves the selection to
-        `jax.lax.approx_max_k`: the nearest of each of many bins, so few of the k nearest are lost that at least this
-        share of them remains. CPUs select exactly whatever is asked for: there XLA sorts whole rows instead, which
-        loses nothing and takes 40 to 70 times as long (20,000 and 100,000 keys).
+      block: keys whose distances to a device's queries are in memory together; divides the keys of a device.
+      k: neighbors per query.
+      recall_target: 1 selects the k nearest of each block exactly. Lower values use `jax.lax.approx_max_k`, which takes
+        the nearest of each of many bins and returns at least this share of the k nearest. CPUs always select exactly:
+        there XLA implements approx_max_k by sorting whole rows, which is exact but takes 40 to 70 times as long
+        (20,000 and 100,000 keys).
 
     Returns:
       A function of (keys [P, D], norms float32 [P], queries [Q, D], excluded int32 [Q, 2]), all sharded along axis 0
-      over the whole mesh, P the number of keys with padding (its norm is infinite). Of query q, keys with ids in
-      [start, stop) are left out. It returns (squared distances float32 [Q, k], ids int32 [Q, k]), sharded likewise,
-      nearest first, at equal distance the smaller id first; where there are fewer than k keys, infinite distances and
-      ids of -1.
+      over the whole mesh, P the number of keys including padding (with infinite norms). For query q, keys with ids in
+      [start, stop) are excluded. It returns (squared distances float32 [Q, k], ids int32 [Q, k]), sharded likewise,
+      nearest first, ties by smaller id; missing neighbors have infinite distances and id -1.
     """
     if mesh.devices.flat[0].platform == "cpu":
         recall_target = 1.0
@@ -96,12 +95,12 @@ def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target:
             return arriving[0], best
 
         none = jnp.full((len(queries_qxD), k), jnp.inf), jnp.full((len(queries_qxD), k), neighbors.MISSING, jnp.int32)
-        # Neighbors are sent one step after their queries, during the next product; one more step completes their round.
+        # Neighbors are sent one step after their queries, during the next product; an extra step completes their round.
         _, best = jax.lax.fori_loop(0, devices, step, ((queries_qxD, excluded_qx2), none))
         scores_qxk, ids_qxk = send(best)
         distances_qxk = jnp.maximum(scores_qxk + squared_norms(queries_qxD)[:, None], 0)
         ids_qxk = jnp.where(jnp.isinf(distances_qxk), neighbors.MISSING, ids_qxk)
-        # Sums round different scores to one distance.
+        # Adding |q|^2 may round different scores to the same distance, so ties are ordered again.
         return tuple(jax.lax.sort((distances_qxk, ids_qxk), dimension=1, num_keys=2))
 
     sharded = PartitionSpec(axes)
@@ -111,13 +110,13 @@ def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target:
 def program(
     mesh: Mesh, num_keys: int, queries: int, width: int, k: int, dtype: str = "bfloat16", recall_target: float = 1.0
 ):
-    """The search and the shapes of its arguments, to compile ahead of time: (jitted function, abstract arguments).
+    """The search and its abstract arguments, for ahead-of-time compilation: (jitted function, abstract arguments).
 
     Args:
-      mesh: of any devices, present or not.
+      mesh: a mesh of any devices, present or not.
       num_keys: N; queries: Q, a multiple of the number of devices; width: D; k: neighbors.
-      dtype: of keys and queries.
-      recall_target: as of `search_program`.
+      dtype: dtype of keys and queries.
+      recall_target: as in `search_program`.
     """
     count, block = blocks(num_keys, width, dtype, mesh.size, queries // mesh.size)
     padded = count * block * mesh.size
@@ -137,14 +136,14 @@ def _products(left_qxD, right_BxD):
 
 
 def squared_norms(rows_NxD):
-    """Added up by a matrix product: the order in which a compiler adds otherwise depends on the number of rows."""
+    """Computed by a matrix product, because the order of other reductions may depend on the number of rows."""
     squares_NxD = rows_NxD.astype(jnp.float32) ** 2
     return _products(squares_NxD, jnp.ones((_LANES, rows_NxD.shape[1])))[:, 0]
 
 
 def _select(scores_QxB, *, k: int, num_keys: int, recall_target: float):
-    """(scores, places) of at least the k smallest scores of each row, or of most of them; of all where there are no
-    more."""
+    """(scores, places) of at least the k smallest scores of each row (of most of them if approximate); of all scores
+    if there are no more."""
     size = scores_QxB.shape[1]
     if recall_target < 1 and k <= size:
         return jax.lax.approx_min_k(
@@ -154,10 +153,10 @@ def _select(scores_QxB, *, k: int, num_keys: int, recall_target: float):
             reduction_input_size_override=max(num_keys, size),  # a block may be padded beyond all keys
             aggregate_to_topk=False,
         )
-    # The k smallest lie in the k groups whose smallest member is smallest. B / g + k g is least at this g. Groups are
-    # runs of keys, and of equal members `top_k` takes the first: so equal scores go to the smaller ids.
+    # The k smallest are in the k groups with the smallest minima. B / g + k g is minimal for this g. Groups are runs of
+    # keys, and `top_k` takes the first of equal members, so ties go to the smaller ids.
     group = min(_LANES, 1 << max(0, round(math.log2(size / k) / 2)))
-    groups = size // group  # blocks are whole multiples of 128 keys
+    groups = size // group  # blocks are multiples of 128 keys
     if group == 1:
         negated, places = jax.lax.top_k(-scores_QxB, min(k, size))
         return -negated, places

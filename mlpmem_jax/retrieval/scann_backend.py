@@ -1,6 +1,6 @@
 """Approximate nearest neighbors with ScaNN: a tree of clusters, asymmetric hashing, exact reordering in float32.
 
-How an index is built: `scann_index`. Searches may use any number of threads.
+`scann_index` builds the index. Searches may use any number of threads.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from mlpmem_jax.retrieval.backends import KeySource, Needs
 from mlpmem_jax.retrieval.scann_index import Options
 from mlpmem_jax.retrieval.scratch import is_remote, writing
 
-# In multiples of those that are derived.
+# In multiples of the derived values.
 _LEAF_FACTORS = (0.125, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _REORDER_FACTORS = (1, 2, 4)
 _ROWS_PER_CALL = 256
-_RETRIED_NEIGHBORS = 1 << 22  # of one call: 32 MiB of ids and distances
-_GROWTH = 4  # of what is asked for where neighbors lack
+_RETRIED_NEIGHBORS = 1 << 22  # neighbors per retry: 32 MiB of ids and distances
+_GROWTH = 4  # factor by which a retry for missing neighbors asks for more
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """ScaNN on the processors of the hosts.
+    """ScaNN on the hosts' CPUs.
 
     Attributes:
-      k: neighbors that an index is asked for.
-      training_sample, leaves, leaves_to_search, reorder: as of `Options.derive`.
+      k: neighbors per query of an index.
+      training_sample, leaves, leaves_to_search, reorder: as in `Options.derive`.
     """
 
     k: int
@@ -62,13 +62,13 @@ class Backend:
         return cls(k, **{name: settings[name] for name in names & set(settings)})
 
     def options(self, rows: int) -> Options:
-        """How an index of so many keys is built, and searched at first."""
+        """How an index of `rows` keys is built, and how it is searched first."""
         return Options.derive(rows, self.k, self.leaves, self.leaves_to_search, self.reorder, self.training_sample)
 
     def needs(self, rows: int, width: int, key_bytes: int, processes: int) -> Needs:
-        # Measured (docs/neighbors.md). An index that is loaded: keys in float32, one and a half bytes of hashes for
-        # each number, and 96 bytes more a key. While it is trained: 18 bytes for each number of the sample, 27 for
-        # each that hashes are trained on, and 1,200 a key.
+        # Measured (docs/neighbors.md). A loaded index: float32 keys, one and a half bytes of hashes per number, and 96
+        # more bytes per key. During training: 18 bytes per number of the sample, 27 per number that hashes are trained
+        # on, and 1,200 per key.
         sample = min(self.training_sample, rows)
         hashed = min(sample, scann_index.HASHING_SAMPLE)
         trained = sample * (18 * width + 1200) + 27 * hashed * width
@@ -79,16 +79,16 @@ class Backend:
         )
 
     def flops(self, rows: int, width: int, queries: int) -> float:
-        """Each key and query is compared with the centers of all leaves; one number from a table is added for each
-        dimension of each key in the leaves searched; the distances of the candidates that are reordered are computed.
-        Finding the centers, from a sample, is left out."""
+        """Counts comparing each key and query with the centers of all leaves, one table lookup and addition per
+        dimension of each key in the searched leaves, and the distances of the reordered candidates. Training the
+        centers on a sample is not counted."""
         options = self.options(rows)
         scanned = rows * options.leaves_to_search / options.leaves
         query = options.leaves * 2.0 * width + scanned * width + self.k * options.reorder * 2.0 * width
         return rows * options.leaves * 2.0 * width + queries * query
 
     def efforts(self, rows: int, width: int) -> tuple[list[Options], int]:
-        """Searches with more leaves and candidates than are derived, or with fewer leaves; those given stand."""
+        """Searches with more leaves and candidates than derived, or fewer leaves; explicit settings are not varied."""
         first = self.options(rows)
         choices = {
             dataclasses.replace(
@@ -125,7 +125,7 @@ class Backend:
 
 @contextlib.contextmanager
 def _local_folder(folder: epath.Path) -> Iterator[epath.Path]:
-    """The folder itself where it is local, else a temporary one: ScaNN reads and writes local files alone."""
+    """The folder itself if it is local, else a temporary one, because ScaNN reads and writes only local files."""
     if not is_remote(folder):
         yield folder
         return
@@ -135,12 +135,12 @@ def _local_folder(folder: epath.Path) -> Iterator[epath.Path]:
 
 @functools.cache
 def unavailable() -> str:
-    """Why ScaNN cannot be used, "" where it can; its wheels are for Linux on x86-64 alone."""
+    """Why ScaNN cannot be used, or "" if it can; its wheels are only for Linux on x86-64."""
     if importlib.util.find_spec("scann") is None:
         return "is not installed (its wheels are for Linux on x86-64)"
     try:
         scann_index.scann()
-    except Exception as error:  # a native library that does not fit raises what it likes
+    except Exception as error:  # an incompatible native library may raise anything
         return f"is installed but cannot be imported ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
     return ""
 
@@ -153,7 +153,7 @@ class ScannIndex:
 
     @classmethod
     def build(cls, keys_NxD: np.ndarray, options: Options) -> ScannIndex:
-        """The index of keys that are in memory, float32 [N, D]."""
+        """Builds the index of in-memory keys, float32 [N, D]."""
         with tempfile.TemporaryDirectory() as folder:
             scann_index.write(folder, *keys_NxD.shape, lambda start, stop: keys_NxD[start:stop], options)
             return cls.load(folder, len(keys_NxD), options)
@@ -171,15 +171,15 @@ class ScannIndex:
         excluded_Qx2: np.ndarray | None = None,
         effort: Options | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """About the k nearest keys of each query, as `backends.Index.search`. Other Python threads run meanwhile."""
+        """Approximately the k nearest keys of each query, as `backends.Index.search`. Releases the GIL."""
         options = effort or self._options
         if excluded_Qx2 is None:
             excluded_Qx2 = np.zeros((len(queries_QxD), 2), np.int32)
         longest = int(np.max(excluded_Qx2[:, 1] - excluded_Qx2[:, 0], initial=0))
         distances_QxK = np.empty((len(queries_QxD), k), np.float32)
         ids_QxK = np.empty((len(queries_QxD), k), np.int32)
-        # Most queries have few of their k nearest excluded. Those that lack neighbors are searched again: for more of
-        # them, or, where the leaves held no more, in more leaves.
+        # Most queries have few of their k nearest excluded. Queries that lack neighbors are searched again, asking for
+        # more of them, or searching more leaves if the leaves had no more.
         pending = [(np.arange(len(queries_QxD)), min(longest, k), options.leaves_to_search)]
         while pending:
             rows, extra, leaves = pending.pop()
@@ -198,7 +198,7 @@ class ScannIndex:
         return distances_QxK, ids_QxK
 
     def _search_once(self, queries_QxD, k: int, extra: int, leaves: int, reorder: float, excluded_Qx2):
-        """(distances [Q, k], ids [Q, k], whether the leaves held fewer than k + extra keys, bool [Q])."""
+        """(distances [Q, k], ids [Q, k], whether the leaves had fewer than k + extra keys, bool [Q])."""
         wanted = min(k + extra, self.size)
         ids_QxM, distances_QxM = self._searcher.search_batched(
             np.ascontiguousarray(queries_QxD, np.float32),
@@ -207,7 +207,7 @@ class ScannIndex:
             leaves_to_search=leaves,
         )
         ids_QxM = ids_QxM.view(np.int32)
-        usable_QxM = np.isfinite(distances_QxM)  # ScaNN puts NaN in places that it could not fill
+        usable_QxM = np.isfinite(distances_QxM)  # ScaNN fills missing neighbors with NaN
         has_ended_Q = ~usable_QxM.all(axis=1)
         usable_QxM &= (ids_QxM < excluded_Qx2[:, :1]) | (ids_QxM >= excluded_Qx2[:, 1:])
         usable_QxM &= np.cumsum(usable_QxM, axis=1, dtype=np.int32) <= k

@@ -1,7 +1,7 @@
-"""What ScaNN costs on this machine, in processor time and memory.
+"""The cost of ScaNN on this machine, in CPU time and memory.
 
-Costs are measured on clustered keys, and the hours of searches too large for a desk are computed from them. An index is
-built and loaded by a process of its own: this module run as a program, which then knows what its memory went into.
+Costs are measured on clustered keys, and the hours of searches too large for this machine are extrapolated from them.
+An index is built and loaded in a separate process (this module run as a program), so that its memory can be measured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mlpmem_jax.retrieval.targets_benchmark import clustered_keys
 
 KEYS, TRAINED_ON, WIDTHS, NEIGHBORS = 800_000, 100_000, (32, 128), 1024
 QUERIES = 1024
-_LARGE = (  # (positions, width of a key, keys of a shard, dimensions that are searched)
+_LARGE = (  # (positions, width of a key, keys per shard, searched dimensions)
     (1_000_000, 128, 2_000_000, 0),
     (100_000_000, 1280, 16_000_000, 0),
     (100_000_000, 1280, 16_000_000, 256),
@@ -40,12 +40,12 @@ _LARGE = (  # (positions, width of a key, keys of a shard, dimensions that are s
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Seconds of one core for each number of a key.
+    """Single-core seconds per number of a key.
 
     Attributes:
-      scanned: of the keys in the leaves that are searched; the search's other costs are spread over them.
-      reordered: of the candidates whose distance ScaNN computes exactly.
-      whole: of the candidates whose distance in all dimensions is computed where fewer are searched.
+      scanned: for keys in the searched leaves, including the search's other costs.
+      reordered: for candidates whose distance ScaNN computes exactly.
+      whole: for candidates whose distance in all dimensions is computed after searching fewer dimensions.
     """
 
     scanned: float
@@ -54,14 +54,14 @@ class Rates:
 
 
 def core_hours(positions: int, width: int, shard_rows: int, dimensions: int, rates: Rates) -> tuple[float, str]:
-    """Hours of one core that the neighbors of all positions take, and what they consist of, in words.
+    """Core hours for the neighbors of all positions, and a description of what they consist of.
 
     Args:
       positions: N, each of them a key and a query.
-      width: numbers in a key.
-      shard_rows: most keys in an index.
-      dimensions: principal components that are searched; 0 for all.
-      rates: of the machine.
+      width: dimensions of a key.
+      shard_rows: maximum keys per index.
+      dimensions: number of searched principal components; 0 for all dimensions.
+      rates: the machine's rates.
     """
     shards = -(-positions // shard_rows)
     rows = positions // shards
@@ -80,7 +80,7 @@ def core_hours(positions: int, width: int, shard_rows: int, dimensions: int, rat
 
 
 def _processor_seconds(work: Callable[[], object]) -> float:
-    """Of all cores; the least of three times."""
+    """CPU seconds of all cores; the minimum of three runs."""
     seconds = []
     for _ in range(3):
         start = time.process_time()
@@ -90,16 +90,16 @@ def _processor_seconds(work: Callable[[], object]) -> float:
 
 
 def _build_and_load(folder: str, size: int, leaves: int) -> dict[str, float]:
-    """What an index of the first `size` of FOLDER/keys.npy costs a process: seconds, and bytes beside those keys."""
+    """The seconds and memory (not counting the keys) that a process needs for an index of the first `size` keys."""
     command = [sys.executable, "-m", __name__, folder, str(size), str(leaves)]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if child.returncode:
-        raise UserError(f"benchmark of ScaNN: the process that builds an index ended with exit code {child.returncode}")
+        raise UserError(f"benchmark of ScaNN: the process that builds an index exited with code {child.returncode}")
     return json.loads(child.stdout.splitlines()[-1])
 
 
 def _index_rows(width: int) -> tuple[list[dict], Rates]:
-    """Costs of building an index and of searching it, at one width."""
+    """The cost of building and searching an index, for one width."""
     keys_NxD = clustered_keys(KEYS, width)
     leaves = Options.derive(KEYS, NEIGHBORS).leaves
     backend = scann_backend.Backend(NEIGHBORS, training_sample=TRAINED_ON)
@@ -113,9 +113,9 @@ def _index_rows(width: int) -> tuple[list[dict], Rates]:
                     f"ScaNN, {size:,} keys of width {width}: build",
                     cost["seconds"],
                     "s of processor time",
-                    f"{leaves} leaves, trained on {TRAINED_ON:,} keys; memory {cost['built'] / 1e9:.3f} GB while it is "
-                    f"built, {cost['loading'] / 1e9:.3f} GB while it is loaded, {cost['loaded'] / 1e9:.3f} GB then; "
-                    f"stated {backend.needs(size, width, 4, 1).memory / 1e9:.3f} GB",
+                    f"{leaves} leaves, trained on {TRAINED_ON:,} keys; memory {cost['built'] / 1e9:.3f} GB during "
+                    f"the build, {cost['loading'] / 1e9:.3f} GB during loading, {cost['loaded'] / 1e9:.3f} GB loaded; "
+                    f"predicted {backend.needs(size, width, 4, 1).memory / 1e9:.3f} GB",
                 )
             )
         filled = (built["seconds"] - trained["seconds"]) / (KEYS - TRAINED_ON)
@@ -125,13 +125,13 @@ def _index_rows(width: int) -> tuple[list[dict], Rates]:
 
 
 def _search_rows(folder: pathlib.Path, keys_NxD: np.ndarray) -> tuple[list[dict], Rates]:
-    """Costs of a candidate, from what twice as many add to the time of a search, and of a leaf, from all the rest."""
+    """The cost of a candidate, from the time that twice as many add to a search, and of a leaf, from the rest."""
     size, width = keys_NxD.shape
     queries_QxD = keys_NxD[size // 2 :][:QUERIES]
     options = Options.derive(size, NEIGHBORS)
 
     def seconds(**changed) -> float:
-        """Of one query, with other options."""
+        """Seconds per query, with changed options."""
         index = ScannIndex.load(folder, size, dataclasses.replace(options, **changed))
         return _processor_seconds(lambda: index.search(queries_QxD, NEIGHBORS)) / len(queries_QxD)
 
@@ -151,14 +151,14 @@ def _search_rows(folder: pathlib.Path, keys_NxD: np.ndarray) -> tuple[list[dict]
             "us",
             f"k {NEIGHBORS}, {options.leaves_to_search} of {options.leaves} leaves, {options.reorder} x k candidates",
         ),
-        row(f"{name}: a leaf", 1e6 * leaf, "us", f"{1e12 * rates.scanned:.1f} ps for each number of its keys"),
-        row(f"{name}: a candidate", 1e6 * candidate, "us", f"{1e9 * rates.reordered:.2f} ns for each of its numbers"),
-        row(f"whole distance, width {width}", 1e6 * whole, "us", f"{1e9 * rates.whole:.2f} ns for each of its numbers"),
+        row(f"{name}: a leaf", 1e6 * leaf, "us", f"{1e12 * rates.scanned:.1f} ps per number of its keys"),
+        row(f"{name}: a candidate", 1e6 * candidate, "us", f"{1e9 * rates.reordered:.2f} ns per number"),
+        row(f"whole distance, width {width}", 1e6 * whole, "us", f"{1e9 * rates.whole:.2f} ns per number"),
     ], rates
 
 
 def _large_rows(rates: Rates) -> list[dict]:
-    """What no desk can measure, computed from the rates."""
+    """Extrapolations from the rates to searches too large for this machine."""
     computed = []
     for positions, width, shard_rows, dimensions in _LARGE:
         hours, detail = core_hours(positions, width, shard_rows, dimensions, rates)
@@ -172,20 +172,20 @@ def _large_rows(rates: Rates) -> list[dict]:
 
 
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
-    """Measures; each row has name, value, unit and detail."""
+    """Rows of (name, value, unit, detail)."""
     if reason := scann_backend.unavailable():
-        say(f"scann: no rows, ScaNN {reason}")
+        say(f"scann: no rows: ScaNN {reason}")
         return []
     measured = []
     for width in WIDTHS:
         of_width, rates = _index_rows(width)
         measured += of_width
-    measured += _large_rows(rates)  # those of the widest keys
+    measured += _large_rows(rates)  # with the rates of the widest keys
     return measured
 
 
 def _resident_bytes() -> int:
-    """Of this process, now. What its allocator only keeps goes back before, and the peak starts anew from here."""
+    """The resident memory of this process, after returning freed memory to the system; also resets the peak."""
     ctypes.CDLL(None).malloc_trim(0)
     host.reset_peak()
     return host.peak_rss_bytes()

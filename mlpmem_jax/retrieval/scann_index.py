@@ -1,16 +1,16 @@
-"""Builds ScaNN indices: the files that ScaNN loads.
+"""Builds ScaNN indices as the files that ScaNN loads.
 
-ScaNN trains clusters and hashes on a sample. Giving every key its cluster and its hash is the greater part of the work
-where there are many keys; it is done here, on the device that JAX finds, and written as the files that ScaNN loads. The
-keys pass through in blocks, so that a build needs no more memory than the index it leaves.
+ScaNN trains clusters and hashes on a sample. Assigning every key to its cluster and hash is most of the work if there
+are many keys; this module does it with JAX and writes the files that ScaNN loads. Keys are processed in blocks, so a
+build needs no more memory than the resulting index.
 
-Hashes have one scale for all keys and dimensions, which a few keys of a far larger norm would take for themselves. So
-keys are given centered on 0, and clusters and hashes are those of keys whose norms are capped; candidates are reordered
-by the distances of the keys as they are.
+Hashes have one scale for all keys and dimensions, which a few keys of much larger norm would dominate. So keys must be
+centered on 0, and clusters and hashes are computed from keys with capped norms; candidates are reordered by the
+distances of the original keys.
 
-Two builds from the same keys are the same, byte for byte. ScaNN does not promise that: it draws random seeds from the
-operating system, so the clusters are seeded by k-means++; and its threads disagree about a few keys from run to run, so
-one thread trains. Searches may use any number.
+Two builds from the same keys are byte-for-byte identical. ScaNN does not guarantee that: it takes random seeds from the
+operating system, so clusters are seeded here by k-means++; and its threads give slightly different results from run to
+run, so training uses one thread. Searches may use any number.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ import numpy as np
 from mlpmem_jax.core import native_output
 
 _BRUTE_FORCE_BELOW = 4096  # too few keys to cluster and hash well
-# More than these of ScaNN's trainings made no difference to the recall.
+# More iterations of ScaNN's training than these did not change the recall.
 _TREE_ITERATIONS, _HASHING_ITERATIONS, HASHING_SAMPLE = 6, 5, 25_000
-_CAP = 2.0  # largest norm that is clustered and hashed as it is, in medians of the sample's norms
-_SMALLEST_LEAF = 4  # of the sample; ScaNN's 50 dissolves leaves when the sample has fewer than about 100 keys a leaf
+_CAP = 2.0  # norms above this multiple of the sample's median are capped for clustering and hashing
+_SMALLEST_LEAF = 4  # sample keys; ScaNN's 50 drops leaves if the sample has fewer than about 100 keys per leaf
 _KEYS_PER_BLOCK = 8192
-_REREAD_COST = 2  # of a number read at random places, in numbers that are read in sequence
+_REREAD_COST = 2  # cost of a random read relative to a sequential one
 
 
 def scann():
-    """The module of ScaNN's Python binding; imported here, because there is no wheel for every machine."""
+    """ScaNN's Python module; imported lazily, because it is not available on every platform."""
     from scann import scann_ops_pybind
 
     return scann_ops_pybind
@@ -48,10 +48,10 @@ class Options:
     """How an index is built and searched.
 
     Attributes:
-      leaves: clusters that the keys are divided into.
-      leaves_to_search: nearest clusters that each query looks into.
-      reorder: candidates, for each neighbor wanted, whose distance is computed exactly.
-      training_sample: keys that clusters and hashes are trained on.
+      leaves: number of clusters.
+      leaves_to_search: number of nearest clusters that each query searches.
+      reorder: candidates per neighbor whose distance is computed exactly.
+      training_sample: number of keys on which clusters and hashes are trained.
     """
 
     leaves: int
@@ -61,19 +61,19 @@ class Options:
 
     @classmethod
     def derive(cls, num_keys: int, k: int, leaves=0, leaves_to_search=0, reorder=0, training_sample=100_000):
-        """Options from the number of keys and of neighbors; an argument that is not 0 stands as given.
+        """Derives options from the number of keys and neighbors; arguments other than 0 are used as given.
 
-        What is derived was measured to give a recall of 0.95 or more on the keys of small language models; keys that
-        cluster less need more leaves searched.
+        The derived options were measured to give a recall of at least 0.95 on keys of small language models; keys that
+        are less clustered need more leaves.
 
         Args:
           num_keys: N.
-          k: neighbors that will be asked for.
-          leaves, leaves_to_search, training_sample: as the attributes.
-          reorder: candidates whose distance is computed exactly when k neighbors are asked for.
+          k: neighbors per query.
+          leaves, leaves_to_search, training_sample: as in the attributes.
+          reorder: candidates per query whose distance is computed exactly, for k neighbors.
         """
         leaves = min(leaves or round(math.sqrt(num_keys)), num_keys)
-        # The ball that holds k neighbors touches more leaves as it grows, but fewer than in proportion.
+        # The ball that contains k neighbors touches more leaves as it grows, but less than proportionally.
         touched = math.ceil(40 * (k * leaves / num_keys) ** 0.4)
         return cls(
             leaves=leaves,
@@ -86,31 +86,31 @@ class Options:
         return {"leaves_to_search": self.leaves_to_search, "reorder": self.reorder}
 
     def cost(self, size: int, width: int, k: int) -> int:
-        """Bytes that one query reads: all centers, the hashes of the leaves searched, the keys that are reordered."""
+        """Bytes that one query reads: all centers, the hashes of the searched leaves, and the reordered keys."""
         hashes = size * self.leaves_to_search // self.leaves * width
         candidates = min(round(k * self.reorder), size)
         return 4 * self.leaves * width + hashes + 4 * _REREAD_COST * candidates * width
 
     def __str__(self) -> str:
-        return f"{self.leaves_to_search} of {self.leaves} leaves, {self.reorder:g} candidates a neighbor"
+        return f"{self.leaves_to_search} of {self.leaves} leaves, {self.reorder:g} candidates per neighbor"
 
 
 def write(folder, size: int, width: int, read: Callable[[int, int], np.ndarray], options: Options) -> None:
     """Builds an index as files in an existing empty local folder, for `scann_backend.ScannIndex.load`.
 
-    Files are read and written in sequence and never mapped: their pages would count as memory of the process.
+    Files are read and written sequentially and never memory-mapped, because mapped pages count as process memory.
 
     Args:
       size: N.
       width: D.
-      read: function of (start, stop) that gives keys, float32 [stop - start, D], centered on 0.
+      read: function of (start, stop) that returns keys, float32 [stop - start, D], centered on 0.
     """
     folder = pathlib.Path(folder)
     if size < _BRUTE_FORCE_BELOW:
         _save(scann().builder(np.ascontiguousarray(read(0, size)), 1, "squared_l2").score_brute_force(), folder)
         return
     blocks = [slice(start, min(start + _KEYS_PER_BLOCK, size)) for start in range(0, size, _KEYS_PER_BLOCK)]
-    # Drawn, because keys at even distances could all stand at the same place of their sequences.
+    # Random, because evenly spaced keys could all be at the same position of their sequences.
     sample_S = np.sort(np.random.default_rng(0).choice(size, options.training_sample, replace=False))
     sample_SxD = np.empty((len(sample_S), width), np.float32)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
@@ -149,13 +149,13 @@ def _write_header(file, shape: tuple[int, ...], dtype) -> None:
 
 
 def capped(keys_NxD: np.ndarray, cap: float) -> np.ndarray:
-    """Keys of the same directions whose norms are at most `cap`, float32 [N, D]."""
+    """Scales keys down to norms of at most `cap`, float32 [N, D]."""
     norms_Nx1 = np.linalg.norm(keys_NxD, axis=1, keepdims=True)
     return keys_NxD * np.minimum(1, cap / np.maximum(norms_Nx1, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
 def _train(keys_SxD: np.ndarray, options: Options, folder: pathlib.Path) -> None:
-    """Writes the index that ScaNN makes of a sample, float32 [S, D]."""
+    """Writes the index that ScaNN builds from a sample, float32 [S, D]."""
     builder = (
         scann()
         .builder(keys_SxD, 1, "squared_l2")
@@ -168,7 +168,7 @@ def _train(keys_SxD: np.ndarray, options: Options, folder: pathlib.Path) -> None
             random_init=False,
         )
     )
-    # One dimension a block: more bytes to scan than two, far fewer candidates to reorder for the same recall.
+    # One dimension per block: more bytes to scan than with two, but far fewer candidates to reorder at equal recall.
     builder = builder.score_ah(
         1, training_sample_size=min(HASHING_SAMPLE, len(keys_SxD)), training_iterations=_HASHING_ITERATIONS
     )
@@ -182,7 +182,7 @@ def _save(builder, folder: pathlib.Path) -> None:
 
 
 def _trained(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(centers of the clusters [L, D], their numbers int32 [L], centers of the hashes [D, 16]) that ScaNN wrote."""
+    """What ScaNN wrote: (cluster centers [L, D], their numbers int32 [L], hash centers [D, 16])."""
     from scann.partitioning import partitioner_pb2
     from scann.proto import centers_pb2
 
@@ -198,7 +198,7 @@ def _trained(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @jax.jit
 def _fill(keys_BxD, centers_LxD, codebook_DxC):
-    """(nearest cluster of each key int32 [B], nearest center of each of its numbers uint8 [B, D])."""
+    """(nearest cluster of each key, int32 [B]; nearest hash center of each of its numbers, uint8 [B, D])."""
     products_BxL = jnp.matmul(keys_BxD, centers_LxD.T, precision=jax.lax.Precision.HIGHEST)
     nearest_B = jnp.argmin(jnp.sum(centers_LxD**2, axis=1) - 2 * products_BxL, axis=1)
     order_DxC = jnp.argsort(codebook_DxC, axis=1)

@@ -1,4 +1,4 @@
-"""The scratch folder of stage `targets`: what a resumed run need not compute again, deleted when the stage is done."""
+"""The scratch folder of stage `targets`: results that a resumed run can reuse, deleted when the stage is finished."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlpmem_jax.core.errors import ArtifactError
 
 @contextlib.contextmanager
 def writing(path: epath.Path) -> Iterator[None]:
-    """Turns errors of writing, a full disk for instance, into one that says what to do.
+    """Converts write errors, such as a full disk, into an error that says what to do.
 
     Raises:
       ArtifactError: `path` could not be written.
@@ -23,13 +23,13 @@ def writing(path: epath.Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # ScaNN raises RuntimeError
         raise ArtifactError(
-            f"{path}: could not be written: {error}. What was complete before is kept: make room (or fix access) and "
+            f"{path}: could not be written: {error}. Completed work is kept: free some space (or fix access) and "
             "run the same command again"
         ) from error
 
 
 def write_whole(path: epath.Path, content: bytes | memoryview) -> None:
-    """Writes a file such that whoever reads it finds it whole, or not at all."""
+    """Writes a file atomically."""
     unfinished = path.with_suffix(".unfinished")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def write_whole(path: epath.Path, content: bytes | memoryview) -> None:
 
 
 def save_array(path: epath.Path, array: np.ndarray) -> None:
-    """`numpy.save` to any place, whole or not at all."""
+    """`numpy.save` to any path, atomically."""
     content = io.BytesIO()
     np.save(content, array)
     write_whole(path, content.getbuffer())
@@ -50,5 +50,5 @@ def load_array(path: epath.Path) -> np.ndarray:
 
 
 def is_remote(path: epath.Path) -> bool:
-    """Whether it lies in an object store."""
+    """Whether the path is in an object store."""
     return "://" in str(path)

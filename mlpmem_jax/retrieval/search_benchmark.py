@@ -1,7 +1,7 @@
-"""Searches side by side on the stored keys of a finished datastore: recall, distributions and rate of each.
+"""Compares searches on the stored keys of a finished datastore: recall, quality of distributions, and rate.
 
-The very code of stage `targets` on one shard of keys: both backends in all dimensions and in fewer, ScaNN at the effort
-that reaches `config.targets.recall`. Beside them FAISS as the reference implementation sets it (extra `bench`).
+Runs the code of stage `targets` on one shard of keys: both backends in all dimensions and in fewer, with ScaNN at the
+effort that reaches `config.targets.recall`; and FAISS with the reference implementation's settings (extra `bench`).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from mlpmem_jax.retrieval.quality import Sample, contains
 from mlpmem_jax.retrieval.queries import Queries, read_queries, sample_queries
 from mlpmem_jax.retrieval.targets_benchmark import reference_index
 
-KEYS = 131_072  # at most, the first of the training split
+KEYS = 131_072  # maximum number of keys, the first of the training split
 RECALL_POSITIONS, TIMED_POSITIONS = 512, 2048
 _FEWER_DIMENSIONS = (2, 4)  # divisors of the keys' width
 _LONG_DOCUMENT = 10_000  # positions
-_NEARLY = 0.01  # of the recall
+_NEARLY = 0.01  # recall difference that is accepted
 _TEMPERATURE = 0.15  # in median distances to the k neighbors
 
 
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
-    """Measures; each row has name, value, unit and detail. Of a workdir without a datastore there are none."""
+    """Rows of (name, value, unit, detail); none for a workdir without a datastore."""
     folder = epath.Path(config.workdir) / "datastore" / "train"
     if not folder.exists():
         say(f"search: no rows, {folder} does not exist; set --config.workdir to one with a finished datastore")
@@ -48,7 +48,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     queries = sample_queries(datastore, RECALL_POSITIONS)
     timed = read_queries(datastore, 0, min(sequences, -(-TIMED_POSITIONS // length)))
     measured, sample = [], None
-    say(f"search: {min(KEYS, sequences * length):,} keys at most, {len(timed):,} positions are timed")
+    say(f"search: at most {min(KEYS, sequences * length):,} keys, {len(timed):,} timed positions")
     with tempfile.TemporaryDirectory() as scratch:
         for dimensions in (0, *(width // divisor for divisor in _FEWER_DIMENSIONS)):
             for name in SEARCH_BACKENDS:
@@ -56,7 +56,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
                 try:
                     key_shards = _prepare(datastore, name, settings, epath.Path(scratch) / f"{name}_{dimensions}")
                 except ConfigError as error:
-                    say(f"search: without {name}: {error}")
+                    say(f"search: {name} is left out: {error}")
                     continue
                 start = time.perf_counter()
                 key_shards.open(0)
@@ -69,12 +69,12 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     try:
         measured.append(_reference_row(sample, timed))
     except UserError as error:
-        say(f"search: without the reference's row: {error}")
+        say(f"search: the reference's row is left out: {error}")
     return measured
 
 
 def _prepare(datastore: Artifact, name: str, settings: dict, scratch: epath.Path) -> KeyShards:
-    """The first `KEYS` of a training split as the only shard, on one device.
+    """The first `KEYS` keys of a training split as a single shard, on one device.
 
     Raises:
       ConfigError: the backend cannot run here.
@@ -88,7 +88,7 @@ def _prepare(datastore: Artifact, name: str, settings: dict, scratch: epath.Path
 
 
 def _row(name: str, sample: Sample, timed: Queries, recall: float, built: float) -> dict:
-    """One backend, as hard as it has to search for the recall, or nearly for the most that it can reach."""
+    """Measures one backend, with the least effort that reaches the recall or comes close to the best it can reach."""
     key_shards = sample.key_shards
     key_shard = key_shards.open(0)
     efforts, _ = key_shards.efforts()
@@ -96,7 +96,7 @@ def _row(name: str, sample: Sample, timed: Queries, recall: float, built: float)
     trials, place = tuning.reach(key_shards, sample, min(recall, most - _NEARLY if efforts else most))
     trial = trials[place]
     seconds, cpu = _timed(lambda queries: key_shard.search(queries, sample.k, "self", trial.effort), timed, sample.k)
-    # As if the text consisted of long documents, and each position's own were left out.
+    # As if the text consisted of long documents and each position's own document were excluded.
     long_shard = dataclasses.replace(key_shard, documents_N=np.arange(key_shards.rows(0)) // _LONG_DOCUMENT)
     long_queries = dataclasses.replace(timed, documents_Q=timed.positions_Q // _LONG_DOCUMENT)
     _, long_cpu = _timed(
@@ -110,13 +110,13 @@ def _row(name: str, sample: Sample, timed: Queries, recall: float, built: float)
         "positions/s",
         f"recall@{sample.k} {trial}{variance}; total variation "
         f"{sample.total_variation(trial.packed_QxK, temperature):.4f}; {key_shards.rows(0):,} keys; "
-        f"{1e6 * cpu / len(timed):.0f} us of CPU time a position, {1e6 * long_cpu / len(timed):.0f} without its "
+        f"{1e6 * cpu / len(timed):.0f} us of CPU time per position, {1e6 * long_cpu / len(timed):.0f} without its "
         f"document of {_LONG_DOCUMENT:,} positions; {built:.0f} s to build",
     )
 
 
 def _reference_row(sample: Sample, timed: Queries) -> dict:
-    """FAISS over the same keys, as they are; the nearest neighbor of each query is dropped, being itself.
+    """FAISS on the same keys, unprojected; drops each query's nearest neighbor, which is the query itself.
 
     Raises:
       UserError: FAISS is not installed.
@@ -137,13 +137,13 @@ def _reference_row(sample: Sample, timed: Queries) -> dict:
         len(timed) / seconds,
         "positions/s",
         f"recall@{sample.k} {contains(ids_QxK.astype(np.int32), true_ids_QxK).mean():.3f} with {described}; "
-        f"{keys.size:,} keys; {1e6 * cpu / len(timed):.0f} us of CPU time a position; {built:.0f} s to build, "
+        f"{keys.size:,} keys; {1e6 * cpu / len(timed):.0f} us of CPU time per position; {built:.0f} s to build, "
         f"{host.cpu_count()} cores",
     )
 
 
 def _timed(search: Callable[[Queries], object], queries: Queries, k: int) -> tuple[float, float]:
-    """(seconds, processor seconds of all cores) of a search in pieces, as the stage makes them, compiled before."""
+    """(seconds, CPU seconds of all cores) of a search in chunks, as in the stage, without compilation."""
     search(queries[: ring.QUERIES_PER_DEVICE])
     start, cpu = time.perf_counter(), time.process_time()
     tiles.in_pieces(lambda part: search(queries[part]), len(queries), k)

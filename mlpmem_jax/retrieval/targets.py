@@ -1,9 +1,8 @@
 """Stage `targets`: the next-token distribution p_kNN of every position of every split.
 
-The keys of the training split are divided into shards with an index each, the positions that look for neighbors into
-those of their datastore; `tiles` works through all pairs. Indices, unfinished neighbors and measurements are kept in
-a scratch folder until the stage is finished: a stage that was killed resumes where it stopped, and ends with the same
-bytes.
+The keys of the training split are divided into shards, each with an index; queries use the shards of their datastore;
+`tiles` processes all pairs. Indices, partial neighbors and measurements are stored in a scratch folder until the stage
+is finished: a killed stage resumes where it stopped and produces the same bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from mlpmem_jax.retrieval.tiles import Split, TargetSettings, make_tiles
 
 
 def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
-    """Makes the target distributions of every split, from neighbors among the keys of the training split.
+    """Builds the target distributions of every split, from neighbors among the keys of the training split.
 
     Raises:
       UserError: an input is missing or contradicts the config.
@@ -50,7 +49,7 @@ def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
         search = Search.create(backend, settings, Sharding.of(config).mesh)
         _build(config, settings, inputs, datastores, search, unfinished)
     else:
-        say("targets: finished already")
+        say("targets: already finished")
     scratch = _scratch_folder(workdir)
     if jax.process_index() == 0 and scratch.exists():
         scratch.rmtree()
@@ -58,7 +57,7 @@ def run(config: ml_collections.ConfigDict) -> dict[str, Artifact]:
 
 
 def _settings(config: ml_collections.ConfigDict, backend: str) -> dict:
-    """config.targets as manifests keep it, without the keys that change nothing as they stand."""
+    """config.targets as stored in manifests, without keys whose values have no effect."""
     settings = {**plain_dict(config.targets), "backend": backend}
     if not settings["search_dimensions"]:
         del settings["search_dimensions"]
@@ -79,21 +78,21 @@ def _build(
     search: Search,
     splits: list[str],
 ) -> None:
-    """Makes the targets of `splits`; those finished before stay as they are."""
+    """Builds the targets of `splits`; finished ones are left as they are."""
     workdir, k = epath.Path(config.workdir), settings["k"]
     entries = min(k, settings["keep"] or k)
     token_dtype = open_artifact(workdir / "tokens", "tokens").arrays["train"].dtype
     specs = {split: array_specs(datastores[split], token_dtype, entries) for split in splits}
-    # Indices serve whatever recall is asked for.
+    # Indices do not depend on the required recall.
     indexed = {key: value for key, value in settings.items() if key != "recall"}
     digest = hashlib.sha256(json.dumps([indexed, inputs], sort_keys=True).encode()).hexdigest()[:12]
-    scratch = _scratch_folder(workdir) / digest  # what another config left there is not taken for this one's
+    scratch = _scratch_folder(workdir) / digest  # so that files of another config are not used
     _check(settings, search, datastores["train"], entries, scratch)
 
     scratch.mkdir(parents=True, exist_ok=True)
     mesh = Sharding.of(config).mesh
     key_shards = KeyShards.prepare(datastores["train"], settings["key_shard_rows"], scratch, search, mesh)
-    if not search.backend.is_collective:  # each process builds its share of the indices
+    if not search.backend.is_collective:  # each process builds a share of the indices
         for number in range(jax.process_index(), len(key_shards), jax.process_count()):
             key_shards.open(number)
     barrier("targets indices built")
@@ -110,7 +109,7 @@ def _build(
         temperature=measured["temperature"],
         effort=_effort(key_shards, measured.get("search_options")),
     )
-    # Not before: a build that misses its recall leaves nothing that another one would have to be told apart from.
+    # Only now: a build that misses its recall must leave no artifact that another build could conflict with.
     writers = {split: TargetsWriter(folder_of(workdir, split), settings, inputs, specs[split]) for split in splits}
     make_tiles(
         [Split(split, datastores[split], writers[split], scratch) for split in splits], key_shards, target_settings
@@ -123,7 +122,7 @@ def _build(
 
 
 def _measured_once(file: epath.Path, measure: Callable[[], dict], collective: bool) -> dict:
-    """What `measure()` returns, run by the first process alone or by all together, kept in a file."""
+    """The result of `measure()`, run by the first process or by all together, cached in a file."""
     is_first = jax.process_index() == 0
     if (is_first or collective) and not file.exists():
         measured = measure()
@@ -134,7 +133,7 @@ def _measured_once(file: epath.Path, measure: Callable[[], dict], collective: bo
 
 
 def _measure(settings: dict, datastores: dict[str, Artifact], key_shards: KeyShards) -> dict:
-    """How hard to search, the temperature, and how good the search is; for the manifest."""
+    """The search effort, the temperature, and the quality of the search; for the manifest."""
     k, measured = settings["k"], {"backend": settings["backend"], "k": settings["k"]}
     if key_shards.search.dimensions:
         measured["search_variance_kept"] = key_shards.variance_kept
@@ -159,7 +158,7 @@ def _measure(settings: dict, datastores: dict[str, Artifact], key_shards: KeySha
 
 
 def _effort(key_shards: KeyShards, fields: dict | None) -> backends.Effort | None:
-    """The effort with these fields."""
+    """The effort with the given fields."""
     efforts, _ = key_shards.efforts()
     return next((effort for effort in efforts if dataclasses.asdict(effort) == fields), None)
 
@@ -167,7 +166,7 @@ def _effort(key_shards: KeyShards, fields: dict | None) -> backends.Effort | Non
 def _temperature(
     settings: dict, datastore: Artifact, key_shards: KeyShards, effort: backends.Effort | None
 ) -> dict[str, float]:
-    """The temperature that the config gives, or the best one for a sample of the validation split."""
+    """The temperature from the config, or else the best one on a sample of the validation split."""
     queries, packed_QxK = sample_queries(datastore, settings["quality_positions"]), None
     for number in range(len(key_shards)):
         nearest_QxK = key_shards.open(number).nearest(queries, settings["k"], None, effort)
@@ -187,13 +186,13 @@ def _temperature(
 
 
 def _check(settings: dict, search: Search, datastore: Artifact, entries: int, scratch: epath.Path) -> None:
-    """Raises ConfigError where the settings do not suit the keys, or a shard of them not this host."""
+    """Raises ConfigError if the settings do not suit the keys, or a shard of keys does not fit this host."""
     spec = datastore.arrays["keys"]
     sequences, length, width = spec.shape
     if settings["k"] >= sequences * length:
         raise ConfigError(
             f"config.targets.k: {settings['k']} neighbors of {sequences * length} training positions; lower it, or "
-            "give more text"
+            "provide more text"
         )
     if search.dimensions >= width:
         raise ConfigError(
@@ -214,6 +213,6 @@ def _check(settings: dict, search: Search, datastore: Artifact, entries: int, sc
         first, last = (datastore.read("documents", row, row + 1)[0] for row in (0, sequences - 1))
         if first[0] == last[-1]:
             raise ConfigError(
-                "config.targets.exclude: 'document' leaves no neighbors, the training split is a single document; "
+                "config.targets.exclude: 'document' leaves no neighbors: the training split is a single document; "
                 "use 'self', or lower config.corpus.document_bytes"
             )

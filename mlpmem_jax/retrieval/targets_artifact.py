@@ -1,13 +1,13 @@
 """The artifact of stage `targets`: names, shapes and dtypes of its arrays, and how they are read and written.
 
-No other module knows them.
+Only this module knows this format.
 
-    offsets              int32 [sequences, T + 1]   where the entries of each position start, within the shard
-    token_ids            uint16 or int32, ragged    one entry per token that has probability, most probable first
-    probabilities        float16, ragged            likewise
+    offsets              int32 [sequences, T + 1]   start of each position's entries within the shard
+    token_ids            uint16 or int32, ragged    one entry per token with nonzero probability, most probable first
+    probabilities        float16, ragged            in the same order
     label_probabilities  float32 [sequences, T]     p_kNN(next token)
 
-Shards hold the same sequences as those of the datastore.
+Shards have the same sequences as those of the datastore.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.retrieval.distribution import SparseDistributions
 
 KIND = "targets"
-SMALLEST_PROBABILITY = 2.0**-25  # float16 rounds this and less to zero
-_ENTRIES_PER_CHUNK = 8192  # entries that one range read fetches
+SMALLEST_PROBABILITY = 2.0**-25  # float16 rounds this and smaller values to zero
+_ENTRIES_PER_CHUNK = 8192  # entries per range read
 
 
 def folder_of(workdir, split: str) -> epath.Path:
-    """Where the targets of a split lie."""
+    """The folder of the targets of a split."""
     return epath.Path(workdir) / KIND / split
 
 
@@ -35,9 +35,9 @@ def array_specs(datastore: Artifact, token_dtype: str, entries: int) -> dict[str
     """The arrays of the targets of one split.
 
     Args:
-      datastore: of the split.
-      token_dtype: that the tokens are stored in.
-      entries: the most that one position can have.
+      datastore: the datastore of the split.
+      token_dtype: dtype of the stored tokens.
+      entries: maximum entries per position.
 
     Raises:
       ConfigError: a shard may need more entries than an int32 can count.
@@ -81,13 +81,13 @@ class TargetsReader:
         """Opens the finished targets of a split.
 
         Raises:
-          ArtifactError: there are none, or they cannot be read.
+          ArtifactError: they do not exist or cannot be read.
         """
         return cls(open_artifact(folder_of(workdir, split), KIND))
 
     @property
     def max_entries(self) -> int:
-        """Entries of the position that has the most."""
+        """The largest number of entries of any position."""
         return self.artifact.summary["max_entries"]
 
     def shards(self) -> list[tuple[int, int]]:
@@ -96,13 +96,13 @@ class TargetsReader:
         return [(first, min(self.sequences_per_shard, self.num_sequences - first)) for first in starts]
 
     def read(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The distributions of the N positions of sequences that lie in one shard.
+        """The distributions of N positions, from sequences of one shard.
 
         Args:
-          first, stop: sequences.
+          first, stop: range of sequences.
 
         Returns:
-          (offsets int64 [N + 1], token ids [M], probabilities float16 [M]), as they are stored: the entries of position
+          (offsets int64 [N + 1], token ids [M], probabilities float16 [M]) as stored: the entries of position
           n are `offsets[n]:offsets[n + 1]`, most probable first.
 
         Raises:
@@ -123,32 +123,32 @@ class TargetsWriter:
     """Writes the targets of one split, or resumes an unfinished write."""
 
     def __init__(self, folder: epath.Path, settings: Mapping, inputs: Mapping, specs: Mapping[str, ArraySpec]):
-        """Starts the artifact, or opens the unfinished one that the same settings began.
+        """Starts the artifact, or opens an unfinished one with the same settings.
 
         Args:
-          folder: of the split, as `folder_of` names it.
-          settings: what the content depends on.
-          inputs: fingerprints of the artifacts it is made from, by name.
+          folder: the split's folder, from `folder_of`.
+          settings: the settings that the content depends on.
+          inputs: fingerprints of the artifacts it is built from, by name.
           specs: from `array_specs`.
 
         Raises:
-          ArtifactError: the folder holds something else, or was made by other settings.
+          ArtifactError: the folder contains something else, or was written with other settings.
         """
         self._writer = ArtifactWriter.create(folder, KIND, settings, inputs, specs)
         self._folder, self._token_dtype = folder, specs["token_ids"].dtype
         self.num_sequences, self.length = specs["label_probabilities"].shape
 
     def incomplete_shards(self) -> list[int]:
-        """Indices of the shards that are not written yet, in order."""
+        """Indices of the shards that are not yet written, in order."""
         return self._writer.incomplete_shards()
 
     def write_shard(self, shard: int, parts: Sequence[SparseDistributions], lacking: int = 0) -> None:
-        """Writes one shard whole.
+        """Writes one complete shard.
 
         Args:
-          shard: which one.
+          shard: index of the shard.
           parts: the distributions of its positions, in order.
-          lacking: how many of these have fewer than k neighbors.
+          lacking: number of positions with fewer than k neighbors.
 
         Raises:
           UserError: the distributions are empty or not finite.
@@ -163,7 +163,7 @@ class TargetsWriter:
         if not len(token_ids_M) or not (np.isfinite(probabilities_M).all() and np.isfinite(labels_N).all()):
             raise UserError(
                 f"targets/{self._folder.name}: the distributions of shard {shard} are empty or not finite; set "
-                "config.targets.temperature to 0 (the best one is chosen), or lower config.targets.minimum_probability"
+                "config.targets.temperature to 0 (chooses the best), or lower config.targets.minimum_probability"
             )
         arrays = {
             "offsets": np.concatenate([starts_S[:, None], ends_SxT], axis=1).astype(np.int32),
@@ -180,7 +180,7 @@ class TargetsWriter:
         self._writer.write_shard(shard, arrays, statistics)
 
     def seal(self, summary: Mapping) -> Artifact:
-        """Makes the targets readable, once all shards are complete; `summary` joins the statistics of the shards."""
+        """Finishes the targets once all shards are complete; `summary` is added to the statistics of the shards."""
         records = self._writer.shard_records()
         statistics = [record["extra"] for record in records]
         positions = self.num_sequences * self.length

@@ -1,8 +1,8 @@
-"""Rates of making targets on this machine, compared with the way of the reference implementation.
+"""Rates of building targets on this machine, compared with the reference implementation.
 
-The conditions: 764,000 keys of width 128, 1,024 neighbors, the query left out, sparse distributions at the end. The
-keys are drawn from a mixture of clusters of clusters, about as hard to search as the keys of a small language model;
-real keys are measured too where the config's working directory has a datastore.
+Conditions: 764,000 keys of width 128, 1,024 neighbors, excluding the query itself, ending in sparse distributions. The
+keys are sampled from a mixture of nested clusters, about as hard to search as the keys of a small language model; real
+keys are measured too if the config's working directory has a datastore.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from mlpmem_jax.retrieval.scann_index import Options
 KEYS, WIDTH, NEIGHBORS, VOCABULARY = 764_000, 128, 1024, 50_257
 POSITIONS, RECALL_POSITIONS = 16_384, 512
 MINIMUM_PROBABILITY = 1e-8
-_TRAINED_ON_PER_LIST = 39  # keys; FAISS warns of fewer
+_TRAINED_ON_PER_LIST = 39  # training keys per list; FAISS warns if there are fewer
 
 
 def clustered_keys(count: int, width: int, seed: int = 0) -> np.ndarray:
-    """float32 [count, width]: three levels of clusters within clusters, sizes by Zipf's law, descending spectrum."""
+    """float32 [count, width]: three levels of nested clusters with Zipf-distributed sizes and a descending spectrum."""
     random = np.random.default_rng(seed)
     spectrum_D = (np.arange(1, width + 1) ** -0.25).astype(np.float32)
     keys_NxD = random.standard_normal((count, width), dtype=np.float32)
@@ -51,7 +51,7 @@ def clustered_keys(count: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def _workload(keys_NxD: np.ndarray, next_tokens_N: np.ndarray) -> Queries:
-    """Consecutive positions from the middle of the keys."""
+    """Queries at consecutive positions from the middle of the keys."""
     first = max(0, (len(keys_NxD) - POSITIONS) // 2)
     part = slice(first, min(first + POSITIONS, len(keys_NxD)))
     positions_Q = np.arange(part.start, part.stop)
@@ -59,7 +59,7 @@ def _workload(keys_NxD: np.ndarray, next_tokens_N: np.ndarray) -> Queries:
 
 
 def _truth(keys_NxD: np.ndarray, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of some sampled queries, and the ids of their exact neighbors."""
+    """Indices of some sampled queries, and the ids of their exact neighbors."""
     chosen = np.linspace(0, len(queries) - 1, RECALL_POSITIONS).astype(int)
     own_Q = queries.positions_Q[chosen]
     excluded_Qx2 = np.stack([own_Q, own_Q + 1], axis=1)
@@ -68,7 +68,7 @@ def _truth(keys_NxD: np.ndarray, queries: Queries, k: int) -> tuple[np.ndarray, 
 
 
 def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: int, options: dict) -> list[dict]:
-    """This package's way, the very code of the stage."""
+    """This package's rates, measured on the code of the stage."""
     chosen, true_ids = truth
     derived = Options.derive(len(keys_NxD), k, **options)
     start = time.perf_counter()
@@ -98,15 +98,15 @@ def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: in
             "positions/s",
             f"recall@{k} {recall:.3f}; {len(keys_NxD):,} keys of width {keys_NxD.shape[1]}, ScaNN with "
             f"{derived.leaves_to_search} of {derived.leaves} leaves searched, {derived.reorder:.2f} x {k} reordered; "
-            f"{entries:.0f} entries a position; {1e6 * cpu / len(queries):.0f} us of CPU time a position, "
+            f"{entries:.0f} entries per position; {1e6 * cpu / len(queries):.0f} us of CPU time per position, "
             f"{1e6 * searching:.0f} of them for the search",
         ),
-        row(f"targets, {name}: index", built, "s", f"to train and fill, {host.cpu_count()} cores"),
+        row(f"targets, {name}: index", built, "s", f"to train and fill, on {host.cpu_count()} cores"),
     ]
 
 
 def reference_index(keys_NxD: np.ndarray):
-    """FAISS's index as the reference implementation sets it, with fewer lists where there are few keys.
+    """FAISS's index with the reference implementation's settings, but fewer lists if there are few keys.
 
     Args:
       keys_NxD: float32 [N, D].
@@ -129,7 +129,7 @@ def reference_index(keys_NxD: np.ndarray):
 
 
 def _reference_rows(keys_NxD, next_tokens_N, queries: Queries, truth, k: int) -> list[dict]:
-    """The reference implementation's way: FAISS IVFPQ, first result dropped, a dense row and a loop.
+    """The reference implementation's method: FAISS IVFPQ, dropping the first result, then a dense row and a loop.
 
     Raises:
       UserError: FAISS is not installed.
@@ -160,16 +160,16 @@ def _reference_rows(keys_NxD, next_tokens_N, queries: Queries, truth, k: int) ->
             "positions/s",
             f"recall@{k} {quality.contains(ids_QxK, true_ids).mean():.3f}; {described}, then "
             f"a dense row of {VOCABULARY:,} and a loop; the same {len(keys_NxD):,} keys; "
-            f"{1e6 * cpu / len(sparse):.0f} us of CPU time a position",
+            f"{1e6 * cpu / len(sparse):.0f} us of CPU time per position",
         ),
-        row("targets, the reference's way: index", built, "s", f"to train and fill, {host.cpu_count()} cores"),
+        row("targets, the reference's way: index", built, "s", f"to train and fill, on {host.cpu_count()} cores"),
     ]
 
 
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
-    """Measures; each row has name, value, unit and detail. ScaNN's and FAISS's rows need those to be installed."""
+    """Rows of (name, value, unit, detail). Rows of ScaNN and FAISS need those to be installed."""
     if reason := scann_backend.unavailable():
-        say(f"targets: no rows, ScaNN {reason}")
+        say(f"targets: no rows: ScaNN {reason}")
         return []
     random = np.random.default_rng(1)
     keys_NxD = clustered_keys(KEYS, WIDTH)
@@ -180,7 +180,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     try:
         measured += _reference_rows(keys_NxD, next_tokens_N, queries, truth, NEIGHBORS)
     except UserError as error:
-        say(f"targets: without the reference's row: {error}")
+        say(f"targets: the reference's row is left out: {error}")
     del keys_NxD, queries
 
     folder = epath.Path(config.workdir) / "datastore" / "train"

@@ -12,13 +12,13 @@ from mlpmem_jax.models.interpolation import tune_weight
 from mlpmem_jax.retrieval.distribution import neighbor_weights
 
 _GRID = 2.0 ** np.arange(-8, 5)  # multiples of the median distance
-_TOLERANCE = 0.01  # of log2(temperature)
-_USEFUL_SHARE = 0.5  # of the best temperature's gain, in nats; below it the user is told
+_TOLERANCE = 0.01  # in log2(temperature)
+_USEFUL_SHARE = 0.5  # of the best temperature's gain, in nats; below this the user is told
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A temperature in squared-L2 units, the weight of p_kNN that suits it best, and the mixture's perplexity."""
+    """A temperature in squared-L2 units, its best weight of p_kNN, and the mixture's perplexity."""
 
     temperature: float
     interpolation_weight: float
@@ -26,11 +26,11 @@ class Choice:
 
 
 def label_log_probabilities(distances_QxK, is_label_QxK, temperature: float) -> np.ndarray:
-    """log p_kNN(next token), float64 [Q]; -inf where no neighbor has that token.
+    """log p_kNN(next token), float64 [Q]; -inf if no neighbor has that token.
 
     Args:
-      distances_QxK: squared L2 distances, infinite where there is no neighbor.
-      is_label_QxK: whether the neighbor was followed by the token that followed the query.
+      distances_QxK: squared L2 distances, infinite where a neighbor is missing.
+      is_label_QxK: whether the neighbor is followed by the same token as the query.
       temperature: T, in units of squared distance.
     """
     weights_QxK = neighbor_weights(distances_QxK, temperature)
@@ -45,9 +45,9 @@ class HeldOut:
     """Held-out positions with their neighbors, on which temperatures are compared.
 
     Attributes:
-      distances_QxK: squared L2 distances, infinite where there is no neighbor.
-      is_label_QxK: whether the neighbor was followed by the token that followed the position.
-      base_log_probabilities_Q: log p_LM of that token.
+      distances_QxK: squared L2 distances, infinite where a neighbor is missing.
+      is_label_QxK: whether the neighbor is followed by the same token as the position.
+      base_log_probabilities_Q: log p_LM of the position's next token.
     """
 
     distances_QxK: np.ndarray
@@ -56,18 +56,18 @@ class HeldOut:
 
     @property
     def base_perplexity(self) -> float:
-        """Of the base alone."""
+        """Perplexity of the base alone."""
         return float(np.exp(-self.base_log_probabilities_Q.mean(dtype=np.float64)))
 
     def mixture(self, temperature: float) -> Choice:
-        """lambda * p_kNN + (1 - lambda) * p_LM at a temperature, with the best lambda."""
+        """The mixture lambda * p_kNN + (1 - lambda) * p_LM at a temperature, with the best lambda."""
         log_probabilities_Q = label_log_probabilities(self.distances_QxK, self.is_label_QxK, temperature)
         return Choice(temperature, *tune_weight(self.base_log_probabilities_Q, log_probabilities_Q))
 
     def best(self) -> Choice:
-        """The temperature at which the mixture is likeliest.
+        """The temperature that minimizes the mixture's perplexity.
 
-        A grid in octaves around the median distance, then a bounded search between the neighbors of its best point.
+        Searches a grid in octaves around the median distance, then between the neighbors of its best point.
         """
         median = float(np.median(self.distances_QxK[np.isfinite(self.distances_QxK)]))
         median = median if median > 0 else 1.0
@@ -85,16 +85,16 @@ class HeldOut:
 
 
 def compared(given: Choice, best: Choice, base_perplexity: float) -> str:
-    """What a temperature that the config gives is worth, compared with the best one, in a sentence or two."""
+    """A sentence or two that compares the config's temperature with the best one."""
     text = (
-        f"perplexity of the base with the neighbors, on a sample of the validation split: {given.perplexity:.3f} at "
+        f"perplexity of the base with neighbors, on a sample of the validation split: {given.perplexity:.3f} at "
         f"config.targets.temperature {given.temperature:.4g}, {best.perplexity:.3f} at the best, {best.temperature:.4g}"
-        f"; of the base alone {base_perplexity:.3f}"
+        f"; the base alone has {base_perplexity:.3f}"
     )
     gain, best_gain = (math.log(base_perplexity / choice.perplexity) for choice in (given, best))
     if gain < _USEFUL_SHARE * best_gain:
         text += (
-            f". The temperature that is set keeps {max(gain / best_gain, 0):.0%} of what the neighbors gain; set it to "
-            "0, and the best one is taken"
+            f". The configured temperature keeps {max(gain / best_gain, 0):.0%} of the neighbors' gain; set it to 0 "
+            "to use the best one"
         )
     return text

@@ -1,7 +1,7 @@
-"""Tiles: one shard of keys searched for one shard of queries.
+"""Tiles: each searches one shard of keys for one shard of queries.
 
-A tile leaves the k nearest neighbors so far; after the last shard of keys these become distributions. With one shard
-of keys nothing is kept in between.
+A tile stores the k nearest neighbors so far; after the last shard of keys these become distributions. With a single
+shard of keys nothing is stored in between.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from mlpmem_jax.retrieval.queries import Queries, read_queries
 from mlpmem_jax.retrieval.scratch import load_array, save_array
 from mlpmem_jax.retrieval.targets_artifact import SMALLEST_PROBABILITY, TargetsWriter
 
-NEIGHBORS_PER_THREAD = 1 << 18  # in one piece of work: what a thread sorts stays in its core's cache
+NEIGHBORS_PER_THREAD = 1 << 18  # per chunk of work, so that what a thread sorts fits in its core's cache
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetSettings:
-    """How targets are made, resolved from the config.
+    """How targets are built, resolved from the config.
 
     Attributes:
-      k: neighbors.
-      exclude: what a query of the training split may not retrieve, see `KeyShard.excluded`.
-      keep: most entries of a distribution; 0 for all.
-      minimum_probability: entries of this probability or less are dropped.
-      temperature: of p_kNN, in squared-L2 units.
-      effort: how hard to search; None where the backend knows only one way.
+      k: neighbors per position.
+      exclude: what a query of the training split must not retrieve, see `KeyShard.excluded`.
+      keep: maximum entries per distribution; 0 for all.
+      minimum_probability: entries with at most this probability are dropped.
+      temperature: temperature of p_kNN, in squared-L2 units.
+      effort: the search effort; None if the backend has only one.
     """
 
     k: int
@@ -56,7 +56,7 @@ class TargetSettings:
         return key_shard.nearest(queries, self.k, self.exclude if split == "train" else None, self.effort)
 
     def distributions(self, packed_QxK: np.ndarray, queries: Queries) -> SparseDistributions:
-        """What the nearest keys of all shards say about the next tokens."""
+        """Next-token distributions from the nearest keys of all shards."""
         minimum = max(self.minimum_probability, SMALLEST_PROBABILITY)
         distances_QxK, tokens_QxK = neighbors.unpack(packed_QxK)
         return sparse_distributions(
@@ -65,9 +65,9 @@ class TargetSettings:
 
 
 def in_pieces(work: Callable[[slice], T], positions: int, k: int) -> list[T]:
-    """`work` of a few positions at a time, in order, by as many threads as there are cores.
+    """Calls `work` on chunks of positions, with as many threads as cores; results are in order.
 
-    NumPy and the searches let other threads run.
+    NumPy and the searches release the GIL.
     """
     rows = max(1, NEIGHBORS_PER_THREAD // k)
     pieces = [slice(start, min(start + rows, positions)) for start in range(0, positions, rows)]
@@ -76,19 +76,19 @@ def in_pieces(work: Callable[[slice], T], positions: int, k: int) -> list[T]:
 
 
 class Split:
-    """One split while its targets are made."""
+    """One split while its targets are being built."""
 
     def __init__(self, name: str, datastore: Artifact, writer: TargetsWriter, scratch: epath.Path):
         self.name, self._datastore, self.writer = name, datastore, writer
         self._scratch = scratch / "neighbors" / name
         spec = datastore.arrays["next_tokens"]
         (self._sequences, self._length), self._per_shard = spec.shape, spec.rows_per_shard
-        self.shards = [  # not a slice of the incomplete ones: processes may list them at different moments
+        self.shards = [  # not from the incomplete ones: processes may list those at different times
             shard for shard in writer.incomplete_shards() if shard % jax.process_count() == jax.process_index()
         ]
 
     def positions(self, shard: int) -> int:
-        """How many positions a shard has."""
+        """The number of positions in a shard."""
         first, stop = self._bounds(shard)
         return (stop - first) * self._length
 
@@ -104,7 +104,7 @@ class Split:
         return self._scratch / f"{shard:06d}.{key_shard:04d}.npy"
 
     def searched(self) -> dict[int, int]:
-        """How many key shards the kept tile of each query shard has been through."""
+        """For each query shard with a stored tile, the number of key shards searched so far."""
         counts: dict[int, int] = {}
         for file in self._scratch.glob("*.npy") if self._scratch.exists() else ():
             shard, key_shard = (int(part) for part in file.stem.split("."))
@@ -112,21 +112,21 @@ class Split:
         return counts
 
     def read_tile(self, shard: int, key_shard: int) -> np.ndarray | None:
-        """The nearest so far, after `key_shard`: packed, uint64 [Q, k]; None before the first key shard."""
+        """The nearest neighbors after `key_shard`: packed, uint64 [Q, k]; None before the first key shard."""
         return None if key_shard < 0 else load_array(self._tile(shard, key_shard))
 
     def write_tile(self, shard: int, key_shard: int, packed_QxK: np.ndarray) -> None:
-        """Keeps the nearest so far, after `key_shard`."""
+        """Stores the nearest neighbors after `key_shard`."""
         save_array(self._tile(shard, key_shard), packed_QxK)
         self.drop_tile(shard, key_shard - 1)
 
     def drop_tile(self, shard: int, key_shard: int) -> None:
-        """Deletes what `write_tile` kept."""
+        """Deletes what `write_tile` stored."""
         self._tile(shard, key_shard).unlink(missing_ok=True)
 
 
 def make_tiles(splits: list[Split], key_shards: KeyShards, settings: TargetSettings) -> None:
-    """All tiles of this process: the innermost work of the stage."""
+    """Computes all tiles of this process, the main work of the stage."""
     count, is_collective = len(key_shards), key_shards.search.backend.is_collective
     work = [
         (split, shard, searched.get(shard, 0))
@@ -138,7 +138,7 @@ def make_tiles(splits: list[Split], key_shards: KeyShards, settings: TargetSetti
     with progress(total, "targets", "positions" if count == 1 else "positions x key shards", done) as bar:
         for number in range(count):
             remaining = [(split, shard) for split, shard, searched in work if searched <= number]
-            # In a collective search no process may stay away while another still has queries.
+            # In a collective search every process must take part as long as any process has queries.
             idle = exact_backend.largest(len(remaining)) - len(remaining) if is_collective else 0
             for split, shard in remaining:
                 _make_tile(split, shard, key_shards, number, settings)
@@ -151,7 +151,7 @@ def _make_tile(split: Split, shard: int, key_shards: KeyShards, number: int, set
     """Searches one key shard for one query shard, and writes its tile or, after the last key shard, its targets."""
     queries, key_shard = split.queries(shard), key_shards.open(number)
     so_far_QxK = split.read_tile(shard, number - 1)
-    # A collective search runs in this thread, one batch after another, in step with those of other processes.
+    # A collective search runs in this thread, one batch at a time, in lockstep with other processes.
     of_all_QxK = settings.nearest(key_shard, queries, split.name) if key_shards.search.backend.is_collective else None
 
     def nearest(part: slice) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""How hard an approximate search has to look: the cheapest way that reaches the recall that was asked for.
+"""Tunes the effort of an approximate search: the cheapest one that reaches the required recall.
 
-Costs are bytes read for a query, not seconds: a build ends with the same bytes on any machine.
+Costs are bytes read per query, not seconds, so that a build gives the same bytes on any machine.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mlpmem_jax.retrieval.quality import Sample
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One way to search all key shards.
+    """The result of searching all key shards with one effort.
 
     Attributes:
-      effort: None where the backend knows only one.
-      bytes_read: by a query, in a shard of keys; 0 where the backend knows only one effort.
-      recall: on the sample.
-      packed_QxK: the sample's neighbors with their next tokens, as `neighbors.pack` does.
+      effort: the effort; None if the backend has only one.
+      bytes_read: bytes read per query and key shard; 0 if the backend has only one effort.
+      recall: recall on the sample.
+      packed_QxK: the sample's neighbors with their next tokens, packed by `neighbors.pack`.
     """
 
     effort: Effort | None
@@ -35,7 +35,7 @@ class Trial:
     packed_QxK: np.ndarray
 
     def summary(self, temperature: float, sample: Sample) -> dict[str, float]:
-        """One point of the curve that a manifest keeps."""
+        """One point of the curve that manifests store."""
         point = {"recall": self.recall, "total_variation": sample.total_variation(self.packed_QxK, temperature)}
         return point if self.effort is None else {**self.effort.summary(), "bytes_read": self.bytes_read, **point}
 
@@ -44,18 +44,18 @@ class Trial:
 
 
 def reach(key_shards: KeyShards, sample: Sample, recall: float) -> tuple[list[Trial], int]:
-    """Tries searches up to one that reaches a recall, or, where the first one exceeds it by far, down to the last one.
+    """Tries increasing efforts until one reaches the recall, or decreasing ones if the first exceeds it by far.
 
     Args:
-      key_shards: with an index each.
+      key_shards: the key shards, each with an index.
       sample: queries with their true neighbors.
-      recall: wanted, from 0 to 1.
+      recall: the required recall, from 0 to 1.
 
     Returns:
-      (what was tried, the cheapest first; the place among them of the one that is chosen).
+      (all trials, cheapest first; the index of the chosen one).
 
     Raises:
-      UserError: none reaches the recall.
+      UserError: no effort reaches the recall.
     """
     efforts, place = key_shards.efforts()
     efforts = efforts or [None]
@@ -69,7 +69,7 @@ def reach(key_shards: KeyShards, sample: Sample, recall: float) -> tuple[list[Tr
         return trials[place].recall
 
     if len(key_shards) > 1 and len(efforts) > 1:
-        # Indices are large: one shard alone tells which efforts need not be tried on all of them.
+        # Indices are large, so a single shard rules out efforts that need not be tried on all of them.
         in_first_shard = functools.cache(lambda place: sample.search(efforts[place], range(1))[0])
         place = _cheapest(in_first_shard, len(efforts), place, recall)
     place = _cheapest(recall_of, len(efforts), place, recall)
@@ -78,8 +78,8 @@ def reach(key_shards: KeyShards, sample: Sample, recall: float) -> tuple[list[Tr
         return tried, sorted(trials).index(place)
     best = max(tried, key=lambda trial: trial.recall)
     raise UserError(
-        f"config.targets.recall: expected {recall:g}, but the best of {len(tried)} ways to search reached "
-        f"{best}. What may help: {key_shards.search.backend.remedies}. To accept worse neighbors, set "
+        f"config.targets.recall: expected {recall:g}, but the best of {len(tried)} searches reached "
+        f"{best}. What may help:  {key_shards.search.backend.remedies}. To accept worse neighbors, set "
         f"config.targets.recall to {np.floor(100 * best.recall) / 100:g}"
     )
 
@@ -90,9 +90,9 @@ def _trial(key_shards: KeyShards, sample: Sample, effort: Effort | None) -> Tria
 
 
 def _cheapest(recall_of: Callable[[int], float], count: int, first: int, recall: float) -> int:
-    """The place of an effort that reaches the recall; of the greatest one where none from the first on does.
+    """The index of the cheapest effort that reaches the recall; of the greatest one if none from the first on does.
 
-    From the first one upwards; downwards where the first one misses less than half of what may be missed.
+    Goes up from the first one, or down if the first one misses less than half of what may be missed.
     """
     if recall_of(first) < recall:
         return next((place for place in range(first + 1, count) if recall_of(place) >= recall), count - 1)
