@@ -80,7 +80,7 @@ test-fast: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile -m 'not slow and not accelerator and not whole'
 
 test-slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=1200
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
