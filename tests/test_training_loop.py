@@ -182,7 +182,7 @@ class Terminating(Source):
 
 def interrupted(folder, first_mesh, second_mesh, signum=signal.SIGTERM):
     """A run that is stopped on one mesh and resumed on another."""
-    with pytest.raises(Stopped, match=r"preempted; a checkpoint at step \d+ is written"):
+    with pytest.raises(Stopped, match=r"preempted; wrote a checkpoint at step \d+"):
         fit(folder, first_mesh, task=task(), source=Terminating(signum))
     return fit(folder, second_mesh, task=task())
 
@@ -269,7 +269,7 @@ finite_with_a_gradient_of_nan.defvjp(lambda x: (x, None), lambda _, gradient: (g
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "gradient"}, r"the norm of the gradient is nan at step 1; the last good checkpoint is at step 0"),
+        ({"loss": "gradient"}, r"the gradient norm is nan at step 1; the last good checkpoint is at step 0"),
         ({"learning_rate": 1e39, "schedule": "constant"}, r"the parameters are not finite at step 1; .* at step 0"),
         ({"validate": lambda _: {"perplexity": perplexity(np.array([-1.0, np.nan]))}}, r"1 of 2 are NaN\) at step 1;"),
     ],

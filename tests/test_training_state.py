@@ -63,7 +63,7 @@ def test_numbers_that_were_exchanged_are_found(tmp_path, monkeypatch):
     checkpoints.close()
     (tmp_path / "one/checkpoints/7/data").rename(tmp_path / "data")
     (tmp_path / "other/checkpoints/7/data").rename(tmp_path / "one/checkpoints/7/data")
-    with pytest.raises(ArtifactError, match=r"checkpoints/7: the state is not the one that was saved; delete "):
+    with pytest.raises(ArtifactError, match=r"checkpoints/7: the state differs from the one that was saved; delete "):
         restored(tmp_path / "one")
 
 

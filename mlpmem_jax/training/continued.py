@@ -1,7 +1,7 @@
-"""The base LM trained on, without a memory: what the same compute gives by itself (GPT2-ConTrain of the paper).
+"""Continued training of the base LM without a memory, for the same compute (the paper's GPT2-ConTrain).
 
-It stands beside a memory in two places: as a control of one run, and as the arm `continued` of a scaling sweep. An
-imported base is fine-tuned the same way before anything else is made of it.
+It is used in two places: as a control of one run, and as the arm `continued` of a scaling sweep. An imported base is
+fine-tuned the same way before anything else is built from it.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from mlpmem_jax.training import loop, train_base
 
 FOLDER = "continued"
 RATES = (1e-5, 3e-5, 1e-4, 3e-4)
-"""Peak learning rates that are tried for a base that was trained elsewhere."""
+"""Peak learning rates to try for a base that was trained elsewhere."""
 
-_SHORT_RUN = 1 / 8  # of the steps, for each rate
-_SHORT_RUNS = "rates"  # folder in the artifact's, while it is made
+_SHORT_RUN = 1 / 8  # of the steps, per rate
+_SHORT_RUNS = "rates"  # folder within the artifact's folder, deleted when it is finished
 _SEQUENCES_AT_ONCE = 1024
 
 
 def run(config: ml_collections.ConfigDict) -> Artifact:
-    """Trains the base of `config.workdir` on with the settings `config.training`, and scores it.
+    """Continues training the base of `config.workdir` with the settings `config.training`, and scores it.
 
     Raises:
-      UserError: the base is not finished, or the config does not fit.
+      UserError: the base is not finished, or does not match the config.
     """
     return train_on(config, settings_of(config), FOLDER, {}, "training")
 
 
 def settings_of(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """`config.training` without the keys that only a memory has."""
+    """`config.training` without the keys that apply only to a memory."""
     of_a_memory = ("mode", "alpha")
     return ml_collections.ConfigDict({key: value for key, value in config.training.items() if key not in of_a_memory})
 
 
 def small_steps(settings: ml_collections.ConfigDict, steps: int) -> ml_collections.ConfigDict:
-    """Settings to train a base on that was imported: with AdamW, at most a tenth of warmup, and a rate of RATES."""
+    """Settings for continuing an imported base: AdamW, warmup of at most a tenth, and a learning rate from RATES."""
     settings = ml_collections.ConfigDict(settings)
     settings.update({"optimizer": "adamw", "steps": steps, "warmup_steps": min(settings.warmup_steps, steps // 10)})
     return settings
@@ -56,10 +56,10 @@ def finetune(config: ml_collections.ConfigDict, source: str) -> Artifact:
 
     Args:
       config: the whole config.
-      source: folder of `config.workdir` with the base as it was imported.
+            source: folder of `config.workdir` with the imported base.
 
     Raises:
-      UserError: it is not finished, or the config does not fit.
+      UserError: it is not finished, or does not match the config.
     """
     settings = small_steps(config.base.training, config.base.finetune_steps)
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
@@ -68,7 +68,7 @@ def finetune(config: ml_collections.ConfigDict, source: str) -> Artifact:
 
 
 def steps_with_rate_search(steps: int) -> int:
-    """Optimizer steps of a training of so many, the short runs that choose its learning rate of RATES included."""
+    """Total optimizer steps of a training of `steps`, including the short runs that choose its learning rate."""
     return steps + len(RATES) * _short_steps(steps) if steps else 0
 
 
@@ -91,23 +91,23 @@ def train_on(
     source: str = "base",
     rates: tuple[float, ...] = (),
 ) -> Artifact:
-    """Trains a finished base on, from its best parameters, with a fresh optimizer and schedule.
+    """Continues training a finished base from its best parameters, with a fresh optimizer and schedule.
 
-    What is kept is the best on validation, the base itself included.
+    Keeps the parameters that are best on validation, which may be the base's own.
 
     Args:
       config: the whole config.
-      settings: of the training on, a group of `optimization` of configs/default.py.
-      name: folder of `config.workdir` that it goes to.
-      inputs: fingerprints of artifacts that the settings follow from.
+      settings: settings of the training, a config group made by `optimization` of configs/default.py.
+      name: folder of `config.workdir` for the result.
+      inputs: fingerprints of artifacts that the settings depend on.
       group: the config's name for `settings`.
       source: folder of `config.workdir` with the finished base.
-      rates: peak learning rates to choose from by short runs, in place of that of `settings`.
+      rates: peak learning rates to choose from by short runs, instead of the one in `settings`.
 
     Returns:
-      An artifact of kind "base" whose summary also holds training_flops, and perplexity by held-out split; where a rate
-      was chosen, learning_rate, rate_search (rate -> validation perplexity of its short run), and rate_search_flops,
-      which training_flops leaves out.
+      An artifact of kind "base" whose summary also has training_flops, and perplexity by held-out split; if a rate
+      was chosen, also learning_rate, rate_search (rate -> validation perplexity of its short run), and
+      rate_search_flops, which training_flops does not include.
     """
     workdir = epath.Path(config.workdir)
     sharding = Sharding.of(config)
@@ -118,7 +118,7 @@ def train_on(
         kept["training"]["learning_rate"] = list(rates)
     if finished := find_finished(workdir / name, "base", kept, inputs):
         remove_short_runs(finished.path)
-        say(f"{name}: finished already")
+        say(f"{name}: already finished")
         return finished
     writer = ArtifactWriter.create(workdir / name, "base", kept, inputs, {})
     tokens = open_artifact(workdir / "tokens", "tokens")
@@ -141,7 +141,7 @@ def train_on(
             start=load,
         )
 
-    before = perplexities(*load())  # measured first, so that two sets of parameters are never held at once
+    before = perplexities(*load())  # measured first, so that two sets of parameters are never in memory together
     search = {}
     if rates:
         settings, search = at_best_rate(settings, name, writer.path, rates, train)
@@ -150,9 +150,9 @@ def train_on(
     summary |= search
     summary["training_flops"] = float(flops_per_step(model, length, settings)) * summary["steps"]
     summary["perplexity"] = perplexities(best)
-    # Training on may only do harm to a model of a better text; then the base itself is what the same compute gives.
+    # More training may only harm a base that was trained on better text; then the base itself is the result.
     if before["validation"] <= summary["perplexity"]["validation"]:
-        say(f"{name}: no step was better on validation than the base itself, which is kept")
+        say(f"{name}: no step improved on the base's validation perplexity, so the base is kept")
         best, summary["step"], summary["perplexity"] = None, 0, before
         (best,) = load()
     saved.seal(writer, model, best, summary)
@@ -166,10 +166,10 @@ def at_best_rate(
     """Finds the learning rate whose short run reaches the lowest validation perplexity.
 
     Args:
-      settings: of the whole run.
-      name: what the user is told is being trained.
-      folder: of the artifact; short runs go into a folder of it, until `remove_short_runs`.
-      rates: to choose from.
+      settings: settings of the whole run.
+      name: label for progress output.
+      folder: the artifact's folder; short runs go into a subfolder, until `remove_short_runs`.
+      rates: the learning rates to choose from.
       train: (settings, name, folder) -> (parameters, summary).
 
     Returns:
@@ -195,7 +195,7 @@ def at_best_rate(
 
 
 def remove_short_runs(path: str) -> None:
-    """Called when the artifact is sealed, which no process does before all have read what they need."""
+    """Deletes the short runs; called when the artifact is sealed, after all processes have read what they need."""
     folder = epath.Path(path) / _SHORT_RUNS
     if jax.process_index() == 0 and folder.exists():
         folder.rmtree()
@@ -212,7 +212,7 @@ def held_out_perplexities(
 
 
 def _perplexity(parameters, model, stream: TokenStream, length: int, sharding) -> float:
-    """Over every whole sequence of a split."""
+    """Perplexity over all whole sequences of a split."""
     count, scores = num_sequences(stream, length), []
     for first in range(0, count, _SEQUENCES_AT_ONCE):
         tokens_SxT, next_SxT, _ = read_sequences(stream, first, min(_SEQUENCES_AT_ONCE, count - first), length)

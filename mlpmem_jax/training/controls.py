@@ -1,7 +1,7 @@
-"""The controls: what the same training compute gives without a memory, and a memory without the retriever's targets.
+"""The controls: the same training compute without a memory, and a memory without the retriever's targets.
 
-`continued`: the base LM trained on, for as many FLOPs as the memory's training took (GPT2-ConTrain of the paper).
-`ce_only`: the same memory trained by cross entropy alone (alpha = 0).
+`continued`: the base LM trained further, for as many FLOPs as the memory's training (the paper's GPT2-ConTrain).
+`ce_only`: the same memory trained with cross entropy only (alpha = 0).
 """
 
 from __future__ import annotations
@@ -21,18 +21,15 @@ CONTINUED, CE_ONLY = "controls/continued", "controls/ce_only"
 
 
 def continued(config: ml_collections.ConfigDict) -> Artifact:
-    """Trains the finished base on, with a fresh schedule, for the memory's training FLOPs.
+    """Continues training the finished base, with a fresh schedule, for the memory's training FLOPs.
 
-    A base that was trained here is trained on with its own settings. One that was imported takes those of the memory's
-    training, with AdamW and the best of a few small learning rates; the FLOPs of finding that come on top, and its
-    summary states them.
+    A base that was trained here keeps its own settings. An imported one uses those of the memory's training, with AdamW
+    and the best of a few small learning rates; the FLOPs of that search are extra, and its summary reports them.
     """
     workdir = epath.Path(config.workdir)
     trained, base = open_artifact(workdir / "memory", "memory"), open_artifact(workdir / "base", "base")
     if "training_flops" not in trained.summary:
-        raise UserError(
-            f"{trained.path}: was imported, so the cost of its training, which `continued` must match, is not known"
-        )
+        raise UserError(f"{trained.path}: was imported, so its training cost, which `continued` must match, is unknown")
     is_imported = config.base.source != "train"
     settings = ml_collections.ConfigDict(config.training if is_imported else config.base.training)
     model, length = saved.language_model_config(base), config.base.context_length
@@ -44,21 +41,21 @@ def continued(config: ml_collections.ConfigDict) -> Artifact:
         group, rates = "training", continued_training.RATES
     else:
         settings.update({"steps": steps, "warmup_steps": min(settings.warmup_steps, steps // 10)})
-    settings.profile_steps = ""  # a control has steps of its own number
-    settings.seed = (settings.seed + 1) % 2**32  # another order of the sequences
+    settings.profile_steps = ""  # the control's number of steps differs
+    settings.seed = (settings.seed + 1) % 2**32  # a different order of sequences
     inputs = {"memory": trained.fingerprint}
     return continued_training.train_on(config, settings, CONTINUED, inputs, group, rates=rates)
 
 
 def ce_only(config: ml_collections.ConfigDict) -> Artifact:
-    """Trains the config's memory again, from the same start, without the distributions."""
+    """Trains the config's memory again, from the same initialization, without the target distributions."""
     config = config.copy_and_resolve_references()
     config.training.alpha = 0.0
     return train_memory.train(config, CE_ONLY)
 
 
 def run(config: ml_collections.ConfigDict) -> None:
-    """Trains both controls; `mlpmem evaluate` reports them beside the memory.
+    """Trains both controls; `mlpmem evaluate` reports them next to the memory.
 
     Raises:
       UserError: the memory is not finished.

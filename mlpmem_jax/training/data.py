@@ -11,8 +11,8 @@ from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.retrieval.targets_artifact import TargetsReader, token_dtype
 
-_FEWEST_READERS = 4  # threads: most of a read is waiting
-_READ_AHEAD = 8  # sequences for each of them
+_FEWEST_READERS = 4  # threads; reads mostly wait
+_READ_AHEAD = 8  # sequences per thread
 _ENTRY_MULTIPLE = 8  # padded entries per position: a multiple of the widest vector register
 
 
@@ -34,7 +34,7 @@ class TargetSource:
     """Sequences for training the memory.
 
     Each has `next_tokens` [T] int32, the sparse target distribution as `token_ids` [T, S] uint16 or int32 and
-    `probabilities` [T, S] float16, as they are stored (padded with zeros; S = `entries`), and either `memory_inputs`
+    `probabilities` [T, S] float16, as stored (padded with zeros; S = `entries`), and either `memory_inputs`
     [T, D] from the datastore (offline) or `tokens` [T] int32 for the base LM (online).
     """
 
@@ -66,7 +66,7 @@ class TargetSource:
 
 
 def padded_entries(most: int) -> int:
-    """Entries that a batch has for every position, where the position with the most has `most`."""
+    """Entries per position in a batch, if the largest position has `most` entries."""
     return -(-most // _ENTRY_MULTIPLE) * _ENTRY_MULTIPLE
 
 
@@ -74,10 +74,10 @@ def abstract_batch(sequences: int, length: int, entries: int, vocab_size: int, i
     """Shapes and dtypes of a batch of `TargetSource`.
 
     Args:
-      sequences, length: of the batch.
-      entries: of a position, see `padded_entries`.
-      vocab_size: which decides the dtype of tokens.
-      inputs: width and dtype of stored memory inputs; None for tokens in their place.
+      sequences, length: size of the batch.
+      entries: entries per position, see `padded_entries`.
+      vocab_size: determines the dtype of tokens.
+      inputs: width and dtype of stored memory inputs; None for tokens instead.
     """
     shapes = {
         "token_ids": ((entries,), token_dtype(vocab_size)),
@@ -91,15 +91,15 @@ def abstract_batch(sequences: int, length: int, entries: int, vocab_size: int, i
 def batches(source, batch_sequences: int, seed: int, part: int = 0, parts: int = 1) -> grain.DatasetIterator:
     """An endless, restorable iterator over one part of the rows of each global batch.
 
-    The order depends on the seed alone. Step n takes elements n * batch to (n + 1) * batch of one global order,
-    whatever the number of parts, so that a run may resume with another number of processes. Each epoch is shuffled
-    differently.
+    The order depends only on the seed. Step n takes elements n * batch to (n + 1) * batch of one global order,
+    regardless of the number of parts, so that a run may resume with a different number of processes. Each epoch is
+    shuffled differently.
 
     Args:
       source: random-access sequences, trees of arrays.
       batch_sequences: sequences in one global batch.
-      seed: of the order.
-      part: of how many `parts`, as `core.sharding.Sharding.batch_part` tells for this process.
+      seed: random seed of the order.
+      part, parts: which part of how many, from `core.sharding.Sharding.batch_part` of this process.
     """
     mine = grain.MapDataset.source(source).shuffle(seed=seed).repeat(None)[part::parts]
     readers = max(_FEWEST_READERS, host.cpu_count())

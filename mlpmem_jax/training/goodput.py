@@ -1,8 +1,8 @@
-"""Goodput: what share of a training run's wall time, over all its restarts, went into optimizer steps that count.
+"""Goodput: the share of a training run's wall time, over all restarts, that went into optimizer steps that were kept.
 
-The seconds since the record before are written to metrics.jsonl with every checkpoint. A run that resumes from a
-checkpoint drops the records behind it, so that steps which are done again count once; the time they took the first time
-lies between two records, like the time in which nothing ran.
+With every checkpoint, the seconds since the previous record are written to metrics.jsonl. A run that resumes from a
+checkpoint drops later records, so repeated steps count once; the time of their first execution counts as time between
+runs, like the time in which nothing ran.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SECONDS, _CLOCK = "seconds/", "clock"
 
 
 class Stopwatch:
-    """Gives every second since `began` (Unix time) to one of the phases."""
+    """Assigns every second since `began` (Unix time) to one of the phases."""
 
     def __init__(self, began: float):
         self._last = began
@@ -23,7 +23,7 @@ class Stopwatch:
         self._recorded = dict(self._seconds)
 
     def lap(self, phase: str) -> None:
-        """What passed since the last lap belongs to `phase`."""
+        """Assigns the time since the last lap to `phase`."""
         now = time.time()
         self._seconds[phase] += now - self._last
         self._last = now
@@ -33,16 +33,16 @@ class Stopwatch:
         return sum(self._seconds[phase] for phase in phases)
 
     def record(self) -> dict[str, float]:
-        """Seconds of each phase since the last record, and the time on the clock, for `MetricsWriter.write`."""
+        """Seconds of each phase since the last record, and the current time, for `MetricsWriter.write`."""
         values = {f"{_SECONDS}{phase}": seconds - self._recorded[phase] for phase, seconds in self._seconds.items()}
         self._recorded = dict(self._seconds)
         return values | {_CLOCK: self._last}
 
 
 def summary(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Seconds of wall time by phase, summed over the records of metrics.jsonl; records without them are passed over.
+    """Seconds of wall time by phase, summed over the records of metrics.jsonl; other records are ignored.
 
-    Two more keys: "between runs", what no phase accounts for, and "wall", the sum of all.
+    Two more keys: "between runs", time not assigned to any phase, and "wall", the total.
     """
     timed = [record for record in records if _CLOCK in record]
     seconds = {phase: sum(record[_SECONDS + phase] for record in timed) for phase in PHASES}
@@ -52,7 +52,7 @@ def summary(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def table(seconds: Mapping[str, float]) -> str:
-    """A `summary` in words: the goodput, and where the rest went."""
+    """Describes a `summary`: the goodput, and what the rest of the time was spent on."""
     rest = ", ".join(
         f"{phase} {value:.1f} s" for phase, value in seconds.items() if phase not in ("steps", "wall") and value >= 0.05
     )

@@ -1,4 +1,4 @@
-"""The train loop. The base LM, the memory and the controls are all trained by `fit`, read from top to bottom."""
+"""The training loop. `fit` trains the base LM, the memory and the controls; it reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ _NOT_IN_ORIGIN = (
 
 
 def origin(settings: ml_collections.ConfigDict) -> dict:
-    """The settings of a training that its parameters follow from, as manifests keep them.
+    """The training settings that determine the parameters, as stored in manifests.
 
-    The others save memory or time, or tell where it goes: a run that did not fit resumes with others.
+    The other settings only affect memory, time or output, so a run that ran out of memory may resume with other values.
     """
     return {key: value for key, value in plain_dict(settings).items() if key not in _NOT_IN_ORIGIN}
 
@@ -61,13 +61,13 @@ class TrainingTask:
 
     Attributes:
       settings: a config group made by `optimization` of configs/default.py.
-      initialize: creates the parameters from what `Run.start` gives (traced, so that they are created sharded).
+      initialize: creates the parameters from the result of `Run.start` (traced, so that they are created sharded).
       abstract_parameters: their shapes and dtypes, a tree of jax.ShapeDtypeStruct.
       logical_axes: tree of logical axis names, one tuple per parameter.
       loss: (sharding, parameters, frozen, batch) -> (loss, {name: statistic}), float32 scalars, means over the batch;
-        the sharding is that of parameters and batch.
-      positions_per_sequence: to count positions.
-      flops_per_position: of one train step, forward and backward, from the model's dimensions.
+        the sharding applies to parameters and batch.
+      positions_per_sequence: positions per sequence, for throughput.
+      flops_per_position: FLOPs of a train step, forward and backward, from the model's dimensions.
     """
 
     settings: ml_collections.ConfigDict
@@ -81,17 +81,17 @@ class TrainingTask:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a task is run on, and where.
+    """The data and folder of a training run.
 
     Attributes:
-      name: what the user is told is being trained.
-      folder: of the artifact; checkpoints and metrics go there.
+      name: label for progress output.
+      folder: the artifact's folder, for checkpoints and metrics.
       source: random-access sequences.
-      validate: parameters -> {"perplexity": ..., other metrics}; the lowest perplexity is kept.
-      frozen: tree of arrays that the loss reads and nothing changes (the base LM, online).
-      start: reads arrays that the parameters are made of, where they are not all drawn at random; a run that resumes
-        does without. They may span processes, so they are arguments of the compiled program; nothing holds them once
-        the state is made.
+      validate: parameters -> {"perplexity": ..., other metrics}; parameters with the lowest perplexity are kept.
+      frozen: tree of arrays that the loss reads but training does not change (the base LM, online).
+      start: loads arrays from which the parameters are initialized, if not all are random; not called when a run
+        resumes. The arrays may span processes, so they are arguments of the compiled program; they are released once
+        the state is created.
     """
 
     name: str
@@ -103,19 +103,19 @@ class Run:
 
 
 def total_steps(settings: ml_collections.ConfigDict, sequences: int) -> int:
-    """Optimizer steps that the settings ask for on a split of so many sequences.
+    """The number of optimizer steps for the settings and a split of `sequences` sequences.
 
     Raises:
-      ConfigError: the split holds less than one batch, or the epochs come to no step.
+      ConfigError: the split has less than one batch, or the epochs amount to less than one step.
     """
     if sequences < settings.batch_sequences:
         raise ConfigError(
-            f"batch_sequences: {settings.batch_sequences} sequences in a step, but the training split has only "
-            f"{sequences}; lower batch_sequences or give more text"
+            f"batch_sequences: {settings.batch_sequences} sequences per step, but the training split has only "
+            f"{sequences}; lower batch_sequences, or provide more text"
         )
     steps = settings.steps or round(settings.epochs * sequences / settings.batch_sequences)
     if steps < 1:
-        raise ConfigError(f"epochs: {settings.epochs} epochs of {sequences} sequences are less than one step")
+        raise ConfigError(f"epochs: {settings.epochs} epochs of {sequences} sequences amount to less than one step")
     return steps
 
 
@@ -123,7 +123,7 @@ def check_batch(settings: ml_collections.ConfigDict, sharding: Sharding, group: 
     """Refuses a batch that the mesh cannot divide.
 
     Raises:
-      ConfigError: naming both sizes.
+      ConfigError: the batch is not divisible; names both sizes.
     """
     shards = sharding.shards("batch")
     micro_batch = settings.batch_sequences // settings.accumulation_steps
@@ -131,14 +131,14 @@ def check_batch(settings: ml_collections.ConfigDict, sharding: Sharding, group: 
         raise ConfigError(
             f"config.{group}.batch_sequences: {settings.batch_sequences} over {settings.accumulation_steps} "
             f"accumulation steps is {micro_batch} sequences, which {shards} batch shards of the mesh do not divide; "
-            f"take a multiple of {shards * settings.accumulation_steps}, or a larger config.mesh.tensor: fewer shards "
-            "(mlpmem plan --meshes compares them)"
+            f"use a multiple of {shards * settings.accumulation_steps}, or a larger config.mesh.tensor, for fewer "
+            "shards (mlpmem plan --meshes compares them)"
         )
 
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step that tells whether the job was preempted.
+    """Yields a function of the step that returns whether the job was preempted.
 
     Requests are SIGTERM, a preemption notice, and the first Ctrl-C. A second Ctrl-C ends the process at once.
     """
@@ -150,14 +150,14 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
 
     def interrupt(signum, frame):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        say("stops after this step, with a checkpoint; Ctrl-C again stops at once, without one")
-        os.kill(os.getpid(), signal.SIGTERM)  # from here on as any other request
+        say("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once, without one")
+        os.kill(os.getpid(), signal.SIGTERM)  # handled like any other stop request
 
     is_alone = jax.process_count() == 1
     handlers = {signal.SIGINT: interrupt} | ({signal.SIGTERM: note} if is_alone else {})
     before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
-        # Of several processes JAX's own handler catches SIGTERM, and all of them agree on the step.
+        # With several processes, JAX's own handler catches SIGTERM, and all of them agree on the step.
         with contextlib.nullcontext() if is_alone else preemption.deferred():
             yield (lambda step: is_requested) if is_alone else multihost_utils.reached_preemption_sync_point
     finally:
@@ -177,7 +177,7 @@ def train_step(task: TrainingTask, optimizer: optax.GradientTransformation, para
 
     def step(state, frozen, batch):
         (loss, statistics), gradients = value_and_grad(state["parameters"], frozen, batch)
-        # Laid out like the parameters, gradients are reduce-scattered instead of all-reduced.
+        # With the parameters' sharding, gradients are reduce-scattered instead of all-reduced.
         gradients = jax.lax.with_sharding_constraint(gradients, parameter_shardings)
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
@@ -191,11 +191,11 @@ def train_step(task: TrainingTask, optimizer: optax.GradientTransformation, para
 
 
 class StepProgram(NamedTuple):
-    """What runs on the devices of a mesh, jitted and not compiled yet.
+    """The programs of a training run on a mesh, jitted but not yet compiled.
 
     Attributes:
-      make_state: what `Run.start` gave -> the first state, laid out on the mesh.
-      step: (state, frozen, batch) -> (state, statistics); the old state is given up.
+      make_state: result of `Run.start` -> the initial state, sharded over the mesh.
+      step: (state, frozen, batch) -> (state, statistics); the old state is donated.
       abstract_state: shapes, dtypes and shardings of the state.
     """
 
@@ -228,11 +228,11 @@ def fit(task: TrainingTask, run: Run, sharding: Sharding) -> tuple[Any, dict[str
     """Trains from the latest checkpoint, or from the start, to the end of the schedule.
 
     Returns:
-      The parameters with the lowest validation perplexity, and what was measured of them ("step" included).
+      The parameters with the lowest validation perplexity, and their metrics (including "step").
 
     Raises:
-      UserError: the loss, its gradient, the parameters or the validation are no longer finite; the step is named.
-      Stopped: the job was preempted; a checkpoint is there.
+      UserError: the loss, its gradient, the parameters or the validation are no longer finite; names the step.
+      Stopped: the job was preempted; a checkpoint has been written.
     """
     settings = task.settings
     watch = goodput.Stopwatch(stage_costs.start_time())
@@ -257,7 +257,7 @@ def fit(task: TrainingTask, run: Run, sharding: Sharding) -> tuple[Any, dict[str
     peak = peak_rate(settings.compute_dtype) * jax.device_count()
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
     watch.lap("start-up")
-    logged, training, waiting = start, 0.0, 0.0  # step of the last record, and seconds up to it
+    logged, training, waiting = start, 0.0, 0.0  # step of the last record, and seconds until then
 
     with (
         _stop_requests() as must_stop,
@@ -310,7 +310,7 @@ def fit(task: TrainingTask, run: Run, sharding: Sharding) -> tuple[Any, dict[str
                 checkpoints.wait()
                 watch.lap("checkpoint")
                 writer.write(step, watch.record())
-                raise Stopped(f"{run.name}: preempted; a checkpoint at step {step} is written, run again")
+                raise Stopped(f"{run.name}: preempted; wrote a checkpoint at step {step}, run again to resume")
         checkpoints.wait()
         watch.lap("checkpoint")
         writer.write(steps, watch.record())
@@ -319,7 +319,7 @@ def fit(task: TrainingTask, run: Run, sharding: Sharding) -> tuple[Any, dict[str
     best = checkpoints.best_step()
     if best != steps:
         say(f"{run.name}: the best validation {METRIC} was at step {best} of {steps}; those parameters are kept")
-        state = None  # frees the devices' memory for the one that is kept
+        state = None  # frees device memory for the best parameters
         state, _ = checkpoints.restore(best, program.abstract_state)
     summary = {"step": best, "steps": steps, "validation": checkpoints.validation(best)}
     checkpoints.close()
@@ -332,13 +332,13 @@ def _all_finite(tree) -> jax.Array:
 
 
 def _check_finite(name: str, unchecked: list[tuple[int, dict[str, jax.Array]]], checkpoints: Checkpoints) -> None:
-    """Empties the list of (step, what was measured there).
+    """Checks and empties the list of (step, statistics).
 
     Raises:
-      UserError: the loss of a step or its gradient is not finite; the first such step is named.
+      UserError: the loss of a step or its gradient is not finite; names the first such step.
     """
     for step, measured in unchecked:
-        for statistic, words in (("loss", "loss"), ("gradient_norm", "norm of the gradient")):
+        for statistic, words in (("loss", "loss"), ("gradient_norm", "gradient norm")):
             value = float(measured[statistic])
             if not math.isfinite(value):
                 raise _diverged(name, f"the {words} is {value}", step, checkpoints)
@@ -346,10 +346,10 @@ def _check_finite(name: str, unchecked: list[tuple[int, dict[str, jax.Array]]], 
 
 
 def _validated(run: Run, parameters, step: int, checkpoints: Checkpoints) -> dict[str, float]:
-    """What the run measures on the validation split.
+    """The run's metrics on the validation split.
 
     Raises:
-      UserError: it is not a number.
+      UserError: they are not finite.
     """
     try:
         return run.validate(parameters)
@@ -358,9 +358,9 @@ def _validated(run: Run, parameters, step: int, checkpoints: Checkpoints) -> dic
 
 
 def _diverged(name: str, what: str, step: int, checkpoints: Checkpoints) -> UserError:
-    """The error of a training that has left the finite numbers; what it saved before is good."""
+    """The error for a diverged training; earlier checkpoints are good."""
     checkpoints.wait()
     return UserError(
         f"{name}: {what} at step {step}; the last good checkpoint is at step {checkpoints.latest_step() or 0}. Lower "
-        "learning_rate or clip_norm and run again in another workdir"
+        "learning_rate or clip_norm, and run again in another workdir"
     )

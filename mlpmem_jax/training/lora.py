@@ -1,11 +1,11 @@
-"""Low-rank adaptation of the base LM (Hu et al., 2022): a system of the paper's comparison, beside the memory.
+"""Low-rank adaptation of the base LM (Hu et al., 2022), one of the systems in the paper's comparison.
 
-Every adapted matrix W becomes W + s A B. The paper adapts the projections to queries, keys and values and those of the
-feed-forward layers, not the attention's output, and takes the rank at which the adapters have the memory's parameters.
-Training forms W + s A B and differentiates through it, so that any language model can be adapted without a line in its
-module; what is stored as the artifact is the merged model, and A and B beside it for export.
+Every adapted matrix W becomes W + s A B. As in the paper, these are the query, key and value projections and the
+feed-forward layers, but not the attention's output projection; the rank is chosen so that the adapters have as many
+parameters as the memory. Training computes W + s A B and differentiates through it, so any language model can be
+adapted without changing its module. The artifact is the merged model, with A and B stored next to it for export.
 
-Dimensions: L blocks, I inputs of a matrix, R rank, the rest its outputs, one axis or several.
+Dimensions: L blocks, I inputs of a matrix, R rank; the remaining axes, one or several, are its outputs.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from mlpmem_jax.training import continued, loop, train_base
 
 FOLDER = "lora"
 ADAPTERS = "adapters"
-SCALE = 2.0  # s = alpha / rank with the usual alpha of twice the rank
-_LEFT_OUT = (("attn", "c_proj"), ("self_attn", "o_proj"))  # the attention's outputs
-_RATES = (1e-4, 3e-4, 1e-3)  # peak learning rates that are tried
+SCALE = 2.0  # s = alpha / rank, with the usual alpha = 2 * rank
+_LEFT_OUT = (("attn", "c_proj"), ("self_attn", "o_proj"))  # the attention's output projections
+_RATES = (1e-4, 3e-4, 1e-3)  # peak learning rates to try
 
 
 def adapted(logical_axes: dict) -> dict[tuple[str, ...], tuple[str | None, ...]]:
-    """{path of a kernel in the stacked blocks: its logical axes} of all matrices that are adapted."""
+    """{path of a kernel in the stacked blocks: its logical axes} for all adapted matrices."""
     result = {}
     for path, axes in jax.tree_util.tree_leaves_with_path(logical_axes["h"], is_leaf=lambda x: isinstance(x, tuple)):
         names = tuple(entry.key for entry in path)
@@ -60,13 +60,13 @@ def _kernel(parameters: dict, path: str) -> jax.Array:
 
 
 def parameters_per_rank(abstract: dict, logical_axes: dict) -> int:
-    """Parameters of all adapters together for each unit of rank."""
+    """Parameters of all adapters together, per unit of rank."""
     shapes = [_kernel(abstract, ".".join(path)).shape for path in adapted(logical_axes)]
     return sum(blocks * (inputs + math.prod(outputs)) for blocks, inputs, *outputs in shapes)
 
 
 def init(abstract: dict, logical_axes: dict, rank: int, key: jax.Array) -> dict:
-    """Fresh adapters, float32: A uniform within 1 / sqrt(I), B zero, so that the model starts as it is."""
+    """Fresh adapters, float32: A uniform within 1 / sqrt(I), B zero, so that the model is initially unchanged."""
     adapters = {}
     for number, path in enumerate(adapter_axes(logical_axes)):
         blocks, inputs, *outputs = _kernel(abstract, path).shape
@@ -79,7 +79,7 @@ def init(abstract: dict, logical_axes: dict, rank: int, key: jax.Array) -> dict:
 
 
 def merge(parameters: dict, adapters: dict) -> dict:
-    """The language model's parameters with W + s A B in place of each adapted W."""
+    """The language model's parameters, with each adapted W replaced by W + s A B."""
     blocks = jax.tree.map(lambda array: array, parameters["h"])  # new dictionaries, the same arrays
     for path, adapter in adapters.items():
         *module, leaf = path.split(".")
@@ -91,25 +91,23 @@ def merge(parameters: dict, adapters: dict) -> dict:
 
 
 def run(config: ml_collections.ConfigDict) -> Artifact:
-    """Adapts the base of `config.workdir` with as many parameters and training FLOPs as its memory has.
+    """Adapts the base of `config.workdir` with as many parameters and training FLOPs as its memory.
 
-    It is trained as a base that was imported is trained on, at the best of three learning rates on validation. What is
-    kept is the best on validation, the base itself included.
+    It is trained like an imported base is trained further, with the best of three learning rates on validation. Keeps
+    the parameters that are best on validation, which may be the base's own.
 
     Returns:
-      An artifact of kind "base", the merged model, with the adapters in a folder beside it; its summary has what
-      `continued.train_on` gives, and rank and adapter_parameters.
+      An artifact of kind "base", the merged model, with the adapters in a subfolder; its summary has that of
+      `continued.train_on`, plus rank and adapter_parameters.
 
     Raises:
-      UserError: the memory is not finished, or was imported, so that its training cost is not known.
+      UserError: the memory is not finished, or was imported, so that its training cost is unknown.
     """
     workdir, sharding = epath.Path(config.workdir), Sharding.of(config)
     memory, artifact = open_artifact(workdir / "memory", "memory"), open_artifact(workdir / "base", "base")
     tokens = open_artifact(workdir / "tokens", "tokens")
     if "training_flops" not in memory.summary:
-        raise UserError(
-            f"{memory.path}: was imported, so the cost of its training, which LoRA must match, is not known"
-        )
+        raise UserError(f"{memory.path}: was imported, so its training cost, which LoRA must match, is unknown")
     model, length = saved.language_model_config(artifact), config.base.context_length
     abstract = jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0))
     logical_axes = language_model.logical_axes(model)
@@ -124,9 +122,9 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     inputs = {"base": artifact.fingerprint, "memory": memory.fingerprint}
     if finished := find_finished(workdir / FOLDER, "base", kept, inputs):
         continued.remove_short_runs(finished.path)
-        say(f"{FOLDER}: finished already")
+        say(f"{FOLDER}: already finished")
         return finished
-    say(f"{FOLDER}: rank {rank}, {rank * per_rank:,} parameters; blocks of the memory have {wanted:,}")
+    say(f"{FOLDER}: rank {rank}, {rank * per_rank:,} parameters; the memory's blocks have {wanted:,}")
     writer = ArtifactWriter.create(workdir / FOLDER, "base", kept, inputs, {})
     (frozen, *_) = saved.load_language_model(artifact.path, sharding)
 
@@ -152,7 +150,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     merged = jax.jit(merge)(frozen, adapters)
     after = continued.held_out_perplexities(merged, model, tokens, length, sharding)
     if before["validation"] <= after["validation"]:
-        say(f"{FOLDER}: no step was better on validation than the base itself, which is kept")
+        say(f"{FOLDER}: no step improved on the base's validation perplexity, so the base is kept")
         adapters, merged, metrics["step"], after = jax.tree.map(jnp.zeros_like, adapters), frozen, 0, before
     metrics |= search
     metrics["training_flops"], metrics["perplexity"] = float(per_step) * metrics["steps"], after
@@ -164,7 +162,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
 
 
 def _seal_adapters(writer: ArtifactWriter, adapters: dict, settings: dict, inputs: dict[str, str]) -> None:
-    """The adapters as an artifact of their own, inside that of the merged model."""
+    """Writes the adapters as a separate artifact inside that of the merged model."""
     within = ArtifactWriter.create(epath.Path(writer.path) / ADAPTERS, ADAPTERS, settings, inputs, {})
     stored.write(within.path, adapters)
     summary = {"parameters_fingerprint": stored.fingerprint(adapters)}
@@ -174,7 +172,7 @@ def _seal_adapters(writer: ArtifactWriter, adapters: dict, settings: dict, input
 
 
 def load_adapters(artifact: Artifact, sharding: Sharding) -> dict:
-    """The adapters of a finished LoRA, on the mesh.
+    """Loads the adapters of a finished LoRA onto the mesh.
 
     Raises:
       ArtifactError: they are missing or damaged.

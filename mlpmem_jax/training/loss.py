@@ -1,8 +1,8 @@
 """The training loss on sparse targets, without the logits of the whole batch.
 
-Positions are taken in chunks. Where gradients are asked for, the forward pass computes a chunk's logits, loss and
-gradients together and keeps the gradients alone, so that each chunk costs three matrix products rather than the four
-of rematerialization, and memory grows with the chunk, not with positions x vocabulary.
+Positions are processed in chunks. When gradients are needed, the forward pass computes a chunk's logits, loss and
+gradients together and keeps only the gradients, so that each chunk costs three matrix products rather than the four
+of rematerialization, and memory grows with the chunk size, not with positions x vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlpmem_jax.models.layers import transposed_product
 
 
 class _Targets(NamedTuple):
-    """What each position should predict, and its share of the mean."""
+    """The targets of each position, and its weight in the mean."""
 
     token_ids_NxS: jax.Array
     probabilities_NxS: jax.Array
@@ -29,11 +29,11 @@ class _Targets(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """All that is known when the program is traced.
+    """The static settings of the program.
 
     Attributes:
-      batch_axes, embed_axes, vocab_axes: mesh axes that shard the logical axes of these names; none on one device.
-      hidden_axes: those of the vocabulary where they shard the hidden states too, after the batch's; else none.
+      batch_axes, embed_axes, vocab_axes: mesh axes that shard the logical axes of these names; empty on one device.
+      hidden_axes: the vocabulary's mesh axes, if they also shard the hidden states after the batch axes; else empty.
     """
 
     alpha: float
@@ -60,33 +60,33 @@ def sparse_cross_entropy(
     sharding: Sharding = LOCAL,
     weights_N: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """alpha * KL(p_kNN || p_MLP) + (1 - alpha) * CE(next token), meaned over positions; the paper's training loss.
+    """alpha * KL(p_kNN || p_MLP) + (1 - alpha) * CE(next token), averaged over positions: the paper's training loss.
 
     With z the logits, KL(p || q) = sum_j p_j (log p_j - z_j) + logsumexp(z) over the stored j only. The stored
-    (float16) probabilities of a position are made to sum to 1; a position with none has a divergence of 0.
+    (float16) probabilities of a position are renormalized to sum to 1; a position without any has a divergence of 0.
 
     Matrix products run in the dtype of `hidden_NxD`; losses and the kernel's gradient accumulate in float32.
     Differentiable once, in reverse mode, in `hidden_NxD` and `kernel_DxV`; the statistics carry no gradient.
 
     Args:
       hidden_NxD: float32 or bfloat16, sharded over the "batch" mesh axes.
-      kernel_DxV: output projection, sharded ("embed", "vocab"). V >= vocab_size; what is beyond is padding, never
-        predicted and without gradient. A V that the mesh does not divide is padded here.
+      kernel_DxV: output projection, sharded ("embed", "vocab"). V >= vocab_size; further columns are padding, never
+        predicted and without gradient. If the mesh does not divide V, it is padded here.
       token_ids_NxS: int32, ids below vocab_size. S may be 0. Entries of probability 0 are padding.
       probabilities_NxS: float, not negative.
       next_tokens_N: int32.
       alpha: weight of the divergence, 0 to 1.
       vocab_size: number of real tokens.
-      chunk: most positions per device whose logits exist at once.
-      sharding: of the arrays; by default they are one device's own.
-      weights_N: float, not negative; the mean is over their sum. None weighs all positions alike.
+      chunk: maximum positions per device whose logits are in memory together.
+      sharding: sharding of the arrays; by default they are on one device.
+      weights_N: float, not negative; weights of the mean. None weights all positions equally.
 
     Returns:
       The loss (float32 scalar), and {"kl", "cross_entropy"}: means over positions, in nats.
 
     Raises:
-      ConfigError: alpha or chunk out of range, positions or a width that the mesh does not divide, or rules under
-        which the kernel cannot be gathered.
+      ConfigError: alpha or chunk is out of range, the mesh does not divide the positions or a width, or the kernel
+        cannot be gathered under the sharding rules.
     """
     if padding := -kernel_DxV.shape[1] % sharding.shards("vocab"):
         kernel_DxV = jnp.pad(kernel_DxV, ((0, 0), (0, padding)))
@@ -140,7 +140,7 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _gradient_specs(settings: _Settings) -> tuple[PartitionSpec, PartitionSpec]:
-    """Of the hidden states and of the kernel, and so of their gradients."""
+    """Partition specs of the hidden states and of the kernel, and of their gradients."""
     hidden = PartitionSpec(settings.batch_axes + settings.hidden_axes)
     return hidden, PartitionSpec(settings.embed_axes, settings.vocab_axes)
 
@@ -155,13 +155,13 @@ def _on_mesh(settings: _Settings, local, out_specs):
         mesh=settings.sharding.mesh,
         in_specs=(*_gradient_specs(settings), PartitionSpec(settings.batch_axes)),
         out_specs=out_specs,
-        # Never differentiated through, so nothing depends on JAX tracking which values are replicated.
+        # Never differentiated through, so JAX need not track which values are replicated.
         check_vma=False,
     )
 
 
 def _gathered(settings: _Settings, hidden_NxD, kernel_DxV):
-    """All positions of this device's part of the batch, and all rows of its part of the vocabulary."""
+    """All positions of this device's batch shard, and all rows of its vocabulary shard."""
     kernel_DxV = jax.lax.all_gather(kernel_DxV.astype(hidden_NxD.dtype), settings.embed_axes, axis=0, tiled=True)
     return jax.lax.all_gather(hidden_NxD, settings.hidden_axes, axis=0, tiled=True), kernel_DxV
 
@@ -174,7 +174,7 @@ def _total(settings: _Settings, sums):
 
 
 def _local_loss(settings: _Settings, hidden_NxD, kernel_DxV, targets: _Targets):
-    """(loss, statistics), computed by one device of its positions and its part of the vocabulary."""
+    """(loss, statistics) of one device's positions and vocabulary shard."""
     hidden_NxD, kernel_DxV = _gathered(settings, hidden_NxD, kernel_DxV)
 
     def step(sums, chunk):
@@ -186,7 +186,7 @@ def _local_loss(settings: _Settings, hidden_NxD, kernel_DxV, targets: _Targets):
 
 
 def _local_loss_and_gradients(settings: _Settings, hidden_NxD, kernel_DxV, targets: _Targets):
-    """((loss, statistics), (d_hidden, d_kernel)), computed by one device like `_local_loss`."""
+    """((loss, statistics), (d_hidden, d_kernel)) of one device, like `_local_loss`."""
     hidden_NxD, kernel_DxV = _gathered(settings, hidden_NxD, kernel_DxV)
 
     def step(carry, chunk):
@@ -223,14 +223,14 @@ def _chunks(chunk: int, tree):
 
 
 class _ChunkLoss(NamedTuple):
-    """The loss of a chunk over this device's part of the vocabulary, and what its gradients are computed from.
+    """The loss of a chunk over this device's vocabulary shard, and intermediates for its gradients.
 
     Attributes:
       sums: weighted sums over the chunk's positions of KL and of cross entropy.
-      exponentials_CxV, normalizer_Cx1: the softmax is the one divided by the other.
-      ids_CxE, is_here_CxE: columns of the stored entries and, last, of the next token, and whether they are this
-        device's (elsewhere the column is 0).
-      p_CxS: the stored probabilities, made to sum to 1.
+      exponentials_CxV, normalizer_Cx1: their quotient is the softmax.
+      ids_CxE, is_here_CxE: columns of the stored entries and, last, of the next token; and whether they are on this
+        device (if not, the column is 0).
+      p_CxS: the stored probabilities, renormalized to sum to 1.
     """
 
     sums: tuple[jax.Array, jax.Array]
@@ -252,7 +252,7 @@ def _chunk_loss(settings: _Settings, kernel_DxV, hidden_CxD, targets: _Targets) 
     exponentials_CxV = jnp.exp(logits_CxV - maximum_Cx1)
     normalizer_Cx1 = jax.lax.psum(exponentials_CxV.sum(-1, keepdims=True), settings.vocab_axes)
 
-    # The stored entries and, last, the next token. Each device looks up those of its own part of the vocabulary.
+    # The stored entries and, last, the next token. Each device looks up those in its vocabulary shard.
     ids_CxE = jnp.concatenate([targets.token_ids_NxS, targets.next_tokens_N[:, None]], axis=1) - first
     is_here_CxE = (ids_CxE >= 0) & (ids_CxE < columns)
     ids_CxE = jnp.where(is_here_CxE, ids_CxE, 0)
@@ -270,10 +270,10 @@ def _chunk_loss(settings: _Settings, kernel_DxV, hidden_CxD, targets: _Targets) 
 
 
 def _chunk_gradients(settings: _Settings, kernel_DxV, hidden_CxD, targets: _Targets, computed: _ChunkLoss):
-    """(d_hidden_CxD, d_kernel_DxV), of this device's part of the vocabulary.
+    """(d_hidden_CxD, d_kernel_DxV) from this device's vocabulary shard.
 
-    The gradient of the logits is weight * (mass * exponentials / normalizer - target). The factor before the
-    exponentials is one number a row: taken out of the matrix products, it saves a pass over [C, V].
+    The gradient of the logits is weight * (mass * exponentials / normalizer - target). The factor of the exponentials
+    is one number per row: moving it out of the matrix products saves a pass over [C, V].
     """
     alpha, ids_CxE = settings.alpha, computed.ids_CxE
     target_CxE = jnp.pad(alpha * computed.p_CxS, ((0, 0), (0, 1)), constant_values=1 - alpha)

@@ -1,4 +1,4 @@
-"""The program that trains a memory: its dimensions, its loss, and what `loop` needs to know of it."""
+"""The training task of a memory: its dimensions, its loss, and what `loop` needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TILE = 128  # columns of a matrix unit
 
 
 def vocabulary_multiple(tensor_shards: int) -> int:
-    """What the padded vocabulary is a multiple of: whole tiles, and what the mesh divides."""
+    """The padded vocabulary is a multiple of this: of whole tiles, and divisible by the mesh."""
     return math.lcm(_TILE, tensor_shards)
 
 
@@ -33,9 +33,9 @@ def dimensions(
     tensor_shards: int,
     norm_epsilon: float = 1e-5,
 ) -> MemoryConfig:
-    """The memory's dimensions; the vocabulary is padded to what the mesh divides, `norm_epsilon` is the base's.
+    """The memory's dimensions; the vocabulary is padded so that the mesh divides it, `norm_epsilon` is the base's.
 
-    Any `tensor` size that is a power of two up to 128 gives the same, so that a run may resume on another mesh.
+    All `tensor` sizes that are powers of two up to 128 give the same dimensions, so a run may resume on another mesh.
     """
     multiple = vocabulary_multiple(tensor_shards)
     return MemoryConfig(
@@ -53,13 +53,13 @@ def dimensions(
 
 @dataclasses.dataclass(frozen=True)
 class MemoryLoss:
-    """The loss of a memory on a batch, from stored inputs or with the base LM in the step.
+    """The loss of a memory on a batch, from stored inputs or with the base LM run in the step.
 
     Attributes:
       model: dimensions of the memory.
       settings: the group config.training.
-      base: dimensions of the base LM; online alone.
-      input_block: the block of the base LM whose input the memory reads; online alone.
+      base: dimensions of the base LM; only for online training.
+      input_block: the block of the base LM whose input the memory reads; only for online training.
     """
 
     model: MemoryConfig
@@ -68,7 +68,7 @@ class MemoryLoss:
     input_block: int = 0
 
     def __call__(self, sharding: Sharding, parameters: dict, frozen: dict, batch: dict):
-        """(loss, {name: statistic}), as of `loop.TrainingTask`; `frozen` holds the base LM's parameters, online."""
+        """(loss, {name: statistic}), as in `loop.TrainingTask`; online, `frozen` has the base LM's parameters."""
         settings, dtype = self.settings, jnp.dtype(self.settings.compute_dtype)
         inputs_NxD = self._inputs(frozen, batch).reshape(-1, self.model.input_width).astype(dtype)
         hidden_NxD = parallel_memory.hidden(
@@ -105,20 +105,20 @@ def memory_task(
     sharding: Sharding,
     initialize: Callable[..., dict] | None = None,
 ) -> loop.TrainingTask:
-    """The training of the memory of a config, for a base LM of given dimensions.
+    """The training task of a config's memory, for a base LM of given dimensions.
 
     Args:
       config: the whole config.
       model, base: dimensions of the memory and of the base LM.
-      sharding: of the run.
-      initialize: as of `loop.TrainingTask`; by default every parameter is drawn at random.
+      sharding: the run's sharding.
+      initialize: as in `loop.TrainingTask`; by default every parameter is random.
 
     Raises:
       ConfigError: the mesh does not divide the memory.
     """
     settings, length = config.training, config.base.context_length
     abstract = jax.eval_shape(functools.partial(memory.init, model), jax.random.key(0))
-    sharding.check_divides(abstract, memory.logical_axes(model))  # its programs name their own collectives
+    sharding.check_divides(abstract, memory.logical_axes(model))  # the memory's programs use explicit collectives
     is_online = settings.mode == "online"
     base_flops = flops.language_model_forward(base, length, output_projection=False) if is_online else 0
     return loop.TrainingTask(

@@ -1,4 +1,4 @@
-"""Training metrics: one JSON line a record, and the same to TensorBoard."""
+"""Training metrics: one JSON line per record, also written to TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends records to FOLDER/metrics.jsonl and, for local folders, to TensorBoard event files.
 
-    A thread of its own writes, so that a training step never waits for a disk. An object of a bucket cannot be appended
-    to, and takes one write a second: there all records are written at once by `flush`.
+    A separate thread writes, so that a training step never waits for a disk. Objects in a bucket cannot be appended to
+    and allow one write per second, so there `flush` writes all records at once.
     """
 
     def __init__(self, folder, first_step: int):
-        """Opens the files; records from `first_step` on, written by a run that was stopped later, are dropped."""
+        """Opens the files; drops records from `first_step` on, which an interrupted run wrote after a checkpoint."""
         self._enabled, self._lines = jax.process_index() == 0, []
         if not self._enabled:
             return
@@ -60,19 +60,19 @@ class MetricsWriter:
                 self._board.add_scalar(name, float(value), step)
 
     def flush(self) -> None:
-        """Has the records of a bucket written, while the training continues; call it with every checkpoint."""
+        """Starts writing the records to a bucket, in the background; call it with every checkpoint."""
         if self._enabled and not self._is_local:
             self._pending.append(self._thread.submit(self._file.write_bytes, b"".join(self._lines)))
 
     def records(self) -> list[dict]:
-        """All records of the run so far; of every process but the first, none."""
+        """All records of the run so far; empty on every process but the first."""
         return json_lines.parsed(self._lines)
 
     def close(self) -> None:
         """Waits until everything is written.
 
         Raises:
-          OSError: something could not be.
+          OSError: a record could not be written.
         """
         if not self._enabled:
             return
@@ -88,9 +88,9 @@ class MetricsWriter:
 
 
 def _up_to(content: bytes, step: int) -> list[bytes]:
-    """The lines of a file of records up to the first that is of a later step, or was not written to its end.
+    """The lines of a record file up to the first with a later step or an incomplete end.
 
-    Damaged ones among them stay where they are.
+    Damaged lines among them are kept.
     """
 
     def belongs(line: bytes) -> bool:

@@ -19,7 +19,7 @@ def schedule(settings: ml_collections.ConfigDict, total_steps: int) -> optax.Sch
     "constant".
 
     Raises:
-      ConfigError: the warmup leaves no step to train at the full rate, or the schedule is unknown.
+      ConfigError: the warmup leaves no step at the full rate, or the schedule is unknown.
     """
     return _schedule(settings, total_steps, settings.learning_rate)
 
@@ -29,7 +29,7 @@ def _schedule(settings: ml_collections.ConfigDict, total_steps: int, peak: float
     if rest < 1:
         raise ConfigError(
             f"warmup_steps: {warmup} steps of warmup, but the whole run has {total_steps} steps; "
-            "lower warmup_steps or train longer"
+            "lower warmup_steps, or train longer"
         )
     if settings.schedule == "linear":
         main = optax.linear_schedule(peak, 0.0, rest)
@@ -46,8 +46,8 @@ def make_optimizer(settings: ml_collections.ConfigDict, total_steps: int, logica
     """Clipping by global norm (`clip_norm`, 0 = none), then AdamW or Muon.
 
     AdamW decays matrices, not norms and biases. Muon (Newton-Schulz, momentum 0.95, updates scaled by
-    sqrt(max(1, outputs / inputs))) takes the matrices of the blocks, each layer by itself, at `learning_rate`, and
-    decays those alone; Adam with Nesterov momentum takes all else at `adam_learning_rate`.
+    sqrt(max(1, outputs / inputs))) optimizes the matrices of the blocks, each layer separately, at `learning_rate`,
+    and decays only those; Adam with Nesterov momentum optimizes everything else at `adam_learning_rate`.
 
     Args:
       settings: a config group of `optimization` of configs/default.py.
@@ -55,7 +55,7 @@ def make_optimizer(settings: ml_collections.ConfigDict, total_steps: int, logica
       logical_axes: tree like the parameters whose leaves are tuples of logical axis names.
 
     Raises:
-      ConfigError: see `schedule`; or the optimizer is unknown.
+      ConfigError: as in `schedule`, or the optimizer is unknown.
     """
     if settings.optimizer not in OPTIMIZERS:
         raise ConfigError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, found {settings.optimizer!r}")
@@ -85,11 +85,11 @@ def _muon(settings: ml_collections.ConfigDict, total_steps: int, logical_axes) -
 
 
 OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
-"""(settings, total steps, logical axes) -> gradient transformation, by the names of `core.config.OPTIMIZERS`."""
+"""Optimizers by their names in `core.config.OPTIMIZERS`: (settings, total steps, logical axes) -> transformation."""
 
 
 def _decayed(logical_axes):
-    """Which parameters decay: by name, since biases of heads have as many axes as matrices."""
+    """Which parameters decay; decided by name, because biases of heads have as many axes as matrices."""
     return jax.tree_util.tree_map_with_path(
         lambda path, axes: path[-1].key not in ("bias", "scale"),
         logical_axes,
@@ -102,10 +102,10 @@ def _map_axes(function: Callable, logical_axes):
 
 
 def _muon_dimensions(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
-    """Inputs and outputs of a block's matrix; None for what is none.
+    """Inputs and outputs of a block's matrix; None for other parameters.
 
-    One side of the matrix is "embed", the other starts at the next named axis: queries, keys and values, held as
-    ("layers", "embed", None, "heads", None), are three matrices from the width to heads x head width.
+    One side of the matrix is "embed", the other starts at the next named axis: queries, keys and values, stored as
+    ("layers", "embed", None, "heads", None), are three matrices from width to heads x head width.
     """
     named = [index for index, axis in enumerate(axes) if axis not in (None, "layers", "embed")]
     if axes[0] != "layers" or "embed" not in axes or not named:
@@ -116,9 +116,9 @@ def _muon_dimensions(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | Non
 
 
 def accumulated_value_and_grad(loss: Callable, steps: int) -> Callable:
-    """`jax.value_and_grad(loss, has_aux=True)`, computed in micro-batches one after the other.
+    """`jax.value_and_grad(loss, has_aux=True)`, computed in sequential micro-batches.
 
-    Each device's own rows are divided among the micro-batches, so that no rows move between devices.
+    Each device splits its own rows into micro-batches, so that no rows move between devices.
 
     Args:
       loss: (parameters, frozen, batch) -> (loss, tree of statistics), floats, means over axis 0 of the batch's arrays.
@@ -140,14 +140,14 @@ def accumulated_value_and_grad(loss: Callable, steps: int) -> Callable:
 
 
 def averaged_over_devices(value_and_grad: Callable, sharding: Sharding) -> Callable:
-    """Plain data parallelism: each device takes its own rows, and what they find is averaged once.
+    """Plain data parallelism: each device processes its own rows, and the results are averaged once.
 
     Args:
       value_and_grad: (parameters, frozen, batch) -> tree of means over the rows of the batch.
-      sharding: every device holds all parameters; the batch is sharded.
+            sharding: parameters are replicated; the batch is sharded.
 
     Returns:
-      The same function of arrays on the mesh.
+      The same function for arrays on the mesh.
     """
     rows = sharding.spec("batch")
 
@@ -155,18 +155,18 @@ def averaged_over_devices(value_and_grad: Callable, sharding: Sharding) -> Calla
         return jax.lax.pmean(value_and_grad(parameters, frozen, batch), sharding.axes("batch"))
 
     whole = PartitionSpec()
-    # Every output is an average, the same on all devices; JAX need not track it.
+    # Every output is an average, the same on all devices, so JAX need not track replication.
     return jax.shard_map(
         on_one_device, mesh=sharding.mesh, in_specs=(whole, whole, rows), out_specs=whole, check_vma=False
     )
 
 
 def shared_by_layers(updates, logical_axes, sharding: Sharding):
-    """Muon's updates of a model that every device holds, each layer's computed on one part of the devices alone.
+    """Muon's updates of a replicated model, with layers distributed over the devices.
 
-    Newton-Schulz iterations are the costly part of a step, and more devices do not divide them by themselves. Sharded
-    by layer here, the updates stay so through all that the compiler does for them, and are gathered when they are
-    applied. Layers that the devices do not divide are computed on all of them.
+    Newton-Schulz iterations are the costly part of a step, and data parallelism does not divide them. Constraining the
+    updates here to be sharded by layer makes the compiler distribute the iterations and gather the updates when they
+    are applied. If the number of layers is not divisible, every device computes all of them.
     """
     shards, by_layers = sharding.shards("batch"), sharding.named("batch")
 

@@ -1,7 +1,7 @@
 """Rates of the memory's train step in one process and in several, on the same cores.
 
-A job of processes cannot be started from inside one, so each measurement is a job of its own: this module run as a
-program, once for each process.
+A multi-process job cannot be started from inside one of its processes, so each measurement is a separate job: this
+module run as a program, once per process.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.training import loop
 from mlpmem_jax.training.memory_task import dimensions, memory_task
 
-_ENTRIES = 64  # of a target distribution
+_ENTRIES = 64  # per target distribution
 _ROUNDS, _STEPS = 5, 10
-_JOBS = ((1, 1), (1, 2), (2, 1))  # (processes, virtual devices of each)
+_JOBS = ((1, 1), (1, 2), (2, 1))  # (processes, virtual devices per process)
 
 
 def rows(config: ml_collections.ConfigDict) -> list[dict]:
-    """Positions per second of every job, medians of interleaved runs, each against one process with one device."""
+    """Positions per second of every job, as medians of interleaved runs, relative to one process with one device."""
     rates = {job: [] for job in _JOBS}
     for _ in range(_ROUNDS):
         for processes, devices in _JOBS:
@@ -48,7 +48,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
                 "of the rate of 1 x 1",
                 f"{rate:,.0f} positions/s ({min(measured):,.0f} to {max(measured):,.0f} in {_ROUNDS} runs of "
                 f"{_STEPS} steps), memory of width {config.memory.width}, {config.training.optimizer}, "
-                f"{config.training.batch_sequences * config.base.context_length} positions a step",
+                f"{config.training.batch_sequences * config.base.context_length} positions per step",
             )
         )
     return result
@@ -71,7 +71,7 @@ def _measure(config: ml_collections.ConfigDict, processes: int, devices: int) ->
         started.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate()[0] for process in started]
     if failed := [process.returncode for process in started if process.returncode]:
-        raise UserError(f"benchmark of {processes} processes: one ended with exit code {failed[0]}; its error is above")
+        raise UserError(f"benchmark of {processes} processes: one exited with code {failed[0]}; its error is above")
     return float(outputs[0].splitlines()[-1])
 
 

@@ -1,7 +1,7 @@
-"""A trace of some training steps for TensorBoard and xprof: what the device did, and for which part of the model.
+"""A trace of some training steps for TensorBoard and xprof: device activity by part of the model.
 
-Operations carry the names of the scopes "input", "blocks", "loss" and "optimizer". On the host's own line each step is
-one event "train" with its number, and reading its batch another, "input pipeline".
+Operations are named by the scopes "input", "blocks", "loss" and "optimizer". On the host's timeline each step is an
+event "train" with its number, and reading its batch is an event "input pipeline".
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from etils import epath
 from mlpmem_jax.core.progress import say
 
 FOLDER = "tensorboard"
-"""Of the artifact's folder: TensorBoard's own event files lie there too."""
+"""Folder within the artifact's folder, where TensorBoard's event files are too."""
 
 
 class Profiler:
-    """Traces the steps of one training that are asked for; a run that resumes after them traces nothing."""
+    """Traces the requested steps of a training; a run that resumes after them traces nothing."""
 
     def __init__(self, folder: str, steps: range):
         self._folder, self._steps, self._written = folder, steps, None
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """The step of this number, as one event of the trace."""
+        """Records step `number` as one event of the trace."""
         if number in self._steps and self._written is None:
             self._written = tempfile.mkdtemp(prefix="mlpmem_")
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every call of every Python function would bury the rest
+            options.python_tracer_level = 0  # tracing every Python call would bury the rest
             jax.profiler.start_trace(self._written, profiler_options=options)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
@@ -44,7 +44,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Ends the trace, if one runs, and puts it where TensorBoard looks for it."""
+        """Ends the trace, if one is running, and moves it to where TensorBoard looks for it."""
         if self._written is None:
             return
         jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""Train state: creation in place on the mesh, and checkpoints with Orbax."""
+"""The train state: created directly on the mesh, and checkpointed with Orbax."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mlpmem_jax.core.manifests import encode
 from mlpmem_jax.core.sharding import Sharding
 
 METRIC = "perplexity"
-"""Validation metric that decides which checkpoint is best; lower is better."""
+"""The validation metric that determines the best checkpoint; lower is better."""
 
-_CHECKSUM = "crc32"  # of the other metrics
+_CHECKSUM = "crc32"  # key of the checksum of the other metrics
 
 
 def state_shardings(sharding: Sharding, abstract_state, parameter_shardings):
-    """Shardings of a whole train state.
+    """Shardings of a complete train state.
 
-    A leaf of the optimizer state whose path ends like a parameter's, and whose shape is the same, lies like that
-    parameter (moments, momentum); every other leaf (step counts) is replicated.
+    A leaf of the optimizer state whose path ends like a parameter's and whose shape is the same (moments, momentum) is
+    sharded like that parameter; every other leaf (step counts) is replicated.
     """
     placed = {
         jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(parameter_shardings)
@@ -53,7 +53,8 @@ def _fingerprint(state, next_sequence: int) -> str:
 
 
 def initial_state(initialize, optimizer: optax.GradientTransformation):
-    """A function of what `initialize` takes that makes the state; jit it with `state_shardings` as out_shardings."""
+    """A function that creates the state from the arguments of `initialize`; jit it with `state_shardings` as
+    out_shardings."""
 
     def make(*start):
         parameters = initialize(*start)
@@ -63,13 +64,13 @@ def initial_state(initialize, optimizer: optax.GradientTransformation):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest, to resume from, and the best by validation perplexity, to keep."""
+    """The checkpoints of one run: the latest, to resume from, and the best by validation perplexity."""
 
     def __init__(self, folder):
-        """Opens those in FOLDER/checkpoints.
+        """Opens the checkpoints in FOLDER/checkpoints.
 
         Raises:
-          ArtifactError: what is there cannot be read.
+          ArtifactError: they cannot be read.
         """
         self._folder = storage.literal(folder) / "checkpoints"
         policy = checkpoint_managers.AnyPreservationPolicy(
@@ -96,7 +97,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state, next_sequence: int, validation: dict[str, float] | None) -> None:
-        """Starts an asynchronous save; `validation` is what `METRIC` is read from, None where it was not measured."""
+        """Starts an asynchronous save; `validation` has the metric `METRIC`, or is None if it was not measured."""
         if step in self._manager.all_steps():
             return
         data = {"next_sequence": next_sequence, "fingerprint": _fingerprint(state, next_sequence)}
@@ -105,45 +106,45 @@ class Checkpoints:
         self._manager.save(step, args=arguments, metrics=metrics, force=True)
 
     def restore(self, step: int, abstract_state) -> tuple[dict, int]:
-        """The state at `step`, laid out as `abstract_state` says (with shardings), and the data position.
+        """The state at `step`, with the shardings of `abstract_state`, and the data position.
 
         Raises:
-          ArtifactError: it cannot be read, or is not what was saved.
+          ArtifactError: it cannot be read, or differs from what was saved.
         """
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
         folder = self._folder / str(step)
-        remedy = f"delete {folder} to resume from the checkpoint before, or from the start"
+        remedy = f"delete {folder} to resume from the previous checkpoint, or from the start"
         with stored.reading(folder, remedy):
             restored = self._manager.restore(step, args=arguments)
             state, data = restored["state"], restored["data"]
             next_sequence = int(data["next_sequence"])
             if _fingerprint(state, next_sequence) != data["fingerprint"]:
-                raise ArtifactError(f"{folder}: the state is not the one that was saved; {remedy}")
+                raise ArtifactError(f"{folder}: the state differs from the one that was saved; {remedy}")
             return state, next_sequence
 
     def best_step(self) -> int | None:
         """The step with the lowest validation perplexity.
 
         Raises:
-          ArtifactError: the metrics of a checkpoint are not those that were saved.
+          ArtifactError: the metrics of a checkpoint differ from those that were saved.
         """
         for step in self._manager.all_steps():
             self.validation(step)
         return self._manager.best_step()
 
     def validation(self, step: int) -> dict[str, float]:
-        """What was measured on the validation split at `step`; nothing where there was no validation.
+        """The metrics on the validation split at `step`; empty if there was no validation.
 
         Raises:
-          ArtifactError: that is not what was saved.
+          ArtifactError: they differ from what was saved.
         """
         folder = self._folder / str(step)
-        remedy = f"delete {folder} to resume from the checkpoint before, or from the start"
+        remedy = f"delete {folder} to resume from the previous checkpoint, or from the start"
         with stored.reading(folder, remedy):
             metrics = dict(self._manager.metrics(step) or {})
             checksum = metrics.pop(_CHECKSUM, None)
             if metrics and zlib.crc32(encode(metrics)) != checksum:
-                raise ArtifactError(f"{folder}: the metrics of its validation are not those that were saved; {remedy}")
+                raise ArtifactError(f"{folder}: its validation metrics differ from those that were saved; {remedy}")
             return metrics
 
     def wait(self) -> None:

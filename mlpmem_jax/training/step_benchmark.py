@@ -1,7 +1,8 @@
-"""One train step of a memory at random weights, in JAX and as the reference implementation takes it in PyTorch.
+"""One train step of a memory with random weights, in JAX and in the reference implementation's PyTorch.
 
-Both start from the same parameters and see the same batch, and their first losses must agree. The reference's targets
-are dense: its collator fills one row of vocabulary size for every position, which its loss then reads (extra `torch`).
+Both start from the same parameters and use the same batch, and their first losses must agree. The reference's targets
+are dense: for every position, its collator fills a row of vocabulary size, which its loss then reads. Needs the
+extra `torch`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mlpmem_jax.training.memory_task import MemoryLoss
 
 ALPHA = 0.4
 _ROUNDS = 5
-_MOST_APART = {"float32": 1e-3, "bfloat16": 2e-2}  # of the two first losses, relative
+_MOST_APART = {"float32": 1e-3, "bfloat16": 2e-2}  # maximum relative difference of the first losses
 
 
 class Case(NamedTuple):
@@ -36,11 +37,11 @@ class Case(NamedTuple):
 
     Attributes:
       model: dimensions of the memory.
-      positions: in the batch.
-      micro_batches: that the batch is split into; in JAX alone, whose CPU caches it spares.
-      optimizer: one of core.config.OPTIMIZERS; the reference has AdamW.
-      dtype: of matrix products.
-      entries: stored probabilities of a position.
+      positions: positions in the batch.
+      micro_batches: number of micro-batches, which fit CPU caches better; only in JAX.
+      optimizer: one of core.config.OPTIMIZERS; the reference uses AdamW.
+      dtype: dtype of matrix products.
+      entries: stored probabilities per position.
     """
 
     model: MemoryConfig
@@ -52,23 +53,23 @@ class Case(NamedTuple):
 
     @property
     def step_flops(self) -> int:
-        """Model FLOPs of a step; the optimizer's own are not counted."""
+        """Model FLOPs of a step, not counting the optimizer's."""
         return 3 * flops.memory_forward(self.model) * self.positions
 
 
 class Step(NamedTuple):
-    """A train step that is ready to run; `run` takes one, waits for it, and returns its loss."""
+    """A train step that is ready to run; `run` executes it, waits for it, and returns its loss."""
 
     run: Callable[[], float]
     parameters: Any
 
 
 def batch(case: Case) -> dict[str, np.ndarray]:
-    """A random batch: distinct tokens of a position, probabilities that sum to 1."""
+    """A random batch: distinct tokens per position, with probabilities that sum to 1."""
     random = np.random.default_rng(0)
     shape, vocabulary = (case.positions, case.entries), case.model.vocab_size
     weights = random.random(shape, np.float32)
-    # One token of each of `entries` equal ranges of the vocabulary.
+    # One token from each of `entries` equal ranges of the vocabulary.
     span = vocabulary // case.entries
     return {
         "memory_inputs": random.standard_normal((case.positions, case.model.input_width), np.float32),
@@ -79,7 +80,7 @@ def batch(case: Case) -> dict[str, np.ndarray]:
 
 
 def settings_of(case: Case, training: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config group `training` of a case: the given one's, with what the case says."""
+    """The config group `training` with the case's values."""
     settings = ml_collections.ConfigDict(training)
     settings.update(
         {
@@ -96,7 +97,7 @@ def settings_of(case: Case, training: ml_collections.ConfigDict) -> ml_collectio
 
 
 def jax_step(case: Case, training: ml_collections.ConfigDict) -> Step:
-    """The step of `training.loop` on the first device, compiled; `training` is a config group of that name."""
+    """The compiled step of `training.loop` on the first device; `training` is the config group of that name."""
     sharding = Sharding(make_mesh(devices=jax.devices()[:1]))
     settings = settings_of(case, training)
     initialize = functools.partial(memory.init, case.model)
@@ -123,15 +124,15 @@ def jax_step(case: Case, training: ml_collections.ConfigDict) -> Step:
 
 
 def torch_step(case: Case, parameters: dict, learning_rate: float = 5e-4) -> Step:
-    """The reference's step in PyTorch, on JAX's kind of device.
+    """The reference's step in PyTorch, on the same kind of device as JAX's.
 
     Args:
-      case: the step; its optimizer is AdamW whatever the case says.
-      parameters: of the memory, NumPy arrays as `memory.init` names them.
-      learning_rate: of AdamW.
+      case: the step; the optimizer is always AdamW.
+      parameters: the memory's parameters as NumPy arrays, named as in `memory.init`.
+      learning_rate: AdamW's learning rate.
 
     Raises:
-      UserError: PyTorch is not installed, or does not have that kind of device.
+      UserError: PyTorch is not installed, or does not support that kind of device.
     """
     torch = require("torch", extra="torch")
     device = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
@@ -195,24 +196,24 @@ def torch_step(case: Case, parameters: dict, learning_rate: float = 5e-4) -> Ste
 
 
 def _peak(dtype: str) -> float:
-    """FLOP/s of the device: published, or measured anew, since other load changes it."""
+    """Peak FLOP/s of the device: published, or else measured each time, because other load changes it."""
     matmul_rate.cache_clear()
     published = chips.published(jax.devices()[0].device_kind)
     return published.flops if published else matmul_rate(dtype, seconds=0.2)
 
 
 def compared_row(name: str, case: Case, training: ml_collections.ConfigDict) -> dict:
-    """The rate of JAX's step over that of the reference's, or its utilization where PyTorch is not to be had.
+    """The rate of JAX's step relative to the reference's, or its utilization if PyTorch is unavailable.
 
-    Rounds take both steps and the rate of a matrix product in turn, so that other load meets them all.
+    Each round measures both steps and a matrix product, so that other load affects them equally.
 
     Args:
-      name: of the row.
+      name: name of the row.
       case: the step.
-      training: a config group of that name.
+      training: the config group of that name.
 
     Raises:
-      UserError: the first losses differ, so that the two do not compute the same.
+      UserError: the first losses differ, so the two steps do not compute the same.
     """
     ours = jax_step(case, training)
     losses, steps, absent = [ours.run()], [ours], ""
@@ -220,11 +221,11 @@ def compared_row(name: str, case: Case, training: ml_collections.ConfigDict) -> 
         steps.append(torch_step(case, ours.parameters))
         losses.append(steps[1].run())
     except UserError as error:
-        absent = f"; without PyTorch: {error}"
+        absent = f"; PyTorch is left out: {error}"
     if len(losses) == 2 and not abs(losses[0] - losses[1]) <= _MOST_APART[case.dtype] * abs(losses[1]):
         raise UserError(f"{name}: the first loss is {losses[0]} in JAX and {losses[1]} in PyTorch; expected the same")
     for step in steps:
-        step.run()  # JAX's optimizer states have their final layout, PyTorch has allocated what it needs
+        step.run()  # JAX's optimizer states get their final layout, PyTorch allocates what it needs
     peaks_R, seconds_RxS = np.zeros(_ROUNDS), np.zeros((_ROUNDS, len(steps)))
     for round_ in range(_ROUNDS):
         peaks_R[round_] = _peak(case.dtype)
@@ -234,7 +235,7 @@ def compared_row(name: str, case: Case, training: ml_collections.ConfigDict) -> 
             seconds_RxS[round_, number] = time.perf_counter() - start
     if not absent and (torch := require("torch", extra="torch")).cuda.is_available():
         steps.clear()
-        torch.cuda.empty_cache()  # else JAX never gets it back
+        torch.cuda.empty_cache()  # otherwise JAX could not use that memory
     rates_S = case.positions / np.median(seconds_RxS, axis=0)
     utilizations_S = np.median(case.step_flops / seconds_RxS / peaks_R[:, None], axis=0)
     against = "the published peak" if chips.published(jax.devices()[0].device_kind) else "the matmul rate"

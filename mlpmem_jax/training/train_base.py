@@ -1,4 +1,4 @@
-"""Trains a language model on the tokens: stage `base`, where it is trained here, and the further training of one."""
+"""Trains a language model on the tokens: stage `base`, and continued training of a finished one."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from mlpmem_jax.training.loss import sparse_cross_entropy
 
 
 class Adapters(NamedTuple):
-    """What is trained in place of a model's own parameters.
+    """Adapters that are trained instead of a model's own parameters.
 
     Attributes:
-      frozen: the model's own.
-      merge: (frozen, adapters) -> the parameters that the model computes with.
-      logical_axes: tree of the adapters whose leaves are tuples of logical axis names.
+      frozen: the model's own parameters.
+      merge: (frozen, adapters) -> the parameters that the model uses.
+      logical_axes: tree like the adapters whose leaves are tuples of logical axis names.
     """
 
     frozen: dict
@@ -44,9 +44,9 @@ class LanguageModelLoss:
     """Cross entropy of the next tokens.
 
     Attributes:
-      model: dimensions.
-      settings: of the optimization.
-      merge: (frozen, trained) -> the parameters that the model computes with.
+      model: the model's dimensions.
+      settings: the optimization settings.
+      merge: (frozen, trained) -> the parameters that the model uses.
     """
 
     model: language_model.Config
@@ -54,7 +54,7 @@ class LanguageModelLoss:
     merge: Callable[[dict, dict], dict]
 
     def __call__(self, sharding: Sharding, parameters: dict, frozen: dict, batch: dict):
-        """(loss, {name: statistic}), as of `loop.TrainingTask`."""
+        """(loss, {name: statistic}), as in `loop.TrainingTask`."""
         parameters, dtype = self.merge(frozen, parameters), jnp.dtype(self.settings.compute_dtype)
         hidden_BxTxD, _ = language_model.features(
             parameters, self.model, batch["tokens"], compute_dtype=dtype, remat=self.settings.remat
@@ -91,16 +91,16 @@ def train(
 
     Args:
       config: the whole config.
-      settings: of the optimization.
-      model: dimensions.
-      initialize, start: as of `loop.TrainingTask` and `loop.Run`.
-      name: what the user is told is being trained.
-      folder: for checkpoints and metrics.
+      settings: the optimization settings.
+      model: the model's dimensions.
+      initialize, start: as in `loop.TrainingTask` and `loop.Run`.
+      name: label for progress output.
+      folder: folder for checkpoints and metrics.
       group: the config's name for `settings`.
-      adapters: what `initialize` creates, where that is not the model's parameters.
+      adapters: set if `initialize` creates adapters rather than the model's parameters.
 
     Returns:
-      The parameters, or adapters, with the best validation perplexity, and metrics about them.
+      The parameters, or adapters, with the best validation perplexity, and their metrics.
     """
     sharding = Sharding.of(config)
     loop.check_batch(settings, sharding, group)
@@ -140,14 +140,14 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     """Trains the base LM from scratch.
 
     Raises:
-      UserError: the config or the tokens do not fit.
+      UserError: the config does not match the tokens.
     """
     path = epath.Path(config.workdir) / "base"
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
     settings = {**plain_dict(config.base), "training": loop.origin(config.base.training)}
     inputs = {"tokens": tokens.fingerprint}
     if finished := find_finished(path, "base", settings, inputs):
-        say("base: finished already")
+        say("base: already finished")
         return finished
     model = gpt2.GPT2Config(
         vocab_size=tokens.summary["vocab_size"],

@@ -1,4 +1,4 @@
-"""Rates of training on this machine: the train step against the matmul rate, the input pipeline, the loss's memory."""
+"""Training rates of this machine: the train step relative to the matmul rate, the input pipeline, the loss's memory."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def _model(width: int) -> MemoryConfig:
 
 
 STEPS = (
-    # Micro-batches: what they write stays in a CPU's caches.
+    # Micro-batches, so that what they write stays in a CPU's caches.
     Case(_model(256), positions=8192, micro_batches=8, optimizer="muon", entries=ENTRIES),
     Case(_model(256), positions=8192, micro_batches=8, entries=ENTRIES),
     Case(_model(768), positions=16384, micro_batches=8, entries=ENTRIES),
 )
 REAL = {
-    # Vocabularies of real models, where the loss is most of a step.
+    # Vocabularies of real models, for which the loss is most of a step.
     "SmolLM2's memory": Case(MemoryConfig("llama", 49152, 49152, 576, 576, 4, 1536), positions=2048),
     "GPT-2's, 4 blocks": Case(MemoryConfig("gpt2", 50257, 50304, 768, 768, 4, 3072), positions=2048),
 }
 
 
 def _train_step_row(config: ml_collections.ConfigDict, case: Case) -> tuple[dict, float]:
-    """Median of five steps, and the matmul rate measured just before, of the same process; and positions per second."""
+    """A row from the median of five steps and the matmul rate measured just before; and positions per second."""
     step = step_benchmark.jax_step(case, config.training)
     step.run()
     rates, seconds = [], []
@@ -64,7 +64,7 @@ def _train_step_row(config: ml_collections.ConfigDict, case: Case) -> tuple[dict
         f"{VOCABULARY}, {ENTRIES} entries; "
         f"{rate:,.0f} positions/s, "
         f"{case.step_flops / statistics.median(seconds) / 1e9:.0f} of "
-        f"{statistics.median(rates) / 1e9:.0f} GFLOP/s, medians of 5; the optimizer's own FLOPs are not counted",
+        f"{statistics.median(rates) / 1e9:.0f} GFLOP/s, medians of 5; the optimizer's FLOPs are not counted",
     )
     return measured, rate
 
@@ -74,7 +74,7 @@ def _batch(positions: int) -> dict:
 
 
 def _write_sample(folder: epath.Path, sequences: int, length: int):
-    """A datastore and targets of random content, shaped like the quickstart's."""
+    """Writes a datastore and targets with random content, shaped like the quickstart's."""
     random = np.random.default_rng(0)
     store = ArtifactWriter.create(
         folder / "datastore",
@@ -104,7 +104,7 @@ def _write_sample(folder: epath.Path, sequences: int, length: int):
 
 
 def _pipeline_row(consumed: float) -> dict:
-    """Positions per second that the input pipeline delivers with nothing else running; a step consumes `consumed`."""
+    """Positions per second of the input pipeline with nothing else running; a train step uses `consumed`."""
     length, batch_sequences = 128, 32
     with tempfile.TemporaryDirectory() as folder:
         source = data.TargetSource(*_write_sample(epath.Path(folder), 1024, length))
@@ -120,7 +120,7 @@ def _pipeline_row(consumed: float) -> dict:
         "input pipeline",
         rate,
         "positions/s",
-        f"Grain over TensorStore, {length} positions a sequence, up to {ENTRIES} entries each, alone on the machine; "
+        f"Grain over TensorStore, {length} positions per sequence, up to {ENTRIES} entries each, nothing else running; "
         f"{rate / consumed:.1f}x what the train step at width 256 consumes",
     )
 
@@ -165,7 +165,7 @@ def _loss_memory_rows() -> list[dict]:
 
 
 def rows(config: ml_collections.ConfigDict) -> Iterator[dict]:
-    """Measures; each row has name, value, unit and detail."""
+    """Rows of (name, value, unit, detail)."""
     yield row("matmul", matmul_rate("float32") / 1e9, "GFLOP/s", "float32, 1536 x 1536 x 1536, best of half a second")
     consumed = []
     for case in STEPS:
