@@ -124,6 +124,21 @@ def test_a_bad_config_costs_no_start_of_the_accelerator_runtime(tmp_path):
         (["tokenizer.path=a.json"], r"tokenizer.path: 'a.json' has no effect with config.tokenizer.source='train'"),
         (["base.path=gpt2"], r"base.path: 'gpt2' has no effect with config.base.source='train'"),
         (["base.source=huggingface", "base.path=gpt2", "base.width=128"], r"base.width: 128 has no effect"),
+        (["corpus.document_bytes=100"], r"document_bytes: 100 has no effect .*; .* 'files' or 'hub'"),
+        (["targets.backend=exact", "targets.leaves=9"], r"leaves: 9 has no effect with config.targets.backend='exact'"),
+        (["targets.backend=scann", "targets.recall_target=0.5"], r"recall_target: 0.5 has no effect"),
+        (
+            ["training.start=m", "memory.width=64", "memory.output_from_base=True"],
+            r"output_from_base: True has no effect with config.training.start='m'",
+        ),
+        (
+            ["base.source=huggingface", "base.path=gpt2", "base.training.batch_sequences=24"],
+            r"base.training.batch_sequences: 24 has no effect with config.base.source='huggingface'",
+        ),
+        (
+            ["base.source=huggingface", "base.path=gpt2", "base.finetune_steps=9", "base.training.learning_rate=0.1"],
+            r"base.training.learning_rate: 0.1 has no effect with config.base.source='huggingface'",
+        ),
         (["training.epochs=3.0"], r"training.epochs: 3.0 has no effect with config.training.steps=100"),
         (
             ["training.optimizer=adamw", "training.adam_learning_rate=0.1"],
@@ -134,6 +149,12 @@ def test_a_bad_config_costs_no_start_of_the_accelerator_runtime(tmp_path):
 def test_what_is_set_and_has_no_effect_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         config_files.read("configs/smoke.py", [f"--config.{word}" for word in overrides])
+
+
+def test_what_fine_tuning_reads_has_an_effect():
+    words = ["base.source=huggingface", "base.path=gpt2", "base.finetune_steps=9", "base.training.batch_sequences=24"]
+    config = config_files.read("configs/smoke.py", [f"--config.{word}" for word in words])
+    assert config.base.training.batch_sequences == 24
 
 
 def test_a_source_that_is_overridden_takes_what_the_file_said_of_the_former_with_it():

@@ -73,15 +73,15 @@ def test_configs_that_cannot_work_on_the_devices_are_refused(overrides, devices,
         job.read_config(CONFIG, overrides, stage="run", devices=devices, processes=processes, slices=slices)
 
 
-def test_an_imported_base_needs_no_batch_that_divides():
-    imported = [
-        "--config.base.source=huggingface",
-        "--config.base.path=gpt2",
-        "--config.base.training.batch_sequences=7",
-    ]
-    job.read_config(CONFIG, imported, stage="run", devices=16, processes=4)
+def test_an_imported_base_needs_no_batch_that_divides(tmp_path):
+    (tmp_path / "config.py").write_text(
+        "from configs import default\n\n\ndef get_config():\n    config = default.get_config()\n"
+        "    config.base.training.batch_sequences = 7\n    return config\n"
+    )
+    imported = ["--config.base.source=huggingface", "--config.base.path=gpt2"]
+    job.read_config(str(tmp_path / "config.py"), imported, stage="run", devices=16, processes=4)
     with pytest.raises(ConfigError, match=r"config.base.training.batch_sequences"):
-        job.read_config(CONFIG, imported[2:], stage="run", devices=16, processes=4)
+        job.read_config(str(tmp_path / "config.py"), [], stage="run", devices=16, processes=4)
 
 
 @pytest.mark.parametrize(

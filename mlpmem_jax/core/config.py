@@ -232,6 +232,7 @@ USED_WITH: dict[str, tuple[str, tuple]] = {
     "corpus.group_key": ("corpus.source", _FILES + _HUB),
     "corpus.articles": ("corpus.source", _FILES + _HUB),
     "corpus.split_by_name": ("corpus.source", _FILES),
+    "corpus.document_bytes": ("corpus.source", _FILES + _HUB),
     "tokenizer.path": ("tokenizer.source", ("file", "hub", "gguf")),
     "tokenizer.end_of_text": ("tokenizer.source", ("file", "hub", "gguf")),
     "tokenizer.vocab_size": ("tokenizer.source", ("train",)),
@@ -242,9 +243,16 @@ USED_WITH: dict[str, tuple[str, tuple]] = {
     "base.heads": ("base.source", ("train",)),
     "base.training.epochs": ("base.training.steps", (0,)),
     "base.training.adam_learning_rate": ("base.training.optimizer", ("muon",)),
+    "targets.leaves": ("targets.backend", ("auto", "scann")),
+    "targets.leaves_to_search": ("targets.backend", ("auto", "scann")),
+    "targets.reorder": ("targets.backend", ("auto", "scann")),
+    "targets.recall_target": ("targets.backend", ("auto", "exact")),
+    "memory.output_from_base": ("training.start", ("",)),
     "training.epochs": ("training.steps", (0,)),
     "training.adam_learning_rate": ("training.optimizer", ("muon",)),
 }
+_NOT_OF_FINETUNING = ("steps", "epochs", "optimizer", "learning_rate", "adam_learning_rate")
+"""Keys of base.training that say nothing of an imported base that is fine-tuned: it has its own."""
 _NAMES = (
     *("corpus.packages", "corpus.path", "corpus.name", "corpus.subset"),
     *("tokenizer.path", "tokenizer.end_of_text", "base.path"),
@@ -306,13 +314,16 @@ def _set(config: ml_collections.ConfigDict, key: str, value: str) -> None:
     (config[group] if group else config)[name] = value
 
 
-def _is_idle(config: ml_collections.ConfigDict, key: str) -> bool:
-    decider, values = USED_WITH[key]
-    return _value(config, decider) not in values
+def _unmet(config: ml_collections.ConfigDict, key: str) -> tuple[str, tuple] | None:
+    """(the key that decides that `key` has no effect, its values under which it would have one); None where it has."""
+    rules = [USED_WITH[key]] if key in USED_WITH else []
+    group, _, name = key.rpartition(".")
+    if group == "base.training" and (not config.base.finetune_steps or name in _NOT_OF_FINETUNING):
+        rules.insert(0, ("base.source", ("train",)))
+    return next((rule for rule in rules if _value(config, rule[0]) not in rule[1]), None)
 
 
-def _idle(config: ml_collections.ConfigDict, key: str) -> ConfigError:
-    decider, values = USED_WITH[key]
+def _idle(config: ml_collections.ConfigDict, key: str, decider: str, values: tuple) -> ConfigError:
     return ConfigError(
         f"config.{key}: {_value(config, key)!r} has no effect with config.{decider}={_value(config, decider)!r}; leave "
         f"it out, or set config.{decider} to {' or '.join(map(repr, values))}"
@@ -334,12 +345,12 @@ def settle(config: ml_collections.ConfigDict, before: ml_collections.ConfigDict,
       ConfigError: a key has a value that is not allowed, or was overridden and has no effect; names what decides.
     """
     _check_tree(config, SCHEMA, "")
-    for key in USED_WITH:
-        if not _is_idle(config, key):
+    for key in (*overridden, *_NAMES):
+        if not (rule := _unmet(config, key)):
             continue
         if key in overridden and _value(config, key) != _value(before, key):
-            raise _idle(config, key)
-        if key in _NAMES and USED_WITH[key][0] in overridden:
+            raise _idle(config, key, *rule)
+        if key in _NAMES and rule[0] in overridden:
             _set(config, key, "")
     for key in PATHS:
         _set(config, key, expand_home(_value(config, key)))
@@ -365,8 +376,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     """
     _check_tree(config, SCHEMA, "")
     for key in _NAMES:
-        if _value(config, key) and _is_idle(config, key):
-            raise _idle(config, key)
+        if _value(config, key) and (rule := _unmet(config, key)):
+            raise _idle(config, key, *rule)
     corpus, tokenizer, base, training = config.corpus, config.tokenizer, config.base, config.training
     for name, source, needed in (
         ("corpus.path", corpus.source == "files", corpus.path),
