@@ -20,6 +20,7 @@ from mlpmem_jax.comparison.searching import open_key_index
 from mlpmem_jax.comparison.sides import MemorySide, NeighborsSide, Side
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
+from mlpmem_jax.core.manifests import is_sealed
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.models import saved
 from mlpmem_jax.training import controls, lora
@@ -52,6 +53,12 @@ SYSTEMS = {
     "memory+rag": System("memory + RAG", side="memory", retrieves=True),
     "cpt+memory": System("continued pretraining + memory", model="continued", side="memory"),
 }
+_INPUTS = {
+    **{name: name for name in ("tokens", "base", "memory", "datastore/train")},
+    "datastore": "datastore/train",
+    "targets": "targets/train",
+}
+"""Folders of what systems are made from, by the names that manifests have for them."""
 FOLDERS = {"base": "base", "continued": controls.CONTINUED, "lora": lora.FOLDER}
 SIDE_MODEL = "base"  # sides read its hidden states: the memory was trained on them, and keys are made of them
 
@@ -81,13 +88,18 @@ class Workdir:
         self.indices = self.results / "index"
         self.tokens = self.artifact("tokens", "tokens")
 
+    @functools.cache  # noqa: B019  one working directory per command
     def artifact(self, folder: str, kind: str) -> Artifact:
-        """A finished artifact.
+        """A finished artifact, made from those that are in the working directory.
 
         Raises:
-          ArtifactError: it is not finished.
+          ArtifactError: it is not finished, or was made from another one than is there now.
         """
-        return open_artifact(self.path / folder, kind)
+        artifact = open_artifact(self.path / folder, kind)
+        for name, other in _INPUTS.items():
+            if name in artifact.inputs and is_sealed(self.path / other):
+                artifact.check_made_from({name: self.artifact(other, other.partition("/")[0])})
+        return artifact
 
     def parts(self, system: System) -> dict[str, Artifact]:
         """The artifacts that a system is built from, by role.
@@ -106,6 +118,7 @@ class Workdir:
     @functools.cache  # noqa: B019  one working directory per command
     def model(self, name: str) -> Model:
         """The language model with a key of `FOLDERS`, on the mesh."""
+        self.artifact(FOLDERS[name], "base")
         parameters, config, _ = saved.load_language_model(self.path / FOLDERS[name], self.sharding)
         return Model(parameters, config)
 
@@ -117,6 +130,7 @@ class Workdir:
     def side(self, name: str) -> Side:
         """The side with a name: "memory" or "knn"."""
         if name == "memory":
+            self.artifact("memory", "memory")
             parameters, config, artifact = saved.load_memory(self.path / "memory", self.sharding)
             return MemorySide(parameters, config, saved.input_block(artifact))
         return self._over_datastore()

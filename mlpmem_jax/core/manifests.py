@@ -94,6 +94,16 @@ def read_manifest(path: str) -> dict | None:
     return manifest
 
 
+def is_sealed(path) -> bool:
+    """Whether a finished artifact is at `path`, a link followed.
+
+    Raises:
+      ArtifactError: what is there is no artifact, or is damaged.
+    """
+    manifest = read_manifest(located(path))
+    return manifest is not None and manifest["sealed"]
+
+
 def _differences(stored, expected, prefix="") -> list[str]:
     """Human-readable differences between two trees of dictionaries."""
     if isinstance(stored, dict) and isinstance(expected, dict):

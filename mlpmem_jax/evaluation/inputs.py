@@ -10,7 +10,7 @@ from etils import epath
 
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
-from mlpmem_jax.core.manifests import read_manifest
+from mlpmem_jax.core.manifests import is_sealed
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
 from mlpmem_jax.models import saved
@@ -127,8 +127,7 @@ def _controls(folder: epath.Path, memory: Artifact) -> tuple[dict[str, Artifact]
     """The finished controls of this memory, and why other finished controls are left out."""
     kept, left_out = {}, {}
     for name, kind in CONTROLS.items():
-        manifest = read_manifest(str(folder / name))
-        if manifest is None or not manifest["sealed"]:
+        if not is_sealed(folder / name):
             continue
         control = open_artifact(folder / name, kind)
         reason = _other_compute(control, memory) if name == "continued" else _other_settings(control, memory)

@@ -30,6 +30,7 @@ def continued(config: ml_collections.ConfigDict) -> Artifact:
     trained, base = open_artifact(workdir / "memory", "memory"), open_artifact(workdir / "base", "base")
     if "training_flops" not in trained.summary:
         raise UserError(f"{trained.path}: was imported, so its training cost, which `continued` must match, is unknown")
+    trained.check_made_from({"base": base})
     is_imported = config.base.source != "train"
     settings = ml_collections.ConfigDict(config.training if is_imported else config.base.training)
     model, length = saved.language_model_config(base), config.base.context_length

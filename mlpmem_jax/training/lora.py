@@ -108,6 +108,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     tokens = open_artifact(workdir / "tokens", "tokens")
     if "training_flops" not in memory.summary:
         raise UserError(f"{memory.path}: was imported, so its training cost, which LoRA must match, is unknown")
+    memory.check_made_from({"base": artifact})
     model, length = saved.language_model_config(artifact), config.base.context_length
     abstract = jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0))
     logical_axes = language_model.logical_axes(model)
