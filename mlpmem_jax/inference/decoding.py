@@ -23,11 +23,15 @@ from mlpmem_jax.models.memory import MemoryConfig
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Dimensions of a base LM and, optionally, of its memory, which reads the input of block `input_block`."""
+    """Dimensions of a base LM and, optionally, of its memory, which reads the input of block `input_block`.
+
+    `dtype` is that of weights, cache and matrix products; softmax, norms and the residual stream are float32.
+    """
 
     base: language_model.Config
     memory: MemoryConfig | None = None
     input_block: int = 0
+    dtype: str = "float32"
 
 
 class Parameters(NamedTuple):
@@ -54,11 +58,28 @@ class Reading(NamedTuple):
     memory_input_BxD: jax.Array | None
 
 
-@jax.jit
-def prepare(parameters: Parameters) -> Parameters:
-    """Prepares parameters for `prefill` and `step`: unstacks each block's arrays, so that steps read them in place."""
-    base, memory, weight = parameters
-    return Parameters(modules.unstack(base), memory and modules.unstack(memory), weight)
+def weights_dtype(compute_dtype: str) -> str:
+    """The dtype to generate in on the present devices, where the models were scored in `compute_dtype`.
+
+    On CPUs, XLA multiplies a bfloat16 matrix by one row ten times as slowly as a float32 one.
+    """
+    return "float32" if jax.default_backend() == "cpu" else compute_dtype
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def prepare(parameters: Parameters, dtype: str = "float32") -> Parameters:
+    """Prepares parameters for `prefill` and `step`: unstacks each block's arrays, so that steps read them in place.
+
+    Matrices and embeddings are stored in `dtype`, that of the DecoderConfig; in bfloat16 a step reads half the bytes.
+    """
+
+    def stored(path, array):
+        return array.astype(dtype) if path[-1].key in ("kernel", "embedding") else array
+
+    base, memory = (
+        models and jax.tree_util.tree_map_with_path(stored, modules.unstack(models)) for models in parameters[:2]
+    )
+    return Parameters(base, memory, parameters.weight)
 
 
 def prefill(
@@ -125,7 +146,9 @@ def step(models: DecoderConfig, parameters: Parameters, cache: Cache, tokens_B: 
 
 def memory_log_probabilities(models: DecoderConfig, parameters: Parameters, reading: Reading) -> jax.Array:
     """log p_MLP, float32 [B, V]; minus infinity for tokens that are not in the memory's vocabulary."""
-    return memory.log_probabilities(parameters.memory, models.memory, reading.memory_input_BxD, models.base.vocab_size)
+    return memory.log_probabilities(
+        parameters.memory, models.memory, reading.memory_input_BxD, models.base.vocab_size, jnp.dtype(models.dtype)
+    )
 
 
 def mix(base_log_BxV: jax.Array, memory_log_BxV: jax.Array, weight: float | jax.Array) -> jax.Array:
@@ -150,7 +173,7 @@ def _read(
     """Runs the base LM over new positions; `attention_of(block)` returns a block's attention."""
     x_BxTxD = language_model.embed(base, models.base, tokens_BxT, positions_BxT)
     memory_input_BxD = None
-    build = functools.partial(language_model.build_block, models.base)
+    build = functools.partial(language_model.build_block, models.base, jnp.dtype(models.dtype))
     for index, block in enumerate(base["h"]):
         x_BxTxD, input_BxTxD = modules.bind(build, block)(x_BxTxD, attention_of(index))
         if index + 1 == models.input_block:

@@ -1,7 +1,8 @@
 """What a memory costs on top of its language model: time to the first token and per next token, with random weights.
 
-GPT-2 small (124M parameters) and the paper's memory for it (18 blocks of width 768, 124M), float32, batch 1. Nearly
-flat random distributions are the worst case of greedy generation: every step needs the memory.
+GPT-2 small (124M parameters) and the paper's memory for it (18 blocks of width 768, 124M), batch 1; float32 on CPUs,
+bfloat16 elsewhere. Nearly flat random distributions are the worst case of greedy generation: every step needs the
+memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mlpmem_jax.core import host
 from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare
+from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare, weights_dtype
 from mlpmem_jax.inference.generate import first_tokens, following_tokens
 from mlpmem_jax.inference.sampling import GREEDY, Sampling
 from mlpmem_jax.models import flops, gpt2, memory
@@ -43,17 +44,18 @@ def rows(
 ) -> list[dict]:
     """Rows of (name, value, unit, detail). Sizes do not depend on the config. Needs 3 GB of memory."""
     del config
+    dtype = weights_dtype("bfloat16")
     initialize = jax.jit(
         lambda key: prepare(
-            Parameters(gpt2.init(base, key), memory.init(memory_model, jax.random.fold_in(key, 1)), WEIGHT)
+            Parameters(gpt2.init(base, key), memory.init(memory_model, jax.random.fold_in(key, 1)), WEIGHT), dtype
         )
     )
     both = initialize(jax.random.key(0))
     alone = Parameters(both.base)
-    with_memory = DecoderConfig(base, memory_model, base.blocks)
+    with_memory = DecoderConfig(base, memory_model, base.blocks, dtype)
     plain = Sampling(temperature=1.0)
     cases = {
-        "base alone": (DecoderConfig(base), alone, GREEDY),
+        "base alone": (DecoderConfig(base, dtype=dtype), alone, GREEDY),
         "base and memory, greedy": (with_memory, both, GREEDY),
         "base and memory, drawn at temperature 1": (with_memory, both, plain),
         f"base and memory, drawn at lambda {HIGH_WEIGHT}": (with_memory, both._replace(weight=HIGH_WEIGHT), plain),
@@ -78,10 +80,10 @@ def rows(
     if _THEIRS in following:
         next_seconds[_THEIRS] = next_seconds[_THEIRS] - np.median(first_seconds[_THEIRS])  # their call includes both
     next_seconds = {name: seconds / (count - 1) for name, seconds in next_seconds.items()}
-    traffic = 4 * weights["base"] / np.median(next_seconds["base alone"])
+    traffic = jnp.dtype(dtype).itemsize * weights["base"] / np.median(next_seconds["base alone"])
     result.append(row("weights read by a step, base alone", traffic / 1e9, "GB/s", "bytes of weights divided by time"))
-    result += _time_rows("first token", first_seconds, f"prompt of {prompt} tokens, batch 1, float32")
-    result += _time_rows("next token", next_seconds, f"mean of {count - 1} after {prompt}, batch 1, float32")
+    result += _time_rows("first token", first_seconds, f"prompt of {prompt} tokens, batch 1, {dtype}")
+    result += _time_rows("next token", next_seconds, f"mean of {count - 1} after {prompt}, batch 1, {dtype}")
     return result
 
 

@@ -12,7 +12,7 @@ from etils import epath
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import encode_prompts, read_tokenizer
-from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare
+from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare, weights_dtype
 from mlpmem_jax.inference.generate import generate
 from mlpmem_jax.inference.sampling import Sampling
 from mlpmem_jax.inference.weight import find_weight
@@ -45,25 +45,28 @@ def run(
     workdir = epath.Path(config.workdir)
     tokens = open_artifact(workdir / "tokens", "tokens")
     sharding = Sharding.of(config)
-    base, base_config, base_artifact = saved.load_language_model(workdir / "base", sharding)
-    memory, memory_config, artifact = saved.load_memory(workdir / "memory", sharding)
+    base, base_model, base_artifact = saved.load_language_model(workdir / "base", sharding)
+    memory, memory_model, artifact = saved.load_memory(workdir / "memory", sharding)
     base_artifact.check_made_from({"tokens": tokens})
     artifact.check_made_from({"base": base_artifact})
     weight, block = find_weight(workdir, artifact), saved.input_block(artifact)
 
     tokenizer, prompts = read_tokenizer(tokens), encode_prompts(tokens, texts)
+    dtype = weights_dtype(config.datastore.compute_dtype)
+    both = prepare(Parameters(base, memory, weight.value), dtype)
+    del base, memory
     columns = {}
     for title, models, parameters in (
-        ("base LM", DecoderConfig(base_config), Parameters(base)),
+        ("base LM", DecoderConfig(base_model, dtype=dtype), Parameters(both.base)),
         (
             f"base LM + memory (lambda {weight.value:.2f})",
-            DecoderConfig(base_config, memory_config, block),
-            Parameters(base, memory, weight.value),
+            DecoderConfig(base_model, memory_model, block, dtype),
+            both,
         ),
     ):
         new = generate(
             models,
-            prepare(parameters),
+            parameters,
             prompts,
             count=count,
             sampling=sampling,

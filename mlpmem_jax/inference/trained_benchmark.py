@@ -18,7 +18,7 @@ from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.inference import drafting
-from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare
+from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare, weights_dtype
 from mlpmem_jax.inference.generate import first_tokens, following_tokens
 from mlpmem_jax.inference.sampling import GREEDY
 from mlpmem_jax.inference.weight import find_weight
@@ -39,8 +39,11 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     base, base_config, _ = saved.load_language_model(workdir / "base", sharding)
     memory_parameters, memory_config, artifact = saved.load_memory(workdir / "memory", sharding)
     weight, block = find_weight(workdir, artifact).value, saved.input_block(artifact)
-    both = prepare(Parameters(base, memory_parameters, weight))
-    models, alone = DecoderConfig(base_config, memory_config, block), Parameters(both.base)
+    dtype = weights_dtype(config.datastore.compute_dtype)
+    both = prepare(Parameters(base, memory_parameters, weight), dtype)
+    del base, memory_parameters
+    models, alone = DecoderConfig(base_config, memory_config, block, dtype), Parameters(both.base)
+    base_alone = DecoderConfig(base_config, dtype=dtype)
     length = config.base.context_length // 2
     count = min(_COUNT, base_config.context_length - length)
     stream = TokenStream(tokens, "test")
@@ -51,11 +54,11 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
         first = functools.partial(first_tokens, room=length + count, sampling=GREEDY)
         key, padding = jax.random.key(0), jnp.zeros(1, jnp.int32)
         token_1, cache = first(models, both, prompt_T[None], padding, key)
-        alone_token_1, alone_cache = first(DecoderConfig(base_config), alone, prompt_T[None], padding, key)
+        alone_token_1, alone_cache = first(base_alone, alone, prompt_T[None], padding, key)
         draft = functools.partial(drafting.greedy_tokens, models, both, cache, token_1, -1, count=count)
         calls = (
             functools.partial(
-                following_tokens, DecoderConfig(base_config), alone, alone_cache, alone_token_1, key, -1,
+                following_tokens, base_alone, alone, alone_cache, alone_token_1, key, -1,
                 count=count, sampling=GREEDY,
             ),
             functools.partial(draft, most=1),

@@ -205,7 +205,8 @@ def window(config: GPT2Config) -> int:
 def embed(parameters: dict, config: GPT2Config, tokens_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:
     """The input of the first block, float32 [B, T, D]."""
     del config
-    return parameters["wte"]["embedding"][tokens_BxT] + parameters["wpe"]["embedding"][positions_BxT]
+    token_BxTxD = parameters["wte"]["embedding"][tokens_BxT].astype(jnp.float32)
+    return token_BxTxD + parameters["wpe"]["embedding"][positions_BxT]
 
 
 def final_norm(parameters: dict, config: GPT2Config, x_BxTxD: jax.Array) -> jax.Array:
@@ -222,7 +223,8 @@ def output_kernel(parameters: dict) -> jax.Array:
 def vocabulary_logits(parameters: dict, hidden: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D] after the final norm."""
     # No transpose of the embedding: in a loop over steps the compiler would make that a copy.
-    return jnp.einsum("...d,vd->...v", hidden, parameters["wte"]["embedding"])
+    table_VxD = parameters["wte"]["embedding"]
+    return jnp.einsum("...d,vd->...v", hidden.astype(table_VxD.dtype), table_VxD, preferred_element_type=jnp.float32)
 
 
 def logits(

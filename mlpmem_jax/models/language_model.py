@@ -172,12 +172,13 @@ def embed(parameters: dict, config: Config, tokens_BxT: jax.Array, positions_BxT
     return _module(config).embed(parameters, config, tokens_BxT, positions_BxT)
 
 
-def build_block(config: Config, rngs: nnx.Rngs) -> nnx.Module:
-    """One block in float32: maps (x [B, T, D], attend) to (output, input of its feed-forward layer).
+def build_block(config: Config, compute_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
+    """One block: maps (x [B, T, D], attend) to (output, input of its feed-forward layer), all three float32.
 
-    What it hands to `attend` are queries, keys and values; the first two want `rotation` before they are compared.
+    Matrix products run in `compute_dtype`, which is also that of the queries, keys and values that it hands to
+    `attend`; queries and keys want `rotation` before they are compared.
     """
-    return _module(config).Block(config, jnp.float32, rngs)
+    return _module(config).Block(config, compute_dtype, rngs)
 
 
 def rotation(config: Config, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
@@ -196,5 +197,8 @@ def final_norm(parameters: dict, config: Config, x: jax.Array) -> jax.Array:
 
 
 def vocabulary_logits(parameters: dict, config: Config, hidden: jax.Array) -> jax.Array:
-    """Logits, float32 [..., V], of hidden states [..., D] after the final norm."""
+    """Logits, float32 [..., V], of hidden states [..., D] after the final norm.
+
+    The product runs in the dtype that the parameters have.
+    """
     return _module(config).vocabulary_logits(parameters, hidden)

@@ -274,7 +274,7 @@ def window(config: LlamaConfig) -> int:
 def embed(parameters: dict, config: LlamaConfig, tokens_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:
     """The input of the first block, float32 [B, T, D]; positions enter in the attention."""
     del config, positions_BxT
-    return parameters["embed_tokens"]["embedding"][tokens_BxT]
+    return parameters["embed_tokens"]["embedding"][tokens_BxT].astype(jnp.float32)
 
 
 def final_norm(parameters: dict, config: LlamaConfig, x_BxTxD: jax.Array) -> jax.Array:
@@ -305,9 +305,10 @@ def logits(
 def vocabulary_logits(parameters: dict, hidden: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D] after the final norm."""
     if "lm_head" in parameters:
-        return jnp.dot(hidden, parameters["lm_head"]["kernel"])
+        return transformer.project(hidden, parameters["lm_head"]["kernel"], parameters["lm_head"]["kernel"].dtype)
     # No transpose of the embedding: in a loop over steps the compiler would make that a copy.
-    return jnp.einsum("...d,vd->...v", hidden, parameters["embed_tokens"]["embedding"])
+    table_VxD = parameters["embed_tokens"]["embedding"]
+    return jnp.einsum("...d,vd->...v", hidden.astype(table_VxD.dtype), table_VxD, preferred_element_type=jnp.float32)
 
 
 def forward_flops(config: LlamaConfig, length: int, *, output_projection: bool = True) -> int:

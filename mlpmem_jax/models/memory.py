@@ -148,9 +148,16 @@ def output_kernel(parameters: dict) -> jax.Array:
     return parameters["lm_head"]["kernel"]
 
 
-def log_probabilities(parameters: dict, config: MemoryConfig, inputs_BxD: jax.Array, vocab_size: int) -> jax.Array:
+def log_probabilities(
+    parameters: dict,
+    config: MemoryConfig,
+    inputs_BxD: jax.Array,
+    vocab_size: int,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
     """log p_MLP, float32 [..., vocab_size]; minus infinity for tokens beyond the memory's own."""
-    log_BxV = jax.nn.log_softmax(logits(parameters, config, inputs_BxD)[..., : config.vocab_size])
+    logits_BxV = logits(parameters, config, inputs_BxD, compute_dtype=compute_dtype)
+    log_BxV = jax.nn.log_softmax(logits_BxV[..., : config.vocab_size])
     unknown = [(0, 0)] * (log_BxV.ndim - 1) + [(0, vocab_size - config.vocab_size)]
     return jnp.pad(log_BxV, unknown, constant_values=-jnp.inf)
 

@@ -75,7 +75,7 @@ def features(
 
 def _run(parameters, config, layout, prefix, input_blocks, keeps):
     """(final states, {block: states}, (keys, values) of all blocks [L, B, G, T, K] if `keeps`)."""
-    build = functools.partial(language_model.build_block, config)
+    build = functools.partial(language_model.build_block, config, jnp.float32)
     rotate = language_model.rotation(config, layout.positions)
     mask_BxTxS = _mask(layout, language_model.window(config), prefix)
 

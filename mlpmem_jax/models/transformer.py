@@ -6,6 +6,7 @@ and values (a divisor of H), K width of a head, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -74,18 +75,21 @@ def attention_of_last(
     values_BxGxSxK: jax.Array,
     mask_Bx1x1xS: jax.Array,
 ) -> jax.Array:
-    """Attention of one position to those of a cache and to itself, [B, H, 1, K].
+    """Attention of one position to those of a cache and to itself, [B, H, 1, K]; softmax in float32.
 
     Itself apart from the cache: a cache that is extended before it is read is copied in every step.
     """
     shape, heads = query_BxHx1xK.shape, key_BxGx1xK.shape[1]
     query_BxGxRxK = query_BxHx1xK.reshape(shape[0], heads, -1, shape[-1]) * shape[-1] ** -0.5
-    scores_BxGxRxS = jnp.einsum("bgrk,bgsk->bgrs", query_BxGxRxK, keys_BxGxSxK) + mask_Bx1x1xS
-    own_BxGxRx1 = jnp.sum(query_BxGxRxK * key_BxGx1xK, axis=-1, keepdims=True)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores_BxGxRxS = product("bgrk,bgsk->bgrs", query_BxGxRxK, keys_BxGxSxK) + mask_Bx1x1xS
+    own_BxGxRx1 = product("bgrk,bgsk->bgrs", query_BxGxRxK, key_BxGx1xK)
     maximum_BxGxRx1 = jnp.maximum(own_BxGxRx1, scores_BxGxRxS.max(-1, keepdims=True))
     weights_BxGxRxS, own_BxGxRx1 = jnp.exp(scores_BxGxRxS - maximum_BxGxRx1), jnp.exp(own_BxGxRx1 - maximum_BxGxRx1)
-    mixed_BxGxRxK = jnp.einsum("bgrs,bgsk->bgrk", weights_BxGxRxS, values_BxGxSxK) + own_BxGxRx1 * value_BxGx1xK
-    return (mixed_BxGxRxK / (weights_BxGxRxS.sum(-1, keepdims=True) + own_BxGxRx1)).reshape(shape)
+    mixed_BxGxRxK = product("bgrs,bgsk->bgrk", weights_BxGxRxS.astype(values_BxGxSxK.dtype), values_BxGxSxK)
+    mixed_BxGxRxK = mixed_BxGxRxK + own_BxGxRx1 * value_BxGx1xK
+    mixed_BxGxRxK = mixed_BxGxRxK / (weights_BxGxRxS.sum(-1, keepdims=True) + own_BxGxRx1)
+    return mixed_BxGxRxK.astype(query_BxHx1xK.dtype).reshape(shape)
 
 
 def causal_mask(length: int, window: int = 0) -> jax.Array:
