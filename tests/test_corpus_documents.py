@@ -41,7 +41,7 @@ def test_equal_texts_are_used_once(texts, seed):
     assert sorted(itertools.chain(*actual)) == sorted(set(texts))
     assert all(actual)
     repeats = len(texts) - len(set(texts))
-    assert [note.split()[-1] for note in partition.notes if "repeat" in note] == ([str(repeats)] if repeats else [])
+    assert [note.split()[-1] for note in partition.notes if "duplicates" in note] == ([str(repeats)] if repeats else [])
 
 
 @st.composite
@@ -94,7 +94,7 @@ def test_one_text_is_split_where_it_stands(groups):
     assert partition.split_N.tolist() == [TRAIN] * 70 + [VALIDATION] * 10 + [TEST] * 20
     assert partition.group_N.tolist() == [*range(70), *range(10), *range(20)]
     assert any(
-        note.endswith("split in its order, at paragraphs: first train, then validation, then test")
+        note.endswith("split in order, at paragraphs: first train, then validation, then test")
         for note in partition.notes
     )
     for few in range(3, 8):
@@ -122,15 +122,15 @@ def test_rows_without_text_and_unpaired_surrogates_are_counted():
     assert sorted(itertools.chain(*(texts_of(parts, partition, split) for split in range(3)))) == [
         "a", "b", "c", "d", "half \ufffd",
     ]  # fmt: skip
-    assert [note.split(",")[0] + note.split(":")[-1] for note in partition.notes] == [
-        "left out 2", "U+FFFD put for unpaired surrogates 1",
-    ]  # fmt: skip
+    assert partition.notes == (
+        "dropped rows without text: 2", "documents in which U+FFFD replaced unpaired surrogates: 1",
+    )  # fmt: skip
 
 
 def test_scattered_groups_are_told():
     rows = [Document(f"{index:02d}", f"group {index % 5}") for index in range(50)]  # three groups to train on
     _, partition = partition_of(rows)
-    assert any(note.startswith("the documents of 3 groups do not stand together") for note in partition.notes)
+    assert any(note.startswith("the documents of 3 groups are not contiguous") for note in partition.notes)
     _, partition = partition_of(sorted(rows, key=lambda row: row.group))
     assert not partition.notes
 
@@ -235,5 +235,5 @@ def test_no_text_at_all_names_the_parts():
 
 @pytest.mark.parametrize("texts", [["one"], ["one", "two"], ["one", "two", "two", "one"]])
 def test_too_few_documents(texts):
-    with pytest.raises(UserError, match=r"config\.corpus: \d different documents give no validation split"):
+    with pytest.raises(UserError, match=r"config\.corpus: \d different documents leave the validation split empty"):
         partition_of(texts)

@@ -154,10 +154,10 @@ def test_a_parquet_file_without_the_column_names_it(tmp_path):
 def test_nothing_to_read(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         files.open_source(corpus_of(tmp_path / "absent"))
-    with pytest.raises(UserError, match=r"does not contain, a file that can be read; expected \.txt"):
+    with pytest.raises(UserError, match=r"does not contain, a readable file; expected \.txt"):
         files.open_source(corpus_of(tmp_path))
     (tmp_path / "notes.doc").write_text("x")
-    with pytest.raises(UserError, match="does not contain, a file that can be read"):
+    with pytest.raises(UserError, match="does not contain, a readable file"):
         files.open_source(corpus_of(tmp_path / "notes.doc"))
 
 
@@ -200,7 +200,7 @@ def test_splits_by_name_are_kept(tmp_path):
     assert actual == {str(tmp_path / name): split for name, split in zip(names, splits, strict=True)}
     assert {part.split for part in files.open_source(corpus_of(tmp_path)).parts()} == {""}
     (tmp_path / "other.txt").write_text("x")
-    with pytest.raises(UserError, match=r"split_by_name: expected names .* begin with train, .*found 'other\.txt'"):
+    with pytest.raises(UserError, match=r"split_by_name: expected file names.* train, .*found 'other\.txt'"):
         files.open_source(corpus_of(tmp_path, split_by_name=True))
 
 

@@ -154,7 +154,7 @@ def test_what_stands_before_a_text_is_kept_and_what_stands_after_it_is_not(tmp_p
 
 def test_a_text_without_a_token_for_it_is_one_clear_error():
     built = ready(words(["</s>"], names=("a",)))
-    with pytest.raises(UserError, match=r"config\.tokenizer: a text cannot be encoded .*nor one for unknown text"):
+    with pytest.raises(UserError, match=r"config\.tokenizer: a text cannot be encoded .*no unknown token"):
         tokenizer.encode(built, ["a b"])
 
 

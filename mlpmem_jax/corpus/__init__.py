@@ -1,1 +1,1 @@
-"""Documents from files, installed documentation or the Hugging Face hub; tokenizer; token streams."""
+"""Documents from files, installed documentation or the Hugging Face hub; tokenizers; token streams."""

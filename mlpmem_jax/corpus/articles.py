@@ -1,4 +1,4 @@
-"""Documents from running text: chunks of about one size, or the articles of WikiText."""
+"""Documents from continuous text: chunks of about equal size, or the articles of WikiText."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterable, Iterator
 from mlpmem_jax.core.errors import UserError
 
 FORMATS = ("wikitext",)
-"""Values of config.corpus.articles besides "", each a way to tell where an article begins."""
+"""Values of config.corpus.articles other than "": ways to detect where an article begins."""
 
-# " = Title = "; sections have more signs: " = = History = = ".
+# " = Title = "; section headings have more equals signs: " = = History = = ".
 _WIKITEXT_TITLE = re.compile(r"\s*= [^=\s](.*[^=\s])? =\s*")
 
 
 def chunk_lines(lines: Iterable[str], document_bytes: int) -> Iterator[str]:
     """Joins lines to documents, each ending at the first blank line after `document_bytes`.
 
-    Where there is no blank line for three times as long, at the end of a line. A line of spaces is blank.
+    If there is no blank line within three times that size, a document ends at a line end. Lines of spaces are blank.
     """
     document, size = [], 0
     for line in lines:
@@ -35,8 +35,8 @@ def chunk_lines(lines: Iterable[str], document_bytes: int) -> Iterator[str]:
 def wikitext_articles(lines: Iterable[str], name: str) -> Iterator[str]:
     """Joins the lines of a WikiText file, or the rows of its data set, to whole articles.
 
-    An article begins at a title between two blank lines, as " = Robert Boulter = "; the blank lines tell it from a line
-    of an article that looks like one. What stands before the first title belongs to the first article.
+    An article begins at a title between two blank lines, such as " = Robert Boulter = "; the blank lines distinguish
+    it from similar lines within an article. Text before the first title belongs to the first article.
 
     Raises:
       UserError: there is no title.
@@ -53,7 +53,7 @@ def wikitext_articles(lines: Iterable[str], name: str) -> Iterator[str]:
     if not has_title and any(line.strip() for line in article):
         raise UserError(
             f"{name}: config.corpus.articles='wikitext' expects titles, ' = Title = ' between two blank lines, found "
-            "none; set it to '' for text of another kind"
+            "none; set it to '' for other kinds of text"
         )
     if article:
         yield "".join(article)

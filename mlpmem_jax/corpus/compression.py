@@ -1,4 +1,4 @@
-"""Streams of compressed files by the ending of their names."""
+"""Streams of compressed files, by file extension."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import zstandard
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
-"""What reading a damaged file may raise."""
+"""Exceptions that reading a damaged file may raise."""
 
 _READ_BYTES = 2**17
 
 
 def decompress(raw: BinaryIO, suffix: str) -> BinaryIO:
-    """The content of a file that is open for reading; `suffix` says how it is compressed, if it is."""
+    """The decompressed content of an open file; `suffix` determines the compression, if any."""
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if suffix == ".bz2":
@@ -32,7 +32,7 @@ def decompress(raw: BinaryIO, suffix: str) -> BinaryIO:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of a .zst file; unlike zstandard's own reader, it notices that the file was truncated."""
+    """Decompressed bytes of a .zst file; unlike zstandard's own reader, it detects a truncated file."""
 
     def __init__(self, raw: BinaryIO):
         self._raw, self._decompressed, self._compressed = raw, b"", b""
@@ -49,7 +49,7 @@ class _ZstdReader(io.RawIOBase):
                     raise EOFError("compressed file ended before the end of its last frame")
                 return 0
             if self._frame is None or self._frame.eof:
-                # The default refuses what `zstd --long=28` and above writes.
+                # The default rejects files written by `zstd --long=28` and above.
                 self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
             self._decompressed = self._frame.decompress(chunk)
             self._compressed = self._frame.unused_data

@@ -1,10 +1,10 @@
-"""Which document goes where: the sample, the splits and the shards of a corpus, from one pass over its documents.
+"""Partitions a corpus into sample, splits and shards, in one pass over its documents.
 
-Everything here follows from the documents' text, their order and the config, so every process and every restart
-arrives at the same partition. Documents themselves are never held: only 16 bytes of hash and a length for each.
+The partition depends only on the documents' text, their order and the config, so every process and every restart
+computes the same one. Documents are not kept in memory: only 16 bytes of hash and a length for each.
 
-Splits are made of whole groups: the pieces of a file, an article, the rows of one book. Text that continues across a
-split would let a model, and any search, recognize what it is evaluated on.
+Splits consist of whole groups: the parts of a file, an article, the rows of one book. If text continued across a split
+boundary, a model or a search could recognize the text it is evaluated on.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from mlpmem_jax.core.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 SHARD_BYTES = 8 * 2**20
-"""Text of one shard, the unit that a restarted stage redoes."""
+"""Text per shard, in bytes; a restarted stage redoes at most whole shards."""
 
 
 class Document(NamedTuple):
     """One text of a corpus.
 
     Attributes:
-      text: it; blank for a row without text, which is counted and left out.
-      group: name of what it belongs to, which lies on one side of a split; "" = a group of its own.
+      text: the text; blank for a row without text, which is counted and dropped.
+      group: name of its group, which is never divided between splits; "" = its own group.
     """
 
     text: str
@@ -39,14 +39,14 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A piece of a corpus that is read from its beginning: a file, or one split of a hub data set.
+    """A sequentially read part of a corpus: a file, or one split of a hub data set.
 
     Attributes:
-      name: for messages.
-      read: gives its documents, the same ones in the same order at every call.
-      split: the split its documents belong to, "" to have it chosen by hash.
+      name: name for messages.
+      read: yields its documents, the same ones in the same order at every call.
+      split: the split its documents belong to; "" = chosen by hash.
       data_set: parts of one data set are split together, so that each set of a mixture is in every split.
-      revision: the version of the data set, e.g. a commit, "" where none is known.
+      revision: the version of the data set, such as a commit; "" = unknown.
     """
 
     name: str
@@ -61,9 +61,9 @@ class Source:
     """A corpus before it is read.
 
     Attributes:
-      inputs: what its content depends on besides the config (versions, checksums of files), by name.
+      inputs: what its content depends on in addition to the config (versions, checksums of files), by name.
       parts: finds its parts; may download.
-      notes: what the user should know of how it was found, a sentence each.
+      notes: notes for the user on how it was found, one sentence each.
     """
 
     inputs: dict[str, str]
@@ -73,17 +73,17 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """Where each of N documents goes.
+    """The split, group and shard of each of N documents.
 
     Attributes:
-      split_N: int8, index into SPLITS, -1 for a document that is not used.
-      group_N: int32, number of its group within its split, never decreasing; a group whose documents do not stand
-        together has several numbers.
-      shard_N: int32, shard that holds it.
+      split_N: int8, index into SPLITS; -1 for a document that is not used.
+      group_N: int32, number of its group within its split, never decreasing; a group whose documents are not
+        contiguous has several numbers.
+      shard_N: int32, its shard.
       bytes_N: int64, size as UTF-8.
       order_N: uint64, a hash of text and seed; sorting by it shuffles the documents.
       part_ends: number of documents up to the end of each part.
-      notes: what the user should know of the result, a sentence each.
+      notes: notes for the user on the result, one sentence each.
     """
 
     split_N: np.ndarray
@@ -99,8 +99,8 @@ class Partition:
         return int(self.shard_N[-1]) + 1
 
     def capacity(self, split: int, tokens_per_byte: int = 1, framing: int = 2) -> int:
-        """Most tokens that any shard can hold of a split, with `framing` tokens around each document: its end, and the
-        space that some tokenizers put before a text."""
+        """Upper bound on the tokens of a split in any shard, with `framing` tokens around each document: its end, and
+        the space that some tokenizers put before a text."""
         chosen = self.split_N == split
         tokens_N = tokens_per_byte * self.bytes_N[chosen] + framing
         return int(np.bincount(self.shard_N[chosen], tokens_N, minlength=1).max())
@@ -111,7 +111,7 @@ class Partition:
 
 
 class _Scan(NamedTuple):
-    """What one pass over N documents in P parts finds; sizes are 0 where there is no text."""
+    """The result of one pass over N documents in P parts; sizes are 0 for documents without text."""
 
     text_hash_N: np.ndarray
     group_hash_N: np.ndarray
@@ -156,9 +156,9 @@ def _scan(parts: Sequence[Part], seed: int) -> _Scan:
 
 
 def _given_splits(parts: Sequence[Part], scan: _Scan) -> np.ndarray:
-    """int8 [N]: the split that the source gives, "train" where it gives none, -1 without text or for a repeated one.
+    """int8 [N]: the split given by the source, or "train" if none is given; -1 for empty or duplicate texts.
 
-    Of equal texts one is kept: the first of the test split, or else of validation, or else of training.
+    Of equal texts, the first in the test split is kept, or else in validation, or else in training.
     """
     given = np.array([SPLITS.index(part.split) if part.split else 0 for part in parts], np.int8)
     given_N = np.repeat(given, np.diff(scan.part_ends, prepend=0))
@@ -172,8 +172,8 @@ def _given_splits(parts: Sequence[Part], scan: _Scan) -> np.ndarray:
 def _split_groups(group_hash_N: np.ndarray, bytes_N: np.ndarray, fractions: Sequence[float]) -> np.ndarray | None:
     """int8 [N]: groups in the order of their hashes fill `fractions[0]` of the bytes as 1, and so on; the rest is 0.
 
-    Where there is enough of them, groups of up to an eighth of a split fill it, so that it does not consist of one
-    long text. A group larger than its split is taken only where all are. None where there are too few groups.
+    If there are enough of them, only groups of up to an eighth of a split are used, so that a split does not consist
+    of one long text. A group larger than its split is used only if all groups are. None if there are too few groups.
     """
     distinct, group_N = np.unique(group_hash_N, return_inverse=True)
     bytes_G = np.bincount(group_N, bytes_N)
@@ -188,7 +188,7 @@ def _split_groups(group_hash_N: np.ndarray, bytes_N: np.ndarray, fractions: Sequ
                 break
         if fitting.size:
             ends = np.cumsum(bytes_G[fitting])
-            chosen = fitting[ends - bytes_G[fitting] / 2 <= quota]  # the last one brings the sum nearest to the quota
+            chosen = fitting[ends - bytes_G[fitting] / 2 <= quota]  # up to the sum closest to the quota
             chosen = chosen[: free.sum() - 1 - (len(fractions) - split)]
         else:
             chosen = np.flatnonzero(free)[[bytes_G[free].argmin()]]
@@ -197,11 +197,11 @@ def _split_groups(group_hash_N: np.ndarray, bytes_N: np.ndarray, fractions: Sequ
 
 
 def _split_in_place(bytes_N: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
-    """int8 [N]: the documents' first part is 0, then come `fractions[0]` of the bytes as 1, and so on."""
+    """int8 [N]: the first documents are 0, followed by `fractions[0]` of the bytes as 1, and so on."""
     middle_N = np.cumsum(bytes_N) - bytes_N / 2
     shares = np.cumsum([1 - sum(fractions), *fractions[:-1]])
     ends = np.searchsorted(middle_N, shares * bytes_N.sum())
-    for index in range(len(ends)):  # at least one document for each
+    for index in range(len(ends)):  # at least one document per split
         low, high = (ends[index - 1] if index else 0) + 1, len(bytes_N) - len(ends) + index
         ends[index] = min(max(ends[index], low), high)
     if ends[0] < 1:
@@ -212,7 +212,7 @@ def _split_in_place(bytes_N: np.ndarray, fractions: Sequence[float]) -> np.ndarr
 def _add_missing_splits(split_N: np.ndarray, parts: Sequence[Part], scan: _Scan, fractions: Sequence[float]) -> list:
     """Takes the splits that a data set lacks from its training documents, in place; returns notes.
 
-    Where the groups are too few for that, the documents are split in their order and become groups of their own.
+    If there are too few groups, the documents are split in order and each becomes its own group.
     """
     notes = []
     sets = np.array([part.data_set for part in parts])
@@ -227,19 +227,19 @@ def _add_missing_splits(split_N: np.ndarray, parts: Sequence[Part], scan: _Scan,
         chosen = _split_groups(scan.group_hash_N[train], scan.bytes_N[train], wanted)
         if chosen is None:
             chosen = _split_in_place(scan.bytes_N[train], wanted)
-            scan.group_hash_N[train] = scan.text_hash_N[train]  # within one text, its pieces are what there is
+            scan.group_hash_N[train] = scan.text_hash_N[train]  # a single text is divided into its pieces
             if chosen.any():
                 order = ", then ".join(SPLITS[split] for split in (0, *missing))
                 notes.append(
-                    f"{data_set or parts[0].name}: too few texts for splits of whole ones, so all is split in its "
-                    f"order, at paragraphs: first {order}"
+                    f"{data_set or parts[0].name}: too few texts to split without dividing them, so all text is "
+                    f"split in order, at paragraphs: first {order}"
                 )
         split_N[train] = np.array([0, *missing], np.int8)[chosen]
     return notes
 
 
 def _number_groups(split_N: np.ndarray, group_hash_N: np.ndarray) -> tuple[np.ndarray, int]:
-    """int32 [N]: number of each document's group within its split; and how many groups are in several pieces."""
+    """int32 [N]: number of each document's group within its split; and how many groups are not contiguous."""
     number_N, scattered = np.zeros(len(split_N), np.int32), 0
     for split in range(len(SPLITS)):
         index = np.flatnonzero(split_N == split)
@@ -253,10 +253,10 @@ def _number_groups(split_N: np.ndarray, group_hash_N: np.ndarray) -> tuple[np.nd
 
 
 def make_partition(parts: Sequence[Part], corpus: ml_collections.ConfigDict) -> Partition:
-    """Reads all documents once and decides which are used, in which split and in which shard.
+    """Reads all documents once and decides which are used, and in which split and shard.
 
-    Where a data set has splits of its own they are kept, and a missing one is taken from its training documents, group
-    by group. Texts that repeat exactly are used once.
+    A data set's own splits are kept, and a missing one is taken from its training documents, group by group. Exact
+    duplicates are used once.
 
     Args:
       parts: the corpus.
@@ -269,15 +269,15 @@ def make_partition(parts: Sequence[Part], corpus: ml_collections.ConfigDict) -> 
     bytes_N = scan.bytes_N
     if not bytes_N.any():
         names = ", ".join(part.name for part in parts[:3]) + (", ..." if len(parts) > 3 else "")
-        raise UserError(f"config.corpus: there is no text in {names}; expected at least three documents")
+        raise UserError(f"config.corpus: no text in {names}; expected at least three documents")
     split_N = _given_splits(parts, scan)
     repeated_N = (split_N < 0) & (bytes_N > 0)
     notes = [
         f"{what}: {count:,}"
         for what, count in (
-            ("left out, rows without text", (bytes_N == 0).sum()),
-            ("left out, documents that repeat another one exactly", repeated_N.sum()),
-            ("U+FFFD put for unpaired surrogates, which are no characters, in documents", scan.repaired),
+            ("dropped rows without text", (bytes_N == 0).sum()),
+            ("dropped exact duplicates of other documents", repeated_N.sum()),
+            ("documents in which U+FFFD replaced unpaired surrogates", scan.repaired),
         )
         if count
     ]
@@ -292,28 +292,28 @@ def make_partition(parts: Sequence[Part], corpus: ml_collections.ConfigDict) -> 
         split_N[~np.any(used, axis=0)] = -1
     if empty := [name for index, name in enumerate(SPLITS) if not (split_N == index).any()]:
         raise UserError(
-            f"config.corpus: {len(np.unique(scan.text_hash_N[split_N >= 0]))} different documents give no {empty[0]} "
-            "split; expected at least one document in each of train, validation and test: give more text, a smaller "
-            "config.corpus.document_bytes or a larger config.corpus.max_bytes"
+            f"config.corpus: {len(np.unique(scan.text_hash_N[split_N >= 0]))} different documents leave the "
+            f"{empty[0]} split empty; expected at least one document in each of train, validation and test: provide "
+            "more text, lower config.corpus.document_bytes or raise config.corpus.max_bytes"
         )
     group_N, scattered = _number_groups(split_N, scan.group_hash_N)
     if scattered:
         notes.append(
-            f"the documents of {scattered:,} groups do not stand together: sort the corpus by group if "
+            f"the documents of {scattered:,} groups are not contiguous: sort the corpus by group if "
             "config.targets.exclude='document' should exclude whole groups"
         )
     used_bytes_N = np.where(split_N >= 0, bytes_N, 0)
     shard_N = ((np.cumsum(used_bytes_N) - used_bytes_N) // SHARD_BYTES).astype(np.int32)
-    # Documents after the last one that is used would make a shard of nothing.
+    # Documents after the last used one would produce empty shards.
     shard_N = np.minimum(shard_N, shard_N[split_N >= 0].max())
-    _, shard_N = np.unique(shard_N, return_inverse=True)  # a document larger than a shard leaves numbers out
+    _, shard_N = np.unique(shard_N, return_inverse=True)  # a document larger than a shard leaves gaps in the numbers
     return Partition(
         split_N, group_N, shard_N.astype(np.int32), bytes_N, scan.text_hash_N, scan.part_ends, tuple(notes)
     )
 
 
 def read_selected(parts: Sequence[Part], partition: Partition, selected_N: np.ndarray) -> Iterator[tuple[int, str]]:
-    """Texts where `selected_N` is true, with their index, in order; parts that hold none are not opened."""
+    """Texts where `selected_N` is true, with their index, in order; parts without any are not opened."""
     start = 0
     for part, end in zip(parts, partition.part_ends, strict=True):
         wanted = np.flatnonzero(selected_N[start:end])

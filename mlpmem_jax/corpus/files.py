@@ -1,4 +1,4 @@
-"""Documents from text, JSON and Parquet files, plain or compressed, one file or a folder of them."""
+"""Documents from text, JSON and Parquet files, plain or compressed: a single file or a folder."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _SPLIT_NAME = re.compile(rf"(?:^|/)({'|'.join(_SPLIT_NAMES)})", re.IGNORECASE)
 
 
 def open_source(corpus: ml_collections.ConfigDict) -> Source:
-    """The corpus of a file or folder, in the order of the relative paths; hidden files are left out.
+    """The corpus of a file or folder, in the order of relative paths; hidden files are skipped.
 
     Raises:
-      UserError: the path does not exist, cannot be read, or holds no file of a known kind.
+      UserError: the path does not exist, cannot be read, or has no file of a known kind.
     """
     root = epath.Path(corpus.path).expanduser()
     rows = RowReader(corpus.text_key, corpus.group_key, corpus.group_part)
@@ -55,18 +55,18 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
     except OSError as error:
         raise UserError(
             f"config.corpus.path: {_shown(error.filename or root)} cannot be read: {error.strerror}; change its "
-            "permissions, or give another path"
+            "permissions, or use another path"
         ) from error
     if not files:
         raise UserError(
-            f"config.corpus.path: {_shown(root)} is not, and does not contain, a file that can be read; "
+            f"config.corpus.path: {_shown(root)} is not, and does not contain, a readable file; "
             f"expected {known} "
             f"(.json with the field {corpus.text_key!r})"
         )
     notes = []
     if omitted := [_shown(name) for name in sorted(names) if name not in files]:
         notes.append(
-            "left out, files with other endings, .json files without the text field and links to nothing: "
+            "skipped files with other extensions, .json files without the text field and broken links: "
             f"{len(omitted):,} ({', '.join(omitted[:5])}{', ...' if len(omitted) > 5 else ''})"
         )
     parts = [
@@ -81,7 +81,7 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
 
 
 def _walk(folder: epath.Path, prefix: str, visited: set[str]) -> Iterator[tuple[str, epath.Path]]:
-    """Files below a folder, with their names relative to it; what links lead to a second time is passed over."""
+    """Files below a folder, with their relative names; folders that links reach again are skipped."""
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name.startswith(".") or (real := _real(entry)) in visited:
             continue
@@ -98,12 +98,12 @@ def _real(path: epath.Path) -> str:
 
 
 def _shown(path) -> str:
-    """A path as text that can be printed, whatever the bytes of its name."""
+    """A path as printable text, whatever the bytes of its name."""
     return os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _suffix(file: epath.Path) -> str:
-    """How the name ends, in lower case, without a compression's ending."""
+    """The lowercase file extension, ignoring that of a compression."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in compression.COMPRESSED:
         suffixes.pop()
@@ -115,7 +115,7 @@ def _kind(file: epath.Path) -> str | None:
 
 
 def _has_rows(file: epath.Path, rows: RowReader) -> bool:
-    """Whether a .json file holds rows with text, rather than settings, say; True for one that cannot be read."""
+    """Whether a .json file has rows with text (rather than, say, settings); True if it cannot be read."""
     try:
         with file.open("rb") as raw:
             stream = compression.decompress(raw, file.suffix.lower())
@@ -124,12 +124,12 @@ def _has_rows(file: epath.Path, rows: RowReader) -> bool:
     except UserError:
         return False
     except compression.ERRORS:
-        return True  # the reader of the corpus says what is wrong with it
+        return True  # the reader of the corpus will report what is wrong
     return True
 
 
 def _split_of(name: str) -> str:
-    """The split that the name of a file or of a folder above it begins with.
+    """The split whose name is the prefix of the file's name or of a folder's above it.
 
     Raises:
       UserError: there is none.
@@ -137,13 +137,13 @@ def _split_of(name: str) -> str:
     if match := _SPLIT_NAME.search(name):
         return _SPLIT_NAMES[match[1].lower()]
     raise UserError(
-        f"config.corpus.split_by_name: expected names of files, or of folders above them, that begin with "
+        f"config.corpus.split_by_name: expected file names, or names of folders above them, that begin with "
         f"{', '.join(_SPLIT_NAMES)}, found {_shown(name)!r}"
     )
 
 
 def origin(folder: epath.Path) -> str:
-    """A checksum that changes with the files below a folder, read for text or not."""
+    """A checksum over all files below a folder, whether they are read for text or not."""
     return storage.checksum({name: file for name, file in sorted(_walk(folder, "", {_real(folder)})) if file.exists()})
 
 
@@ -153,14 +153,14 @@ def read_documents(
     """The documents of one file.
 
     Args:
-      file: its name says its kind and compression.
-      name: the group of a text file's documents, the same wherever the corpus lies.
-      rows: the fields of JSON and Parquet files.
-      articles: "wikitext" for text files whose articles are documents, "" for others.
+      file: the file, whose name determines its kind and compression.
+      name: the group of a text file's documents; does not depend on the location of the corpus.
+      rows: reads the fields of JSON and Parquet files.
+      articles: "wikitext" for text files whose articles are documents; "" for others.
       document_bytes: text files longer than this become several documents, see `articles.chunk_lines`.
 
     Raises:
-      UserError: it is damaged, is not UTF-8, or its rows do not have the fields.
+      UserError: the file is damaged or not UTF-8, or its rows lack the fields.
     """
     kind = _kind(file)
     with _named_errors(file), file.open("rb") as raw:
@@ -173,7 +173,7 @@ def read_documents(
             for where, row in _json_rows(file, text):
                 yield rows.document(row, where)
             return
-        # A size limit, since a file without any line end must not come into memory whole.
+        # Limits the size, because a file without line ends must not be read into memory as a whole.
         lines = iter(lambda: text.readline(4 * document_bytes), "")
         if articles:
             yield from map(Document, wikitext_articles(lines, _shown(file)))
@@ -182,7 +182,7 @@ def read_documents(
 
 
 def _json_rows(file: epath.Path, text: io.TextIOWrapper) -> Iterator[tuple[str, object]]:
-    """Each row with where it stands: lines, or the entries of the one array (or object) that a .json file may be."""
+    """Each row with its location: lines, or the entries of the single array (or object) in a .json file."""
     numbered = ((number, line) for number, line in enumerate(text, 1) if line.strip())
     number, first = next(numbered, (0, ""))
     if not first:
@@ -210,12 +210,12 @@ def _parse_json(content: str, where: str) -> object:
     except ValueError as error:
         raise UserError(f"{where} is not valid JSON ({error})") from error
     except RecursionError as error:
-        raise UserError(f"{where} nests objects or lists too deeply for Python's reader of JSON") from error
+        raise UserError(f"{where} nests objects or lists too deeply for Python's JSON parser") from error
 
 
 def _read_parquet(file: epath.Path, stream: BinaryIO, rows: RowReader) -> Iterator[Document]:
     parquet = require("pyarrow.parquet", extra="hub")
-    # Parquet is read from its end, which a decompressing stream cannot do.
+    # Parquet is read from the end, which a decompressing stream does not support.
     is_compressed = file.suffix.lower() in compression.COMPRESSED
     table = parquet.ParquetFile(io.BytesIO(stream.read()) if is_compressed else stream)
     schema = table.schema_arrow
@@ -235,16 +235,16 @@ def _read_parquet(file: epath.Path, stream: BinaryIO, rows: RowReader) -> Iterat
 
 @contextlib.contextmanager
 def _named_errors(file: epath.Path) -> Iterator[None]:
-    """Turns what decoders raise into one error that names the file."""
+    """Converts decoder errors into one error that names the file."""
     try:
         yield
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(
             f"{_shown(file)}: expected UTF-8 text, found the byte 0x{byte:02x} ({error.reason}); convert it, or "
-            "take the file out of config.corpus.path"
+            "remove the file from config.corpus.path"
         ) from error
     except compression.ERRORS as error:
         raise UserError(
-            f"{_shown(file)}: could not be read: {error}; it is damaged or not what its name says"
+            f"{_shown(file)}: could not be read: {error}; it is damaged, or not of the kind that its name says"
         ) from error

@@ -8,14 +8,14 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.gguf_file import GGUFFile
 
-_SPECIAL, _USER_DEFINED = 3, 4  # types of tokens
+_SPECIAL, _USER_DEFINED = 3, 4  # token types
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
-# Names of llama.cpp for how a text is split before merges, and (whether digits stand alone first, the words).
+# llama.cpp's names of pre-tokenizers: (whether single digits are split off first, the regex of words).
 _WORDS = {
     "gpt-2": (False, _GPT2_WORDS),
     "smollm": (True, _GPT2_WORDS),
@@ -25,7 +25,7 @@ _WORDS = {
 
 
 def load(path: str) -> tuple[tokenizers.Tokenizer, str]:
-    """(the tokenizer of a GGUF file, a byte-level BPE; what the file calls its end of text, "" if nothing).
+    """(the byte-level BPE tokenizer of a GGUF file; its end-of-text token, "" if the file names none).
 
     Raises:
       UserError: the file has none, or one of another kind.
@@ -40,8 +40,8 @@ def load(path: str) -> tuple[tokenizers.Tokenizer, str]:
     split = file.values.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or split not in _WORDS:
         raise UserError(
-            f"{path}: its tokenizer is of the kind {kind!r}, splitting text as {split!r}; only those of the "
-            f"kind 'gpt2' that split as {', '.join(map(repr, _WORDS))} can be read. Set "
+            f"{path}: its tokenizer is of the kind {kind!r} with the pre-tokenizer {split!r}; only the "
+            f"kind 'gpt2' with the pre-tokenizers {', '.join(map(repr, _WORDS))} is supported. Set "
             "config.tokenizer.source to 'file' and "
             "config.tokenizer.path to the tokenizer.json that belongs to the model"
         )

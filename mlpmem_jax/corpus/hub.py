@@ -1,4 +1,4 @@
-"""Documents of Hugging Face data sets: of one with its own splits where it has them, or of a mixture."""
+"""Documents of Hugging Face data sets: a single one or a mixture, keeping their own splits."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _SPLIT_NAMES = {
 
 
 def open_source(corpus: ml_collections.ConfigDict) -> Source:
-    """The corpus of one data set or a mixture of several, by name, or of local folders that `datasets` can load.
+    """The corpus of one data set or a mixture, by name, or of local folders that `datasets` can load.
 
     `NAME@REVISION` is the data set at a commit, branch or tag; the commit becomes part of the artifact's manifest.
 
-    Several names stand in `corpus.name` with commas between; `subset`, `text_key`, `group_key` and `articles` then hold
-    as many entries, or one for all. The splits of every data set are kept; those that it lacks are taken from its
+    `corpus.name` may list several names, separated by commas; `subset`, `text_key`, `group_key` and `articles` then
+    have as many entries, or one for all. The splits of every data set are kept; missing ones are taken from its
     training documents, so that every set is in every split.
 
     Raises:
@@ -44,7 +44,7 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
         given = corpus[key].split(",")
         if len(given) not in (1, len(names)):
             raise UserError(
-                f"config.corpus.{key}: expected {len(names)} entries, one for each data set in config.corpus.name, or "
+                f"config.corpus.{key}: expected {len(names)} entries, one per data set in config.corpus.name, or "
                 f"one for all, found {len(given)}: {corpus[key]!r}"
             )
         entries[key] = given * len(names) if len(given) == 1 else given
@@ -58,7 +58,7 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
 
 
 def located(name: str) -> tuple[str, str | None]:
-    """(folder or name, revision or None) of a local folder, NAME or NAME@REVISION, as `datasets` takes them."""
+    """Parses a local folder, NAME or NAME@REVISION to (folder or name, revision or None), as `datasets` takes them."""
     if epath.Path(name).expanduser().is_dir():
         return str(epath.Path(name).expanduser()), None
     path, _, revision = name.partition("@")
@@ -67,7 +67,7 @@ def located(name: str) -> tuple[str, str | None]:
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turns errors of loading a data set into one line that begins with `what`.
+    """Converts errors of loading a data set into one line that begins with `what`.
 
     Raises:
       UserError: the data set could not be loaded.
@@ -119,7 +119,7 @@ def _read_rows(dataset, name: str, rows: RowReader) -> Iterator[Document]:
 
 
 def _documents(dataset, name: str, rows: RowReader, articles: str, document_bytes: int) -> Iterator[Document]:
-    """Rows are documents, unless they are the lines of a longer text, as WikiText's are."""
+    """Yields documents: one per row, unless rows are lines of a longer text, as in WikiText."""
     documents = _read_rows(dataset, name, rows)
     if articles:
         yield from map(Document, wikitext_articles((text for text, _ in documents), name))

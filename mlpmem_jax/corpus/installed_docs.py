@@ -1,9 +1,9 @@
-"""The embedded default corpus: documentation that is installed with Python and with this package's dependencies.
+"""The built-in default corpus: documentation that is installed with Python and this package's dependencies.
 
-Topics of `pydoc`, docstrings of the standard library and of all packages that mlpmem_jax needs, directly or not,
-gathered from the installed source files by `ast`; nothing is imported. Other installed packages are added by name. The
-result depends on the versions alone: not on where Python is installed, on the order of directory listings, or on which
-extras are there as well.
+It has topics of `pydoc`, and docstrings of the standard library and of all direct and indirect dependencies of
+mlpmem_jax, extracted from the installed source files by `ast`; nothing is imported. Other installed packages can be
+added by name. The result depends only on the versions: not on where Python is installed, the order of directory
+listings, or which extras are installed.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from mlpmem_jax.corpus.overlap import END, WordNumbers, inside_runs, whole_runs,
 
 PACKAGE = "mlpmem_jax"
 MINIMUM_CHARACTERS = 500
-"""Shorter docstrings are mostly labels, not prose; a language model sees little context in them."""
+"""Shorter docstrings are mostly labels, not prose, with little context for a language model."""
 MINIMUM_LINE = 40
-"""Shorter lines may repeat: headings, "Parameters", names of arguments."""
+"""Shorter lines may repeat: headings, "Parameters", argument names."""
 REPEATED_WORDS = 13
-"""A run of so many words that stands earlier in the corpus is a repetition, however its lines are wrapped."""
+"""A run of this many words that also occurs earlier in the corpus is a repetition, however its lines are wrapped."""
 
-# Parts of the standard library that some systems ship apart from Python, and its test suite.
+# Parts of the standard library that some systems package separately, and its test suite.
 _OMITTED_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "test", "tkinter", "turtledemo"}
-# Tests, other projects' code that a package carries along, and code generated from tables.
+# Tests, vendored code of other projects, and code generated from tables.
 _OMITTED_FOLDERS = {"test", "tests", "testing", "_vendor", "vendored", "_vendored", "_external", "externals", "mlir"}
 _TEST_FILE = re.compile(r"(^|/)(test_[^/]*|[^/]*_test|conftest)\.py$")
 _TRIPLE_QUOTE = re.compile(rb'"""|\'\'\'')
@@ -51,13 +51,13 @@ _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def open_source(packages: str = "") -> Source:
-    """The embedded corpus, as one part.
+    """The built-in corpus, as one part.
 
     Args:
-      packages: names of installed packages to add, with commas between; without those that they need.
+      packages: names of installed packages to add, separated by commas; their dependencies are not added.
 
     Raises:
-      UserError: one is not installed.
+      UserError: a package is not installed.
     """
     names = tuple(sorted({packaging.utils.canonicalize_name(name) for name in packages.split(",") if name.strip()}))
     versions = {"Python": platform.python_version()}
@@ -66,15 +66,15 @@ def open_source(packages: str = "") -> Source:
 
 
 def _distributions(packages: Sequence[str]) -> dict[str, importlib.metadata.Distribution]:
-    """What the corpus is made from: the dependencies, then the added packages, each in order."""
+    """The packages of the corpus: the dependencies, then the added packages, each in order."""
     distributions = dependencies(PACKAGE)
     for name in packages:
         try:
             distributions.setdefault(name, importlib.metadata.distribution(name))
         except importlib.metadata.PackageNotFoundError as error:
             raise UserError(
-                f"config.corpus.packages: {name!r} is not installed here; install it (some that carry much prose: "
-                "pip install 'mlpmem_jax[library]'), or leave it out"
+                f"config.corpus.packages: {name!r} is not installed; install it (for packages with much prose: "
+                "pip install 'mlpmem_jax[library]'), or remove it"
             ) from error
     return distributions
 
@@ -98,8 +98,8 @@ def dependencies(package: str) -> dict[str, importlib.metadata.Distribution]:
         except importlib.metadata.PackageNotFoundError as error:
             if name == packaging.utils.canonicalize_name(package):
                 raise UserError(
-                    f"config.corpus.source='installed_docs' needs {package} to be installed (pip install .), since its "
-                    "dependencies are looked up there; or choose config.corpus.source='files'"
+                    f"config.corpus.source='installed_docs' needs {package} to be installed (pip install .), to find "
+                    "its dependencies; or set config.corpus.source='files'"
                 ) from error
             continue  # a dependency that is not for this platform
         distributions[name] = distribution
@@ -114,22 +114,22 @@ def dependencies(package: str) -> dict[str, importlib.metadata.Distribution]:
 
 @functools.cache
 def documents(packages: tuple[str, ...] = ()) -> tuple[Document, ...]:
-    """The documents, each a topic or a docstring of some length, without what stands in earlier ones.
+    """The documents, each a topic or a docstring of some length, without text that repeats earlier documents.
 
-    `packages` are normalized names of those to add. Docstrings of one source file are a group. Packages repeat whole
-    paragraphs from function to function; with repetitions in it a test split is in good part a copy of the training
-    split, and any search of that finds the answers verbatim.
+    `packages` are normalized names of packages to add. Docstrings of one source file are a group. Packages repeat whole
+    paragraphs from function to function; with such repetitions, much of a test split would be a copy of the training
+    split, and a search would find the answers verbatim.
     """
     distributions = _distributions(packages)
     unique: list[Document] = []
     seen: set[str] = set()
     collects = gc.isenabled()
-    gc.disable()  # syntax trees have no cycles, and walking them for some costs a third of the time
+    gc.disable()  # syntax trees have no cycles, and searching them for cycles costs a third of the time
     try:
         files = itertools.chain(_standard_library(), *map(_files, distributions.values()))
         for group, file in files:
             texts = (_new_lines(seen, text) for text in _prose(file))
-            # Topics stand in one file, but are articles on different things.
+            # Topics are in one file, but are articles on different subjects.
             unique += (Document(text, "" if file.name == "topics.py" else group) for text in texts if _is_long(text))
     finally:
         if collects:
@@ -144,7 +144,7 @@ def documents(packages: tuple[str, ...] = ()) -> tuple[Document, ...]:
 
 
 def _new_lines(seen: set[str], text: str) -> str:
-    """The text without its long lines that are in `seen`, which the others are added to."""
+    """The text without long lines that are in `seen`; adds its other long lines to `seen`."""
     kept = []
     for line in text.split("\n"):
         words = " ".join(line.split())
@@ -155,7 +155,7 @@ def _new_lines(seen: set[str], text: str) -> str:
 
 
 def _without_repeated_runs(texts: Sequence[Document]) -> Iterator[Document]:
-    """The documents without lines at least half of whose words lie in runs of words that stand earlier."""
+    """The documents without lines of which at least half the words are in runs that occur earlier."""
     numbers, words, counts = WordNumbers(), [], []
     for text, _ in texts:
         for line in text.split("\n"):
@@ -183,9 +183,9 @@ def _is_long(text: str) -> bool:
 
 
 def _standard_library() -> Iterator[tuple[str, pathlib.Path]]:
-    """Source files with their paths relative to the library."""
+    """Source files with their paths relative to the standard library."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
-    # pydoc_data is no module that sys.stdlib_module_names counts everywhere, but holds the topics.
+    # pydoc_data has the topics, but is not in sys.stdlib_module_names on every platform.
     for name in sorted({*sys.stdlib_module_names, "pydoc_data"} - _OMITTED_MODULES):
         if (root / f"{name}.py").is_file():
             yield f"{name}.py", root / f"{name}.py"
@@ -195,7 +195,7 @@ def _standard_library() -> Iterator[tuple[str, pathlib.Path]]:
 
 
 def _files(distribution: importlib.metadata.Distribution) -> Iterator[tuple[str, pathlib.Path]]:
-    """Source files with their paths relative to where packages are installed."""
+    """Source files with their paths relative to the site-packages folder."""
     for file in sorted(distribution.files or [], key=str):
         is_read = file.suffix == ".py" or file.name in service_descriptions.FILE_NAMES
         if is_read and _is_wanted(file.as_posix()):
@@ -204,32 +204,32 @@ def _files(distribution: importlib.metadata.Distribution) -> Iterator[tuple[str,
 
 def _is_wanted(relative: str) -> bool:
     folders = relative.split("/")[:-1]
-    # ".." leads out of the packages, to scripts.
+    # ".." leads to scripts outside of the packages.
     return not (_OMITTED_FOLDERS.intersection(folders) or ".." in folders or _TEST_FILE.search(relative))
 
 
 def _prose(file: pathlib.Path) -> Iterator[str]:
-    """Docstrings, strings given to numpy's `add_newdoc`, and topics in one source file, from a minimum length.
+    """Docstrings, strings passed to numpy's `add_newdoc`, and topics of one source file, above a minimum length.
 
-    Of a service description, the texts of its operations and structures.
+    For a service description, the texts of its operations and structures.
     """
     if file.name in service_descriptions.FILE_NAMES:
-        with contextlib.suppress(OSError, ValueError):  # removed since, or of another kind
+        with contextlib.suppress(OSError, ValueError):  # deleted since, or of another kind
             yield from filter(_is_long, service_descriptions.texts(file))
         return
     try:
         source = file.read_bytes()
     except OSError:
-        return  # listed by the package's record, but removed since
+        return  # listed in the package's record, but deleted since
     is_long = any(len(piece) >= MINIMUM_CHARACTERS for piece in _TRIPLE_QUOTE.split(source)[1::2])
     if not is_long and file.name != "topics.py":
-        return  # most files end here, and parsing is what takes time
+        return  # avoids parsing most files, which takes most of the time
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return  # a template, or code of another version
+        return  # a template, or code for another Python version
     texts = _topics(tree) if file.name == "topics.py" else _docstrings(tree)
     yield from filter(_is_long, map(inspect.cleandoc, texts))
 

@@ -1,7 +1,7 @@
-"""How much text of one split stands word for word in another: the measure of leaks between splits.
+"""How much text of one split also occurs verbatim in another: a measure of leakage between splits.
 
-The figure for n is the share of a held-out split's words that lie inside a run of n words which also occurs in the
-training split. Words are what white space separates, in lower case. Runs end with their document.
+The overlap for n is the share of a held-out split's words that are inside a run of n words that also occurs in the
+training split. Words are lowercase and separated by white space. Runs do not cross documents.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 LENGTHS = (13, 25)
-"""Words of a run: 13 as in GPT-3's test for contamination (arXiv:2005.14165, appendix C); 25 is hardly ever chance."""
+"""Words per run: 13 as in GPT-3's contamination test (arXiv:2005.14165, appendix C); 25 is hardly ever chance."""
 
 END = 0
-"""Stands between documents, and for words that no held-out text has: no run goes across it."""
+"""Separates documents, and replaces words that no held-out text has: no run crosses it."""
 
 _BATCH_WORDS = 2**18
 _FILTER_BITS = 24
@@ -25,7 +25,7 @@ def word_runs(words_N: np.ndarray, length: int) -> np.ndarray:
     """A hash of every run of `length` words, uint64 [N - length + 1].
 
     Args:
-      words_N: a number for each word, int64; equal words have equal numbers.
+      words_N: the number of each word, int64; equal words have equal numbers.
     """
     starts = max(len(words_N) - length + 1, 0)
     # Multiplication spreads the numbers of words, which are small, over all 64 bits (splitmix64).
@@ -41,7 +41,7 @@ def word_runs(words_N: np.ndarray, length: int) -> np.ndarray:
 
 
 def inside_runs(begins_R: np.ndarray, length: int, words: int) -> np.ndarray:
-    """Boolean [words]: which words lie inside a run of `length` words that begins where `begins_R` is true."""
+    """Boolean [words]: which words are inside a run of `length` words that begins where `begins_R` is true."""
     change = np.zeros(words + 1, np.int64)
     begins = np.flatnonzero(begins_R)
     change[begins] += 1
@@ -50,7 +50,7 @@ def inside_runs(begins_R: np.ndarray, length: int, words: int) -> np.ndarray:
 
 
 class WordNumbers:
-    """Numbers words in the order in which they are first seen, from 1."""
+    """Numbers words in order of first occurrence, from 1."""
 
     def __init__(self):
         self._numbers: dict[str, int] = {}
@@ -81,7 +81,7 @@ class _Runs:
         hashes = [word_runs(words_N, length) for words_N in words]
         self._distinct = np.unique(np.concatenate(hashes))
         self._seen = np.zeros(len(self._distinct), bool)
-        self._filter = np.zeros(2**_FILTER_BITS, bool)  # nearly all training text ends here, in one look-up a run
+        self._filter = np.zeros(2**_FILTER_BITS, bool)  # rules out nearly all training text, with one lookup per run
         self._filter[self._bits(self._distinct)] = True
 
     @staticmethod
@@ -95,7 +95,7 @@ class _Runs:
         self._seen[place[self._distinct[place] == hashes]] = True
 
     def share(self, words_N: np.ndarray) -> float:
-        """Share of the words that lie inside runs that were seen."""
+        """The share of words inside runs that were seen."""
         hashes = word_runs(words_N, self._length)
         begins_R = self._seen[np.searchsorted(self._distinct, hashes)] & whole_runs(words_N, self._length)
         inside_N = inside_runs(begins_R, self._length, len(words_N))
@@ -103,16 +103,16 @@ class _Runs:
 
 
 def measure(train: Iterable[str], held_out: dict[str, Iterable[str]]) -> dict[str, dict[str, float]]:
-    """The shares of words inside runs that occur in the training text too.
+    """The shares of words inside runs that also occur in the training text.
 
-    Memory is a small multiple of the held-out text's size; the training text streams past.
+    Memory is a small multiple of the held-out text's size; the training text is streamed.
 
     Args:
       train: documents of the training split.
-      held_out: documents of other splits, by name.
+            held_out: documents of other splits, by name.
 
     Returns:
-      By split, then by length of the run as text: {"test": {"13": 0.02, "25": 0.001}}.
+      Shares by split, then by length of the run as a string: {"test": {"13": 0.02, "25": 0.001}}.
     """
     numbers = WordNumbers()
     words = {split: next(_batches(map(numbers.add, texts), None), _NONE) for split, texts in held_out.items()}
@@ -124,7 +124,7 @@ def measure(train: Iterable[str], held_out: dict[str, Iterable[str]]) -> dict[st
 
 
 def _batches(documents: Iterable[list[int]], size: int | None) -> Iterator[np.ndarray]:
-    """Documents, each with an `END` behind it, joined to int64 arrays of at least `size` words; None = one array."""
+    """Documents, each followed by an `END`, joined to int64 arrays of at least `size` words; None = one array."""
     batch = []
     for words in documents:
         batch += words

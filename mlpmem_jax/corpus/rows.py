@@ -1,7 +1,7 @@
-"""Rows of JSONL files, Parquet files and hub data sets: the text of a row and the group that it belongs to.
+"""Rows of JSONL files, Parquet files and hub data sets: the text of a row and its group.
 
 A field is named by its key. Dots lead into objects and lists (`data.text`, `ctxs.0.text`), and `+` joins several fields
-(`ctxs.0.title+ctxs.0.text`), a line each. A key that a row has as it stands, dots and plus signs included, comes first.
+(`ctxs.0.title+ctxs.0.text`), one per line. A literal key of a row, including dots and plus signs, takes precedence.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def _fields(key: str, names: Collection[str]) -> list[str]:
 
 
 def _value(container: Any, path: str) -> Any:
-    """What stands at a path; None where the way there ends in a null or beyond the end of a list.
+    """The value at a path; None if the path leads through a null or beyond the end of a list.
 
     Raises:
-      KeyError: there is no such way.
+      KeyError: the path does not exist.
     """
     if container is None or path == "":
         return container
@@ -37,12 +37,12 @@ def _value(container: Any, path: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class RowReader:
-    """Turns rows into documents.
+    """Converts rows to documents.
 
     Attributes:
-      text_key: field or fields that hold the text.
-      group_key: field or fields that name the row's group; "" = every row is a group of its own.
-      group_part: regular expression of what is not part of a group's name, the number of a part at its end.
+      text_key: field or fields with the text.
+      group_key: field or fields that name the row's group; "" = every row is its own group.
+      group_part: regular expression of a suffix to strip from the group's name, such as a part number.
     """
 
     text_key: str
@@ -50,20 +50,20 @@ class RowReader:
     group_part: str = ""
 
     def columns(self, names: Collection[str]) -> list[str]:
-        """The columns, of a table that has columns called `names`, that these fields need; some may be absent."""
+        """The columns that these fields need, in a table with columns `names`; some may be absent."""
         keys = [self.text_key, self.group_key] if self.group_key else [self.text_key]
         fields = [field for key in keys for field in _fields(key, names)]
         return list(dict.fromkeys(field if field in names else field.partition(".")[0] for field in fields))
 
     def document(self, row: Any, where: str) -> Document:
-        """The document of one row; its text is "" where the field is null.
+        """The document of one row; its text is "" if the field is null.
 
         Args:
           row: a mapping of fields.
-          where: the row in words, for errors.
+          where: a description of the row, for errors.
 
         Raises:
-          UserError: the row lacks a field, or the field holds something other than text.
+          UserError: the row lacks a field, or the field is not text.
         """
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: expected an object with the field {self.text_key!r}, found {_described(row)}")

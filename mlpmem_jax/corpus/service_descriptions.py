@@ -1,4 +1,4 @@
-"""Prose of botocore's service descriptions: what each operation and each structure of a web service is for."""
+"""Prose from botocore's service descriptions: the documentation of each operation and structure of a web service."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _BLOCKS = {"p", "li", "ul", "ol", "dl", "dt", "dd", "div", "note", "important", 
 
 
 def texts(file: pathlib.Path) -> Iterator[str]:
-    """One text of each operation and structure, in order: its documentation and that of its members, without markup.
+    """One text per operation and structure, in order: its documentation and that of its members, without markup.
 
     Raises:
-      ValueError: the file is no such description.
+      ValueError: the file is not a service description.
     """
     content = file.read_bytes()
     description = json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
@@ -40,7 +40,7 @@ def _documentation(entry: Any) -> Iterator[str]:
 
 
 class _Text(html.parser.HTMLParser):
-    """Gathers what stands between tags, with a line end where a block begins or ends."""
+    """Collects the text between tags, with a line break where a block begins or ends."""
 
     def __init__(self):
         super().__init__()

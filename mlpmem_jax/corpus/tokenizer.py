@@ -17,19 +17,19 @@ from mlpmem_jax.corpus import gguf_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 _FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
-_GROWING = " \u00a0\u0344\u0390\ufb2c\ufdfa\U0001d160"  # what normal forms of Unicode and "▁" lengthen the most
-# Names of the same thing in other families of tokenizers.
+_GROWING = " \u00a0\u0344\u0390\ufb2c\ufdfa\U0001d160"  # what Unicode normalization and "▁" lengthen most
+# The names of the end-of-text token in other tokenizer families.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 
 
 def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE, as GPT-2's: no text is out of its reach, and decoding gives the text back unchanged.
+    """A byte-level BPE like GPT-2's: it can encode any text, and decoding restores the text unchanged.
 
-    The same texts in the same order give the same tokenizer, whatever the number of threads.
+    The same texts in the same order give the same tokenizer, regardless of the number of threads.
 
     Args:
       texts: documents; read once.
-      vocab_size: tokens, 256 bytes and the end of text included; fewer where the texts do not give as many.
+      vocab_size: number of tokens, including 256 bytes and the end of text; fewer if the texts do not have that many.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -51,7 +51,7 @@ def load(config: ml_collections.ConfigDict) -> tuple[tokenizers.Tokenizer, str]:
       config: the group `tokenizer`, with source "file" (a tokenizer.json or its folder), "gguf" or "hub".
 
     Raises:
-      UserError: it cannot be had, or it lacks an end-of-text token.
+      UserError: it cannot be loaded, or it has no end-of-text token.
     """
     if config.source == "gguf":
         parsed, own_end = gguf_tokenizer.load(config.path)
@@ -71,7 +71,7 @@ def load(config: ml_collections.ConfigDict) -> tuple[tokenizers.Tokenizer, str]:
 
 
 def _download(path: str) -> epath.Path:
-    """The tokenizer.json of NAME or NAME@REVISION on the hub, with tokenizer_config.json beside it if there is one."""
+    """Downloads the tokenizer.json of NAME or NAME@REVISION from the hub, and tokenizer_config.json if it exists."""
     hub = require("huggingface_hub", extra="hub")
     name, _, revision = path.partition("@")
     try:
@@ -84,7 +84,7 @@ def _download(path: str) -> epath.Path:
 
 
 def _end_beside(file: epath.Path) -> str:
-    """The `eos_token` of the tokenizer_config.json beside a tokenizer.json; "" where there is none."""
+    """The `eos_token` in the tokenizer_config.json next to a tokenizer.json; "" if there is none."""
     settings = file.parent / _SETTINGS
     try:
         token = json.loads(settings.read_text()).get("eos_token") if settings.exists() else None
@@ -95,7 +95,7 @@ def _end_beside(file: epath.Path) -> str:
 
 
 def _end_of_text(tokenizer: tokenizers.Tokenizer, requested: str, own: str, name: str) -> str:
-    """The token asked for, else a usual name, as in pretraining, rather than what ends a turn of a chat."""
+    """The requested token, or else a common name from pretraining, or else the tokenizer's own (for chat turns)."""
     if requested and tokenizer.token_to_id(requested) is None:
         raise UserError(f"config.tokenizer.end_of_text: {requested!r} is not a token of {name}")
     for token in [requested] if requested else (*_END_OF_TEXT_NAMES, own):
@@ -103,12 +103,12 @@ def _end_of_text(tokenizer: tokenizers.Tokenizer, requested: str, own: str, name
             return token
     raise UserError(
         f"{name}: has no end-of-text token; expected one of {', '.join(_END_OF_TEXT_NAMES)}, or the eos_token of "
-        f"{_SETTINGS} beside it: set config.tokenizer.end_of_text to the one that it has"
+        f"{_SETTINGS} next to it: set config.tokenizer.end_of_text to the token that it uses"
     )
 
 
 def _only_begin(tokenizer: tokenizers.Tokenizer) -> None:
-    """Leaves of what the tokenizer puts around a text what stands before it: a prompt does not end."""
+    """Keeps only special tokens that the tokenizer puts before a text: a prompt has no end."""
     before, after = _around(tokenizer)
     if after:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -117,7 +117,7 @@ def _only_begin(tokenizer: tokenizers.Tokenizer) -> None:
 
 
 def _around(tokenizer: tokenizers.Tokenizer) -> tuple[dict[str, int], dict[str, int]]:
-    """Token -> id of what the tokenizer puts before and after a text."""
+    """Token -> id of the special tokens that the tokenizer puts before and after a text."""
     if tokenizer.post_processor is None:
         return {}, {}
     word = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")
@@ -128,7 +128,7 @@ def _around(tokenizer: tokenizers.Tokenizer) -> tuple[dict[str, int], dict[str, 
 
 
 def from_bytes(content: bytes, name: str) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json's content, ready for `encode`.
+    """The tokenizer from the content of a tokenizer.json, ready for `encode`.
 
     Raises:
       UserError: the content is not a tokenizer.
@@ -137,24 +137,22 @@ def from_bytes(content: bytes, name: str) -> tokenizers.Tokenizer:
         json.loads(content)
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(
-            f"{name}: expected a tokenizer.json of the tokenizers library, found something else ({error})"
-        ) from error
+        raise UserError(f"{name}: expected a tokenizer.json of the tokenizers library ({error})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text: it ends no document
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is plain text and does not end a document
     return tokenizer
 
 
 def begin_ids(tokenizer: tokenizers.Tokenizer) -> list[int]:
-    """Ids of the tokens that the tokenizer's post-processor puts before a text: `<s>` of Llama 2, none of GPT-2."""
+    """Ids of the tokens that the tokenizer's post-processor puts before a text: `<s>` for Llama 2, none for GPT-2."""
     return list(_around(tokenizer)[0].values())
 
 
 def vocab_size(tokenizer: tokenizers.Tokenizer, end_of_text: str) -> int:
-    """Smallest number that is larger than every token id that a document can have.
+    """One more than the largest token id that a document can have.
 
-    Special tokens that were added to a finished model, such as a `[PAD]` for batches, stand in no document: the
+    Special tokens that were added to a finished model, such as a `[PAD]` for batches, do not occur in documents, so the
     language model needs no row for them.
     """
     framing = {tokenizer.token_to_id(end_of_text), *begin_ids(tokenizer)}
@@ -165,7 +163,7 @@ def vocab_size(tokenizer: tokenizers.Tokenizer, end_of_text: str) -> int:
 
 
 def growth(tokenizer: tokenizers.Tokenizer) -> int:
-    """How many times longer, in bytes, the tokenizer's normalizer can make a text."""
+    """The maximum factor by which the tokenizer's normalizer can lengthen a text, in bytes."""
     if tokenizer.normalizer is None:
         return 1
     lengths = ((len(tokenizer.normalizer.normalize_str(c * 64).encode()), 64 * len(c.encode())) for c in _GROWING)
@@ -173,16 +171,16 @@ def growth(tokenizer: tokenizers.Tokenizer) -> int:
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of each text, int64 [tokens], without any special token.
+    """Token ids of each text, int64 [tokens], without special tokens.
 
     Raises:
-      UserError: a text has what the tokenizer has no token for.
+      UserError: the tokenizer has no token for a part of a text.
     """
     try:
         encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     except Exception as error:  # the library raises bare Exception
         raise UserError(
-            f"config.tokenizer: a text cannot be encoded ({error}); the tokenizer has neither a token for all of its "
-            "characters nor one for unknown text: add the latter, or take another tokenizer"
+            f"config.tokenizer: a text cannot be encoded ({error}); the tokenizer has no token for some of its "
+            "characters and no unknown token: add an unknown token, or use another tokenizer"
         ) from error
     return [np.array(encoding.ids, np.int64) for encoding in encodings]

@@ -1,4 +1,4 @@
-"""The stage `tokens`: a corpus becomes three streams of token ids, and the readers of those streams."""
+"""The stage `tokens`: converts a corpus to three streams of token ids; and the readers of those streams."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from mlpmem_jax.corpus.documents import SPLITS
 
 KIND = "tokens"
 TOKENIZER_FILE = "tokenizer.json"
-_READ_CHUNK = 4096  # tokens of one range read
-_BATCH_BYTES = 2**20  # text that is encoded at once
-_TRAINING_BYTES = 64 * 2**20  # text that a tokenizer is trained on
-_WORD_CHARACTERS = 256  # a longer word is several where a tokenizer is trained
+_READ_CHUNK = 4096  # tokens per range read
+_BATCH_BYTES = 2**20  # text encoded together
+_TRAINING_BYTES = 64 * 2**20  # text on which a tokenizer is trained
+_WORD_CHARACTERS = 256  # longer words are split for training a tokenizer
 _LONG_WORD = re.compile(rf"\S{{{_WORD_CHARACTERS}}}|\s{{{_WORD_CHARACTERS}}}")
-_OVERLAP_BYTES = {"train": 2**30, "validation": 2**22, "test": 2**22}  # text that splits are compared on, at most
-_MUCH_OVERLAP = 0.1  # share of held-out words in runs of 13 that training has too; unrelated articles have 0.01 to 0.05
+_OVERLAP_BYTES = {"train": 2**30, "validation": 2**22, "test": 2**22}  # maximum text for comparing splits
+_MUCH_OVERLAP = 0.1  # share of held-out words in 13-word runs of training text; unrelated articles have 0.01 to 0.05
 
 
 def open_source(corpus: ml_collections.ConfigDict) -> documents.Source:
@@ -47,10 +47,10 @@ def open_source(corpus: ml_collections.ConfigDict) -> documents.Source:
 
 
 def run(config: ml_collections.ConfigDict) -> Artifact:
-    """Makes the artifact `tokens` in the workdir, or finishes it, or finds it finished.
+    """Builds the artifact `tokens` in the workdir, or resumes it, or opens it if it is finished.
 
     Raises:
-      UserError: the corpus or the tokenizer cannot be used; the text names which and why.
+      UserError: the corpus or the tokenizer cannot be used; says which and why.
     """
     path = str(epath.Path(config.workdir) / KIND)
     made_by = {"corpus": plain_dict(config.corpus), "tokenizer": plain_dict(config.tokenizer)}
@@ -63,14 +63,14 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     if artifact is None:
         artifact = _build(path, config, made_by, inputs, source, loaded, end_of_text)
     else:
-        say(f"{path}: finished already")
+        say(f"{path}: already finished")
     lengths = {split: TokenStream(artifact, split).length for split in SPLITS}
     say("tokens: " + ", ".join(f"{split} {length:,}" for split, length in lengths.items()))
     for split, length in lengths.items():
         if length <= config.base.context_length:
             raise UserError(
                 f"{path}: the {split} split has {length} tokens, expected more than config.base.context_length, "
-                f"{config.base.context_length}; give more text, a larger fraction, or a shorter context"
+                f"{config.base.context_length}; provide more text, a larger fraction, or a shorter context"
             )
     return artifact
 
@@ -137,9 +137,9 @@ def _train_tokenizer(parts, partition: documents.Partition, vocab_size: int) -> 
 
 
 def _shortened_words(text: str) -> Iterator[str]:
-    """The text, in several pieces where it has words (or gaps) of over `_WORD_CHARACTERS`.
+    """The text, split wherever it has words (or gaps) longer than `_WORD_CHARACTERS`.
 
-    Training takes time with the square of a word's length: half a megabyte of base pairs would never end.
+    Training time grows with the square of a word's length: half a megabyte of base pairs would never finish.
     """
     start = 0
     for match in _LONG_WORD.finditer(text):
@@ -166,7 +166,7 @@ def _write_shards(writer: ArtifactWriter, parts, partition: documents.Partition,
 
 
 def _overlap(parts, partition: documents.Partition) -> dict[str, dict[str, float]]:
-    """The shares of held-out words that stand word for word in the training split, by split and length of the run."""
+    """The shares of held-out words that occur verbatim in the training split, by split and length of the run."""
     texts = {
         split: (
             text
@@ -176,14 +176,13 @@ def _overlap(parts, partition: documents.Partition) -> dict[str, dict[str, float
     }
     shares = overlap.measure(texts.pop("train"), texts)
     say(
-        "overlap, words inside runs of 13 (25) words that the training split has too: "
+        "overlap, words inside runs of 13 (25) words that also occur in the training split: "
         + ", ".join(f"{split} {share['13']:.2%} ({share['25']:.2%})" for split, share in shares.items())
     )
     if max(share["13"] for share in shares.values()) > _MUCH_OVERLAP:
         say(
-            f"warning: more than {_MUCH_OVERLAP:.0%} of a held-out split repeats training text, and metrics on it show "
-            "in part how well text is copied: group what belongs together (config.corpus.group_key), or remove what is "
-            "repeated"
+            f"warning: more than {_MUCH_OVERLAP:.0%} of a held-out split repeats training text, so metrics on it "
+            "partly measure copying: group related text (config.corpus.group_key), or remove repeated text"
         )
     return shares
 
@@ -202,7 +201,7 @@ def _batches(selected: Iterator[tuple[int, str]], partition: documents.Partition
 
 
 def _encode(encoder: tokenizers.Tokenizer, end_id: int, texts: list[str]) -> list[np.ndarray]:
-    """Token ids of each text, after what the tokenizer puts before a text, and followed by the end of text."""
+    """Token ids of each text, including the tokens that the tokenizer puts before a text, and the end of text."""
     begin = np.array(tokenizer.begin_ids(encoder), np.int64)
     return [np.concatenate([begin, ids, [end_id]]) for ids in tokenizer.encode(encoder, texts)]
 
@@ -237,9 +236,9 @@ def read_tokenizer(artifact: Artifact) -> tokenizers.Tokenizer:
 
 
 def encode_prompts(artifact: Artifact, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of the beginnings of documents, as the streams of a `tokens` artifact have them.
+    """Token ids of prompts, encoded like beginnings of documents in a `tokens` artifact.
 
-    Where no token stands before a document, an empty text is the end of text, which the next document follows.
+    If the tokenizer puts no token before a document, an empty text becomes the end of text, which precedes a document.
     """
     encoder = read_tokenizer(artifact)
     begin, end = tokenizer.begin_ids(encoder), artifact.summary["end_of_text_id"]
@@ -247,8 +246,8 @@ def encode_prompts(artifact: Artifact, texts: Sequence[str]) -> list[list[int]]:
 
 
 class TokenStream:
-    """One split of a `tokens` artifact as a single stream: its documents in order, each followed by an end of text,
-    and preceded by what its tokenizer puts before a text.
+    """One split of a `tokens` artifact as a single stream: its documents in order, each followed by an end of text
+    and preceded by the tokens that its tokenizer puts before a text.
     """
 
     def __init__(self, artifact: Artifact, split: str):
@@ -266,20 +265,20 @@ class TokenStream:
 
     @functools.cached_property
     def document_ends(self) -> np.ndarray:
-        """int64 [documents]: position in the stream where each document ends, its end of text included."""
+        """int64 [documents]: position in the stream where each document ends, including its end of text."""
         return np.cumsum(self._read_all(f"{self._split}_lengths"), dtype=np.int64)
 
     @functools.cached_property
     def _groups(self) -> np.ndarray:
         """int32 [documents]: number of the group of each document."""
         name = f"{self._split}_groups"
-        if name not in self._artifact.arrays:  # made before there were groups
+        if name not in self._artifact.arrays:  # written before groups existed
             return np.arange(len(self.document_ends), dtype=np.int32)
         return self._read_all(name).astype(np.int32)
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.length:
-            raise ValueError(f"tokens {start} to {stop} of a stream of {self.length}")
+            raise ValueError(f"tokens {start} to {stop} are not within a stream of {self.length}")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop, int32 [stop - start]."""
@@ -297,16 +296,16 @@ class TokenStream:
         return tokens
 
     def document_ids(self, start: int, stop: int) -> np.ndarray:
-        """Which text of the split each of the tokens start to stop belongs to, int32 [stop - start], never decreasing.
+        """The text of the split to which each of the tokens start to stop belongs, int32 [stop - start], nondecreasing.
 
-        The pieces of one file, article or group are one text here.
+        All parts of one file, article or group count as one text.
         """
         self._check_range(start, stop)
         return self._groups[np.searchsorted(self.document_ends, np.arange(start, stop), side="right")]
 
 
 def num_sequences(stream: TokenStream, context_length: int) -> int:
-    """Number of whole sequences of a stream, each with the token that follows it; the rest is left out."""
+    """Number of whole sequences of a stream, each with the token that follows it; the rest is dropped."""
     return max(stream.length - 1, 0) // context_length
 
 
@@ -319,7 +318,7 @@ def read_sequences(
       inputs_SxT, next_tokens_SxT (the token after each input) and documents_SxT (the document of each input), int32.
 
     Raises:
-      ValueError: the stream has no such sequences.
+      ValueError: the stream does not have these sequences.
     """
     start, stop = first * context_length, (first + count) * context_length
     tokens = stream.read(start, stop + 1)

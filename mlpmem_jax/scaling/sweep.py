@@ -123,7 +123,7 @@ def _check_fields(where: str, fields: Mapping) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         raise ConfigError(
             f"{where}: name: expected lowercase letters, digits and '-', first a letter, last not '-', "
-            f"at most {_LONGEST_NAME} characters,  found {name!r}"
+            f"at most {_LONGEST_NAME} characters, found {name!r}"
         )
     if fields["arm"] not in ARMS:
         raise ConfigError(f"{where} {name!r}: arm: expected {' or '.join(map(repr, ARMS))}, found {fields['arm']!r}")
