@@ -21,7 +21,7 @@ def section(speed: dict) -> str:
         f"{speed['new_tokens']} tokens generated. Medians of {speed['rounds']} rounds over all systems, with minimum "
         "and maximum in parentheses; ratios are medians of the ratios within a round. Times include searches. "
         f"Beyond {speed['real_positions']:,} positions, keys are noisy copies of real ones and passages have "
-        f"shuffled words.  {speed['device']}, {speed['cores']} cores.",
+        f"shuffled words. {speed['device']}, {speed['cores']} cores.",
         *(
             f"Skipped: {line['system']}"
             + (f" at {line['positions']:,} positions" if line["positions"] else "")

@@ -79,7 +79,7 @@ def reach(key_shards: KeyShards, sample: Sample, recall: float) -> tuple[list[Tr
     best = max(tried, key=lambda trial: trial.recall)
     raise UserError(
         f"config.targets.recall: expected {recall:g}, but the best of {len(tried)} searches reached "
-        f"{best}. What may help:  {key_shards.search.backend.remedies}. To accept worse neighbors, set "
+        f"{best}. What may help: {key_shards.search.backend.remedies}. To accept worse neighbors, set "
         f"config.targets.recall to {np.floor(100 * best.recall) / 100:g}"
     )
 
