@@ -11,28 +11,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-import numpy as np
+from mlpmem_jax.planning.hlo_text import Instruction, Module, called_by, first_group
 
-_DTYPE_BYTES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
-    "c64": 8,
-}
-_SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = {
     "parameter",
@@ -50,40 +30,7 @@ _FREE = {
     "opt-barrier",
     "optimization-barrier",
 }
-_COMMENT = re.compile(r"/\*.*?\*/")
 _PARTIAL_READS = ("dynamic-slice", "slice", "gather")
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """An array; `space` is 0 for main memory."""
-
-    dtype: str
-    sizes: tuple[int, ...]
-    space: int
-
-    @property
-    def bytes(self) -> float:
-        return math.prod(self.sizes) * _DTYPE_BYTES.get(self.dtype, 1)
-
-    @property
-    def traffic(self) -> float:
-        """Bytes of main memory: none where the array lies in the chip's own memory."""
-        return self.bytes if self.space == 0 else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    name: str
-    shapes: tuple[Shape, ...]
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-
-    def named(self, attribute: str) -> str | None:
-        """The computation that an attribute such as `calls` or `body` names."""
-        match = re.search(rf"\b{attribute}=\{{?%?([\w.\-]+)", self.attributes)
-        return match and match[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,33 +132,15 @@ def parse(text: str) -> Program:
     Raises:
       ValueError: the text is not such a module, or the trip count of a loop cannot be read.
     """
-    module = _Module(text)
-    return Program(tuple(module.steps(module.entry, 1.0)))
+    module = Module(text)
+    return Program(tuple(_Costs(module).steps(module.entry, 1.0)))
 
 
-class _Module:
-    """The computations of a module, and what its instructions cost."""
+class _Costs:
+    """What the instructions of a module cost."""
 
-    def __init__(self, text: str):
-        self.computations: dict[str, dict[str, Instruction]] = {}
-        self.roots: dict[str, Instruction] = {}
-        self.entry = ""
-        name = ""
-        for line in text.splitlines():
-            line = _COMMENT.sub("", line)
-            if not line.startswith(" "):
-                header = _HEADER.match(line)
-                if header:
-                    name = header[2]
-                    self.computations[name] = {}
-                    self.entry = name if header[1] else self.entry
-            elif name and " = " in line:
-                instruction = _instruction(line)
-                self.computations[name][instruction.name] = instruction
-                if line.lstrip().startswith("ROOT "):
-                    self.roots[name] = instruction
-        if not self.entry:
-            raise ValueError("not the text of an optimized HLO module: it has no ENTRY computation")
+    def __init__(self, module: Module):
+        self._module = module
 
     def steps(self, name: str, times: float, around: Mapping[str, Collective] | None = None) -> Iterator[Step]:
         """The steps of a computation, and in them those of its loops, branches and calls, but not of fusions.
@@ -219,7 +148,7 @@ class _Module:
         Fusions that only continue a collective of `around` (by channel, those in flight around this computation) do
         not count as collectives of their own.
         """
-        body = self.computations[name]
+        body = self._module.computations[name]
         pending = dict(around or {})
         channels_of = {
             op.name: [
@@ -235,11 +164,11 @@ class _Module:
         waiting: dict[str, tuple[tuple[str, Collective], ...]] = {}  # instruction -> started by it, or about to be
         for op in body.values():
             if op.opcode == "while":
-                trips = self._trip_count(op)
+                trips = self._module.trip_count(op)
                 yield Step(body=tuple(self.steps(op.named("body"), times * trips, pending)), trips=trips)
                 continue
             if op.opcode in ("call", "conditional"):
-                for called in _called(op):
+                for called in called_by(op):
                     yield Step(body=tuple(self.steps(called, times, pending)))
                 continue
             starts = tuple(
@@ -260,61 +189,19 @@ class _Module:
             if operation or starts or ends:
                 yield Step(operation, starts, ends)
 
-    def _trip_count(self, loop: Instruction) -> int:
-        """Of a counted loop: the compiler's note, or the constant that the counter is compared with over its step."""
-        note = re.search(r"known_trip_count[^\d]*(\d+)", loop.attributes)
-        if note:
-            return int(note[1])
-        condition = loop.named("condition")
-        constants = [
-            int(op.operands[0])
-            for op in self._inside(condition)
-            if op.opcode == "constant" and op.shapes[0].dtype in ("s32", "u32", "s64") and not op.shapes[0].sizes
-        ]
-        if len(constants) != 1:
-            raise ValueError(f"{loop.name}: the trip count of this loop cannot be read from {condition}")
-        return -(-constants[0] // self._step(loop))
-
-    def _step(self, loop: Instruction) -> int:
-        """What a turn adds to the counter; more than 1 where the compiler has put several trips into one."""
-        body = self.computations[loop.named("body")]
-        condition = self.computations[loop.named("condition")].values()
-        places = [re.search(r"index=(\d+)", op.attributes) for op in condition if op.opcode == "get-tuple-element"]
-        if len(places) != 1:
-            return 1
-        counter = body[self.roots[loop.named("body")].operands[int(places[0][1])]]
-        step = 0
-        while counter.opcode == "add":
-            left, right = (body[name] for name in counter.operands)
-            constant, counter = (left, right) if left.opcode == "constant" else (right, left)
-            if constant.opcode != "constant":
-                return 1
-            step += int(constant.operands[0])
-        return step or 1
-
-    def _inside(self, name: str) -> Iterator[Instruction]:
-        """The instructions of a computation and of the fusions in it."""
-        for instruction in self.computations[name].values():
-            yield instruction
-            called = instruction.named("calls") if instruction.opcode in ("fusion", "async-start") else None
-            if instruction.opcode in ("call", "custom-call"):  # of a sparse core
-                called = instruction.named("to_apply") or instruction.named("called_computations")
-            if called:
-                yield from self._inside(called)
-
     def collectives(self, instruction: Instruction, times: float) -> Iterator[tuple[str, bool, Collective]]:
         """(channel, whether a fusion starts it, collective) for each that an instruction is, or that is inside it."""
         called = instruction.named("calls") if instruction.opcode in ("fusion", "async-start") else None
-        inside = list(self._inside(called)) if called else [instruction]
+        inside = list(self._module.inside(called)) if called else [instruction]
         is_start = any("AsyncCollectiveStart" in inner.attributes for inner in inside)
         for inner in inside:
             kind = inner.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            sent = sum(shape.bytes for name in inner.operands for shape in self._shape_of(inner, name))
+            sent = sum(shape.bytes for name in inner.operands for shape in self._module.shapes_of(inner, name))
             # An asynchronous one has its operands among its results.
             received = sum(shape.bytes for shape in inner.shapes) - sent * inner.opcode.endswith("-start")
-            if kind == "all-reduce" and called and _is_slice(self.computations[called], self.roots[called]):
+            if kind == "all-reduce" and called and self._is_slice(called):
                 kind = "reduce-scatter"  # TPUs hold one as an all-reduce and the slice that is kept, in one fusion
             channel = re.search(r"channel_id=(\d+)", inner.attributes)
             rings = re.search(r"Strategy\w+\{colors:(\d+)", inner.attributes + instruction.attributes)
@@ -326,7 +213,7 @@ class _Module:
                 Collective(
                     kind=kind,
                     payload=max(sent, received),
-                    group=_group(inner.attributes),
+                    group=first_group(inner.attributes),
                     times=times,
                     rings=int(rings[1]) if rings else None,
                     name=inner.name,
@@ -346,29 +233,21 @@ class _Module:
         if instruction.opcode.endswith("-start") or instruction.opcode == "async-update":
             return None
         called = instruction.named("calls") if instruction.opcode == "fusion" else None
-        inside = list(self._inside(called)) if called else [instruction]
+        inside = list(self._module.inside(called)) if called else [instruction]
         flops = sum(self._matmul_flops(inner) for inner in inside)
         if any(inner.opcode in COLLECTIVES for inner in inside) and not flops:
             return None
-        read = [self._shape_of(instruction, name) for name in instruction.operands]
+        read = [self._module.shapes_of(instruction, name) for name in instruction.operands]
         traffic = 0.0
         for number, shapes in enumerate(read):
             whole = sum(shape.traffic for shape in shapes)
             traffic += min(whole, self._read(called, number)) if called else whole
-        traffic += self._written(self.roots[called]) if called else self._written(instruction)
+        traffic += self._written(self._module.roots[called]) if called else self._written(instruction)
         return Operation(flops, traffic, times, False, instruction.name)
-
-    @functools.cached_property
-    def _homes(self) -> dict[int, str]:
-        return {id(op): name for name, body in self.computations.items() for op in body.values()}
-
-    def _shape_of(self, instruction: Instruction, operand: str) -> tuple[Shape, ...]:
-        definition = self.computations[self._homes[id(instruction)]].get(operand)
-        return definition.shapes if definition else ()
 
     def _read(self, computation: str, number: int) -> float:
         """Most bytes that a fused computation reads of a parameter; infinite where it may read the whole."""
-        body = self.computations[computation]
+        body = self._module.computations[computation]
         parameter = next(op for op in body.values() if op.opcode == "parameter" and op.operands == (str(number),))
         return self._read_by_users(body, parameter.name)
 
@@ -392,7 +271,7 @@ class _Module:
 
     def _written(self, instruction: Instruction) -> float:
         """Bytes of main memory that an instruction writes; of an update in place, the update."""
-        body = self.computations[self._homes[id(instruction)]]
+        body = self._module.body_of(instruction)
         if instruction.opcode in COLLECTIVES or instruction.opcode == "parameter":
             return 0  # of a fusion during which a collective continues
         if instruction.opcode == "dynamic-update-slice":
@@ -403,13 +282,20 @@ class _Module:
         if instruction.opcode == "tuple":
             return sum(self._written(body[name]) for name in instruction.operands)
         if instruction.opcode == "fusion" and len(instruction.shapes) == 1:
-            return min(instruction.shapes[0].traffic, self._written(self.roots[instruction.named("calls")]))
+            return min(instruction.shapes[0].traffic, self._written(self._module.roots[instruction.named("calls")]))
         return sum(shape.traffic for shape in instruction.shapes)
+
+    def _is_slice(self, computation: str) -> bool:
+        """Whether a computation ends in a slice."""
+        body, root = self._module.computations[computation], self._module.roots[computation]
+        while root.opcode in ("bitcast", "reshape", "copy") and root.operands[0] in body:
+            root = body[root.operands[0]]
+        return root.opcode == "dynamic-slice"
 
     def _matmul_flops(self, instruction: Instruction) -> float:
         if instruction.opcode not in ("dot", "convolution"):
             return 0.0
-        left, right = (self._shape_of(instruction, name)[0].sizes for name in instruction.operands[:2])
+        left, right = (self._module.shapes_of(instruction, name)[0].sizes for name in instruction.operands[:2])
         sizes = instruction.shapes[0].sizes
         if instruction.opcode == "dot":
             axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
@@ -443,78 +329,3 @@ def _window_products(attributes: str, axis: int, length: int, results: int) -> i
 def _continues(part: Collective, whole: Collective | None) -> bool:
     """Whether one collective is a part of another, of the same channel, that began before."""
     return whole is not None and (part.kind, part.payload, part.group) == (whole.kind, whole.payload, whole.group)
-
-
-def _called(instruction: Instruction) -> list[str]:
-    """The computations that a call or a conditional runs; of the latter all branches."""
-    if instruction.opcode == "call":
-        return [instruction.named("to_apply")]
-    branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-    names = branches[1].split(",") if branches else []
-    names += [instruction.named(f"{truth}_computation") for truth in ("true", "false")]
-    return [name.strip().lstrip("%") for name in names if name]
-
-
-def _is_slice(body: dict[str, Instruction], root: Instruction) -> bool:
-    while root.opcode in ("bitcast", "reshape", "copy") and root.operands[0] in body:
-        root = body[root.operands[0]]
-    return root.opcode == "dynamic-slice"
-
-
-def _instruction(line: str) -> Instruction:
-    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    shapes, rest = rest[:end], rest[end:].lstrip()
-    start = rest.index("(")
-    stop = _closing(rest, start)
-    operands = re.findall(r"%([\w.\-]+)", rest[start:stop]) or [rest[start + 1 : stop]]
-    return Instruction(
-        name=name.removeprefix("%"),
-        shapes=tuple(_shape(*match) for match in _SHAPE.findall(shapes)),
-        opcode=rest[:start],
-        operands=tuple(operand for operand in operands if operand),
-        attributes=rest[stop + 1 :],
-    )
-
-
-def _shape(dtype: str, sizes: str, layout: str) -> Shape:
-    space = re.search(r"S\((\d+)\)", layout)
-    return Shape(dtype, tuple(int(size) for size in sizes.split(",") if size), int(space[1]) if space else 0)
-
-
-def _closing(text: str, start: int) -> int:
-    depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
-        if depth == 0:
-            return place
-    raise ValueError(f"unbalanced parentheses in HLO: {text[:80]}")
-
-
-def _group(attributes: str) -> tuple[int, ...]:
-    """The devices of the first group of a collective, in one of the four forms in which HLO writes groups.
-
-    Raises:
-      ValueError: the form is another one.
-    """
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
-        return int(pairs[1]), int(pairs[2])
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return tuple(map(int, listed[1].split(",")))
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        return tuple(_numbered(iota[2], iota[3]).reshape([int(size) for size in iota[1].split(",")])[0].tolist())
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}:]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+))?", mesh[2] or f"[{math.prod(sizes.values())}]")
-        taking_part = re.findall(r"'(\w+)'", mesh[3])
-        devices = _numbered(order[1], order[2]).reshape(tuple(sizes.values()))
-        first = tuple(slice(None) if name in taking_part else 0 for name in sizes)
-        return tuple(devices[first].reshape(-1).tolist())
-    raise ValueError(f"groups of a collective in an unknown form: {attributes[:120]}")
-
-
-def _numbered(sizes: str, permutation: str | None) -> np.ndarray:
-    """Devices 0, 1, ... in an array of the sizes, its axes permuted."""
-    shape = [int(size) for size in sizes.split(",")]
-    devices = np.arange(math.prod(shape)).reshape(shape)
-    return devices.transpose([int(axis) for axis in permutation.split(",")]) if permutation else devices
