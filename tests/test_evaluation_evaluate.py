@@ -295,6 +295,26 @@ def test_controls_of_this_memory_are_scored(world, tmp_path):
     assert "controls/continued" in metrics["bytes"]
 
 
+def test_all_that_is_compared_is_computed_in_the_dtype_of_the_base_scores(world, tmp_path, monkeypatch):
+    workdir = linked(world[0], tmp_path, without=("report", "controls"))
+    write, _ = controls_of(workdir)
+    write(workdir, "continued", training_flops=1.015e6)
+    write(workdir, "ce_only", {**SETTINGS, "training": {**SETTINGS["training"], "alpha": 0.0}})
+    opened = open_inputs(config_of(workdir))
+    opened.artifacts["datastore/test"].config["compute_dtype"] = "bfloat16"
+    dtypes = []
+
+    def scored(parameters, model, inputs, next_tokens, *, sharding, compute_dtype):
+        dtypes.append(compute_dtype)
+        return np.zeros(np.shape(next_tokens), np.float32)
+
+    for name in ("memory_log_probabilities", "language_model_log_probabilities"):
+        monkeypatch.setattr(scoring, name, scored)
+    evaluate._scores(opened, "test", {}, MEMORY)
+    assert set(dtypes) == {"bfloat16"}
+    assert len(dtypes) >= 3
+
+
 ALPHA_0 = {"memory": {"blocks": 2}, "training": {"alpha": 0.0, "seed": 0}}
 
 

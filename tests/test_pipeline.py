@@ -16,7 +16,7 @@ from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.inference import trained_benchmark
-from mlpmem_jax.models import gpt2, saved
+from mlpmem_jax.models import flops, gpt2, saved
 from mlpmem_jax.training import controls, data, train_memory
 
 NEIGHBORS = 5
@@ -113,14 +113,19 @@ def test_targets_are_p_knn(workdir, split):
 
 def test_online_training_sees_what_offline_training_sees(workdir):
     """The base LM inside the step gives the losses that the stored memory inputs give, but for float16."""
-    losses = {}
+    losses, summaries = {}, {}
     for mode in ("offline", "online"):
         config = small(workdir)
         config.training.mode = mode
-        train_memory.train(config, mode)
+        summaries[mode] = train_memory.train(config, mode).summary
         lines = [json.loads(line) for line in (workdir / mode / "metrics.jsonl").read_text().splitlines()]
         losses[mode] = [line["loss"] for line in lines if "loss" in line]
     np.testing.assert_allclose(losses["online"], losses["offline"], rtol=2e-3)
+    # What `continued` is given to match includes the base's forward passes.
+    base = saved.language_model_config(open_artifact(workdir / "base", "base"))
+    forward = flops.language_model_forward(base, config.base.context_length, output_projection=False)
+    more = summaries["online"]["training_flops"] - summaries["offline"]["training_flops"]
+    assert more == pytest.approx(forward * summaries["online"]["positions"])
 
 
 @pytest.mark.slow

@@ -217,6 +217,22 @@ def test_the_first_ctrl_c_asks_and_the_second_ends_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_what_a_training_starts_from_is_not_held(tmp_path):
+    """A base of 29 GB whose output projection a memory starts from would take its place beside the state."""
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    shape, settings = (7, 11, 13), task(steps=1, warmup_steps=0, optimizer="adamw")
+    training = dataclasses.replace(settings, initialize=lambda given: memory.init(MODEL, jax.random.key(given.size)))
+    held = []
+
+    def validate(parameters):
+        held.append(any(array.shape == shape for array in jax.live_arrays()))
+        return {"perplexity": 1.0}
+
+    run = loop.Run("memory", str(tmp_path), Source(), validate, start=lambda: (jnp.zeros(shape),))
+    loop.fit(training, run, Sharding(mesh, RULES))
+    assert held == [False]
+
+
 def test_the_best_validation_is_kept(tmp_path, monkeypatch):
     """Validation is best at step 10 of 20: those parameters come back, not the last, which are freed before."""
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
