@@ -218,7 +218,7 @@ def test_passages_of_another_text_are_refused(config, compared, tmp_path):
     file.write_text(file.read_text().replace("town", "village"))
     other = config.copy_and_resolve_references()
     other.comparison.update({"data": str(data), "tasks": "passages"})
-    with pytest.raises(ConfigError, match="none of its 24 passages stands in the training text"):
+    with pytest.raises(ConfigError, match="none of its 24 passages is in the training text"):
         compare.run(other)
 
 

@@ -324,9 +324,9 @@ ALPHA_0 = {"memory": {"blocks": 2}, "training": {"alpha": 0.0, "seed": 0}}
         ("continued", None, {"memory": "another"}, {}, "another memory"),
         ("continued", None, None, {"training_flops": 0.13e6}, "0.13 times"),
         ("continued", None, None, {"training_flops": 1.03e6}, "1.03 times"),
-        ("ce_only", ALPHA_0, {"base": "another"}, {}, "other inputs"),
-        ("ce_only", {**ALPHA_0, "memory": {"blocks": 1}}, None, {}, "other settings"),
-        ("ce_only", SETTINGS, None, {}, "other settings"),
+        ("ce_only", ALPHA_0, {"base": "another"}, {}, "settings or inputs"),
+        ("ce_only", {**ALPHA_0, "memory": {"blocks": 1}}, None, {}, "different settings"),
+        ("ce_only", SETTINGS, None, {}, "different settings"),
         ("ce_only", ALPHA_0, None, {"steps": 21}, "21 steps, the memory for 20"),
     ],
 )
