@@ -138,7 +138,9 @@ def test_ready_sweeps_spend_their_budgets(file):
     for each in actual.points:
         config = each.config
         positions = config.training.steps * config.training.batch_sequences * config.base.context_length
-        assert positions * budgets.per_position(each.arm, config) == pytest.approx(each.flops, rel=0.01)
+        half_step = 0.5 / config.training.steps  # as near as whole steps come
+        flops = positions * budgets.per_position(each.arm, config)
+        assert flops == pytest.approx(each.flops, rel=max(0.01, half_step))
     assert actual.workdir == f"runs/{file.stem}"
 
 
