@@ -6,6 +6,7 @@ import argparse
 import glob
 import importlib.util
 import os
+from collections.abc import Callable
 
 import ml_collections
 from absl import logging
@@ -50,6 +51,22 @@ Every key of a config can be given as --config.GROUP.KEY=VALUE; configs/default.
 """
 
 
+def _whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """The type of options that hold a whole number in a range."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            words = f"from {least} to {most}" if most < 2**63 - 1 else f"of {least} or more"
+            raise argparse.ArgumentTypeError(f"expected a whole number {words}, found {text!r}")
+        return value
+
+    return number
+
+
 def _text(text: str) -> str:
     """The type of options that hold text; the system's own bytes need not be."""
     try:
@@ -79,19 +96,19 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument(
                 "--prompt", type=_text, action="append", required=True, help="text to continue; may be repeated"
             )
-            verb.add_argument("--tokens", type=int, default=64, help="tokens to add (default 64)")
+            verb.add_argument("--tokens", type=_whole(1), default=64, help="tokens to add (default 64)")
             verb.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
-            verb.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 = all")
+            verb.add_argument("--top_k", type=_whole(0), default=0, help="sample among the k likeliest; 0 = all")
             verb.add_argument("--top_p", type=float, default=1.0, help="sample within this share of the mass")
-            verb.add_argument("--seed", type=int, default=0, help="of the sampling")
+            verb.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="of the sampling")
         if name == "score":
             verb.add_argument("--systems", default="base,memory", metavar="A,B", help="default base,memory")
             verb.add_argument("--tasks", required=True, metavar="A,B", help="lm_eval:NAME or lm_eval:PATH/task.yaml")
-            verb.add_argument("--limit", type=int, metavar="N", help="examples of each task; all by default")
+            verb.add_argument("--limit", type=_whole(1), metavar="N", help="examples of each task; all by default")
         if name == "compare":
             verb.add_argument("--systems", metavar="A,B", help="instead of config.comparison.systems")
             verb.add_argument("--tasks", metavar="A,B", help="instead of config.comparison.tasks")
-            verb.add_argument("--limit", type=int, metavar="N", help="questions of each task; 0 = all")
+            verb.add_argument("--limit", type=_whole(0), metavar="N", help="questions of each task; 0 = all")
             verb.add_argument("--speed", action="store_true", help="time the systems by size of the corpus instead")
         if name == "export":
             verb.add_argument("--format", required=True, choices=FORMATS, help=FORMATS_HELP)
@@ -110,10 +127,10 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--rows", default="", metavar="A,B", help="only these parts, e.g. train,generate")
         if name == "plan":
             verb.add_argument("--topology", required=True, metavar="NAME", help="one slice, e.g. v5e:16x16 or v5p-1024")
-            verb.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them (default 1)")
+            verb.add_argument("--slices", type=_whole(1), default=1, metavar="N", help="so many of them (default 1)")
             verb.add_argument("--stage", default="train", choices=("train", "datastore", "neighbors", "all"))
             verb.add_argument("--meshes", action="store_true", help="compare meshes for the train step instead")
-            verb.add_argument("--positions", type=int, default=0, metavar="N", help="of the training split")
+            verb.add_argument("--positions", type=_whole(0), default=0, metavar="N", help="of the training split")
             verb.add_argument("--json", type=path_option, metavar="FILE", help="write what was found here as well")
     _add_sweep(verbs)
     _add_fit(verbs)

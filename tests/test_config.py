@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -197,6 +198,28 @@ def test_home_is_home_in_every_path(monkeypatch):
     assert (options.config, options.output) == ("/home/ada/c.py", "/home/ada/out")
     with pytest.raises(ConfigError, match="~nobody_of_this_name is not the home of a user"):
         expand_home("~nobody_of_this_name/x")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["generate", "--prompt=The", f"--seed={10**20}"],
+            "--seed: expected a whole number from 0 to 4294967295, found",
+        ),
+        (["generate", "--prompt=The", "--seed=-1"], "--seed: expected a whole number from 0"),
+        (["generate", "--prompt=The", "--tokens=0"], "--tokens: expected a whole number of 1 or more, found '0'"),
+        (["score", "--tasks=lm_eval:x", "--limit=-1"], "--limit: expected a whole number of 1 or more, found '-1'"),
+        (["plan", "--topology=v5e:2x4", "--slices=0"], "--slices: expected a whole number of 1 or more, found '0'"),
+        (["plan", "--topology=v5e:2x4", "--positions=-5"], "--positions: expected a whole number of 0 or more"),
+        (["plan", "--topology=v5e:2x4", "--positions=1e9"], "--positions: .* found '1e9'"),
+    ],
+)
+def test_numbers_of_options_are_checked_before_any_compute(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*words, "--config=configs/smoke.py"])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
 def test_a_value_may_stand_after_a_space():
