@@ -1,1 +1,1 @@
-"""What every other package uses: errors, config checks, artifacts, mesh and sharding rules, progress and metrics."""
+"""Shared by all other packages: errors, config checks, artifacts, mesh and sharding rules, progress."""

@@ -24,12 +24,12 @@ Topology = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What all slices of a TPU generation share."""
+    """Properties shared by all slices of a TPU generation."""
 
     prefix: str  # of accelerator types
     cores_per_chip: int  # TensorCores; the number in an accelerator type counts these
-    shapes: tuple[Topology, ...]  # all of them, or those below one cube where max_chips is set
-    max_chips: int | None  # largest slice of whole cubes; None: no cubes
+    shapes: tuple[Topology, ...]  # all shapes, or if max_chips is set those below one cube
+    max_chips: int | None  # size of the largest slice of whole cubes; None = no cubes
     machine_types: Mapping[int, str]  # chips of one host -> machine type
     gke_accelerator: str  # value of the node label cloud.google.com/gke-tpu-accelerator
     runtime_version: str  # software of a TPU VM
@@ -100,7 +100,7 @@ class Slice:
 
     @property
     def chips_per_host(self) -> int:
-        """A slice that fits one machine gets one; larger ones are made of machines with four chips."""
+        """A slice that fits on one machine uses one; larger slices use machines with four chips."""
         return self.chips if self.chips in self.generation.machine_types else 4
 
     @property
@@ -117,7 +117,7 @@ class Slice:
 
     @property
     def has_default_topology(self) -> bool:
-        """Whether the accelerator type alone asks for this shape, not for another one of as many chips."""
+        """Whether the accelerator type selects this shape, rather than another one with as many chips."""
         return self == _most_cubic([other for other in slices(self.generation) if other.chips == self.chips])
 
     def __str__(self) -> str:
@@ -140,12 +140,12 @@ def slices(generation: Generation) -> list[Slice]:
 
 
 def resolve(name: str, option: str = "--accelerator") -> Slice:
-    """The slice of an accelerator type ("v5p-256", "v5litepod-256") or of a generation and topology ("v5p:4x4x8").
+    """The slice for an accelerator type ("v5p-256", "v5litepod-256") or a generation and topology ("v5p:4x4x8").
 
-    Errors name `option`, the command line's.
+    Errors name `option`, the command-line option.
 
     Raises:
-      UserError: there is no such slice; the text names the nearest that exist.
+      UserError: there is no such slice; names the nearest existing ones.
     """
     match = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+)+))", name)
     family = match and ("v5e" if match[1] == "v5litepod" else match[1])
@@ -185,7 +185,7 @@ def _impossible(name: str, option: str, generation: Generation, chips: float) ->
     below = max((tpu.chips for tpu in possible if tpu.chips <= chips), default=None)
     above = min((tpu.chips for tpu in possible if tpu.chips >= chips), default=None)
     near = [_most_cubic([tpu for tpu in possible if tpu.chips == size]) for size in (below, above) if size is not None]
-    counted = "TensorCores, two a chip" if generation.cores_per_chip == 2 else "chips"
+    counted = "TensorCores, two per chip" if generation.cores_per_chip == 2 else "chips"
     return UserError(
         f"{option}={name}: no such slice (the number in {generation.prefix}-N counts {counted}); the nearest: "
         + ", ".join(dict.fromkeys(map(str, near)))

@@ -1,19 +1,19 @@
 """Artifacts: directories of TensorStore arrays and one manifest, written shard by shard, readable once sealed.
 
     DIRECTORY/
-      manifest.json        what made it, what is in it, checksums; the last thing written when it is sealed
-      shards/000012.json   one small record per complete shard; folded into the manifest when it is sealed
+      manifest.json        origin, contents, checksums; written last, when the artifact is sealed
+      shards/000012.json   one small record per complete shard; merged into the manifest when it is sealed
       ARRAY/               a zarr3 array, split along axis 0 into shards, one file each
-      FILE                 small side files (a tokenizer, say)
+      FILE                 small side files, such as a tokenizer
 
-A shard's record is written only after its data is durable, so a stage that was killed redoes incomplete shards and
-no others. Nothing that varies between runs (times, hosts, process counts) is stored: a restarted stage ends with
-the same bytes. Every inner chunk carries a CRC-32C that TensorStore checks at each read.
+A shard's record is written only after its data is durable, so a killed stage redoes only incomplete
+shards. Nothing that varies between runs (times, hosts, process counts) is stored: a restarted stage produces the same
+bytes. Every inner chunk has a CRC-32C that TensorStore checks at each read.
 
-Any place that TensorStore can address works: a local path, gs://bucket/path, s3://bucket/path.
+Any location that TensorStore can address works: a local path, gs://bucket/path, s3://bucket/path.
 
-A folder may stand for an artifact of another working directory: it then holds one file, `link`, with the way there.
-Object stores have no symbolic links, and artifacts are too large to be copied.
+A folder may refer to an artifact in another working directory: it then has a single file, `link`, with the path. Object
+stores have no symbolic links, and artifacts are too large to copy.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class ArraySpec:
 
     Attributes:
       shape: global shape. Axis 0 is split into shards of `rows_per_shard`.
-      dtype: NumPy name, "bfloat16" included.
-      rows_per_shard: rows of axis 0 that one process writes whole.
-      read_chunk: shape of the unit that one range read fetches; it divides the shard's shape.
+      dtype: NumPy name, or "bfloat16".
+      rows_per_shard: rows of axis 0 per shard, which one process writes completely.
+      read_chunk: shape of the chunk that one range read fetches; it divides the shard's shape.
 
     An array of shape [number of shards, capacity] with `rows_per_shard` 1 may be ragged: a shard then stores any
-    number of entries up to the capacity, and what it does not store takes no space.
+    number of entries up to the capacity, and unused capacity takes no space.
     """
 
     shape: tuple[int, ...]
@@ -87,7 +87,7 @@ def _open_array(path: str, name: str, spec: ArraySpec, create: bool) -> ts.Tenso
     # A zarr3 shard must be a whole number of inner chunks.
     shard_shape = tuple(-(-size // chunk) * chunk for size, chunk in zip(shard_shape, spec.read_chunk, strict=True))
     codecs: list[dict] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if np.issubdtype(np.dtype(spec.dtype), np.integer):  # floating point rows hardly compress, token ids do
+    if np.issubdtype(np.dtype(spec.dtype), np.integer):  # floating-point rows hardly compress, token ids do
         codecs.append({"name": "zstd", "configuration": {"level": 1}})
     codecs.append({"name": "crc32c"})
     store = {"driver": "zarr3", "kvstore": _kvstore_spec(f"{path}/{name}")}
@@ -128,22 +128,22 @@ class Artifact:
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of all shard files and side files; directories of parameters included."""
+        """Bytes of all shard files and side files, including directories of parameters."""
         return storage.folder_bytes(epath.Path(self.path))
 
     @property
     def is_imported(self) -> bool:
-        """Whether it was read from elsewhere rather than made by a stage."""
+        """Whether it was imported rather than built by a stage."""
         return "imported" in self.config
 
     def check_made_from(self, inputs: Mapping[str, Artifact]) -> None:
-        """Checks that this artifact was made from these very artifacts.
+        """Checks that this artifact was built from exactly these artifacts.
 
         Args:
-          inputs: by the names that its manifest has for them; an imported artifact need not name them all.
+          inputs: artifacts by their names in the manifest; an imported artifact need not name them all.
 
         Raises:
-          ArtifactError: it was made from another one; names both folders.
+          ArtifactError: it was built from another one; names both folders.
         """
         for name, artifact in inputs.items():
             if name not in self.inputs and self.is_imported:
@@ -155,11 +155,11 @@ class Artifact:
                 )
 
     def shard_extra(self, shard: int) -> dict:
-        """What the writer stored beside the shard."""
+        """The extra values that the writer stored with the shard."""
         return self._shards[shard]["extra"]
 
     def shard_length(self, name: str, shard: int) -> int:
-        """Number of entries that the shard of a ragged array stores."""
+        """Number of entries in a shard of a ragged array."""
         return self._shards[shard]["arrays"][name]["shape"][-1]
 
     def _store(self, name: str) -> ts.TensorStore:
@@ -216,7 +216,7 @@ class Artifact:
         return content
 
     def check_sizes(self) -> None:
-        """Compares the size of every shard file with the manifest.
+        """Checks the size of every shard file against the manifest.
 
         Raises:
           ArtifactError: a file is missing or truncated.
@@ -236,7 +236,7 @@ def _shard_file(path: str, name: str, spec: ArraySpec, shard: int) -> epath.Path
 
 def _shard_bytes(path: str, name: str, spec: ArraySpec, shard: int) -> int:
     file = _shard_file(path, name, spec, shard)
-    return storage.state_of(file).length if file.exists() else 0  # a shard of nothing but zeros has no file
+    return storage.state_of(file).length if file.exists() else 0  # a shard of zeros has no file
 
 
 class ArtifactWriter:
@@ -253,22 +253,22 @@ class ArtifactWriter:
     def create(
         cls, path, kind: str, config: Mapping, inputs: Mapping[str, str], arrays: Mapping[str, ArraySpec]
     ) -> ArtifactWriter:
-        """Starts an artifact, or opens the unfinished one that the same config began.
+        """Starts an artifact, or opens an unfinished one with the same config.
 
         Args:
-          path: directory, local or of an object store.
-          kind: what it is, e.g. "datastore".
+          path: directory, local or in an object store.
+          kind: kind of artifact, e.g. "datastore".
           config: the part of the resolved config that its content depends on.
-          inputs: fingerprints of the artifacts it is made from, by name.
+          inputs: fingerprints of the artifacts it is built from, by name.
           arrays: its arrays; all must have the same number of shards.
 
         Raises:
-          ArtifactError: the directory holds something else, or was made by another config.
+          ArtifactError: the directory contains something else, or was written with another config.
         """
         path = absolute(path)
         if len({spec.num_shards for spec in arrays.values()}) > 1:
             raise ValueError(f"arrays of {path} differ in their number of shards")
-        # Listed before the manifest is looked for: another process of the job may just now write it, and then all else.
+        # Listed before reading the manifest: another process of the job may be writing it, and then the other files.
         names = [entry.name for entry in epath.Path(path).iterdir()] if epath.Path(path).exists() else []
         manifest = read_manifest(path)
         if manifest is None:
@@ -309,13 +309,13 @@ class ArtifactWriter:
         )
 
     def incomplete_shards(self) -> list[int]:
-        """Indices of the shards that are not durable yet, in order."""
+        """Indices of the shards that are not yet durable, in order."""
         folder = epath.Path(self.path) / "shards"
         complete = {int(file.stem) for file in folder.iterdir() if file.suffix == ".json"} if folder.exists() else set()
         return [index for index in range(self.num_shards) if index not in complete]
 
     def shard_records(self) -> list[dict]:
-        """What is kept of each shard: its `arrays`, and the `extra` that its writer gave.
+        """The record of each shard: its `arrays`, and the writer's `extra`.
 
         Raises:
           ArtifactError: shards are incomplete, or a record is damaged.
@@ -335,12 +335,12 @@ class ArtifactWriter:
         """Writes one shard of every array and returns when it is durable.
 
         Args:
-          index: which shard.
-          arrays: by name, the rows of this shard; of a ragged array [1, entries].
-          extra: small JSON values to keep beside the shard.
+                    index: index of the shard.
+          arrays: the rows of this shard, by array name; [1, entries] for a ragged array.
+          extra: small JSON values to store with the shard.
 
         Raises:
-          ArtifactError: it could not be written, a full disk for instance.
+          ArtifactError: it could not be written, for instance because the disk is full.
         """
         if set(arrays) != set(self._specs):
             raise ValueError(f"shard needs the arrays {sorted(self._specs)}, got {sorted(arrays)}")
@@ -376,11 +376,11 @@ class ArtifactWriter:
         self._write(name, content)
 
     def seal(self, summary: Mapping, files: tuple[str, ...] = ()) -> Artifact:
-        """Makes the artifact readable. Call it in one process, when every shard is complete.
+        """Makes the artifact readable. Call it in one process, once every shard is complete.
 
         Args:
-          summary: metrics of the content, JSON values that do not vary between runs.
-          files: names of the side files that belong to it.
+          summary: metrics of the content; JSON values that do not vary between runs.
+          files: names of its side files.
 
         Raises:
           ArtifactError: shards are incomplete, or the record of one is damaged.
@@ -400,7 +400,7 @@ class ArtifactWriter:
 
 
 def library_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Installed versions by package name; absent packages are left out."""
+    """Installed versions by package name; missing packages are omitted."""
     stored = {}
     for name in names:
         try:
@@ -413,7 +413,7 @@ def library_versions(names: tuple[str, ...]) -> dict[str, str]:
 def _remove_shard_records(path: str) -> None:
     folder = epath.Path(path) / "shards"
     if folder.exists():
-        with contextlib.suppress(FileNotFoundError):  # another process of the job removes them as well
+        with contextlib.suppress(FileNotFoundError):  # another process of the job may remove them too
             folder.rmtree()
 
 
@@ -421,7 +421,7 @@ def open_artifact(path, kind: str) -> Artifact:
     """Opens a sealed artifact.
 
     Raises:
-      ArtifactError: there is none, it is unfinished, corrupt, truncated, newer, or of another kind.
+      ArtifactError: it is missing, unfinished, corrupt, truncated, newer, or of another kind.
     """
     path = located(path)
     manifest = read_manifest(path)
@@ -437,12 +437,12 @@ def open_artifact(path, kind: str) -> Artifact:
 
 
 def find_finished(path, kind: str, config: Mapping, inputs: Mapping[str, str]) -> Artifact | None:
-    """The sealed artifact at `path` if this very config and these inputs made it, None if it is still to be finished.
+    """The sealed artifact at `path` if it was built with this config and these inputs; None if it is not finished.
 
-    No config made what was imported from elsewhere: it only has to fit the inputs that it names.
+    An imported artifact has no config: it only has to match the inputs that it names.
 
     Raises:
-      ArtifactError: what is there was made by another config, or cannot be trusted.
+      ArtifactError: the existing artifact was built with another config, or is damaged.
     """
     own, path = absolute(path), located(path)
     manifest = read_manifest(path)
@@ -456,5 +456,5 @@ def find_finished(path, kind: str, config: Mapping, inputs: Mapping[str, str]) -
     check_same_origin(path, manifest, kind, config, inputs)
     if not manifest["sealed"]:
         return None
-    _remove_shard_records(path)  # a kill between sealing and tidying leaves them
+    _remove_shard_records(path)  # left over if killed between sealing and cleanup
     return open_artifact(path, kind)

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def row(name: str, value: float, unit: str, detail: str) -> dict:
-    """One measurement: what it is of, the figure, its unit, and what it was measured on."""
+    """One measurement: its name, value and unit, and details of how it was measured."""
     return {"name": name, "value": float(value), "unit": unit, "detail": detail}

@@ -1,12 +1,12 @@
-"""What one chip can do, TPU or GPU: the published rates that a roofline and a utilization are made of.
+"""Published rates of TPU and GPU chips, for rooflines and utilization.
 
-Sources, Google Cloud documentation where nothing else is said:
+Sources are Google Cloud documentation unless stated otherwise:
   docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: peak rate, memory, interconnect, data-center network
   NVIDIA's data sheets of the A100, H100 and H200: peak rate without sparsity, memory bandwidth
   v4's links: Jouppi et al. 2023 (arXiv 2304.01433): 6 links of 50 GB/s. Its network is not published; a host of 4
-  chips is taken to have the 200 Gbit/s of a v5p host.
-The documentation gives the interconnect of a chip as the sum of all its ports in both directions; here it is one
-direction of one port. Each axis of a torus has two ports.
+  chips is assumed to have the 200 Gbit/s of a v5p host.
+The documentation states a chip's interconnect as the sum of all its ports in both directions; here it is one direction
+of one port. Each axis of a torus has two ports.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Chip:
     """Rates of one chip, which is one JAX device.
 
     Attributes:
-      flops: peak of bfloat16 matrix products, FLOP/s.
-      hbm_bytes: size of its memory.
-      hbm_bandwidth: bytes/s.
+      flops: peak rate of bfloat16 matrix products, FLOP/s.
+      hbm_bytes: memory size in bytes.
+      hbm_bandwidth: memory bandwidth, bytes/s.
       link_bandwidth: bytes/s, one direction of one link to a neighbor.
       network_bandwidth: bytes/s, one direction, the chip's share of its host's data-center network.
-      ring_length: an axis of so many chips, or of a multiple, is closed to a ring.
-      options: of the topology description, beside its name.
+      ring_length: an axis whose number of chips is a multiple of this is closed to a ring.
+      options: further options of the topology description.
     """
 
     flops: float
@@ -45,11 +45,11 @@ CHIPS = {
     "v5p": Chip(459e12, 95 << 30, 2765e9, 100e9, 6.25e9, 4, {}),
     "v6e": Chip(918e12, 32 << 30, 1638e9, 100e9, 12.5e9, 16, {}),
 }
-"""By generation; keys as of `core.accelerators.GENERATIONS`."""
+"""Chips by generation; keys as in `core.accelerators.GENERATIONS`."""
 
 
 class Rates(NamedTuple):
-    """Published rates of one JAX device: of bfloat16 matrix products in FLOP/s, of its memory in bytes/s."""
+    """Published rates of one JAX device: bfloat16 matrix products in FLOP/s, memory in bytes/s."""
 
     flops: float
     bandwidth: float
@@ -81,5 +81,5 @@ _PUBLISHED = {
 
 
 def published(device_kind: str) -> Rates | None:
-    """The rates of a device by the name that JAX has for its kind; None where they are not known, as of CPUs."""
+    """The rates of a device by JAX's name of its kind; None if unknown, as for CPUs."""
     return _PUBLISHED.get(device_kind)

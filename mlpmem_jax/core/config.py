@@ -1,4 +1,4 @@
-"""Checks of a resolved config, before any compute. Imports no accelerator runtime: `launch/` uses it too."""
+"""Checks a resolved config before any compute. Imports no accelerator runtime, because `launch/` uses it too."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SEARCH_BACKENDS = {
     "scann": "mlpmem_jax.retrieval.scann_backend",
     "exact": "mlpmem_jax.retrieval.exact_backend",
 }
-"""Modules of the neighbor searches, by the names that config.targets.backend has for them; see
-`mlpmem_jax.retrieval.backends`. "auto" takes the first one that the machine can run."""
+"""Modules of search backends by their names in config.targets.backend; see `mlpmem_jax.retrieval.backends`. "auto" is
+the first one that the machine can run."""
 
 
 OPTIMIZERS = ("adamw", "muon")
-"""Names that config.training.optimizer has for the optimizers of `mlpmem_jax.training.optimizer`."""
+"""Values of config.training.optimizer; `mlpmem_jax.training.optimizer` has the optimizers."""
 
 
 def _one_of(*values: str) -> Check:
@@ -44,7 +44,7 @@ def _is_pattern(text: str) -> bool:
 
 
 def profiled_steps(text: str) -> range:
-    """The steps that a `profile_steps` of "A:B" names, both ends included; empty for "" and for what names none."""
+    """The steps of a `profile_steps` "A:B", including both ends; empty for "" and invalid values."""
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and int(first)):
         return range(0)
@@ -219,11 +219,11 @@ PATHS = (
     "comparison.data",
     "comparison.retriever",
 )
-"""Keys that hold a path, or a name that may be one."""
+"""Keys whose value is a path, or a name that may be one."""
 
 _FILES, _HUB = ("files",), ("hub",)
 USED_WITH: dict[str, tuple[str, tuple]] = {
-    # Key: (the key that decides, its values under which the first has an effect).
+    # Key: (the key that it depends on, the values of that key for which it has an effect).
     "corpus.packages": ("corpus.source", ("installed_docs",)),
     "corpus.path": ("corpus.source", _FILES),
     "corpus.name": ("corpus.source", _HUB),
@@ -252,23 +252,23 @@ USED_WITH: dict[str, tuple[str, tuple]] = {
     "training.adam_learning_rate": ("training.optimizer", ("muon",)),
 }
 _NOT_OF_FINETUNING = ("steps", "epochs", "optimizer", "learning_rate", "adam_learning_rate")
-"""Keys of base.training that say nothing of an imported base that is fine-tuned: it has its own."""
+"""Keys of base.training that do not apply to fine-tuning an imported base, which sets its own values."""
 _NAMES = (
     *("corpus.packages", "corpus.path", "corpus.name", "corpus.subset"),
     *("tokenizer.path", "tokenizer.end_of_text", "base.path"),
 )
-"""Of these the ones that say where something comes from: "" unless they are used."""
+"""The keys among these that name a source: "" unless they are used."""
 
 
 def unknown_key(key: str, allowed: list[str]) -> ConfigError:
-    """The error for a key that does not exist, with the nearest that does."""
+    """The error for a nonexistent key, suggesting the nearest existing one."""
     near = difflib.get_close_matches(key, allowed, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return ConfigError(f"config.{key}: no such key; {hint}Keys there: {', '.join(sorted(allowed))}")
 
 
 def first_unknown(overrides: Iterable[str]) -> ConfigError | None:
-    """The error for the first of `--config.key=value` whose key does not exist; None where all do."""
+    """The error for the first `--config.key=value` whose key does not exist; None if all exist."""
     for word in overrides:
         key = word.removeprefix("--config.").split("=", 1)[0]
         group = SCHEMA
@@ -303,7 +303,7 @@ def _check_tree(config: Mapping, schema: Mapping, prefix: str) -> None:
 
 
 def _value(config: ml_collections.ConfigDict, key: str):
-    """The value of "group.key"; None where a config has no such key."""
+    """The value of "group.key"; None if the config has no such key."""
     for part in key.split("."):
         config = config.get(part) if isinstance(config, ml_collections.ConfigDict) else None
     return config
@@ -315,7 +315,7 @@ def _set(config: ml_collections.ConfigDict, key: str, value: str) -> None:
 
 
 def _unmet(config: ml_collections.ConfigDict, key: str) -> tuple[str, tuple] | None:
-    """(the key that decides that `key` has no effect, its values under which it would have one); None where it has."""
+    """(the key that makes `key` ineffective, its values for which `key` has an effect); None if it has an effect."""
     rules = [USED_WITH[key]] if key in USED_WITH else []
     group, _, name = key.rpartition(".")
     if group == "base.training" and (not config.base.finetune_steps or name in _NOT_OF_FINETUNING):
@@ -331,18 +331,18 @@ def _idle(config: ml_collections.ConfigDict, key: str, decider: str, values: tup
 
 
 def settle(config: ml_collections.ConfigDict, before: ml_collections.ConfigDict, overridden: Sequence[str]) -> None:
-    """Settles a config whose keys `overridden` were set on the command line; changes `config` alone.
+    """Normalizes a config whose keys `overridden` were set on the command line; modifies only `config`.
 
-    Paths under ~ become absolute. Where an override says that something comes from elsewhere (`corpus.source`, say),
-    what the file had said of the former source is emptied.
+    Paths under ~ become absolute. If an override changes a source (such as `corpus.source`), the file's settings of the
+    previous source are cleared.
 
     Args:
-      config: with the overrides.
-      before: as the file has it.
+      config: the config with overrides.
+      before: the config as defined in the file.
       overridden: names of keys, e.g. "corpus.path".
 
     Raises:
-      ConfigError: a key has a value that is not allowed, or was overridden and has no effect; names what decides.
+      ConfigError: a key has an invalid value, or was overridden but has no effect; names the key it depends on.
     """
     _check_tree(config, SCHEMA, "")
     for key in (*overridden, *_NAMES):
@@ -369,10 +369,10 @@ def expand_home(path: str) -> str:
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Checks every key of a resolved config, and the keys against each other.
+    """Checks every key of a resolved config, and that keys are consistent.
 
     Raises:
-      ConfigError: naming the key, what is allowed and what was found.
+      ConfigError: names the key, what is allowed and what was found.
     """
     _check_tree(config, SCHEMA, "")
     for key in _NAMES:
@@ -432,17 +432,17 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 
 
 def check_profile(key: str, text: str, steps: int) -> None:
-    """Refuses a `profile_steps` that a run of `steps` does not have; 0 steps = not known yet.
+    """Refuses a `profile_steps` beyond the end of a run of `steps`; 0 steps = not known yet.
 
     Raises:
-      ConfigError: naming the key and the last step.
+      ConfigError: names the key and the last step.
     """
     if 0 < steps < profiled_steps(text).stop - 1:
         raise ConfigError(f"{key}: {text!r} ends after the last step of the run, {steps}")
 
 
 def mesh_rules(config: ml_collections.ConfigDict) -> dict[str, str | tuple[str, ...] | None]:
-    """The table of config.mesh.rules in the form that `core.sharding.Sharding` takes."""
+    """The table of config.mesh.rules in the form that `core.sharding.Sharding` expects."""
     rules: dict[str, str | tuple[str, ...] | None] = {"layers": None, "position": None}
     for logical, text in config.mesh.rules.items():
         axes = tuple(axis for axis in text.split("+") if axis)
@@ -451,12 +451,12 @@ def mesh_rules(config: ml_collections.ConfigDict) -> dict[str, str | tuple[str, 
 
 
 def plain_dict(group: ml_collections.ConfigDict) -> dict:
-    """A group as JSON-able dictionaries, as manifests keep it."""
+    """A group as JSON-serializable dictionaries, as stored in manifests."""
     return json.loads(group.to_json_best_effort())
 
 
 def as_config_file(config: ml_collections.ConfigDict, note: str) -> str:
-    """A resolved config as a config file that needs no other file; the note stands at its head."""
+    """A resolved config as a self-contained config file, starting with the note."""
     values = pprint.pformat(config.to_dict(), width=100, sort_dicts=False)
     return (
         f"{note!r}\nfrom ml_collections import ConfigDict\n\n\n"

@@ -1,8 +1,8 @@
-"""Config files: found, run, overridden from the command line, and checked.
+"""Config files: finds, runs, overrides from the command line, and checks them.
 
-A config file is Python that defines `get_config()`, a sweep file `get_sweep()`. It is looked for where its path says,
-in a bucket for instance, and then among the ready ones that are installed with the package. Inside such a file
-`from configs import default` means the ready configs, whatever else is called `configs` there.
+A config file is Python that defines `get_config()`; a sweep file defines `get_sweep()`. It is looked up at its path
+(possibly in a bucket), and then among the ready configs that are installed with the package. Inside such a file,
+`from configs import default` imports the ready configs, whatever else may be called `configs`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _IS_OTHER = {
 
 
 def path_option(text: str) -> str:
-    """The type of command-line options that name a file or folder: ~ is home in each of them."""
+    """The argparse type of options that name a file or folder: expands ~."""
     try:
         return expand_home(text)
     except ConfigError as error:
@@ -41,16 +41,16 @@ def read(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
     """The resolved and checked config of a file and `--config.key=value` overrides.
 
     Raises:
-      ConfigError: the file cannot be read, a key does not exist, a value is not allowed.
+      ConfigError: the file cannot be read, a key does not exist, or a value is not allowed.
     """
     return override(file, load(file, "get_config"), overrides)
 
 
 def load(file: str, function: str):
-    """What a config file's `function()` returns.
+    """The return value of a config file's `function()`.
 
     Args:
-      file: path or URL; a relative path that does not exist here is looked for beside the installed package.
+      file: path or URL; a relative path that does not exist is looked up next to the installed package.
       function: "get_config" or "get_sweep".
 
     Raises:
@@ -76,7 +76,7 @@ def load(file: str, function: str):
 
 @contextlib.contextmanager
 def _ready_configs() -> Iterator[None]:
-    """While inside, `configs` is the package of ready configs; afterwards what it was, if anything."""
+    """Within the context, `configs` is the package of ready configs; afterwards it is restored."""
 
     def take() -> dict[str, ModuleType]:
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "configs"}
@@ -92,10 +92,10 @@ def _ready_configs() -> Iterator[None]:
 
 
 def _read(file: str) -> tuple[bytes, str]:
-    """The content of a config file, and where it was found."""
+    """The content of a config file, and its location."""
     ready = "configs/ and configs/sweeps/ of the package hold ready ones, e.g. --config=configs/quickstart.py"
     if "://" in file:
-        from etils import epath  # brings NumPy, which a local config need not wait for
+        from etils import epath  # imports NumPy, which local configs do not need
 
         storage.prepare(file)
         place = epath.Path(file)
@@ -114,15 +114,15 @@ def _read(file: str) -> tuple[bytes, str]:
 
 
 def override(file: str, config: ml_collections.ConfigDict, words: Sequence[str]) -> ml_collections.ConfigDict:
-    """A config with overrides from the command line, paths under ~ resolved, checked.
+    """Applies command-line overrides to a config, resolves paths under ~, and checks it.
 
     Args:
-      file: that it comes from, for messages.
-      config: what `load` returned; not changed.
-      words: `--config.GROUP.KEY=VALUE`, or the value as a word of its own.
+      file: the config's file, for messages.
+      config: the result of `load`; not modified.
+      words: `--config.GROUP.KEY=VALUE`, or with the value as a separate word.
 
     Raises:
-      ConfigError: a word is no override, a key does not exist, a value is not allowed, or has no effect.
+      ConfigError: a word is not an override, a key does not exist, or a value is not allowed or has no effect.
     """
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f"{file}: get_config(): expected an ml_collections.ConfigDict, found {type(config).__name__}")
@@ -154,10 +154,10 @@ def _key(word: str) -> str:
 
 
 def joined(words: Iterable[str]) -> list[str]:
-    """The overrides, each as one word: a value may stand after a space.
+    """Joins overrides whose values are separate words.
 
     Raises:
-      ConfigError: a word is no override.
+      ConfigError: a word is not an override.
     """
     result: list[str] = []
     for word in words:

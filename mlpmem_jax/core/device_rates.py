@@ -1,4 +1,4 @@
-"""What one device of this process can do: published where its kind is known, else measured."""
+"""The compute rate of one device of this process: published if its kind is known, else measured."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mlpmem_jax.core import chips
 
 
 def peak_rate(dtype: str) -> float:
-    """FLOP/s that one device's utilization is measured against, when it computes in `dtype`.
+    """The FLOP/s relative to which one device's utilization is reported, when it computes in `dtype`.
 
-    The published peak of bfloat16 products where the device is known, else the measured rate of products in `dtype`.
+    The published bfloat16 peak if the device is known, else the measured rate of products in `dtype`.
     """
     rates = chips.published(jax.devices()[0].device_kind)
     return rates.flops if rates else matmul_rate(dtype)
@@ -25,9 +25,9 @@ def matmul_rate(dtype: str, size: int = 1536, seconds: float = 0.5) -> float:
     """FLOP/s of a square matrix product on one device.
 
     Args:
-      dtype: of the factors, e.g. "float32"; the product is accumulated in float32.
+      dtype: dtype of the factors, e.g. "float32"; the product is accumulated in float32.
       size: rows and columns.
-      seconds: for how long the product is repeated; the fastest repetition counts.
+      seconds: time for which the product is repeated; the fastest repetition counts.
     """
     key_a, key_b = jax.random.split(jax.random.key(0))
     a, b = (jax.random.normal(key, (size, size), dtype) for key in (key_a, key_b))

@@ -1,4 +1,4 @@
-"""A job of one or more processes: joining it, and what each process says when the job fails."""
+"""A job of one or more processes: joining it, and each process's message when the job fails."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _COMPILED_FOLDER = "compiled"
 
 @contextlib.contextmanager
 def job(workdir: str, writes: bool = True) -> Iterator[None]:
-    """The work of this process in a job of one or more, for a run in `workdir`; where it `writes`, no other job may.
+    """Context of this process's work in a job, for a run in `workdir`; if it `writes`, no other job may write there.
 
-    In a job of several, a process that fails says why and ends at once: it does not wait for the others, who may wait
-    for it. One that loses another ends with the exit code of `Stopped`; it notices at once where connections are closed
-    (a killed process), else by missing heartbeats. When one of them is preempted, by SIGTERM, all end with that
-    exit code, a second or two later.
+    In a multi-process job, a failing process prints the reason and exits immediately, because the others may be waiting
+    for it. A process that loses another one exits with the code of `Stopped`; it detects a closed connection (a killed
+    process) immediately, and otherwise missing heartbeats. If one process is preempted by SIGTERM, all exit with that
+    code, a second or two later.
     """
     _cache_compiled_programs(workdir)
     join_job()
@@ -52,11 +52,11 @@ def job(workdir: str, writes: bool = True) -> Iterator[None]:
 
 
 def sign_of_loss(error: BaseException) -> str | None:
-    """What JAX says of another process that cannot be reached, where that led to an error; else None.
+    """JAX's message that another process cannot be reached, if that caused the error; else None.
 
-    JAX raises one type, JaxRuntimeError, for all that its C++ code reports, and the status is in its text alone (as of
-    JAX 0.10.2), so words have to tell a closed connection from a program that fails. Other libraries raise other types:
-    a bucket that is UNAVAILABLE is no lost process.
+    JAX raises one type, JaxRuntimeError, for all errors of its C++ code, and the status is only in its text (as of JAX
+    0.10.2), so the text must distinguish a closed connection from a failing program. Other libraries raise other types:
+    an UNAVAILABLE bucket is not a lost process.
     """
     for cause in failures.chain(error):
         if isinstance(cause, jax.errors.JaxRuntimeError) and any(sign in str(cause) for sign in _SIGNS_OF_LOSS):
@@ -65,11 +65,11 @@ def sign_of_loss(error: BaseException) -> str | None:
 
 
 def join_job() -> None:
-    """Joins the other processes of the job, where the environment says that there are any.
+    """Joins the other processes of the job, if the environment defines any.
 
-    On a TPU slice, under SLURM and under Kubernetes JAX finds them by itself; elsewhere JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID tell. MLPMEM_DISTRIBUTED=1 asks for the former. MLPMEM_JOIN_SECONDS says how
-    long processes wait for the last to start, MLPMEM_LOST_SECONDS after how long a silent one counts as lost.
+    With MLPMEM_DISTRIBUTED=1, on a TPU slice, SLURM or Kubernetes, JAX finds them by itself; elsewhere set
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. MLPMEM_JOIN_SECONDS is how long processes wait for
+    the last to start, MLPMEM_LOST_SECONDS after how long a silent process counts as lost.
 
     Raises:
       UserError: the environment does not describe a job.
@@ -100,7 +100,7 @@ def join_job() -> None:
                 initialization_timeout=seconds,
                 heartbeat_timeout_seconds=lost_seconds,
             )
-        except ValueError as error:  # no cluster that JAX knows
+        except ValueError as error:  # not a cluster that JAX knows
             raise UserError(
                 f"this process cannot join a job of several: {error}; unset MLPMEM_DISTRIBUTED and "
                 "JAX_COORDINATOR_ADDRESS to work alone, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
@@ -109,9 +109,9 @@ def join_job() -> None:
 
 
 def _bypass_proxy(host: str) -> None:
-    """Has gRPC talk to a host directly where the environment names a proxy for http, which would not know the job.
+    """Makes gRPC connect to a host directly if the environment names an HTTP proxy, which cannot reach the job.
 
-    So JAX need not warn of such variables, this one among them.
+    This also makes JAX's warning about such variables unnecessary.
     """
     name = "no_grpc_proxy"
     hosts = os.environ.get(name) or os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
@@ -120,10 +120,10 @@ def _bypass_proxy(host: str) -> None:
 
 
 def _open_devices() -> None:
-    """Makes JAX look for its devices.
+    """Initializes JAX's devices.
 
     Raises:
-      UserError: JAX_PLATFORMS names an accelerator that is not here.
+      UserError: JAX_PLATFORMS names an accelerator that is not present.
     """
     try:
         jax.devices()
@@ -150,16 +150,16 @@ def _whole_number(name: str, default: int | None = None) -> int:
 
 
 def _alone(workdir: str, writes: bool) -> contextlib.AbstractContextManager:
-    """No other job works in the directory: its first process speaks for all of them."""
+    """Ensures that no other job works in the directory; the first process holds the lock for all."""
     is_first = not jax.distributed.is_initialized() or jax.process_index() == 0
     return lock.held(workdir) if writes and is_first else contextlib.nullcontext()
 
 
 def _cache_compiled_programs(workdir: str) -> None:
-    """Keeps compiled programs for the next start, in JAX_COMPILATION_CACHE_DIR or else in WORKDIR/compiled.
+    """Caches compiled programs for the next start, in JAX_COMPILATION_CACHE_DIR or else in WORKDIR/compiled.
 
-    The first process writes them, all read them. Those that compile in less than a second are not kept. Nothing is lost
-    where they cannot be written.
+    The first process writes them, all read them. Programs that compile in less than a second are not cached. Failing to
+    write them is harmless.
     """
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

@@ -1,4 +1,4 @@
-"""Errors that a user can act on. The command line prints their text alone and exits with their code."""
+"""Errors that a user can act on. The command line prints only their text and exits with their code."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from types import ModuleType
 
 
 class UserError(Exception):
-    """Something the user gave cannot work. The text names it, what was expected, what was found, what to do."""
+    """Invalid user input. The text names it, what was expected, what was found, and what to do."""
 
     exit_code = 2
-    """What the command line exits with: 2, as for wrong options. Launchers do not restart a job that ends so."""
+    """The command line's exit code: 2, as for wrong options. Launchers do not restart a job that exits with it."""
 
 
 class ConfigError(UserError):
@@ -18,21 +18,21 @@ class ConfigError(UserError):
 
 
 class ArtifactError(UserError):
-    """An artifact is missing, unfinished, corrupt, foreign, newer, or made by another config."""
+    """An artifact is missing, unfinished, corrupt, foreign, newer, or built with another config."""
 
 
 class Stopped(UserError):
-    """The job was preempted or lost a process, and what it had done is kept: the same command resumes from there."""
+    """The job was preempted or lost a process; its finished work is kept, and the same command resumes."""
 
     exit_code = 75
-    """EX_TEMPFAIL of sysexits.h: launchers start the job again."""
+    """EX_TEMPFAIL of sysexits.h: launchers restart the job."""
 
 
 def require(module: str, extra: str) -> ModuleType:
     """Imports `module`, which belongs to the optional extra `extra`.
 
     Raises:
-      UserError: the module is not installed; the text names the extra to install.
+      UserError: the module is not installed; names the extra to install.
     """
     try:
         return importlib.import_module(module)

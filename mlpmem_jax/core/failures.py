@@ -1,4 +1,4 @@
-"""How a command ends before its end: one last line that says why, and an exit code of its own."""
+"""How a command fails: one last line that gives the reason, and a specific exit code."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from mlpmem_jax.core.errors import UserError
 
 BUG = 1
-"""Exit code of what is an error of the program."""
+"""Exit code for bugs of the program."""
 INTERRUPTED = 128 + signal.SIGINT
 
 _KEPT = "What was complete before is kept: run the same command again"
 _ADVICE = {
-    # What the file system says: what to do about it.
+    # Advice by the file system's error number.
     errno.ENOSPC: f"make room. {_KEPT}",
     errno.EDQUOT: f"make room. {_KEPT}",
     errno.EROFS: "choose a place that may be written",
@@ -38,11 +38,11 @@ _ADVICE = {
 }
 _SMALLER = "raise accumulation_steps, or lower loss_chunk, datastore.batch_sequences or targets.key_shard_rows"
 _UNMISTAKABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EIO, errno.ENAMETOOLONG)
-"""Those whose text names no other trouble, by which the errors of C++ libraries are told."""
+"""Error numbers whose text is unambiguous, so that it identifies errors of C++ libraries."""
 
 
 def print_anything() -> None:
-    """Lets standard output and error take any text: what a terminal's encoding lacks is printed as its escape."""
+    """Makes standard output and error accept any text: characters outside the terminal's encoding are escaped."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -50,21 +50,21 @@ def print_anything() -> None:
 
 @contextlib.contextmanager
 def told(program: str) -> Iterator[None]:
-    """While inside, whatever ends the work raises SystemExit, after one line on standard error.
+    """Within the context, any failure raises SystemExit, after one line on standard error.
 
     Args:
-      program: what the line begins with, e.g. "mlpmem run".
+      program: prefix of the line, e.g. "mlpmem run".
 
     Raises:
-      SystemExit: with the code of the `UserError`; 2 of the file system's refusals and of too little memory, 130 after
-        Ctrl-C, and 1, below a traceback, of everything else.
+      SystemExit: with the code of a `UserError`; 2 for file system errors and insufficient memory; 130 after Ctrl-C;
+        and 1, with a traceback, for everything else.
     """
-    sys.unraisablehook = _print_unraisable  # for good: reads that were given up may end after this
+    sys.unraisablehook = _print_unraisable  # permanently: abandoned reads may end after this context
     try:
         yield
     except KeyboardInterrupt:
         _end(program, f"stopped by Ctrl-C. {_KEPT}", INTERRUPTED)
-    except BrokenPipeError:  # who read the output has had enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
@@ -78,9 +78,9 @@ def told(program: str) -> Iterator[None]:
 
 
 def _print_unraisable(event) -> None:
-    """Prints errors that nobody can catch, but for those of reads that end when nobody waits for them any more.
+    """Prints errors that cannot be caught, except those of abandoned reads.
 
-    When one of the reads of a checkpoint fails, Orbax closes the asyncio loop that all of them report to.
+    If one of the reads of a checkpoint fails, Orbax closes the asyncio loop that all of them report to.
     """
     if str(event.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(event)
@@ -93,7 +93,7 @@ def _end(program: str, text: str, code: int) -> None:
 
 
 def bug() -> str:
-    """The last line under a traceback."""
+    """The last line after a traceback."""
     versions = [f"{name} {_version(name)}" for name in ("mlpmem_jax", "jax")]
     return (
         "this is a bug of mlpmem_jax: please open an issue in its repository, with the lines above, the command and "
@@ -109,7 +109,7 @@ def _version(name: str) -> str:
 
 
 def chain(error: BaseException) -> list[BaseException]:
-    """An error and what it came from, the first cause last."""
+    """An error and its causes, ending with the first cause."""
     errors: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in errors:
@@ -119,7 +119,7 @@ def chain(error: BaseException) -> list[BaseException]:
 
 
 def outside_cause(error: BaseException) -> str | None:
-    """What the file system or the machine refused, where that is the first cause of an error; else None."""
+    """A description of the file system's or machine's failure, if that is the first cause of an error; else None."""
     for each in reversed(chain(error)):
         if isinstance(each, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(each):
             return f"the memory of this machine is not enough ({_first_line(each)}); {_SMALLER}"

@@ -1,4 +1,4 @@
-"""llama.cpp's GGUF files: metadata and tensors, in any quantization that the `gguf` package dequantizes."""
+"""llama.cpp's GGUF files: metadata and tensors, in any quantization that the `gguf` package can dequantize."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class GGUFFile:
         """Reads the header.
 
         Raises:
-          UserError: there is no such file, or it is damaged, or it is no GGUF file.
+          UserError: the file does not exist, is damaged, or is not a GGUF file.
         """
         self.path = pathlib.Path(path).expanduser()
         if not self.path.is_file():
@@ -26,28 +26,28 @@ class GGUFFile:
         try:
             reader = self._gguf.GGUFReader(self.path)
             self.values = {name: field.contents() for name, field in reader.fields.items()}
-        except Exception as error:  # the package raises bare errors of NumPy and its own
+        except Exception as error:  # the package raises errors of NumPy and its own
             raise UserError(
                 f"{path}: expected a GGUF file, found something else, or a damaged one ({error})"
             ) from error
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def value(self, name: str, default=None):
-        """Metadata of this name; UserError where it is missing and has no default."""
+        """The metadata with a name; UserError if it is missing and there is no default."""
         value = self.values.get(name, default)
         if value is None:
             raise UserError(f"{self.path}: has no {name}; this is not a complete llama.cpp model")
         return value
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor as PyTorch has it: rows first."""
+        """Shape of a tensor in PyTorch's order: rows first."""
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
 
     def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
-        """Part of a tensor, float32; only its rows are dequantized.
+        """A part of a tensor, float32; only its rows are dequantized.
 
         Raises:
-          UserError: the quantization is not one that the package can dequantize.
+          UserError: the package cannot dequantize this quantization.
         """
         tensor, (rows, *rest) = self.tensors[name], part
         try:
@@ -55,6 +55,6 @@ class GGUFFile:
         except (NotImplementedError, KeyError, ValueError) as error:
             raise UserError(
                 f"{self.path}: tensor {name!r} is quantized as {tensor.tensor_type.name}, which the gguf package does "
-                f"not dequantize ({error}); take a file of another quantization"
+                f"not dequantize ({error}); use a file with another quantization"
             ) from error
         return np.asarray(values, np.float32)[(slice(None), *rest)]

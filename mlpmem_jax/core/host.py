@@ -1,4 +1,4 @@
-"""What this process may use of its machine, and what it has used: processors, memory."""
+"""Processors and memory that this process may use, and the memory it has used."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import os
 import pathlib
 import resource
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # from glibc's malloc.h
 
 
 def cpu_count() -> int:
-    """Processors that this process may run on: those of its job or container, not all that the host has."""
+    """Number of processors that this process may run on: those of its job or container, not all of the host's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
-    """Memory that this process may use: that of the machine, or less where a container or a job is limited."""
+    """Bytes of memory that this process may use: the machine's, or less if a container or job is limited."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *control_group_limits(pathlib.Path("/"))])
 
@@ -41,7 +41,7 @@ def control_group_limits(root: pathlib.Path) -> list[int]:
         else:
             continue
         group = mount / path.strip("/")
-        # A container may see the host's path with its own group mounted as the top.
+        # A container may see the host's path although its own group is mounted as the root.
         for folder in (group, *group.parents):
             if (folder / name).is_file():
                 limit = (folder / name).read_text().strip()
@@ -52,14 +52,14 @@ def control_group_limits(root: pathlib.Path) -> list[int]:
 
 
 def reset_peak() -> None:
-    """From here on `peak_rss_bytes` counts anew (on Linux)."""
-    # Writing 5 resets the kernel's high-water mark; where that is not to be had the peak is that of the whole process.
+    """Resets `peak_rss_bytes` (on Linux)."""
+    # Writing 5 resets the kernel's high-water mark; if that is not available, the peak covers the whole process.
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process since the stage began (on Linux), else since it started."""
+    """Peak resident memory of this process since the stage began (on Linux) or else since it started."""
     try:
         with open("/proc/self/status") as file:
             fields = dict(line.split(":", 1) for line in file)
@@ -81,10 +81,10 @@ def process_age() -> float:
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed blocks instead of returning them to the kernel.
 
-    XLA's CPU runtime allocates its large temporaries anew in every step; faulting their pages in again took a third of
-    a step's time (11,000 page faults a step at width 64, 300 with this). All threads share one arena: a thread's
-    own holds no block above 64 MiB, and larger ones go back to the kernel all the same. Other C libraries have no such
-    call.
+    XLA's CPU runtime reallocates its large temporaries in every step; faulting their pages in again took a third of a
+    step's time (11,000 page faults per step at width 64, 300 with this). All threads share one arena, because
+    per-thread arenas cannot hold blocks above 64 MiB and return larger ones to the kernel. Other C libraries have no
+    such call.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

@@ -1,4 +1,4 @@
-"""What JAX has no public call for: every use of `jax._src`, with the version of JAX that it was checked against."""
+"""Every use of `jax._src`, where JAX has no public API, with the JAX version it was checked against."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 
 
 def preemption_notice_received() -> bool:
-    """Whether a process of the job has received SIGTERM, which JAX's coordination service tells all of them.
+    """Whether a process of the job has received SIGTERM, which JAX's coordination service announces to all.
 
-    The public `multihost_utils.reached_preemption_sync_point` answers only where all processes ask at the same step.
-    Seen in JAX 0.10.2: `jax._src.distributed.global_state.client`, and the key that its preemption notifier sets.
+    The public `multihost_utils.reached_preemption_sync_point` works only if all processes call it at the same step.
+    Checked with JAX 0.10.2:  `jax._src.distributed.global_state.client`, and the key that its preemption notifier sets.
     """
     from jax._src import distributed
 

@@ -1,4 +1,4 @@
-"""Files of JSON lines that a killed process or a disk may have left with damaged lines."""
+"""Reads JSON lines files in which a killed process or a disk error may have left damaged lines."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from etils import epath
 
 
 def read(file: epath.Path) -> list[dict]:
-    """The objects of a file; none where it does not exist. Lines that are damaged are left out."""
+    """The objects of a file; none if it does not exist. Damaged lines are skipped."""
     return parsed(file.read_bytes().splitlines()) if file.exists() else []
 
 
 def parsed(lines: Iterable[bytes]) -> list[dict]:
-    """The objects of lines; those that are damaged are left out."""
+    """The objects of lines; damaged lines are skipped."""
     return [record for line in lines if (record := _object(line)) is not None]
 
 

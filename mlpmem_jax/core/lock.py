@@ -1,9 +1,9 @@
-"""One process at a time works in a working directory: the file lock.json says which.
+"""A lock on a working directory: the file lock.json names the one process that works in it.
 
-The file is written and removed by conditional writes of TensorStore, so that it works on local disks, on network file
-systems without locks of their own, and in buckets. Its holder writes it anew every few seconds. Whoever finds it there
-tells a holder that lives from one that died by the process's start, on the same machine, and elsewhere by whether the
-file still changes: clocks are not compared.
+The file is written and removed by TensorStore's conditional writes, so it works on local disks, on network file systems
+without locks, and in buckets. Its holder rewrites it every few seconds. Another process decides whether the holder is
+alive by the process's start time on the same machine, and on other machines by whether the file still changes; clocks
+are not compared.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mlpmem_jax.core.manifests import absolute
 from mlpmem_jax.core.progress import say
 
 FILE = "lock.json"
-_BEAT_SECONDS = 10.0  # between two writes of the holder; a bucket takes one a second at most
-_SILENT_SECONDS = 60.0  # a holder on another machine that has not written for so long is dead
+_BEAT_SECONDS = 10.0  # between two writes of the holder; a bucket allows at most one per second
+_SILENT_SECONDS = 60.0  # a holder on another machine that has not written for this long is dead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Holder:
 
     Attributes:
       host: name of its machine.
-      pid: its number there.
-      since: local time at which it began, with the offset to UTC.
-      space: what its number is unique in: the start of the machine, and the container.
-      started: what tells it from a later process of the same number.
+      pid: its process id there.
+      since: local time at which it started working, with the UTC offset.
+      space: the scope in which its pid is unique: the machine's boot and the container.
+      started: its start time, which distinguishes it from a later process with the same pid.
     """
 
     host: str
@@ -55,7 +55,7 @@ class Holder:
 
     @property
     def is_dead(self) -> bool | None:
-        """Whether it has ended; None where this process cannot tell."""
+        """Whether it has ended; None if this process cannot tell."""
         if not self.space or self.space != _space():
             return None
         return _started(self.pid) != self.started
@@ -65,7 +65,7 @@ class Holder:
 
 
 def _space() -> str:
-    """ "" where the system does not tell (it is Linux that does)."""
+    """The scope in which process ids are unique; "" if unknown (other than on Linux)."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -74,17 +74,17 @@ def _space() -> str:
 
 
 def _started(pid: int) -> str:
-    """Clock ticks from the start of the machine to that of a process; "" where there is no such process."""
+    """Clock ticks from the machine's boot to the start of a process; "" if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if fields[0] in "ZX" else fields[19]  # a zombie works no more
+    return "" if fields[0] in "ZX" else fields[19]  # zombies have ended
 
 
 class _Lock:
-    """The file of one working directory."""
+    """The lock file of one working directory."""
 
     def __init__(self, workdir: str):
         self._path = absolute(workdir)
@@ -94,22 +94,22 @@ class _Lock:
         self._generation = b""
 
     def read(self) -> tuple[Holder | None, bytes]:
-        """Who holds it, and the generation of the file."""
+        """The holder, and the generation of the file."""
         read = self._store.read(FILE).result()
         try:
             holder = Holder(**json.loads(read.value)["holder"]) if read.state == "value" else None
         except (ValueError, KeyError, TypeError):
-            holder = None  # half a file, or another program's
+            holder = None  # an incomplete file, or another program's
         return holder, read.stamp.generation
 
     def write(self, generation: bytes, remove: bool = False) -> bool:
-        """Writes this process into the file of this generation, or removes it; False where it no longer is that."""
+        """Writes this process into the file, or removes it, if its generation is unchanged; returns whether it was."""
         content = None if remove else json.dumps({"holder": dataclasses.asdict(self._holder), "at": time.time()})
         self._generation = self._store.write(FILE, content, if_equal=generation).result().generation
         return bool(self._generation)
 
     def take(self) -> None:
-        """Waits where it must, and writes this process into the file.
+        """Takes the lock, waiting if necessary.
 
         Raises:
           UserError: another process works in the directory.
@@ -127,9 +127,9 @@ class _Lock:
             )
 
     def keep(self, finished: threading.Event) -> None:
-        """Writes the file anew until finished; ends this process where another has taken the directory from it."""
+        """Rewrites the file until finished; ends this process if another one has taken over the directory."""
         while not finished.wait(_BEAT_SECONDS):
-            with contextlib.suppress(ValueError, OSError):  # a full disk is the work's to tell
+            with contextlib.suppress(ValueError, OSError):  # the work itself will report a full disk
                 if not self.write(self._generation):
                     print(f"mlpmem: error: {self._path}: taken over by {self.read()[0]}", file=sys.stderr, flush=True)
                     os._exit(UserError.exit_code)
@@ -144,7 +144,7 @@ _held: list[_Lock] = []
 
 @contextlib.contextmanager
 def held(workdir: str) -> Iterator[None]:
-    """While inside, no other process works in the directory. Where nothing can be written, nothing is locked.
+    """Within the context, no other process works in the directory. If nothing can be written, nothing is locked.
 
     Raises:
       UserError: another process works there; says which.
@@ -171,6 +171,6 @@ def held(workdir: str) -> Iterator[None]:
 
 
 def release_all() -> None:
-    """For who ends this process at once, past every `finally`."""
+    """Releases all locks; for code that exits immediately, without running `finally` blocks."""
     for lock in _held:
         lock.release()

@@ -1,4 +1,4 @@
-"""What the folder of an artifact says about itself: its manifest, or a link to the folder that has one."""
+"""An artifact's manifest, or the link to a folder that has one."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ LINK = "link"
 
 
 def absolute(path) -> str:
-    """The path that TensorStore's file driver takes, which is absolute; URLs stay as they are."""
+    """The absolute path, as TensorStore's file driver needs it; URLs are unchanged."""
     path = str(path).rstrip("/")
     return path if "://" in path else os.path.abspath(path)
 
 
 def link(path, target) -> None:
-    """Makes the folder `path` stand for the artifact at `target`, for reading alone; it need not be there yet.
+    """Makes the folder `path` a read-only link to the artifact at `target`, which need not exist yet.
 
     Raises:
-      ArtifactError: the folder holds an artifact of its own.
+      ArtifactError: the folder contains an artifact itself.
     """
     path, folder = absolute(path), epath.Path(path)
     if (folder / MANIFEST).exists():
         raise ArtifactError(f"{path}: holds an artifact, where a link to {target} is needed; delete that folder")
     folder.mkdir(parents=True, exist_ok=True)
-    # Relative, so that the two may be moved together.
+    # Relative, so that both can be moved together.
     (folder / LINK).write_text(posixpath.relpath(absolute(target), path) + "\n")
 
 
 def located(path) -> str:
-    """Where the artifact at `path` is, a link followed.
+    """The location of the artifact at `path`, following a link.
 
     Raises:
       ArtifactError: the link is damaged.
@@ -56,18 +56,18 @@ def located(path) -> str:
 
 
 def fingerprint(manifest: Mapping) -> str:
-    """SHA-256 of all that the manifest says, its own fingerprint left out."""
+    """SHA-256 of the manifest's content, except its own fingerprint."""
     content = {key: value for key, value in manifest.items() if key != "fingerprint"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def encode(content: Mapping) -> bytes:
-    """JSON that is the same for the same content."""
+    """Deterministic JSON of the content."""
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
 def read_manifest(path: str) -> dict | None:
-    """The manifest of the artifact at `path`, sealed or not; None when there is none.
+    """The manifest of the artifact at `path`, sealed or not; None if there is none.
 
     Raises:
       ArtifactError: the file is not a manifest of this project, is of a newer version, or is corrupt.
@@ -82,7 +82,7 @@ def read_manifest(path: str) -> dict | None:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactError(f"{file}: expected a manifest with format {FORMAT!r}; this folder is not an artifact")
     version = manifest.get("version")
-    if isinstance(version, int) and version > VERSION:  # asked first: its fingerprint may be another one
+    if isinstance(version, int) and version > VERSION:  # checked first: its fingerprint may be computed differently
         raise ArtifactError(
             f"{file}: has version {version}, this installation reads up to {VERSION}; upgrade mlpmem_jax"
         )
@@ -95,7 +95,7 @@ def read_manifest(path: str) -> dict | None:
 
 
 def is_sealed(path) -> bool:
-    """Whether a finished artifact is at `path`, a link followed.
+    """Whether there is a finished artifact at `path`, following a link.
 
     Raises:
       ArtifactError: what is there is no artifact, or is damaged.
@@ -116,10 +116,10 @@ def _differences(stored, expected, prefix="") -> list[str]:
 
 
 def check_same_origin(path: str, manifest: Mapping, kind: str, config: Mapping, inputs: Mapping) -> None:
-    """Whether the artifact at `path` was made of this kind, by this config, from these inputs.
+    """Checks that the artifact at `path` is of this kind and was built with this config from these inputs.
 
     Raises:
-      ArtifactError: it was not; names what differs.
+      ArtifactError: it was not; names the differences.
     """
     expected = json.loads(json.dumps({"kind": kind, "config": config, "inputs": inputs}))
     stored = {key: manifest[key] for key in expected}

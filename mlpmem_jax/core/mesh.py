@@ -1,4 +1,4 @@
-"""The device mesh: which devices make it up, in which order, and how a train step is compiled for it."""
+"""The device mesh: its devices and their order, and compiler options for a train step on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlpmem_jax.core.errors import ConfigError
 AXES = ("slice", "fsdp", "tensor")
 """Mesh axes: data parallel between slices, fully sharded data parallel, tensor parallel."""
 
-_BARRIER_TIMEOUT_MS = 7 * 24 * 3600 * 1000  # that a process died is noticed by its missing heartbeats, not by this
+_BARRIER_TIMEOUT_MS = 7 * 24 * 3600 * 1000  # missing heartbeats, not this timeout, detect a dead process
 
 
 def make_mesh(slice_: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | None = None) -> Mesh:
@@ -41,9 +41,9 @@ def make_mesh(slice_: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | 
 
 
 def _on_wires(devices: list, sizes: list[int]) -> np.ndarray:
-    """TPUs in an order in which neighbors on the mesh are neighbors on the wires.
+    """Orders TPUs so that neighbors on the mesh are physical neighbors.
 
-    TPU slices are joined by the data-center network alone, so only the mesh axis `slice` runs between them; it may
+    TPU slices are connected only by the data-center network, so only the mesh axis `slice` spans them; it may also
     divide each of them further.
     """
     tpu_slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -63,10 +63,10 @@ def _on_wires(devices: list, sizes: list[int]) -> np.ndarray:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool]:
-    """Options of the compiler for a train step on TPUs: collectives that run beside the products.
+    """Compiler options for a train step on TPUs, which let collectives overlap with matrix products.
 
-    By default v5e sums gradients while nothing else runs. v5p and v6e wait for every collective, unless their sparse
-    cores do them; their compilers refuse v5e's options, and v4's knows neither.
+    By default v5e does not overlap sums of gradients with anything. v5p and v6e wait for every collective, unless it
+    runs on their sparse cores; their compilers reject v5e's options, and v4's compiler has neither.
     """
     kind = mesh.devices.flat[0].device_kind
     if kind in ("TPU v5 lite", "TPU v5e"):
@@ -78,15 +78,15 @@ def compiler_options(mesh: Mesh) -> dict[str, bool]:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process of the job is here; another's work may take days.
+    """Waits until every process of the job arrives, even if that takes days.
 
-    This asks the job's coordinator, not the devices: a collective would give up on a process that comes late.
+    This uses the job's coordinator, not the devices: a collective would time out if a process is late.
 
     Raises:
-      JaxRuntimeError: a process died meanwhile.
+      JaxRuntimeError: a process died in the meantime.
     """
     if jax.process_count() == 1:
         return
-    import orbax.checkpoint as ocp  # slow to import, and of use to several processes alone
+    import orbax.checkpoint as ocp  # slow to import, and needed only with several processes
 
     ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=_BARRIER_TIMEOUT_MS)

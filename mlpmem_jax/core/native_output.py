@@ -1,4 +1,4 @@
-"""The standard streams of C++ libraries, which print past Python's."""
+"""Silences C++ libraries, which bypass Python's standard streams."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 def silence_standard_output() -> None:
-    """Discards what C++ prints to standard output for the rest of this process: Gloo reports each connection there."""
+    """Discards what C++ prints to standard output for the rest of this process: Gloo logs each connection there."""
     sys.stdout.flush()
     kept = open(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
     with open(os.devnull, "wb") as null:
@@ -20,7 +20,7 @@ def silence_standard_output() -> None:
 
 @contextlib.contextmanager
 def silenced_standard_error() -> Iterator[None]:
-    """While inside, discards what C++ prints to standard error; its errors are raised as exceptions all the same.
+    """Within the context, discards what C++ prints to standard error; its errors are still raised as exceptions.
 
     A library that aborts raises nothing: then Python's fault handler says where, past the silence.
     """

@@ -19,7 +19,7 @@ _FOLDER = "parameters"
 
 @jax.jit
 def _bit_sums(tree):
-    """For each array two 32-bit sums over its bits, weighted by position; exact in any order, so on any mesh."""
+    """Two 32-bit sums over the bits of each array, weighted by position; exact in any order, hence on any mesh."""
 
     def sums(array):
         bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
@@ -32,7 +32,7 @@ def _bit_sums(tree):
 
 
 def fingerprint(parameters) -> str:
-    """A fingerprint of all parameters, computed where they lie: nothing is gathered on one host."""
+    """A fingerprint of all parameters, computed without gathering them on one host."""
     sums = jax.tree_util.tree_leaves_with_path(_bit_sums(parameters))
     digest = hashlib.sha256()
     for path, value in sums:
@@ -41,7 +41,7 @@ def fingerprint(parameters) -> str:
 
 
 def write(path, parameters) -> None:
-    """Writes float32 parameters into the artifact's folder; each process writes its own shards."""
+    """Writes float32 parameters to the artifact's folder; each process writes its own shards."""
     folder = storage.literal(path) / _FOLDER
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, parameters, force=True)
@@ -49,18 +49,18 @@ def write(path, parameters) -> None:
 
 @contextlib.contextmanager
 def reading(path, remedy: str) -> Iterator[None]:
-    """While inside, what Orbax cannot read is an ArtifactError: of damaged files it raises errors of many kinds.
+    """Within the context, converts the many kinds of errors that Orbax raises for damaged files to ArtifactError.
 
     Args:
-      path: what is read.
+      path: the path being read.
       remedy: what the user can do about it.
 
     Raises:
-      ArtifactError: naming path, cause and remedy.
+      ArtifactError: names path, cause and remedy.
     """
     try:
         yield
-    except (UserError, jax.errors.JaxRuntimeError):  # too little memory, or another process was lost
+    except (UserError, jax.errors.JaxRuntimeError):  # insufficient memory, or another process was lost
         raise
     except Exception as error:
         cause = str(error).split(" [source locations")[0].strip().partition("\n")[0][:300] or type(error).__name__
@@ -71,12 +71,12 @@ def read(artifact: Artifact, abstract, shardings):
     """Reads the parameters of a sealed artifact straight into sharded arrays.
 
     Args:
-      artifact: of kind "base" or "memory"; its summary holds the fingerprint.
-      abstract: tree of jax.ShapeDtypeStruct, as the model's config says.
+      artifact: an artifact of kind "base" or "memory"; its summary has the fingerprint.
+      abstract: tree of jax.ShapeDtypeStruct, according to the model's config.
       shardings: tree of NamedSharding of the same structure.
 
     Raises:
-      ArtifactError: they are missing, of other shapes, or not what was sealed.
+      ArtifactError: they are missing, have other shapes, or differ from what was sealed.
     """
     wanted = jax.tree.map(
         lambda array, placed: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed), abstract, shardings

@@ -1,4 +1,4 @@
-"""Preemption of a job of several processes: SIGTERM to one of them ends all, between two shards or at a checkpoint."""
+"""Preemption of a multi-process job: SIGTERM to one process ends all, between two shards or at a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from mlpmem_jax.core.errors import Stopped
 WORK_IS_KEPT = "What was complete is kept: run the same command again, with as many processes as you like"
 _PREEMPTED = f"the job was preempted. {WORK_IS_KEPT}"
 _POLL_SECONDS = 1.0
-_deferred = threading.Lock()  # held by work that ends by itself, at a better moment
+_deferred = threading.Lock()  # held by work that ends by itself, at a suitable point
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """While inside, a thread ends this process when the job is preempted, whatever its main thread waits for."""
+    """Within the context, a thread ends this process when the job is preempted, whatever its main thread is doing."""
     finished = threading.Event()
     watcher = threading.Thread(target=_end_when_preempted, args=(finished,), daemon=True)
     watcher.start()
     yield
-    finished.set()  # not after an error: this process then ends with that
+    finished.set()  # not after an error: this process then ends with the error
     watcher.join()
 
 
 def _end_when_preempted(finished: threading.Event) -> None:
-    """No stage loses more than unfinished shards when it ends at any moment, and none needs the others to agree, except
-    for what runs in `deferred`. All processes linger, so that none takes another's end for a loss.
+    """A stage may end at any time, losing only unfinished shards and without agreement between processes, except for
+    work in `deferred`. All processes linger before they exit, so that none reports another as lost.
     """
     while not finished.wait(_POLL_SECONDS):
         if jax_internals.preemption_notice_received():
@@ -38,7 +38,7 @@ def _end_when_preempted(finished: threading.Event) -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """While inside, preemption does not end this process: the work inside looks for it, and raises `Stopped`."""
+    """Within the context, preemption does not end this process: the work itself checks for it and raises `Stopped`."""
     _deferred.acquire()
     yield
-    _deferred.release()  # not after an error: this process then ends with that
+    _deferred.release()  # not after an error: this process then ends with the error

@@ -1,5 +1,5 @@
-"""What config, devices and finished artifacts contradict, told before any compute: by `mlpmem run` before each stage,
-and by the launchers before they send a job. Imports no accelerator runtime.
+"""Checks config, devices and finished artifacts for contradictions before any compute: `mlpmem run` does so before each
+stage, and launchers before they submit a job. Imports no accelerator runtime.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mlpmem_jax.core.manifests import located, read_manifest
 
 
 def mesh_sizes(config: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
-    """The size of each mesh axis on so many devices, by the rule of `core.mesh.make_mesh`.
+    """The size of each mesh axis for a number of devices, by the rules of `core.mesh.make_mesh`.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
@@ -32,10 +32,10 @@ def mesh_sizes(config: ml_collections.ConfigDict, devices: int) -> dict[str, int
 
 
 def check_devices(config: ml_collections.ConfigDict, devices: int, processes: int, stage: str = "run") -> None:
-    """Checks that batches, and a memory that `stage` trains, divide over the devices and processes they will meet.
+    """Checks that batches, and the memory if `stage` trains it, are divisible by the devices and processes of the job.
 
     Raises:
-      ConfigError: naming every batch or dimension that does not, or sharding rules that training cannot follow.
+      ConfigError: names every batch or dimension that is not, or sharding rules that training does not support.
     """
     sizes, rules = mesh_sizes(config, devices), mesh_rules(config)
     axes = {name: (rule,) if isinstance(rule, str) else rule or () for name, rule in rules.items()}
@@ -67,7 +67,7 @@ def check_devices(config: ml_collections.ConfigDict, devices: int, processes: in
 
 
 def _check_rules(axes: dict[str, tuple[str, ...]], devices: int) -> None:
-    """As `core.sharding.Sharding.check_collectives`, which training asks when it starts."""
+    """The same check as `core.sharding.Sharding.check_collectives`, which training does when it starts."""
     batch, embed, mlp, vocab = (set(axes[name]) for name in ("batch", "embed", "mlp", "vocab"))
     if devices > 1 and (not embed <= batch or (mlp | vocab) & batch):
         raise ConfigError(
@@ -77,22 +77,22 @@ def _check_rules(axes: dict[str, tuple[str, ...]], devices: int) -> None:
 
 
 def _dimensions_of_memory(config: ml_collections.ConfigDict) -> list[tuple[str, str, int]]:
-    """(key, logical axis, size) of each dimension that the mesh has to divide."""
+    """(key, logical axis, size) of each dimension that the mesh must divide."""
     width, feed_forward = config.memory.width, config.memory.feed_forward_width
     dimensions = [
         ("memory.width", "embed", width),
         ("memory.feed_forward_width", "mlp", feed_forward) if feed_forward else ("memory.width", "mlp", 4 * width),
     ]
-    if config.base.source == "train" and config.base.width != width:  # the memory's first matrix is as wide
+    if config.base.source == "train" and config.base.width != width:  # also a width of the memory's first matrix
         dimensions.append(("base.width", "embed", config.base.width))
     return dimensions
 
 
 def check_models(config: ml_collections.ConfigDict, devices: int) -> None:
-    """Checks the config against the published dimensions of the models that it names, before any of them is there.
+    """Checks the config against the published dimensions of the models that it names, before they are downloaded.
 
     Raises:
-      ConfigError: a key does not fit them, or the mesh does not divide what the memory reads.
+      ConfigError: a key does not match them, or the mesh does not divide the width that the memory reads.
     """
     if config.base.source != "huggingface" or (base := published.find(config.base.path)) is None:
         return
@@ -120,16 +120,16 @@ def check_models(config: ml_collections.ConfigDict, devices: int) -> None:
 
 
 def check_artifacts(config: ml_collections.ConfigDict) -> None:
-    """Checks the config against what finished artifacts say: those of its workdir, and the memory to start from.
+    """Checks the config against the finished artifacts of its workdir, and the memory to start from.
 
     Raises:
-      ConfigError: a key does not fit the tokens, the base or that memory.
-      ArtifactError: an artifact is no artifact.
+      ConfigError: a key does not match the tokens, the base or that memory.
+      ArtifactError: an artifact's folder is not an artifact.
     """
     tokens, base = (_finished(f"{config.workdir}/{folder}") for folder in ("tokens", "base"))
     if tokens is not None:
         _check_tokens(config, tokens)
-    if base is not None and config.base.source != "train":  # of a trained base the config says its width
+    if base is not None and config.base.source != "train":  # the config gives the width of a base trained here
         _check_width(config, base["summary"]["model"]["width"])
     if config.training.start:
         _check_start(config, _finished(config.training.start))
@@ -177,7 +177,7 @@ def _check_tokens(config: ml_collections.ConfigDict, manifest: dict) -> None:
                 "it, or give more text"
             )
         if name == "base.training" and config.base.finetune_steps:
-            continue  # its warmup is a tenth at most
+            continue  # its warmup is limited to a tenth
         steps = settings.steps or round(settings.epochs * sequences / settings.batch_sequences)
         if steps <= settings.warmup_steps:
             raise ConfigError(

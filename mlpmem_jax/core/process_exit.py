@@ -1,4 +1,4 @@
-"""How one process of a job of several ends at once, past every `finally`, with one last line that says why."""
+"""Exits one process of a multi-process job immediately, without `finally` blocks, after printing the reason."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import jax
 from mlpmem_jax.core import lock
 from mlpmem_jax.core.errors import Stopped
 
-_LINGER_SECONDS = 2.0  # of process 0, which coordinates: when it ends, JAX ends the rest before they can say why
-_ending = threading.Lock()  # never released: the first reason to end is the one that is printed
+_LINGER_SECONDS = 2.0  # for process 0, the coordinator: when it exits, JAX ends the others before they can print why
+_ending = threading.Lock()  # never released, so that only the first reason is printed
 
 
 def end(text: str, code: int, lingers: bool = False) -> NoReturn:
@@ -35,16 +35,16 @@ def end(text: str, code: int, lingers: bool = False) -> NoReturn:
 
 @contextlib.contextmanager
 def explained_abort(text: str) -> Iterator[None]:
-    """While inside, `text` is the last line of this process when JAX ends it, and the exit code that of `Stopped`.
+    """Within the context, if JAX ends this process, `text` is its last line and the exit code is that of `Stopped`.
 
-    JAX's threads call abort() when a process of the job cannot be reached. Python's own signal handlers would run
-    later, which is never; this one runs at once.
+    JAX's threads call abort() when a process of the job cannot be reached. Python's own signal handlers would be
+    delayed until after that, so never run; this one runs immediately.
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def explain(signum):
         if not _ending.acquire(blocking=False):
-            time.sleep(2 * _LINGER_SECONDS)  # another thread has said why this process ends, and ends it meanwhile
+            time.sleep(2 * _LINGER_SECONDS)  # another thread has printed the reason and is ending the process
         os.write(2, f"mlpmem: error: {text}\n".encode())
         os._exit(Stopped.exit_code)
 

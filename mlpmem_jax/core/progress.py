@@ -1,4 +1,4 @@
-"""Progress bars with rate and time left on a terminal, sparse plain lines in a log file, silence on request."""
+"""Progress: bars with rate and remaining time on a terminal, occasional lines in a log file, or silence."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def _is_silent() -> bool:
     """True when MLPMEM_QUIET is set or this is not the first process of the job."""
     if os.environ.get("MLPMEM_QUIET", "0") != "0":
         return True
-    jax = sys.modules.get("jax")  # a process that never imported jax is alone, and must not import it for this
+    jax = sys.modules.get("jax")  # a process that has not imported jax is not part of a job
     return jax is not None and jax.distributed.is_initialized() and jax.process_index() != 0
 
 
 def say(text: str) -> None:
-    """Prints one line for the user, from the first process alone."""
+    """Prints one line for the user, on the first process only."""
     if not _is_silent():
         _console.print(text, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def live(render: Callable[[], rich.console.RenderableType]) -> Iterator[bool]:
-    """Shows on a terminal what `render` gives, twice a second; yields whether there is a terminal to show it on."""
+    """Shows the result of `render` on a terminal, updated twice a second; yields whether there is a terminal."""
     if _is_silent() or not _console.is_terminal:
         yield False
         return
@@ -41,7 +41,7 @@ def live(render: Callable[[], rich.console.RenderableType]) -> Iterator[bool]:
 
 
 class _LogLines:
-    """The bar of a log file: a line every few seconds and one at the end."""
+    """Progress in a log file: a line every few seconds and one at the end."""
 
     def __init__(self, total: float, description: str, unit: str, initial: float):
         self._total, self._description, self._unit = total, description, unit
@@ -69,7 +69,7 @@ class _LogLines:
 
 
 class _Bar:
-    """The bar of a terminal, drawn by rich."""
+    """Progress on a terminal, drawn by rich."""
 
     def __init__(self, progress: rich.progress.Progress, task: rich.progress.TaskID, initial: float):
         self._progress, self._task = progress, task
@@ -91,12 +91,12 @@ def progress(total: float, description: str, unit: str, initial: float = 0) -> I
     """A progress display for one long loop.
 
     Args:
-      total: amount of work in `unit`, `initial` of which is done already.
-      description: what is being done, a few words.
-      unit: plural noun of what is counted, e.g. "positions".
+      total: amount of work in `unit`, of which `initial` is already done.
+      description: a few words on what is being done.
+      unit: plural noun for the counted items, e.g. "positions".
 
     Yields:
-      An object with `advance(amount, note="")`; `note` is shown beside the bar (a loss, say).
+      An object with `advance(amount, note="")`; `note` is shown next to the bar (such as a loss).
     """
     if _is_silent():
         yield _Silent()

@@ -1,4 +1,4 @@
-"""Dimensions of published language models by Hugging Face name: planning and launching need no network, no weights.
+"""Dimensions of published language models by Hugging Face name, so that planning and launching need no network.
 
 Source: config.json of the model on huggingface.co. Imports no accelerator runtime.
 """
@@ -38,9 +38,9 @@ DIMENSIONS: dict[str, dict] = {
         **{"width": 576, "blocks": 30, "heads": 9, "head_width": 64, "rotary": {"theta": 100_000.0}, "tied": True},
     },
 }
-"""Fields as `models.language_model.from_fields` takes them."""
+"""Fields by Hugging Face name, as `models.language_model.from_fields` takes them."""
 
 
 def find(source: str) -> dict | None:
-    """The fields of NAME or NAME@REVISION; None where they are not known."""
+    """The fields of NAME or NAME@REVISION; None if unknown."""
     return DIMENSIONS.get(source.partition("@")[0])

@@ -1,8 +1,8 @@
-"""How arrays lie on the devices: a mesh, and the one table that maps logical array axes to mesh axes.
+"""How arrays are sharded over devices: a mesh, and one table that maps logical array axes to mesh axes.
 
-Every parameter and activation names its logical axes ("batch", "embed", "mlp", ...). `RULES` says over which mesh axes
-each of them is sharded; another table, given in `config.mesh.rules`, is another sharding strategy. A `Sharding` is a
-mesh with such a table, and all that follows from the two.
+Every parameter and activation names its logical axes ("batch", "embed", "mlp", ...). `RULES` maps each of them to the
+mesh axes that shard it; for another sharding strategy, set another table in `config.mesh.rules`. A `Sharding` combines
+a mesh with such a table.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ RULES: Rules = {
 
 
 class BatchPart(NamedTuple):
-    """Which rows of a global batch this process gives.
+    """Which rows of a global batch this process provides.
 
     Attributes:
-      index: of the part, from 0.
-      count: number of parts, all of the same size. Less than the number of processes where the devices of several
-        hold the same rows, as those do that share a `tensor` axis: they give the same part.
-      leads: True in the first of the processes that give this part.
+      index: index of the part, from 0.
+      count: number of equal parts. Less than the number of processes if the devices of several processes hold the
+        same rows because they share a `tensor` axis; these provide the same part.
+      leads: True for the first of the processes that provide this part.
     """
 
     index: int
@@ -51,10 +51,10 @@ class BatchPart(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """A device mesh and the sharding table on it. Hashable, so that it may be a static argument of a jitted function.
+    """A device mesh with a sharding table. Hashable, so that it can be a static argument of a jitted function.
 
     Attributes:
-      mesh: the devices; None in `LOCAL` alone.
+      mesh: the devices; None only in `LOCAL`.
       rules: logical axis -> the mesh axis, or axes, that shard it; None replicates it.
     """
 
@@ -63,15 +63,15 @@ class Sharding:
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, devices: list | None = None) -> Sharding:
-        """What config.mesh asks for; `devices` are all there are, unless given.
+        """Creates the sharding of config.mesh; `devices` defaults to all devices.
 
         Raises:
-          ConfigError: the mesh does not fit the devices.
+          ConfigError: the mesh does not match the devices.
         """
         mesh = make_mesh(config.mesh.slice, config.mesh.fsdp, config.mesh.tensor, devices)
         return cls(mesh, mesh_rules(config))
 
-    # Placing whole arrays: the compiler adds the collectives.
+    # Sharding whole arrays: the compiler inserts the collectives.
 
     def spec(self, *logical_axes: str | None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes.
@@ -87,11 +87,11 @@ class Sharding:
         return PartitionSpec(*(None if axis is None else self.rules[axis] for axis in logical_axes))
 
     def named(self, *logical_axes: str | None) -> NamedSharding:
-        """The NamedSharding of an array with these logical axes; without any, of an array that is replicated."""
+        """The NamedSharding of an array with these logical axes; without any, of a replicated array."""
         return NamedSharding(self.mesh, self.spec(*logical_axes))
 
     def rows(self, ndim: int) -> NamedSharding:
-        """The NamedSharding of an array of so many axes whose first is the batch."""
+        """The NamedSharding of an array with `ndim` axes, of which the first is the batch."""
         return self.named("batch", *[None] * (ndim - 1))
 
     def tree(self, logical_axes, abstract=None):
@@ -99,8 +99,8 @@ class Sharding:
 
         Args:
           logical_axes: tree whose leaves are tuples of logical axis names.
-          abstract: tree of arrays or shapes of the same structure, where an axis that its shards do not divide is to be
-            replicated: the 25 heads of GPT-2 xl, say.
+          abstract: tree of arrays or shapes of the same structure; if given, axes that are not divisible by their
+            shards are replicated, such as the 25 heads of GPT-2 xl.
         """
         trees = (logical_axes,) if abstract is None else (logical_axes, abstract)
         return jax.tree.map(
@@ -110,7 +110,7 @@ class Sharding:
         )
 
     def _dividing(self, logical_axes: tuple[str | None, ...], shape: tuple[int, ...]) -> list[str | None]:
-        """The logical axes whose shards divide their size, None in the place of the others."""
+        """The logical axes, with None for those whose size is not divisible by their shards."""
         return [
             axis if axis is not None and size % self.size(_as_tuple(self.rules[axis])) == 0 else None
             for axis, size in zip(logical_axes, shape, strict=True)
@@ -124,7 +124,7 @@ class Sharding:
           logical_axes: tree of the same structure whose leaves are tuples of logical axis names.
 
         Raises:
-          ConfigError: naming the first array that it does not divide.
+          ConfigError: names the first array that is not divisible.
         """
         placed = jax.tree.leaves(self.tree(logical_axes))
         for (path, array), sharding in zip(jax.tree_util.tree_leaves_with_path(abstract), placed, strict=True):
@@ -137,29 +137,29 @@ class Sharding:
                         f"of {name} (shape {array.shape}); choose sizes that they divide, or other config.mesh.rules"
                     )
 
-    # Programs that name their own collectives (`jax.shard_map`).
+    # Programs with explicit collectives (`jax.shard_map`).
 
     @property
     def is_local(self) -> bool:
-        """Whether all arrays are one device's own, so that no collective is needed."""
+        """Whether all arrays are on a single device, so that no collectives are needed."""
         return self.mesh is None or self.mesh.size == 1
 
     def axes(self, logical_axis: str) -> tuple[str, ...]:
-        """The mesh axes that shard a logical axis; none on a single device, where collectives over () do nothing."""
+        """The mesh axes that shard a logical axis; empty on a single device, where collectives over () do nothing."""
         return () if self.is_local else _as_tuple(self.rules[logical_axis])
 
     def size(self, mesh_axes: tuple[str, ...]) -> int:
-        """How many shards some mesh axes make."""
+        """The number of shards over some mesh axes."""
         return math.prod(self.mesh.shape[axis] for axis in mesh_axes)
 
     def shards(self, logical_axis: str) -> int:
-        """How many shards a logical axis has."""
+        """The number of shards of a logical axis."""
         return self.size(self.axes(logical_axis))
 
     def sequence_axes(self, positions: int, logical_axis: str) -> tuple[str, ...]:
-        """The mesh axes of `logical_axis` where they, after those of the batch, divide so many positions, else none.
+        """The mesh axes of `logical_axis` if, after those of the batch, they divide the positions; else none.
 
-        What is computed position by position is then sharded over the whole mesh (sequence parallelism).
+        Computation per position is then sharded over the whole mesh (sequence parallelism).
         """
         return self.axes(logical_axis) if positions % (self.shards("batch") * self.shards(logical_axis)) == 0 else ()
 
@@ -167,7 +167,7 @@ class Sharding:
         """Checks that parameters can be gathered over "embed", and their products summed over "mlp" and "vocab".
 
         Raises:
-          ConfigError: under these rules they cannot.
+          ConfigError: the rules do not allow it.
         """
         batch, embed, mlp, vocab = (self.axes(name) for name in ("batch", "embed", "mlp", "vocab"))
         if not set(embed) <= set(batch) or (set(mlp) | set(vocab)) & set(batch):
@@ -180,7 +180,7 @@ class Sharding:
 
     @functools.cached_property
     def batch_part(self) -> BatchPart:
-        """The part of every global batch that this process gives.
+        """The part of every global batch that this process provides.
 
         Raises:
           ConfigError: the rows of two processes overlap without being the same.
@@ -201,7 +201,7 @@ class Sharding:
         return BatchPart(parts.index(tuple(sorted(own))), len(parts), first == jax.process_index())
 
     def global_batch(self, batch):
-        """A tree of global arrays, sharded along axis 0, from each process's own part of the rows (NumPy arrays)."""
+        """Builds a tree of global arrays, sharded along axis 0, from each process's part of the rows (NumPy arrays)."""
         return jax.tree.map(
             lambda rows: jax.make_array_from_process_local_data(self.rows(rows.ndim), rows),
             batch,
@@ -209,11 +209,11 @@ class Sharding:
 
 
 LOCAL = Sharding(None, dict.fromkeys(RULES))
-"""Of arrays that are one device's own, as they are inside `jax.shard_map`."""
+"""The sharding of arrays on a single device, as inside `jax.shard_map`."""
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-    """This process's part of the rows of an array that is sharded along axis 0 alone, in order."""
+    """This process's rows of an array that is sharded along axis 0 only, in order."""
     if jax.process_count() == 1:
         return np.asarray(array)
     shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
@@ -221,5 +221,5 @@ def local_rows(array: jax.Array) -> np.ndarray:
 
 
 def _as_tuple(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes that a rule, or an entry of a PartitionSpec, names."""
+    """The mesh axes in a rule or an entry of a PartitionSpec."""
     return (rule,) if isinstance(rule, str) else tuple(rule or ())

@@ -1,4 +1,4 @@
-"""What a stage costs: its seconds and its peak memory, kept in WORKDIR/stages.jsonl."""
+"""The cost of a stage, its seconds and peak memory, recorded in WORKDIR/stages.jsonl."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _start_times: list[float] = []  # Unix times at which the stages of this process
 
 
 def start_time() -> float:
-    """Unix time at which the stage that runs began: the first stage of a process with the process itself."""
+    """Unix time at which the current stage began; the first stage begins with the process."""
     return _start_times[-1] if _start_times else time.time()
 
 
 @contextlib.contextmanager
 def measured(workdir: str, stage: str) -> Iterator[None]:
-    """Records seconds and peak memory of a stage in WORKDIR/stages.jsonl, also of one that fails."""
+    """Records seconds and peak memory of a stage in WORKDIR/stages.jsonl, even if it fails."""
     host.reset_peak()
     start = time.perf_counter()
     _start_times.append(time.time() if _start_times else time.time() - host.process_age())
@@ -32,7 +32,7 @@ def measured(workdir: str, stage: str) -> Iterator[None]:
     finally:
         if jax.process_index() == 0:
             record = {"stage": stage, "seconds": time.perf_counter() - start, "peak_rss_bytes": host.peak_rss_bytes()}
-            # The error of the stage itself matters more than a full disk here.
+            # The stage's own error matters more than a full disk here.
             with contextlib.suppress(OSError):
                 file = epath.Path(workdir) / _FILE
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def measured(workdir: str, stage: str) -> Iterator[None]:
 
 
 def totals(workdir) -> dict[str, dict]:
-    """{'seconds': {stage: sum}, 'peak_rss_bytes': {stage: largest}} over all the times that a stage was run."""
+    """{'seconds': {stage: sum}, 'peak_rss_bytes': {stage: maximum}} over all runs of each stage."""
     seconds, peaks = {}, {}
     for record in json_lines.read(epath.Path(workdir) / _FILE):
         stage = record["stage"]

@@ -1,6 +1,6 @@
-"""Places: object storage, folders whose names have brackets, and what tells that files have changed.
+"""Storage: buckets, folders with brackets in their names, and detecting changed files.
 
-TensorStore reads and writes buckets by itself; all small files go through etils.epath, by fsspec.
+TensorStore accesses buckets itself; all small files go through etils.epath, which uses fsspec.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import NamedTuple
 from mlpmem_jax.core.errors import UserError, require
 
 _FILE_SYSTEMS = {
-    # Scheme of a URL: (fsspec's name of it, the package that it needs, our extra). Orbax takes the client library of
-    # Google Cloud Storage, which comes with gcsfs, to delete old checkpoints.
+    # URL scheme: (fsspec's name for it, the package that it needs, our extra). Orbax uses the Google Cloud Storage
+    # client library, which comes with gcsfs, to delete old checkpoints.
     "gs": ("gcs", "gcsfs", "gcs"),
     "s3": ("s3", "s3fs", "s3"),
 }
 
 _HASHED_BYTES = 2**28
-"""Files of up to this size together are recognized by their content, larger ones by size, time, and both ends."""
+"""Files up to this total size are compared by content, larger ones by size, time, and both ends."""
 _END_BYTES = 2**16
 _COPIED_BYTES = 2**24
 
 
 def prepare(*places: str) -> None:
-    """Makes ready to read and write what of `places`, paths or URLs, is in a bucket. Call it before anything is opened.
+    """Prepares access to buckets among `places`, which are paths or URLs. Call it before opening anything.
 
     Raises:
-      UserError: a package that this needs is not installed, or there is no such kind of place.
+      UserError: a required package is not installed, or the kind of URL is unknown.
     """
     for place in places:
         scheme, separator, _ = place.partition("://")
@@ -50,20 +50,20 @@ def prepare(*places: str) -> None:
             raise UserError(f"{place}: {error}") from error
         import fsspec.config
 
-        # A folder that was listed once would not change: TensorStore and other processes write into it as well.
+        # Folder listings must not be cached: TensorStore and other processes also write to them.
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
 
 
 def literal(path):
-    """The path as libraries take it that look for files by pattern in it: none of its own characters is one.
+    """The path for libraries that search it by pattern, such that none of its characters is taken as a pattern.
 
-    etils joins path and pattern before it looks, so that Orbax finds nothing in a folder named `x[y]`, writes
-    checkpoints without their index there, and says so in its log alone.
+    etils joins path and pattern before it searches, so Orbax would find nothing in a folder named `x[y]`, and would
+    write checkpoints without their index there, reporting that only in its log.
     """
     from etils import epath
 
     path = epath.Path(path)
-    if "://" in str(path):  # fsspec's object stores; the names of buckets and their folders rarely have brackets
+    if "://" in str(path):  # object stores via fsspec; names of buckets and their folders rarely have brackets
         return path
 
     class Literal(type(path)):
@@ -82,9 +82,9 @@ class FileState(NamedTuple):
 
 
 def state_of(file) -> FileState:
-    """Of an epath.Path, here or in a bucket.
+    """The state of an epath.Path, local or in a bucket.
 
-    etils looks up the owner's name as well, which a user without one (a container's --user=12345) does not have.
+    etils would also look up the owner's name, which fails for a user without one (a container's --user=12345).
     """
     if "://" in str(file):
         status = file.stat()
@@ -94,15 +94,15 @@ def state_of(file) -> FileState:
 
 
 def folder_bytes(folder) -> int:
-    """Of all files below an epath.Path."""
+    """Total bytes of all files below an epath.Path."""
     return sum(folder_bytes(entry) if entry.is_dir() else state_of(entry).length for entry in folder.iterdir())
 
 
 def checksum(files: Mapping) -> str:
-    """A checksum that changes with the files, and says what of them it was made from.
+    """A checksum of files, which also states what it was computed from.
 
     Args:
-      files: epath.Path by the name that stands for the file wherever it lies.
+      files: epath.Path by a name that does not depend on the location.
     """
     stats = {name: state_of(file) for name, file in files.items()}
     by_content = sum(stat.length for stat in stats.values()) <= _HASHED_BYTES
@@ -126,15 +126,15 @@ def _ends(file, length: int) -> str:
 
 @contextlib.contextmanager
 def local_copies(files: Mapping) -> Iterator[pathlib.Path]:
-    """A folder on this machine's disk with copies of files of a bucket, for libraries that map what they read.
+    """A local folder with copies of files in a bucket, for libraries that memory-map files.
 
-    It lies where TMPDIR says and lasts as long as the context.
+    It is in TMPDIR and is deleted at the end of the context.
 
     Args:
       files: epath.Path by the name of its copy.
 
     Raises:
-      UserError: the disk has no room for them.
+      UserError: the disk has not enough space for them.
     """
     needed, room = sum(state_of(file).length for file in files.values()), shutil.disk_usage(tempfile.gettempdir()).free
     if needed > room:
