@@ -13,10 +13,10 @@ class CheckpointNames:
     """Names of tensors, and how their axes relate to ours.
 
     Attributes:
-      prefix: what stands before the names of all tensors but the output projection; bare models leave it out.
-      blocks: what the list of blocks is called.
-      transposed: whether kernels are stored [out, in] (torch.nn.Linear) and not [in, out] (Conv1D).
-      joined_axes: of kernels and biases with heads, for every axis of a tensor the axes of ours that it joins.
+      prefix: prefix of all tensor names except the output projection's; bare models omit it.
+      blocks: name of the list of blocks.
+      transposed: whether kernels are stored as [out, in] (torch.nn.Linear) rather than [in, out] (Conv1D).
+      joined_axes: for kernels and biases with heads, which of our axes each axis of a tensor joins.
     """
 
     prefix: str

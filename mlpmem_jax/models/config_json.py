@@ -1,6 +1,6 @@
-"""Values of a Hugging Face config.json, read with errors that name the file and the key.
+"""Reads values of a Hugging Face config.json, with errors that name the file and the key.
 
-What models/ does not implement is refused by its key: it would load, and give other numbers.
+Keys that models/ does not implement are refused, because such a model would load but give different numbers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class ConfigJson:
     """A config.json, or a group in it.
 
     Attributes:
-      file: it, for messages.
-      values: by key.
+      file: the file, for messages.
+      values: values by key.
     """
 
     file: str
@@ -28,7 +28,7 @@ class ConfigJson:
 
     @property
     def family(self) -> str:
-        """What `model_type` says; GPT-2's configs may leave it out."""
+        """The `model_type`; GPT-2's configs may omit it."""
         return self.values.get("model_type", "gpt2")
 
     def error(self, text: str) -> UserError:
@@ -36,7 +36,7 @@ class ConfigJson:
         return UserError(f"{self.file}: {text}")
 
     def check_allowed(self, key: str, allowed: tuple) -> None:
-        """A key that may be left out, and the values that are implemented; the first is what leaving out means.
+        """Checks that an optional key has one of the implemented values, of which the first is the default.
 
         Raises:
           UserError: it has another value.
@@ -44,10 +44,10 @@ class ConfigJson:
         check_allowed(self, key, self.values.get(key, allowed[0]), allowed)
 
     def sizes(self, keys: tuple[str, ...]) -> list[int]:
-        """The whole numbers above 0 under keys that may not be left out.
+        """The positive whole numbers under required keys.
 
         Raises:
-          UserError: one is missing, or is another value.
+          UserError: one is missing or has another value.
         """
         for key in keys:
             if type(self.values.get(key)) is not int or self.values[key] < 1:
@@ -57,10 +57,10 @@ class ConfigJson:
         return [self.values[key] for key in keys]
 
     def optional(self, key: str, default, kinds: tuple[type, ...] = (int,)):
-        """The positive number, or text or switch, under a key that may be left out; null counts as `default`.
+        """The positive number, text or boolean under an optional key; null counts as `default`.
 
         Raises:
-          UserError: it is of none of the `kinds`, or not positive.
+          UserError: it is none of the `kinds`, or not positive.
         """
         value = self.values.get(key)
         if value is None:
@@ -77,12 +77,12 @@ class ConfigJson:
         return value
 
     def check_divides(self, part: str, divisor: int, whole: str, dividend: int) -> None:
-        """Raises UserError where the divisor, the value of the key `part`, does not divide that of the key `whole`."""
+        """Raises UserError if the divisor, the value of key `part`, does not divide that of key `whole`."""
         if dividend % divisor:
             raise self.error(f"{part}, {divisor}, does not divide {whole}, {dividend}")
 
 
 def check_allowed(source: ConfigJson, name: str, value, allowed: tuple) -> None:
-    """Raises UserError where the value is not among those that are implemented; `name` is its key's in messages."""
+    """Raises UserError if the value is not one of the implemented ones; `name` is its key in messages."""
     if value not in allowed:
         raise source.error(f"{name} is {value!r}; only {' or '.join(map(repr, allowed))} can be imported")

@@ -1,8 +1,8 @@
 """Floating-point operations and parameter counts from a model's dimensions.
 
-A matrix product [m, k] x [k, n] counts 2 m n k; norms, activations and embedding look-ups count nothing. Without
-the output projection these are the formulas of FLOPs per token of the paper "MLP Memory" (arXiv 2508.01832). A
-backward pass costs twice its forward pass.
+A matrix product [m, k] x [k, n] counts 2 m n k; norms, activations and embedding lookups are not counted. Without the
+output projection these are the paper's formulas of FLOPs per token ("MLP Memory", arXiv 2508.01832). A backward pass
+costs twice its forward pass.
 """
 
 from __future__ import annotations

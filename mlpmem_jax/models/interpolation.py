@@ -1,8 +1,8 @@
 """Interpolation of two next-token distributions: p = lambda * p_other + (1 - lambda) * p_base.
 
-The inference rule of the paper "MLP Memory" (arXiv 2508.01832), where `other` is the memory; with p_kNN in its
-place it is kNN-LM. Only the probabilities of the tokens that really came next are needed to score a mixture, so
-everything here works on arrays of N log-probabilities, in float64 on the host.
+This is the inference rule of the paper "MLP Memory" (arXiv 2508.01832), where `other` is the memory; with p_kNN instead
+it is kNN-LM. Scoring a mixture needs only the probabilities of the actual next tokens, so everything here works on
+arrays of N log-probabilities, in float64 on the host.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class NotANumber(ValueError):
 
 
 def perplexity(log_probabilities_N: np.ndarray) -> float:
-    """exp of the mean negative log-likelihood; inf when a token had probability zero.
+    """exp of the mean negative log-likelihood; inf if a token has probability zero.
 
     Args:
       log_probabilities_N: natural log-probabilities of the next tokens, any shape, -inf allowed.
 
     Raises:
-      NotANumber: on NaN.
-      ValueError: on no positions, or a log-probability above zero.
+      NotANumber: a value is NaN.
+      ValueError: there are no positions, or a log-probability is above zero.
     """
     return float(np.exp(-np.mean(_checked(log_probabilities_N, "log-probabilities"))))
 
@@ -37,7 +37,7 @@ def mixture_log_probabilities(
 ) -> np.ndarray:
     """log(weight * p_other + (1 - weight) * p_base) per position, float64, without leaving the log domain.
 
-    The weights 0 and 1 return the base and the other distribution exactly, even where the one left out is 0.
+    The weights 0 and 1 return the base and the other distribution exactly, even where the excluded one is 0.
 
     Args:
       base_log_probabilities_N: log p_base(next token), any shape.
@@ -45,7 +45,7 @@ def mixture_log_probabilities(
       weight: the interpolation weight lambda, in [0, 1].
 
     Raises:
-      ValueError: on a weight outside [0, 1] or arrays of different shapes.
+      ValueError: the weight is outside [0, 1], or shapes differ.
     """
     base_N = np.asarray(base_log_probabilities_N, np.float64)
     other_N = np.asarray(other_log_probabilities_N, np.float64)
@@ -68,11 +68,11 @@ def mixture_perplexity(
 
 
 def tune_weight(base_log_probabilities_N: np.ndarray, other_log_probabilities_N: np.ndarray) -> tuple[float, float]:
-    """The weight that gives these positions their lowest perplexity, to about 1e-6.
+    """The weight with the lowest perplexity on these positions, to about 1e-6.
 
     The mean negative log-likelihood is convex in the weight, so the best point of a grid has the optimum between
-    its two neighbors; a golden-section search (with scipy's parabolic steps) finds it there. Grid points win
-    ties, smaller ones first: a distribution that does not help gets exactly 0, one that replaces the base
+    its two neighbors; a golden-section search (with scipy's parabolic steps) finds it there. Ties go to grid
+    points, smaller ones first: a distribution that does not help gets exactly 0, one that replaces the base
     exactly 1.
 
     Args:
@@ -83,7 +83,7 @@ def tune_weight(base_log_probabilities_N: np.ndarray, other_log_probabilities_N:
       (weight, perplexity of the mixture at that weight), two floats.
 
     Raises:
-      ValueError: as `perplexity` and `mixture_log_probabilities`.
+      ValueError: as in `perplexity` and `mixture_log_probabilities`.
     """
     base_N = _checked(base_log_probabilities_N, "base log-probabilities")
     other_N = _checked(other_log_probabilities_N, "other log-probabilities")

@@ -1,6 +1,6 @@
-"""Layers that several networks share: norms and feed-forward layers. Norms run in float32.
+"""Layers shared by several networks: norms and feed-forward layers. Norms run in float32.
 
-A `config` here is the dimensions of any network that has width, feed_forward_width, blocks and activation.
+A `config` here is the dimensions of any network with width, feed_forward_width, blocks and activation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ACTIVATIONS = {
 
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., I] times kernel [I, O], with a gradient of the kernel that CPUs compute at the rate of the product."""
+    """x [..., I] times kernel [I, O], whose kernel gradient CPUs compute as fast as the product itself."""
     return jnp.dot(x, kernel)
 
 
@@ -41,7 +41,7 @@ product.defvjp(_product_forward, _product_backward)
 def transposed_product(x_NxI: jax.Array, y_NxO: jax.Array, **keywords) -> jax.Array:
     """x.T @ y, [I, O]; keywords are those of `jnp.dot`.
 
-    XLA's CPU library takes up to twice the time over a product whose left factor is stored by columns. There the
+    XLA's CPU library takes up to twice as long for a product whose left factor is stored by columns, so on CPUs the
     narrower factor is transposed first; other devices choose their own layouts.
     """
 
@@ -56,7 +56,7 @@ def transposed_product(x_NxI: jax.Array, y_NxO: jax.Array, **keywords) -> jax.Ar
 
 
 def _linear_dot(x, kernel, dimension_numbers, **keywords):
-    """`product` in the form that nnx.Linear asks for: it contracts the last axis of x with the first of the kernel."""
+    """`product` with the signature that nnx.Linear needs: contracts the last axis of x with the first of the kernel."""
     del dimension_numbers, keywords
     return product(x, kernel)
 
@@ -115,7 +115,7 @@ def _out_of(config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, use_bias: bool)
 
 
 def residual_init(blocks: int) -> nnx.Initializer:
-    """GPT-2's initial values of projections into the residual stream: deviation 0.02 / sqrt(2 blocks)."""
+    """GPT-2's initializer for projections into the residual stream: standard deviation 0.02 / sqrt(2 blocks)."""
     return nnx.initializers.normal(0.02 / (2 * blocks) ** 0.5)
 
 
@@ -149,5 +149,5 @@ def embedding(rows: int, width: int, logical_axis: str | None, rngs: nnx.Rngs) -
 
 
 def vocabulary_axis(vocab_size: int) -> str | None:
-    """The logical axis of a vocabulary: None where no mesh divides it, as GPT-2's own of 50,257."""
+    """The logical axis of a vocabulary: None if no mesh divides it, as for GPT-2's 50,257."""
     return "vocab" if vocab_size % 128 == 0 else None

@@ -1,8 +1,7 @@
-"""Between flax NNX modules, which say what a network's parameters are, and plain dictionaries of arrays.
+"""Converts between flax NNX modules, which define a network's parameters, and plain dictionaries of arrays.
 
-Everywhere outside `models/` parameters are nested dictionaries and networks are pure functions of them. A module
-is built abstractly, filled with the dictionary's arrays and called: building costs time while tracing, never while
-running.
+Outside `models/`, parameters are nested dictionaries and networks are pure functions of them. A module is built
+abstractly, filled with the dictionary's arrays and called: building costs time only while tracing, not while running.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def initialize(build: Build, key: jax.Array) -> dict:
 
 
 def logical_axes(build: Build) -> dict:
-    """The tree of `initialize` with, for every array, the tuple of its logical axis names."""
+    """The tree of `initialize` with each array replaced by the tuple of its logical axis names."""
 
     def names(parameter: nnx.Param) -> tuple[str | None, ...]:
         axes = parameter.get_metadata("logical_axes")
@@ -32,19 +31,19 @@ def logical_axes(build: Build) -> dict:
 
 
 def bind(build: Build, parameters: dict) -> nnx.Module:
-    """The module with the arrays of `parameters` (a tree like that of `initialize`) in place."""
+    """The module with the arrays of `parameters`, a tree like that of `initialize`."""
     graph, state = nnx.split(_abstract(build))
     nnx.replace_by_pure_dict(state, parameters)
     return nnx.merge(graph, state)
 
 
 def stack(build: Build, count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` modules of the same shape held as one, each parameter with a leading axis of that length."""
+    """`count` modules of the same shape as one, each parameter with a leading axis of that length."""
     return nnx.vmap(lambda key: build(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 
 
 def unstack(parameters: dict) -> dict:
-    """The same parameters with those of the blocks, `h`, as a tuple of one tree for each block."""
+    """The same parameters with those of the blocks, `h`, as a tuple of one tree per block."""
     count = jax.tree.leaves(parameters["h"])[0].shape[0]
     blocks = (jax.tree.map(lambda array, i=i: array[i], parameters["h"]) for i in range(count))
     return {**parameters, "h": tuple(blocks)}
@@ -63,19 +62,19 @@ def run(
     prepare: Callable[[dict], dict] | None = None,
     unroll: int = 1,
 ):
-    """Run blocks `start` to `stop` one after the other: carry = call(module of the block, carry).
+    """Runs blocks `start` to `stop` in sequence: carry = call(module of the block, carry).
 
-    Stacked parameters are scanned. Unstacked ones are a program without a loop: it reads each weight in place, which
-    a decode step needs, and takes longer to compile. The backward pass keeps the results of matrix products inside a
-    block and computes everything else again; with `remat` it keeps the carry alone. `prepare` changes the parameters of
-    a block where they are used, and again in the backward pass; `unroll` blocks make one iteration of the loop.
+    Stacked parameters are scanned. Unstacked ones become a program without a loop, which reads each weight in place, as
+    a decode step needs, but takes longer to compile. The backward pass keeps the results of matrix products inside a
+    block and recomputes everything else; with `remat` it keeps only the carry. `prepare` transforms the parameters of a
+    block where they are used, and again in the backward pass; `unroll` is the number of blocks per loop iteration.
     """
     if isinstance(blocks, tuple):
         for parameters in blocks[start:stop]:
             carry = call(bind(build, parameters), carry)
         return carry
 
-    # Storing activations costs more than computing norms, activation functions and softmax twice, on CPU as well.
+    # Storing activations costs more than recomputing norms, activation functions and softmax, even on CPUs.
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
 
@@ -88,9 +87,9 @@ def run(
 
 
 def constrain(x: jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """Places an activation; None leaves it to the compiler.
+    """Constrains the sharding of an activation; None leaves it to the compiler.
 
-    Without it the compiler may prefer moving activations to gathering the parameters of one block at a time.
+    Without it the compiler may move activations rather than gather the parameters of one block at a time.
     """
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 

@@ -1,8 +1,7 @@
-"""Forward passes over several texts in one sequence, where what texts have in common is computed once.
+"""Forward passes over several texts packed into one sequence, computing what they have in common only once.
 
-A sequence holds documents one after another. A document is a stem and branches that continue it; a branch sees the
-stem and itself. In front of everything may be a prefix that all documents share, whose keys and values are computed
-once.
+A sequence contains documents one after another. A document is a stem and branches that continue it; a branch attends
+to the stem and itself. All documents may share a prefix, whose keys and values are computed once.
 
 Dimensions: B sequences, T positions, P of the prefix, L blocks, D width, H heads of queries, G heads of keys and
 values, K width of a head.
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 
 from mlpmem_jax.models import language_model, modules, transformer
 
-_CHUNK = 128  # queries that attend at once: scores that fit a cache, and no products with what comes later
+_CHUNK = 128  # queries per attention chunk, so that scores fit a cache and later keys are skipped
 
 
 class Layout(NamedTuple):
@@ -26,9 +25,9 @@ class Layout(NamedTuple):
 
     Attributes:
       tokens: token ids.
-      positions: of each token in its own text, the prefix included.
-      documents: number of its document.
-      branches: number of its branch within the sequence, from 1; 0 in a stem.
+      positions: position of each token in its own text, including the prefix.
+      documents: the number of each token's document.
+      branches: the number of each token's branch within the sequence, from 1; 0 in a stem.
     """
 
     tokens: jax.Array
@@ -38,14 +37,14 @@ class Layout(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """Keys, turned by their positions, and values of a shared prefix in every block, [L, G, P, K] each."""
+    """Keys (after rotary embedding) and values of a shared prefix in every block, [L, G, P, K] each."""
 
     keys: jax.Array
     values: jax.Array
 
 
 def read_prefix(parameters: dict, config: language_model.Config, tokens_P: jax.Array) -> Prefix:
-    """Computes what texts that begin with these tokens, int32 [P], need of them."""
+    """Computes the keys and values of a prefix, tokens int32 [P], for texts that begin with it."""
     positions_1xP = jnp.arange(len(tokens_P), dtype=jnp.int32)[None]
     same_1xP = jnp.zeros_like(positions_1xP)
     layout = Layout(tokens_P[None], positions_1xP, same_1xP, same_1xP)
@@ -63,10 +62,10 @@ def features(
     """Hidden states after the final norm, and inputs of feed-forward layers, float32 [B, T, D] each.
 
     Args:
-      parameters: of the model; its blocks are stacked.
-      config: dimensions of the model.
-      layout: tokens and where they belong.
-      prefix: in front of every document, from `read_prefix`.
+      parameters: the model's parameters, with stacked blocks.
+      config: the model's dimensions.
+      layout: tokens and their documents and branches.
+      prefix: the prefix of every document, from `read_prefix`.
       input_blocks: blocks, counted from 1, whose inputs are wanted.
     """
     final_BxTxD, block_inputs, _ = _run(parameters, config, layout, prefix, input_blocks, False)
@@ -102,7 +101,7 @@ def _run(parameters, config, layout, prefix, input_blocks, keeps):
 
 
 def _mask(layout: Layout, window: int, prefix: Prefix | None) -> jax.Array:
-    """[B, T, P + T] to add to scores: 0 where a token sees another, minus infinity where not."""
+    """Additive mask [B, T, P + T]: 0 where a token attends to another, else minus infinity."""
     (query_BxTx1, key_Bx1xT), places_T = _pairs(layout.positions), jnp.arange(layout.positions.shape[1])
     seen_BxTxT = places_T[:, None] >= places_T
     query_documents, key_documents = _pairs(layout.documents)
@@ -123,7 +122,7 @@ def _pairs(values_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _attention(query_BxHxTxK, key_BxGxTxK, value_BxGxTxK, mask_BxTxS, before: Prefix | None) -> jax.Array:
-    """[B, H, T, K]; in chunks of queries, each with the keys up to its own."""
+    """Attention, [B, H, T, K], in chunks of queries, each with the keys up to its own."""
     if before is not None:
         shape = key_BxGxTxK.shape[:1] + before.keys.shape
         key_BxGxTxK, value_BxGxTxK = (

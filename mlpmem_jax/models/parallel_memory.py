@@ -1,9 +1,9 @@
-"""The memory's forward pass over a device mesh, with collectives of its own instead of the compiler's.
+"""The memory's forward pass over a device mesh, with explicit collectives instead of the compiler's.
 
 The residual stream is sharded by position over the whole mesh. Each block gathers its parameters over the axes of
 "embed" (fully sharded data parallelism) and its positions over those of "mlp" (tensor parallelism), both in the compute
-dtype, and scatters the sums of its outputs. Gradients take the same paths back: they are scattered, not summed on every
-device.
+dtype, and scatters the sums of its outputs. Gradients take the same paths in reverse: they are scattered, not summed on
+every device.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from mlpmem_jax.models import memory, modules
 from mlpmem_jax.models.memory import Block, MemoryConfig
 
 _MOST_UNROLLED = 9
-"""Most blocks in an iteration of the loop: within one, compilers gather a block's parameters while another computes.
-
-All iterations have as many: of a last one with fewer, everything kept for the backward pass would be copied once more.
+"""Maximum blocks per loop iteration: within one, compilers gather a block's parameters while another block computes.
+All iterations have equally many blocks, because a smaller last one would copy everything saved for the backward pass.
 """
 
 
@@ -35,7 +34,7 @@ def hidden(
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
 ) -> jax.Array:
-    """`memory.hidden` of inputs [positions, input_width] and parameters that lie on a mesh.
+    """`memory.hidden` for inputs [positions, input_width] and parameters on a mesh.
 
     Raises:
       ConfigError: the mesh does not divide the positions, or its rules do not allow these collectives.
@@ -62,14 +61,14 @@ def hidden(
         mesh=sharding.mesh,
         in_specs=(_map_axes(spec, logical), stream),
         out_specs=stream,
-        check_vma=False,  # sums over "mlp" are of outputs, which JAX could not tell from those of whole arrays
+        check_vma=False,  # JAX cannot track replication through the sums of outputs over "mlp"
     )(parameters, inputs_BxD)
 
 
 def _local_hidden(
     config: MemoryConfig, compute_dtype, remat, sharding: Sharding, logical, sequence_axes, parameters, inputs_BxD
 ):
-    """What one device computes from its parameters, with their `logical` axes, and its positions."""
+    """The computation of one device, from its shards of parameters (with `logical` axes) and its positions."""
     mlp_axes, embed_axes = sharding.axes("mlp"), sharding.axes("embed")
 
     def gather(axes: tuple[str | None, ...], array: jax.Array) -> jax.Array:
@@ -78,8 +77,8 @@ def _local_hidden(
         return jax.lax.all_gather(array.astype(compute_dtype), embed_axes, axis=axes.index("embed"), tiled=True)
 
     def gather_block(block: dict) -> dict:
-        """A block's parameters, whole along "embed"; of the outputs that are summed one alone has the bias."""
-        axes = _map_axes(lambda axes: axes[1:], logical["h"])  # of one block, without "layers"
+        """A block's parameters, gathered along "embed"; only one of the summed outputs gets the bias."""
+        axes = _map_axes(lambda axes: axes[1:], logical["h"])  # axes of one block, without "layers"
         block = _map_axes(gather, axes, block)
         if config.family == "llama":
             return block

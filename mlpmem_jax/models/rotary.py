@@ -1,6 +1,6 @@
-"""Rotary position embeddings (Su et al., 2021) and the ways to stretch them over longer contexts.
+"""Rotary position embeddings (Su et al., 2021) and their extensions to longer contexts.
 
-The variants are those that the `rope_parameters` of a Hugging Face config name. Dimensions: B sequences, T positions,
+The variants are those of the `rope_parameters` of a Hugging Face config. Dimensions: B sequences, T positions,
 H heads, K width of a head, F = K / 2 frequencies.
 """
 
@@ -24,14 +24,14 @@ class Rotary:
     Attributes:
       type: one of TYPES.
       theta: base of the wavelengths.
-      factor: how far the context is stretched; all types but "default".
-      original_length: positions before stretching; "dynamic", "llama3" and "yarn".
-      low_frequency_factor: "llama3": wavelengths above original_length over this are stretched whole.
-      high_frequency_factor: "llama3": wavelengths below original_length over this are not stretched.
-      beta_fast: "yarn": frequencies that turn more often than this over original_length are not stretched.
-      beta_slow: "yarn": frequencies that turn less often than this are stretched whole.
-      truncate: "yarn": the bounds between those two are whole frequencies.
-      attention_factor: "yarn": what queries and keys are multiplied by.
+      factor: scaling of the context length; for all types except "default".
+      original_length: context length before scaling; for "dynamic", "llama3" and "yarn".
+      low_frequency_factor: "llama3": wavelengths above original_length / this are scaled fully.
+      high_frequency_factor: "llama3": wavelengths below original_length / this are not scaled.
+      beta_fast: "yarn": frequencies with more turns than this over original_length are not scaled.
+      beta_slow: "yarn": frequencies with fewer turns than this are scaled fully.
+      truncate: "yarn": whether the bounds between those two are rounded to whole frequencies.
+      attention_factor: "yarn": factor of queries and keys.
     """
 
     type: str = "default"
@@ -51,7 +51,7 @@ class Rotary:
 
 
 def rotation(rotary: Rotary, head_width: int, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """What turns queries and keys [B, H, T, K] by the angles of their positions; B may be 1 for all sequences."""
+    """A function that rotates queries and keys [B, H, T, K] by position; B may be 1 for all sequences."""
     frequencies_F = _frequencies(rotary, head_width, positions_BxT.max() + 1)
     angles_Bx1xTxF = positions_BxT[:, None, :, None].astype(jnp.float32) * frequencies_F
     cosine = jnp.cos(angles_Bx1xTxF) * rotary.attention_factor
@@ -81,7 +81,7 @@ def _frequencies(rotary: Rotary, head_width: int, length: jax.Array) -> jax.Arra
         kept_F = np.clip((turns_F - low) / (high - low), 0, 1)
         frequencies_F = kept_F * frequencies_F + (1 - kept_F) * frequencies_F / rotary.factor
     elif rotary.type == "yarn":
-        # The frequency that turns n times over the original length has index K log(length / 2 pi n) / (2 log theta).
+        # A frequency with n turns over the original length has the index K log(length / 2 pi n) / (2 log theta).
         low, high = (
             head_width * math.log(rotary.original_length / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
             for turns in (rotary.beta_fast, rotary.beta_slow)

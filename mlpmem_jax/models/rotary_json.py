@@ -1,4 +1,4 @@
-"""Rotary embeddings in a Hugging Face config.json, both ways."""
+"""Reads and writes rotary embeddings in a Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mlpmem_jax.models import rotary
 from mlpmem_jax.models.config_json import NUMBER, ConfigJson, check_allowed
 from mlpmem_jax.models.rotary import Rotary
 
-_FIELDS = {  # key there -> field of Rotary
+_FIELDS = {  # key in config.json -> field of Rotary
     "factor": "factor",
     "original_max_position_embeddings": "original_length",
     "low_freq_factor": "low_frequency_factor",
@@ -18,7 +18,7 @@ _FIELDS = {  # key there -> field of Rotary
     "truncate": "truncate",
     "attention_factor": "attention_factor",
 }
-_KEYS = {  # of each type
+_KEYS = {  # keys of each type
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -30,7 +30,7 @@ _KEYS = {  # of each type
 
 
 def from_json(source: ConfigJson, positions: int) -> Rotary:
-    """From `rope_parameters`, or `rope_scaling` and `rope_theta` of transformers before 5.
+    """Reads `rope_parameters`, or `rope_scaling` and `rope_theta` as in transformers before 5.
 
     Args:
       source: the whole config.json.
@@ -63,7 +63,7 @@ def from_json(source: ConfigJson, positions: int) -> Rotary:
 
 
 def _yarn_attention_factor(values: dict) -> float:
-    """0.1 m ln(factor) + 1 (Peng et al., 2023, equation 22), as a ratio where a model gives two values of m."""
+    """0.1 m ln(factor) + 1 (Peng et al., 2023, equation 22), as a ratio if a model gives two values of m."""
 
     def scale(m: float) -> float:
         return 0.1 * m * math.log(values["factor"]) + 1.0 if values["factor"] > 1 else 1.0
@@ -74,7 +74,7 @@ def _yarn_attention_factor(values: dict) -> float:
 
 
 def to_json(embedding: Rotary) -> dict:
-    """The keys of config.json; transformers before 5 reads the last two, and would take its defaults without them."""
+    """The keys for config.json; the last two are for transformers before 5, which would otherwise use its defaults."""
     scaling = {key: getattr(embedding, _FIELDS[key]) for key in _KEYS[embedding.type]}
     return {
         "rope_parameters": {"rope_type": embedding.type, "rope_theta": embedding.theta, **scaling},

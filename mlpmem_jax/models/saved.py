@@ -1,4 +1,4 @@
-"""Trained models in a working directory: sealed artifacts that hold dimensions and parameters."""
+"""Trained models in a working directory: sealed artifacts with dimensions and parameters."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mlpmem_jax.models.memory import MemoryConfig
 def seal(
     writer: ArtifactWriter, model: language_model.Config | MemoryConfig, parameters, metrics: dict
 ) -> Artifact | None:
-    """Writes the parameters and seals the artifact (every process calls this; the first one gets the artifact).
+    """Writes the parameters and seals the artifact (every process must call this; the first one seals).
 
     Args:
-      writer: of an artifact of kind "base" or "memory".
-      model: its dimensions.
+      writer: writer of an artifact of kind "base" or "memory".
+      model: the model's dimensions.
       parameters: float32 tree, sharded or not.
-      metrics: JSON values to keep, e.g. the step that was kept.
+      metrics: JSON values to store, such as the selected step.
     """
     stored.write(writer.path, parameters)
     summary = {
@@ -43,7 +43,7 @@ def language_model_config(artifact: Artifact) -> language_model.Config:
     """Dimensions of the language model in a finished base.
 
     Raises:
-      ArtifactError: a family that this installation does not know.
+      ArtifactError: this installation does not know the model's family.
     """
     try:
         return language_model.from_fields(artifact.summary["model"])
@@ -81,11 +81,11 @@ def input_block(memory: Artifact) -> int:
     """The block of the base, counted from 1, whose feed-forward input a finished memory reads.
 
     Raises:
-      ArtifactError: the memory does not say.
+      ArtifactError: the memory does not record it.
     """
     if "input_block" not in memory.summary:
         raise ArtifactError(
-            f"{memory.path}: was made by an earlier version and does not say which block of the base it "
+            f"{memory.path}: was made by an earlier version and does not record which block of the base it "
             "reads; delete it and "
             "run `train` again"
         )

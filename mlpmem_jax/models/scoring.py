@@ -1,7 +1,7 @@
 """Forward passes over held-out positions: log-probabilities of the next tokens, and whole distributions.
 
-Host arrays go in and come out; between, positions pass through the mesh in chunks of one fixed shape, so that the
-logits of more than one chunk never exist and each function compiles once.
+Inputs and outputs are host arrays; the mesh processes positions in chunks of one fixed shape, so that only one chunk's
+logits are in memory and each function compiles once.
 
 Dimensions: N positions, D input width, V vocabulary, S sequences of T positions, B rows of a chunk.
 """
@@ -21,10 +21,10 @@ from mlpmem_jax.models import language_model, memory, parallel_memory
 from mlpmem_jax.models.memory import MemoryConfig
 
 LOGITS_AT_ONCE = 2**25
-"""Logits of a chunk by default, for each part of the batch axis: 128 MiB of float32."""
+"""Default number of logits per chunk and batch shard: 128 MiB of float32."""
 
 POSITIONS_AT_ONCE = 2**13
-"""Positions of a chunk at the most, for each part of the batch axis: a small vocabulary has hidden states too."""
+"""Maximum positions per chunk and batch shard, which limits hidden states if the vocabulary is small."""
 
 
 def chunk_positions(vocab_size: int, sharding: Sharding) -> int:
@@ -46,10 +46,10 @@ def memory_log_probabilities(
     """log p_MLP(next token), float32 [N].
 
     Args:
-      parameters: of the memory, placed on the mesh.
-      inputs_NxD: memory inputs, any floating type.
+      parameters: the memory's parameters, on the mesh.
+      inputs_NxD: memory inputs, any floating-point type.
       next_tokens_N: int32.
-      chunk: positions on the mesh at once; by default `chunk_positions`.
+      chunk: positions per chunk on the mesh; by default `chunk_positions`.
     """
     score = functools.partial(
         memory_chunk, parameters, config=config, compute_dtype=jnp.dtype(compute_dtype), sharding=sharding
@@ -66,7 +66,7 @@ def memory_distributions(
     sharding: Sharding,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> np.ndarray:
-    """p_MLP over the vocabulary, float32 [N, V]; N is one chunk, its logits exist at once."""
+    """p_MLP over the vocabulary, float32 [N, V]; N is one chunk, whose logits are all in memory."""
     distributions = functools.partial(
         _memory_rows, parameters, config=config, compute_dtype=jnp.dtype(compute_dtype), sharding=sharding
     )
@@ -83,7 +83,7 @@ def language_model_log_probabilities(
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     chunk: int | None = None,
 ) -> np.ndarray:
-    """log p_LM(next token), float32 [S, T], every sequence on its own; `chunk` counts sequences."""
+    """log p_LM(next token), float32 [S, T], for separate sequences; `chunk` counts sequences."""
     score = functools.partial(
         _language_model_chunk,
         parameters,
@@ -135,7 +135,7 @@ def next_token_log_probabilities(
 ) -> jax.Array:
     """log softmax(hidden @ kernel)[next token], float32 [...], for hidden [..., D] and next tokens [...].
 
-    The next token's logit is picked by comparison and summed, which keeps a sharded vocabulary where it is.
+    The next token's logit is selected by comparison and summed, which does not move a sharded vocabulary.
     """
     logits = jnp.dot(hidden.astype(compute_dtype), kernel_DxV.astype(compute_dtype), preferred_element_type=jnp.float32)
     logits = jax.lax.with_sharding_constraint(logits, logits_sharding)
@@ -194,23 +194,23 @@ def _language_model_rows(parameters, hidden_BxD, *, compute_dtype, sharding):
 
 
 def _replicated(array: jax.Array, sharding: Sharding) -> jax.Array:
-    """On every device, so that every process can read the whole of it."""
+    """Replicates an array on every device, so that every process can read all of it."""
     return jax.lax.with_sharding_constraint(array, sharding.named())
 
 
 def _in_chunks(
     call: Callable[..., jax.Array], arrays: tuple[np.ndarray, ...], chunk: int, sharding: Sharding
 ) -> np.ndarray:
-    """call(*rows) over chunks of the arrays' first axis, of about `chunk` rows, one or more.
+    """Calls call(*rows) on chunks of the arrays' first axis, of about `chunk` rows.
 
-    Chunks have a multiple of the batch axis's shards of rows; the last is padded by repeating its last row.
+    The rows of a chunk are a multiple of the batch shards; the last chunk is padded by repeating its last row.
     """
     shards = sharding.shards("batch")
     chunk = -(-max(1, min(chunk, len(arrays[0]))) // shards) * shards
     pending, results = None, []
     for rows, length in _padded_chunks(arrays, chunk):
         result = call(*(_on_mesh(array, sharding) for array in rows))
-        if pending is not None:  # fetched only when the next chunk is under way
+        if pending is not None:  # fetched only once the next chunk is running
             results.append(np.asarray(pending[0])[: pending[1]])
         pending = result, length
     results.append(np.asarray(pending[0])[: pending[1]])
@@ -226,5 +226,5 @@ def _padded_chunks(arrays: tuple[np.ndarray, ...], chunk: int) -> Iterator[tuple
 
 
 def _on_mesh(rows: np.ndarray, sharding: Sharding) -> jax.Array:
-    """Every process holds all rows and gives its devices theirs."""
+    """Shards rows over the mesh; every process has all rows and provides those of its devices."""
     return jax.make_array_from_callback(rows.shape, sharding.rows(rows.ndim), lambda index: rows[index])

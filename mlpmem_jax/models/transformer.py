@@ -1,4 +1,4 @@
-"""What decoder-only Transformers of every family share: attention, and blocks run with the inputs of some returned.
+"""Shared by all families of decoder-only Transformers: attention, and running blocks while returning inputs of some.
 
 Dimensions: B sequences, T positions, S positions that are attended to, D width, H heads of queries, G heads of keys
 and values (a divisor of H), K width of a head, V vocabulary.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mlpmem_jax.models import modules
 
-_MOST_CHUNKS = 16  # of queries in causal attention; more take longer to compile than they save
+_MOST_CHUNKS = 16  # maximum query chunks in causal attention; more take longer to compile than they save
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Mixes positions: queries [B, H, T, K], keys and values [B, G, T, K] -> [B, H, T, K]."""
@@ -25,11 +25,11 @@ def attention(
 ) -> jax.Array:
     """Attention of T positions to S positions, [B, H, T, K]; softmax in float32.
 
-    Head h of the queries reads head h // (H / G) of the keys and values. `mask_TxS` is added to the scores: 0 where a
-    position is seen, minus infinity where not; it may have leading axes of size B and 1.
+    Query head h uses key and value head h // (H / G). `mask_TxS` is added to the scores: 0 where a position is visible,
+    else minus infinity; it may have leading axes of size B and 1.
     """
     shape, repeats = query_BxHxTxK.shape, query_BxHxTxK.shape[1] // key_BxGxSxK.shape[1]
-    if repeats > 1:  # heads that read the same keys stand below one another, as if they were more positions
+    if repeats > 1:  # heads that share keys are stacked like additional positions
         query_BxHxTxK = query_BxHxTxK.reshape(shape[0], -1, repeats * shape[2], shape[3])
         mask_TxS = jnp.concatenate([mask_TxS] * repeats, axis=-2)
     # Batch axes in front of both products and an additive mask: a third faster on CPU than masking with a select.
@@ -46,9 +46,9 @@ def attention(
 def causal_attention(
     query_BxHxTxK: jax.Array, key_BxGxTxK: jax.Array, value_BxGxTxK: jax.Array, window: int = 0
 ) -> jax.Array:
-    """Attention of each position to itself and those before it, `window` in all (0 = all of them), [B, H, T, K].
+    """Attention of each position to itself and earlier ones, at most `window` in all (0 = no limit), [B, H, T, K].
 
-    In chunks of queries, each with the keys that one of them sees: half the products, and scores that fit a cache.
+    Uses chunks of queries, each with only the keys that it can see: half the products, and scores that fit a cache.
     """
     length, mixed = query_BxHxTxK.shape[2], []
     mask_TxT = causal_mask(length, window)
@@ -77,7 +77,7 @@ def attention_of_last(
 ) -> jax.Array:
     """Attention of one position to those of a cache and to itself, [B, H, 1, K]; softmax in float32.
 
-    Itself apart from the cache: a cache that is extended before it is read is copied in every step.
+    The position itself is separate from the cache, because extending a cache before reading it copies it in every step.
     """
     shape, heads = query_BxHx1xK.shape, key_BxGx1xK.shape[1]
     query_BxGxRxK = query_BxHx1xK.reshape(shape[0], heads, -1, shape[-1]) * shape[-1] ** -0.5
@@ -93,14 +93,14 @@ def attention_of_last(
 
 
 def causal_mask(length: int, window: int = 0) -> jax.Array:
-    """[T, T] to add to scores: each position sees itself and those before it, `window` in all; 0 = all of them."""
+    """Additive mask [T, T]: each position sees itself and earlier ones, at most `window` in all; 0 = no limit."""
     before_TxT = jnp.arange(length)[:, None] - jnp.arange(length)
     seen_TxT = (before_TxT >= 0) & (before_TxT < (window or length))
     return jnp.where(seen_TxT, 0.0, -jnp.inf)
 
 
 def check(config, input_blocks: tuple[int, ...], length: int) -> None:
-    """Raises ValueError where an input block is no block of the model, or a sequence exceeds its context length."""
+    """Raises ValueError if an input block is not in the model, or a sequence exceeds its context length."""
     if not all(1 <= block <= config.blocks for block in input_blocks):
         raise ValueError(f"input_blocks {input_blocks}: each is a block, 1 to {config.blocks}")
     if length > config.context_length:
@@ -112,7 +112,7 @@ def look_up(table_VxD: jax.Array, tokens_BxT: jax.Array, activations: jax.shardi
     """Rows of an embedding table, [B, T, D]."""
     table_VxD = jnp.asarray(table_VxD)
     if activations is not None:
-        # A look-up in a divided table would bring the hidden states of the whole batch together.
+        # A lookup in a sharded table would gather the hidden states of the whole batch.
         whole = jax.sharding.NamedSharding(activations.mesh, jax.sharding.PartitionSpec())
         table_VxD = modules.constrain(table_VxD, whole)
     return table_VxD[tokens_BxT]
@@ -132,10 +132,10 @@ def run_blocks(
     """The last block's output and the input of the feed-forward layer of each of `input_blocks`, float32 [B, T, D].
 
     Args:
-      build: makes a block, a module that maps (x, attend) to (output, input of its feed-forward layer).
+      build: builds a block, a module that maps (x, attend) to (output, input of its feed-forward layer).
       blocks: stacked parameters of `count` blocks.
-      input_blocks: counted from 1.
-      remat: keep the input of each block alone for the backward pass.
+      input_blocks: blocks whose inputs are returned, counted from 1.
+      remat: whether to keep only the input of each block for the backward pass.
       activations: the sharding of [B, T, D] on a mesh.
     """
 
@@ -144,7 +144,7 @@ def run_blocks(
         return modules.constrain(x_BxTxD, activations), input_BxTxD
 
     attend = attend if activations is None else _by_batch(attend, activations)
-    # The carry holds the last block's input: a scan that stops at a block keeps that input and no other.
+    # The carry includes the last block's input, so a scan that stops at a block returns only that input.
     x_BxTxD = modules.constrain(x_BxTxD, activations)
     carry, block_inputs, start = (x_BxTxD, x_BxTxD), {}, 0
     for stop in sorted({*input_blocks, count}):
@@ -154,9 +154,9 @@ def run_blocks(
 
 
 def _by_batch(attend: Attend, activations: jax.sharding.NamedSharding) -> Attend:
-    """The same, with queries, keys and values sharded along the batch as activations are; heads as it comes.
+    """Wraps attention so that queries, keys and values are sharded along the batch like activations.
 
-    Where no mesh axis divides the heads, the compiler would else have each device attend to the whole batch.
+    If no mesh axis divides the heads, the compiler would otherwise have each device process the whole batch.
     """
     free = jax.sharding.PartitionSpec.UNCONSTRAINED
     spec = jax.sharding.PartitionSpec(activations.spec[0], free, free, free)

@@ -1,4 +1,4 @@
-"""What to change in a config whose programs do not fit a chip's memory."""
+"""Changes to a config whose programs do not fit a chip's memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _SMALLEST_CHUNK, _MOST_TENSOR = 128, 16
 
 
 def changes(config: ml_collections.ConfigDict, stage: str) -> Iterator[dict[str, object]]:
-    """Changes of a config that need less memory, the cheapest first.
+    """Changes to a config that reduce memory, cheapest first.
 
-    Blocks computed twice cost a third more FLOPs of theirs; smaller chunks of the loss are smaller matrix products,
-    each micro-batch gathers the parameters once more, tensor parallelism moves activations. Those of the later kinds
-    come with remat and the smallest chunk.
+    Rematerializing blocks costs a third more of their FLOPs; smaller loss chunks make smaller matrix products, each
+    micro-batch gathers the parameters once more, tensor parallelism moves activations. The later kinds of changes
+    include remat and the smallest chunk.
     """
     change: dict[str, object] = {}
     if stage == "train":
@@ -58,7 +58,7 @@ def changed(config: ml_collections.ConfigDict, change: dict[str, object]) -> ml_
     """The config with other values of some keys, "group.key".
 
     Raises:
-      ConfigError: these values are not allowed together.
+      ConfigError: these values are incompatible.
     """
     other = config.copy_and_resolve_references()
     with other.unlocked():
@@ -70,10 +70,10 @@ def changed(config: ml_collections.ConfigDict, change: dict[str, object]) -> ml_
 def smallest_change(
     config: ml_collections.ConfigDict, stage: str, tpu: Slice, devices: list, positions: int
 ) -> dict[str, object]:
-    """The first of `changes` with which every program of the stage compiles, without the parts that are not needed.
+    """The first of `changes` with which every program of the stage compiles, reduced to the necessary parts.
 
     Returns:
-      Values by key, "group.key"; empty where no change is enough.
+      Values by key, "group.key"; empty if no change is sufficient.
     """
 
     def fits(change: dict[str, object]) -> bool:

@@ -1,4 +1,4 @@
-"""Compiling for TPU slices that are not here, with the compiler that comes in libtpu."""
+"""Compiles for TPU slices that are not attached, with the compiler in libtpu."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mlpmem_jax.core.chips import CHIPS
 from mlpmem_jax.core.errors import UserError, require
 
 _ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # there is no machine whose metadata could be asked for
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU machine to query for metadata
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so several processes may compile at once
 }
 
 
 class DoesNotFit(Exception):
-    """The compiler found no way to run the program in the memory of a chip; the text says what it would need."""
+    """The program does not fit a chip's memory; the text says what it would need."""
 
 
 def devices(tpu: Slice, slices: int) -> list[jax.Device]:
-    """The devices of some slices of a kind; they can be compiled for, not run on.
+    """The devices of some slices; programs can be compiled for them but not run.
 
     Raises:
       UserError: libtpu is not installed, or does not know the slice.
@@ -48,10 +48,10 @@ def devices(tpu: Slice, slices: int) -> list[jax.Device]:
 def compile_program(function, arguments: tuple, static: dict) -> tuple[str, jax.stages.Compiled]:
     """(text of the optimized HLO, the compiled program) of a jitted function, abstract and static arguments.
 
-    The compiler itself writes the text: of some programs JAX's own reader does not know every instruction.
+    The text comes from the compiler, because JAX's own reader does not know every instruction of some programs.
 
     Raises:
-      DoesNotFit: it needs more memory than a chip has.
+      DoesNotFit: the program needs more memory than a chip has.
     """
     with tempfile.TemporaryDirectory() as folder, native_output.silenced_standard_error():
         try:

@@ -1,4 +1,4 @@
-"""What a run costs before anything is compiled: storage, host memory and chip-hours, from dimensions alone."""
+"""Estimates a run's storage, host memory and chip-hours from dimensions alone, without compiling."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mlpmem_jax.retrieval.key_shards import Search
 from mlpmem_jax.training import continued, loop
 
 MEAN_ENTRIES = 251
-"""Tokens that a kNN distribution holds in the mean at k = 1024, GPT-2 large on WikiText-103 (the paper)."""
+"""Mean number of tokens in a kNN distribution at k = 1024, for GPT-2 large on WikiText-103 (the paper)."""
 
 _TRAINED_BYTES = 4.0 + 2 * 12.0
-"""Of a parameter that was trained: in float32, and in two checkpoints with the optimizer's moments."""
+"""Bytes per trained parameter: in float32, and in two checkpoints with the optimizer's moments."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ArtifactCost:
 
 @dataclasses.dataclass(frozen=True)
 class RunCost:
-    """Of a whole run: chip-hours at a utilisation that the caller assumes, and bytes of storage."""
+    """The cost of a whole run: chip-hours at an assumed utilization, and bytes of storage."""
 
     chip_hours: float
     storage: float
@@ -43,7 +43,7 @@ class RunCost:
 
 
 def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> list[ArtifactCost]:
-    """What every stage stores and holds; `positions` of the training split, `hosts` with one process each."""
+    """Storage and memory of every stage; `positions` are those of the training split, `hosts` run one process each."""
     models = programs.models_of(config, 1)
     length, settings = config.base.context_length, config.datastore
     total = positions * (1 + config.corpus.validation_fraction + config.corpus.test_fraction)
@@ -63,19 +63,19 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
     search = Search.create(backend, config.targets)
     key_bytes = np.dtype(settings.dtype).itemsize
     return [
-        ArtifactCost("tokens", total * token, 0, f"{token} bytes a token"),
-        ArtifactCost("base", 4.0 * (base + keys), 4.0 * (base + keys) / hosts, "float32, the keys' model too"),
+        ArtifactCost("tokens", total * token, 0, f"{token} bytes per token"),
+        ArtifactCost("base", 4.0 * (base + keys), 4.0 * (base + keys) / hosts, "float32, including the key model"),
         ArtifactCost(
             "datastore",
             total * position,
             2.0 * settings.sequences_per_shard * length * position,
-            f"{widths} numbers of {settings.dtype} a position; two shards in memory",
+            f"{widths} numbers of {settings.dtype} per position; two shards in memory",
         ),
         ArtifactCost(
             "targets",
             total * (4 + 4 + (token + 2) * entries),
             needs.of_process(search, rows, models.keys.width, key_bytes, load, hosts).memory,
-            f"about {entries:.0f} entries a position, at most {most}; in memory one shard of keys with its index",
+            f"about {entries:.0f} entries per position, at most {most}; in memory one shard of keys with its index",
         ),
         ArtifactCost(
             "memory",
@@ -94,18 +94,18 @@ def estimate(
     utilization: float = 0.5,
     arm: str = "augmented",
 ) -> RunCost:
-    """Chip-hours of what trains the base here and of what an arm trains beside or after it, and the storage of it all.
+    """Chip-hours of training the base and an arm's model, and the storage of all their artifacts.
 
     Args:
       config: the whole config; `config.workdir` is not read.
-      positions: of the training split.
-      topology: an accelerator as `core.accelerators.resolve` takes it.
-      slices: so many of it.
-      utilization: model FLOPs over peak FLOPs that the programs are taken to reach.
-      arm: "augmented", a memory with its datastore, or "continued", the base trained on, which needs neither.
+      positions: positions of the training split.
+      topology: an accelerator as in `core.accelerators.resolve`.
+      slices: number of slices.
+      utilization: assumed model FLOPs over peak FLOPs.
+      arm: "augmented", a memory with its datastore, or "continued", the base trained further, which needs neither.
 
     Raises:
-      UserError: unknown topology, or a base whose dimensions are not known.
+      UserError: the topology, or the dimensions of the base, are unknown.
     """
     tpu = resolve(topology, "--topology")
     models, length = programs.models_of(config, 1), config.base.context_length

@@ -1,4 +1,4 @@
-"""What a compiled program does, read from the text of its optimized HLO: FLOPs, memory traffic, collectives.
+"""Reads a compiled program's FLOPs, memory traffic and collectives from the text of its optimized HLO.
 
 XLA's own cost analysis counts the body of a loop once; here every instruction counts as often as it runs.
 """
@@ -39,12 +39,12 @@ class Collective:
 
     Attributes:
       kind: one of `COLLECTIVES`.
-      payload: bytes of the whole array: what is gathered, reduced, or sent.
-      group: device numbers (positions in the mesh) that take part together; of a permutation, one sender and its
+      payload: bytes of the whole array that is gathered, reduced, or sent.
+      group: numbers (positions in the mesh) of the participating devices; for a permutation, one sender and its
         receiver.
       times: how often it runs in one call of the program.
-      rings: torus axes that the compiler says it uses at once; None where it does not say.
-      name: of the instruction.
+      rings: torus axes that it uses at once, according to the compiler; None if not specified.
+      name: name of the instruction.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that one device sends (and receives) in one run, by the bandwidth-optimal algorithm."""
+        """Bytes that one device sends (and receives) in one run with the bandwidth-optimal algorithm."""
         if self.kind == "collective-permute":
             return self.payload
         passes = 2 if self.kind == "all-reduce" else 1
@@ -65,7 +65,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One instruction on the device: FLOPs of matrix products and bytes of main memory, of one run."""
+    """One instruction on the device: FLOPs of matrix products and bytes of main memory, per run."""
 
     flops: float
     traffic: float
@@ -76,13 +76,13 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One place in the order in which a device runs its program.
+    """One step in a device's execution order.
 
     Attributes:
-      operation: what is computed here, if anything.
+      operation: the computation, if any.
       starts: (channel, collective) for each that starts before the operation.
-      ends: channels whose collectives are waited for after the operation.
-      body: steps that are run here `trips` times.
+      ends: channels whose collectives must finish after the operation.
+      body: steps that run `trips` times.
     """
 
     operation: Operation | None = None
@@ -94,7 +94,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The steps of one device. In `collectives` and `operations` each stands once, with how often it runs."""
+    """The steps of one device. `collectives` and `operations` list each once, with how often it runs."""
 
     steps: tuple[Step, ...]
 
@@ -117,17 +117,17 @@ class Program:
 
     @property
     def flops(self) -> float:
-        """Of matrix products, on one device; recomputation included."""
+        """FLOPs of matrix products on one device, including recomputation."""
         return sum(operation.flops * operation.times for operation in self.operations)
 
     @property
     def traffic(self) -> float:
-        """Bytes read from and written to main memory, on one device."""
+        """Bytes read from and written to main memory on one device."""
         return sum(operation.traffic * operation.times for operation in self.operations)
 
 
 def parse(text: str) -> Program:
-    """Reads the text of an optimized HLO module; the compiler writes instructions in the order in which they run.
+    """Reads the text of an optimized HLO module, whose instructions are in execution order.
 
     Raises:
       ValueError: the text is not such a module, or the trip count of a loop cannot be read.
@@ -137,16 +137,16 @@ def parse(text: str) -> Program:
 
 
 class _Costs:
-    """What the instructions of a module cost."""
+    """The costs of a module's instructions."""
 
     def __init__(self, module: Module):
         self._module = module
 
     def steps(self, name: str, times: float, around: Mapping[str, Collective] | None = None) -> Iterator[Step]:
-        """The steps of a computation, and in them those of its loops, branches and calls, but not of fusions.
+        """The steps of a computation, including those of its loops, branches and calls, but not of fusions.
 
         Fusions that only continue a collective of `around` (by channel, those in flight around this computation) do
-        not count as collectives of their own.
+        not count as separate collectives.
         """
         body = self._module.computations[name]
         pending = dict(around or {})
@@ -190,7 +190,7 @@ class _Costs:
                 yield Step(operation, starts, ends)
 
     def collectives(self, instruction: Instruction, times: float) -> Iterator[tuple[str, bool, Collective]]:
-        """(channel, whether a fusion starts it, collective) for each that an instruction is, or that is inside it."""
+        """(channel, whether a fusion starts it, collective) for each collective in an instruction."""
         called = instruction.named("calls") if instruction.opcode in ("fusion", "async-start") else None
         inside = list(self._module.inside(called)) if called else [instruction]
         is_start = any("AsyncCollectiveStart" in inner.attributes for inner in inside)
@@ -199,10 +199,10 @@ class _Costs:
             if kind not in COLLECTIVES:
                 continue
             sent = sum(shape.bytes for name in inner.operands for shape in self._module.shapes_of(inner, name))
-            # An asynchronous one has its operands among its results.
+            # An asynchronous collective has its operands among its results.
             received = sum(shape.bytes for shape in inner.shapes) - sent * inner.opcode.endswith("-start")
             if kind == "all-reduce" and called and self._is_slice(called):
-                kind = "reduce-scatter"  # TPUs hold one as an all-reduce and the slice that is kept, in one fusion
+                kind = "reduce-scatter"  # on TPUs, a fusion of an all-reduce and the slice that is kept
             channel = re.search(r"channel_id=(\d+)", inner.attributes)
             rings = re.search(r"Strategy\w+\{colors:(\d+)", inner.attributes + instruction.attributes)
             # Only a fusion that continues a collective of another one shares its channel within a computation.
@@ -221,7 +221,7 @@ class _Costs:
             )
 
     def operation(self, instruction: Instruction, times: float) -> Operation | None:
-        """What an instruction costs by itself; None where it costs nothing."""
+        """The cost of an instruction itself; None if it costs nothing."""
         if instruction.opcode in _FREE or instruction.opcode.endswith("-done") or instruction.opcode in COLLECTIVES:
             return None
         if instruction.opcode in ("copy-start", "slice-start"):
@@ -246,7 +246,7 @@ class _Costs:
         return Operation(flops, traffic, times, False, instruction.name)
 
     def _read(self, computation: str, number: int) -> float:
-        """Most bytes that a fused computation reads of a parameter; infinite where it may read the whole."""
+        """Maximum bytes that a fused computation reads of a parameter; infinite if it may read all of it."""
         body = self._module.computations[computation]
         parameter = next(op for op in body.values() if op.opcode == "parameter" and op.operands == (str(number),))
         return self._read_by_users(body, parameter.name)
@@ -257,7 +257,7 @@ class _Costs:
             if user.opcode in _PARTIAL_READS and user.operands[0] == name:
                 total += sum(shape.bytes for shape in user.shapes)
             elif user.opcode in (*COLLECTIVES, "tuple"):
-                continue  # beside the operation, or only handed on
+                continue  # not read by the operation, or only passed on
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 continue  # in place
             elif user.opcode == "bitcast":
@@ -270,10 +270,10 @@ class _Costs:
         return total
 
     def _written(self, instruction: Instruction) -> float:
-        """Bytes of main memory that an instruction writes; of an update in place, the update."""
+        """Bytes of main memory that an instruction writes; for an in-place update, only the update."""
         body = self._module.body_of(instruction)
         if instruction.opcode in COLLECTIVES or instruction.opcode == "parameter":
-            return 0  # of a fusion during which a collective continues
+            return 0  # a fusion during which a collective continues
         if instruction.opcode == "dynamic-update-slice":
             update = body[instruction.operands[1]]
             return sum(shape.bytes for shape in update.shapes) if instruction.shapes[0].space == 0 else 0
@@ -309,9 +309,9 @@ class _Costs:
 
 
 def _window_products(attributes: str, axis: int, length: int, results: int) -> int:
-    """How often an element of a window meets one of the input, over all results along a spatial axis of a convolution.
+    """How often window elements meet input elements, over all results along a spatial axis of a convolution.
 
-    TPUs hold batch axes as windows in which all but one element meet padding, or the gaps of a dilated input.
+    TPUs represent batch axes as windows in which all but one element meet padding or the gaps of a dilated input.
     """
     match = re.search(r"window=\{([^}]*)\}", attributes)
     window = dict(word.split("=") for word in match[1].split()) if match else {}
@@ -327,5 +327,5 @@ def _window_products(attributes: str, axis: int, length: int, results: int) -> i
 
 
 def _continues(part: Collective, whole: Collective | None) -> bool:
-    """Whether one collective is a part of another, of the same channel, that began before."""
+    """Whether a collective is part of an earlier one with the same channel."""
     return whole is not None and (part.kind, part.payload, part.group) == (whole.kind, whole.payload, whole.group)

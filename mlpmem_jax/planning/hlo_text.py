@@ -1,4 +1,4 @@
-"""The text of an optimized HLO module as computations of instructions; what they cost is in `hlo`."""
+"""Parses the text of an optimized HLO module into computations of instructions; `hlo` computes their costs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def traffic(self) -> float:
-        """Bytes of main memory: none where the array lies in the chip's own memory."""
+        """Bytes of main memory; 0 if the array is in the chip's on-chip memory."""
         return self.bytes if self.space == 0 else 0
 
 
@@ -69,7 +69,7 @@ class Module:
     """The computations of a module.
 
     Attributes:
-      computations: name -> its instructions by name, in the order in which they run.
+      computations: name -> its instructions by name, in execution order.
       roots: name -> the instruction whose result is the computation's.
       entry: name of the computation that a call of the program runs.
     """
@@ -115,7 +115,7 @@ class Module:
         return -(-constants[0] // self._step(loop))
 
     def _step(self, loop: Instruction) -> int:
-        """What one trip adds to the counter; more than 1 where the compiler has put several trips into one."""
+        """What one trip adds to the counter; more than 1 if the compiler has merged several trips."""
         body = self.computations[loop.named("body")]
         condition = self.computations[loop.named("condition")].values()
         places = [re.search(r"index=(\d+)", op.attributes) for op in condition if op.opcode == "get-tuple-element"]
@@ -150,13 +150,13 @@ class Module:
         return self.computations[self._homes[id(instruction)]]
 
     def shapes_of(self, instruction: Instruction, operand: str) -> tuple[Shape, ...]:
-        """The arrays that an operand of an instruction holds."""
+        """The arrays in an operand of an instruction."""
         definition = self.body_of(instruction).get(operand)
         return definition.shapes if definition else ()
 
 
 def called_by(instruction: Instruction) -> list[str]:
-    """The computations that a call or a conditional runs; of the latter all branches."""
+    """The computations that a call or a conditional runs, including all branches."""
     if instruction.opcode == "call":
         return [instruction.named("to_apply")]
     branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)

@@ -1,4 +1,4 @@
-"""`mlpmem plan --meshes`: the same train step on meshes of every `tensor` size, and which of them is the fastest."""
+"""`mlpmem plan --meshes`: compares the train step on meshes of every `tensor` size and names the fastest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TENSOR = (1, 2, 4, 8, 16)
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The train step on one mesh; `planned` is None, and `refusal` says why, where the config does not fit the mesh."""
+    """The train step on one mesh; `planned` is None, and `refusal` says why, if the config does not fit the mesh."""
 
     tensor: int
     fsdp: int
@@ -42,11 +42,11 @@ def run(
     positions: int = 0,
     json_file: str | None = None,
 ) -> None:
-    """Compiles, prints a table and the fastest mesh as an override; exits with 1 where none fits.
+    """Compiles, prints a table and the fastest mesh as an override; exits with 1 if none fits.
 
     Args:
-      config: the whole config, of which `mesh.tensor` and `mesh.fsdp` are varied.
-      topology, slices, positions, json_file: as of `plan.run`.
+      config: the whole config; `mesh.tensor` and `mesh.fsdp` are varied.
+      topology, slices, positions, json_file: as in `plan.run`.
 
     Raises:
       UserError: unknown topology, or libtpu is missing.
@@ -84,7 +84,7 @@ def choose(config: ml_collections.ConfigDict, tensor: int, tpu: Slice, devices: 
 
 
 def fastest(choices: list[Choice]) -> Choice | None:
-    """The choice with the shortest step of those that run; None where none does."""
+    """The choice with the shortest step among those that fit; None if none does."""
     running = [choice for choice in choices if choice.runs]
     return min(running, key=lambda choice: choice.planned.roofline.step, default=None)
 

@@ -1,4 +1,4 @@
-"""The command `mlpmem plan`: what a config's programs need and cost on TPU slices that need not be here."""
+"""The command `mlpmem plan`: what a config's programs need and cost on TPU slices, which need not be attached."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def run(
     positions: int = 0,
     json_file: str | None = None,
 ) -> None:
-    """Compiles, prints and, where a program does not fit, exits with 1 after naming the smallest change that does.
+    """Compiles and prints a plan; if a program does not fit, names the smallest change that does and exits with 1.
 
     Args:
       config: the whole config.
       topology: one slice, e.g. "v5e:16x16".
       stage: one of `programs.STAGES`, or "all".
-      slices: so many of them, joined by the data-center network.
-      positions: of the training split; 0 = those of the tokens in the workdir.
-      json_file: where the plan is written as JSON as well.
+            slices: number of slices, connected by the data-center network.
+      positions: positions of the training split; 0 = those of the tokens in the workdir.
+      json_file: file for the plan as JSON, if any.
 
     Raises:
-      UserError: unknown topology, config that does not fit the slices, or libtpu is missing.
+      UserError: the topology is unknown, the config does not fit the slices, or libtpu is missing.
     """
     tpu = resolve(topology, "--topology")
     positions, source = training_positions(config, positions)

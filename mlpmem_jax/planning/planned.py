@@ -1,4 +1,4 @@
-"""A program of a stage, compiled for TPU slices that need not be here: what it needs and how long it takes."""
+"""A program of a stage, compiled for TPU slices that need not be attached: its memory and time."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.planning import compilation, hlo, programs
 from mlpmem_jax.planning.roofline import Place, Roofline, roofline
 
-ASSUMED_POSITIONS = 100_000_000  # of a corpus that is not here yet: about WikiText-103's
+ASSUMED_POSITIONS = 100_000_000  # if there is no corpus yet: about WikiText-103's
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A program and what its compilation told; `roofline` is None where it does not fit a chip.
+    """A program and the results of compiling it; `roofline` is None if it does not fit a chip.
 
     Attributes:
       memory: "arguments", "temporaries", "results" (beyond those that take the arguments' place) and "code", bytes of
         one device.
-      needs: what the compiler said that it would need, of a program that does not fit.
+      needs: for a program that does not fit, what it would need according to the compiler.
     """
 
     program: programs.StageProgram
@@ -38,27 +38,27 @@ class Planned:
     needs: str = ""
 
     def utilization(self, tpu: Slice, chips: int) -> float:
-        """Model FLOPs of a call over what the chips could do in its time."""
+        """Model FLOPs of a call over the chips' peak FLOPs in its time."""
         return self.program.flops / (self.roofline.step * chips * CHIPS[tpu.family].flops)
 
     def memory_share(self, tpu: Slice) -> float:
-        """What the program takes of a chip's memory, 1 for all of it."""
+        """The share of a chip's memory that the program uses."""
         return sum(self.memory.values()) / CHIPS[tpu.family].hbm_bytes
 
     def chip_hours(self, chips: int) -> float:
-        """Of all calls of the program; 0 where it does not fit."""
+        """Chip-hours of all calls of the program; 0 if it does not fit."""
         return self.roofline.step * self.program.calls * chips / 3600 if self.roofline else 0.0
 
 
 def training_positions(config: ml_collections.ConfigDict, given: int) -> tuple[int, str]:
-    """(positions of the training split, where this number is from)."""
+    """(positions of the training split, the source of this number)."""
     if given:
         return given, "--positions"
     try:
         tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
         return TokenStream(tokens, "train").length, f"the tokens in {config.workdir}"
     except ArtifactError:
-        return ASSUMED_POSITIONS, "assumed; say --positions=N"
+        return ASSUMED_POSITIONS, "assumed; set --positions=N"
 
 
 def plan_stage(
@@ -74,7 +74,7 @@ def plan_stage(
 
 
 def plan_program(program: programs.StageProgram, tpu: Slice, mesh: Mesh) -> Planned:
-    """Compiles one program for a mesh of TPUs and reads what became of it."""
+    """Compiles one program for a mesh of TPUs and analyzes the result."""
     say(f"compiling {program.stage}: {program.name}")
     try:
         text, compiled = compilation.compile_program(program.function, program.arguments, program.static)

@@ -1,4 +1,4 @@
-"""The programs that the stages run on the devices, built by the stages' own functions from a config alone."""
+"""The programs that stages run on devices, built with the stages' own functions from a config alone."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class ModelDimensions:
     """Dimensions of all models of a config.
 
     Attributes:
-      base: the language model that the memory stands beside.
-      keys: the one whose keys the targets are built from; often the base.
+      base: the language model that the memory extends.
+      keys: the model that makes the keys; often the base.
       memory: the memory.
-      separate_inputs: whether memory inputs are stored beside the keys.
+      separate_inputs: whether memory inputs are stored separately from the keys.
     """
 
     base: language_model.Config
@@ -41,15 +41,15 @@ class ModelDimensions:
 
 @dataclasses.dataclass(frozen=True)
 class StageProgram:
-    """A jitted function with what it is to be compiled for.
+    """A jitted function with the arguments to compile it for.
 
     Attributes:
-      name: what the user reads.
+      name: display name.
       stage: one of `STAGES`.
-      function, arguments, static: to be lowered as function.lower(*arguments, **static).
-      flops: of the model, of one call, from its dimensions; recomputation does not count.
-      positions: of one call.
-      calls: in the whole run.
+      function, arguments, static: lowered as function.lower(*arguments, **static).
+      flops: model FLOPs of one call, from its dimensions, without recomputation.
+      positions: positions of one call.
+      calls: number of calls in the whole run.
     """
 
     name: str
@@ -63,10 +63,10 @@ class StageProgram:
 
 
 def models_of(config: ml_collections.ConfigDict, tensor_shards: int) -> ModelDimensions:
-    """The dimensions that a config leads to.
+    """The dimensions of a config's models.
 
     Raises:
-      UserError: an imported base whose dimensions are not known.
+      UserError: the dimensions of an imported base are unknown.
     """
     if config.base.source != "train":
         base = published.dimensions(config.base.path)
@@ -85,14 +85,14 @@ def models_of(config: ml_collections.ConfigDict, tensor_shards: int) -> ModelDim
 
 
 def steps_of(config: ml_collections.ConfigDict, positions: int) -> int:
-    """Optimizer steps of the memory's training on a split of so many positions."""
+    """Optimizer steps of the memory's training on a split of `positions` positions."""
     return loop.total_steps(config.training, positions // config.base.context_length)
 
 
 def base_positions(config: ml_collections.ConfigDict, positions: int) -> int:
-    """Positions that the base is trained on here, on a split of so many: from the start, or as a fine-tuning.
+    """Positions on which the base is trained or fine-tuned, for a split of `positions` positions.
 
-    Fine-tuning counts the short runs that choose its learning rate.
+    Fine-tuning includes the short runs that choose its learning rate.
     """
     settings, length = config.base.training, config.base.context_length
     if config.base.source == "train":
@@ -108,8 +108,8 @@ def build(config: ml_collections.ConfigDict, stage: str, sharding: Sharding, pos
     Args:
       config: the whole config.
       stage: one of `STAGES`.
-      sharding: of devices that need not be here.
-      positions: of the training split.
+      sharding: sharding over devices that need not be attached.
+      positions: positions of the training split.
 
     Raises:
       UserError: the config does not fit the mesh.
@@ -225,7 +225,7 @@ def _neighbors(config, models: ModelDimensions, sharding: Sharding, positions: i
 
 
 def most_entries(config: ml_collections.ConfigDict, models: ModelDimensions) -> int:
-    """Most entries that a target distribution can have: as many as neighbors, where all of them differ."""
+    """Maximum entries of a target distribution: the number of neighbors, if all their tokens differ."""
     return min(config.targets.keep or config.targets.k, config.targets.k, models.base.vocab_size)
 
 
@@ -238,7 +238,7 @@ def _abstract_parameters(config: language_model.Config, sharding: Sharding):
 
 
 def _sharded(tree, sharding: Sharding):
-    """The same shapes, laid out as `Sharding.global_batch` lays them out."""
+    """The same shapes with the sharding of `Sharding.global_batch`."""
     return jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding.rows(len(array.shape))), tree
     )

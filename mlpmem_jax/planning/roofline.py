@@ -1,8 +1,9 @@
-"""Least time of a compiled program on a slice: every operation at the peak rates of the chip and of its wires.
+"""The minimum time of a compiled program on a slice, at peak rates of the chip and its interconnect.
 
-A prediction from published peaks. Operations run one after the other, each as fast as its matrix products or its
-memory traffic allow. A collective costs what the operations between its start and its end, in the compiler's own order,
-do not cover. What a peak does not tell (small shapes, sparse look-ups, latencies of small collectives) is not in it.
+This is a prediction from published peaks. Operations run one after the other, each as fast as its matrix products or
+its memory traffic allow. A collective costs the part of its time that the operations between its start and its end, in
+the compiler's order, do not cover. Effects below peak rates (small shapes, sparse lookups, latencies of small
+collectives) are not included.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mlpmem_jax.planning.hlo import Collective, Program, Step
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a device is: its slice, and its chip's coordinates in the torus of the slice."""
+    """The location of a device: its slice, and its chip's coordinates in the slice's torus."""
 
     slice: int
     coordinates: tuple[int, ...]
@@ -29,8 +30,8 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of one kind over the same mesh axes: bytes that one device sends, seconds of them all, how many
-    of those seconds nothing runs beside them, how often they run."""
+    """All collectives of one kind over the same mesh axes: bytes that one device sends, their total seconds, how many
+    of those seconds are exposed, how often they run."""
 
     kind: str
     axes: tuple[str, ...]
@@ -46,9 +47,9 @@ class Roofline:
     """Seconds of one call of a program on one device.
 
     Attributes:
-      compute: matrix products alone, recomputation included, at the peak rate.
-      memory: traffic of main memory alone.
-      operations: one after the other, each the longer of both.
+      compute: matrix products only, including recomputation, at the peak rate.
+      memory: traffic of main memory only.
+      operations: sum over operations of the larger of the two.
       traffic: the collectives, by kind and mesh axes.
     """
 
@@ -59,12 +60,12 @@ class Roofline:
 
     @property
     def exposed(self) -> float:
-        """Seconds of collectives that nothing runs beside."""
+        """Seconds of exposed collectives."""
         return sum(kind.exposed for kind in self.traffic)
 
     @property
     def step(self) -> float:
-        """Operations and what they wait for, or the memory's traffic where that takes longer than all operations."""
+        """Operations plus exposed collectives, or the memory traffic if that takes longer."""
         return max(self.operations, self.memory) + self.exposed
 
     def collectives(self, *, network: bool) -> float:
@@ -85,19 +86,19 @@ def roofline(
     """The roofline of a program.
 
     Args:
-      program: of one device; its groups count devices in the order of `places`.
-      chip: rates.
-      places: of the devices of the mesh, in the mesh's order.
-      shape: of the torus of one slice.
+      program: the program of one device; its groups number devices in the order of `places`.
+      chip: the chip's rates.
+      places: locations of the mesh's devices, in the mesh's order.
+      shape: shape of one slice's torus.
       mesh_shape: mesh axis -> size, in order.
     """
 
-    @functools.cache  # asked for where a collective runs, and again for its sum
+    @functools.cache  # called where a collective runs, and again for the totals
     def cost(collective: Collective) -> Cost:
         group = [places[number] for number in collective.group]
         slices = len({place.slice for place in group})
         if slices > 1:
-            # Each slice first reduces (or last gathers) within itself, so that its devices share the network.
+            # Each slice first reduces (or finally gathers) internally, so that its devices share the network.
             sent = collective.sent * slices / len(group) if collective.kind != "collective-permute" else collective.sent
             seconds = sent / chip.network_bandwidth
         else:
@@ -125,7 +126,7 @@ def roofline(
 
 
 class Cost(NamedTuple):
-    """Of one run of a collective: its kind, mesh axes, whether it leaves the slice, bytes sent, seconds."""
+    """The cost of one run of a collective: kind, mesh axes, whether it leaves the slice, bytes sent, seconds."""
 
     kind: str
     axes: tuple[str, ...]
@@ -135,10 +136,10 @@ class Cost(NamedTuple):
 
 
 def _run(steps: Sequence[Step], chip: Chip, cost: Callable, exposed: dict[int, float]) -> tuple[float, float]:
-    """(seconds of operations, seconds with what they wait for) of steps that run in order.
+    """(seconds of operations, seconds including exposed collectives) of sequential steps.
 
-    A collective has the links of its mesh axes to itself, so one that starts while another uses them begins after it.
-    `exposed` gets, by the id of a collective, the seconds that one run of it is waited for.
+    A collective has exclusive use of the links of its mesh axes, so one that starts while another uses them is delayed.
+    `exposed` receives the exposed seconds of one run, by the id of the collective.
     """
     clock, operations, free = 0.0, 0.0, defaultdict(float)
     ends: dict[str, tuple[Collective, float]] = {}
@@ -170,10 +171,10 @@ def axes(collective: Collective, mesh_shape: dict[str, int]) -> tuple[str, ...]:
 
 
 def links(coordinates: Sequence[tuple[int, ...]], shape: tuple[int, ...], ring_length: int) -> float:
-    """Links on which each of a group of chips can send at once, as the chip with the fewest.
+    """The number of links on which each chip of a group can send at once, for the chip with the fewest.
 
-    Along each axis of the torus on which the group's chips differ: two where they close a ring, one on a line; of chips
-    that are not neighbors, the links in between are shared with the groups of those in between.
+    Along each torus axis on which the group's chips differ: two if they close a ring, one on a line; if the chips are
+    not neighbors, the links between them are shared with the groups of the chips in between.
     """
     total = 0.0
     for values, size in zip(zip(*coordinates, strict=True), shape, strict=False):

@@ -12,17 +12,17 @@ from mlpmem_jax.core.chips import CHIPS
 from mlpmem_jax.planning.cost import ArtifactCost
 from mlpmem_jax.planning.planned import Planned
 
-NOTHING_FITS = "No change of remat, loss_chunk, accumulation_steps, batch or mesh.tensor makes it fit; take more chips."
+NOTHING_FITS = "No change of remat, loss_chunk, accumulation_steps, batch or mesh.tensor makes it fit; use more chips."
 UNREAD_NETWORK = (
-    "No collective between slices was found in the programs' text: what they send over the data-center network is not "
-    "in these times and chip-hours."
+    "No collective between slices was found in the programs' text: communication over the data-center network is not "
+    "included in these times and chip-hours."
 )
 _MIB, _GIB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that is shown. `mesh` maps axes to sizes, `positions` are those of the training split."""
+    """The contents of the tables. `mesh` maps axes to sizes, `positions` are those of the training split."""
 
     tpu: Slice
     slices: int
@@ -57,12 +57,12 @@ def _crosses_the_network(plan: Plan) -> bool:
 
 
 def new_console() -> rich.console.Console:
-    """Standard output, as wide in a log file as on a terminal."""
+    """A console on standard output, as wide in a log file as on a terminal."""
     return rich.console.Console(width=120, highlight=False, soft_wrap=True)
 
 
 def new_table(title: str, *columns: str) -> rich.table.Table:
-    """A table whose first column is of text and whose others are of numbers."""
+    """A table whose first column is text and whose other columns are numbers."""
     table = rich.table.Table(title=title, title_justify="left", box=rich.table.box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
@@ -84,7 +84,7 @@ def _memory(plan: Plan) -> rich.table.Table:
 
 def _times(plan: Plan) -> rich.table.Table:
     table = new_table(
-        "Least time of one call, ms, at published peak rates; exposed: communication that no computation hides",
+        "Minimum time of one call, ms, at published peak rates; exposed: communication that no computation hides",
         *("program", "TFLOP", "matmuls", "memory", "links", "network", "exposed", "call", "most", "MFU", "chip-hours"),
     )
     for planned in (planned for planned in plan.planned if planned.roofline):
