@@ -215,6 +215,6 @@ def test_the_modeling_file_needs_torch_and_transformers_alone():
 def test_a_folder_with_something_in_it_is_left_alone(projected, tmp_path):
     workdir, _, _ = projected
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=f"{tmp_path.name}: holds something already"):
+    with pytest.raises(UserError, match=f"{tmp_path.name}: is not empty"):
         export_model.transformers_folder(workdir.config, str(tmp_path))
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -186,7 +186,7 @@ NARROW, NOT_FINITE = np.zeros((8, 64), np.float32), np.full(64, np.nan, np.float
         ({"changed": {"architecture": "gemma"}}, "general.architecture is 'gemma'; only 'llama'"),
         ({"left_out": ("blk.1.ffn_up",)}, r"tensor 'blk.1.ffn_up.weight' of shape \(96, 64\) is missing"),
         ({"changed": {"blk.0.attn_v": NARROW}}, r"'blk.0.attn_v.weight' is \(8, 64\); the metadata"),
-        ({"changed": {"blk.1.ffn_norm": NOT_FINITE}}, "'blk.1.ffn_norm.weight' has numbers that are not"),
+        ({"changed": {"blk.1.ffn_norm": NOT_FINITE}}, "'blk.1.ffn_norm.weight' has values that are not"),
     ],
 )
 def test_a_model_that_cannot_be_imported_is_one_clear_error(tmp_path, changes, message):

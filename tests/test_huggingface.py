@@ -108,7 +108,7 @@ def test_sharded_parameters_are_the_same(tmp_path):
         (lambda weights: weights.update({"ln_f.bias": np.zeros(17, np.float32)}), "ln_f.bias"),
         (lambda weights: weights.update({"wte.weight": np.zeros((60, 16), np.float32)}), "wte.weight"),
         (lambda weights: weights.update({"lm_head.weight": np.ones((61, 16), np.float32)}), "lm_head.weight"),
-        (lambda weights: weights["h.2.mlp.c_fc.bias"].__setitem__(5, np.nan), "'h.2.mlp.c_fc.bias' has numbers that"),
+        (lambda weights: weights["h.2.mlp.c_fc.bias"].__setitem__(5, np.nan), "'h.2.mlp.c_fc.bias' has values that"),
     ],
 )
 def test_a_wrong_tensor_is_named(tmp_path, change, named):

@@ -137,7 +137,7 @@ def change(column, row, value):
         (change("id_cnt", 200, 9), "row 200: token_id has .* entries, id_cnt says 9"),
         (change("token_id", 411, [61]), "row 411: token_id has 1 entries"),
         (lambda columns: columns["token_id"][500].__setitem__(0, 61), "row 500: token id 61; the vocabulary has 61"),
-        (lambda columns: columns["prob"][500].__setitem__(0, np.float16(-0.5)), "row 500: -0.5 is no probability"),
+        (lambda columns: columns["prob"][500].__setitem__(0, np.float16(-0.5)), "row 500: -0.5 is not a probability"),
         (lambda columns: columns["prob"].__setitem__(500, [np.float16(0.1)] * columns["id_cnt"][500]),
          "row 500: its probabilities sum to"),
         (lambda columns: [column.pop() for column in columns.values()], f"row {POSITIONS - 1}: is missing"),
@@ -177,7 +177,7 @@ def test_a_row_of_a_datastore_that_does_not_fit_is_named(work, tmp_path):
     with pytest.raises(UserError, match="row 123: vals is"):
         arrow_import.run(config, "train", datastore_stream(tmp_path / "b.arrow", following))
     config.datastore.input_depth = 0.5
-    with pytest.raises(ConfigError, match="keys of the last block alone"):
+    with pytest.raises(ConfigError, match="only keys of the last block"):
         arrow_import.run(config, "train", str(tmp_path / "b.arrow"))
 
 

@@ -205,7 +205,7 @@ def test_transformers_loads_a_written_folder(folders, name, tmp_path):
     with torch.no_grad():
         actual = model(torch.from_numpy(tokens_BxT)).logits.numpy()
     np.testing.assert_array_equal(actual, expected_logits(name, tokens_BxT))
-    with pytest.raises(UserError, match="holds weights already"):
+    with pytest.raises(UserError, match="already has weights"):
         huggingface.save_language_model(tmp_path, *load(folders(name)))
 
 

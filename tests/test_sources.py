@@ -160,5 +160,5 @@ def test_pickled_weights_are_read_as_safetensors_are(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "model"), expected)
     tensors["transformer.ln_f.bias"][2] = float("inf")
     torch.save(tensors, tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin: tensor 'transformer\.ln_f\.bias' has numbers that"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: tensor 'transformer\.ln_f\.bias' has values that"):
         load(tmp_path / "model")

@@ -1,7 +1,7 @@
-"""Targets and datastores as the reference implementation keeps them: Arrow streams, written a few sequences at a time.
+"""Exports targets and datastores as the reference implementation's Arrow streams, a few sequences at a time.
 
-    targets     id_cnt int32, token_id list<int32>, prob list<float16>, label int32: a row for each position
-    datastore   keys fixed_size_list<float16>, vals int32: a row for each position
+    targets     id_cnt int32, token_id list<int32>, prob list<float16>, label int32: one row per position
+    datastore   keys fixed_size_list<float16>, vals int32: one row per position
 
 Rows are the positions of a split in order.
 """
@@ -20,7 +20,7 @@ from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.retrieval.targets_artifact import TargetsReader
 
-_BATCH_POSITIONS = 4096  # rows of one record batch, about
+_BATCH_POSITIONS = 4096  # approximate rows per record batch
 
 
 def export_targets(config: ml_collections.ConfigDict, split: str, output: str) -> None:
@@ -73,11 +73,11 @@ def _open_datastore(config: ml_collections.ConfigDict, split: str) -> Artifact:
 
 
 def _write(output: str, schema, per_shard: int, datastore: Artifact, batch) -> None:
-    """Writes the record batches `batch(first, stop)` of all sequences; none of them spans two shards."""
+    """Writes the record batches `batch(first, stop)` of all sequences, none of which spans two shards."""
     pa = require("pyarrow", extra="hub")
     file = pathlib.Path(output)
     if file.exists():
-        raise UserError(f"--output={output}: exists already; delete it, or name another file")
+        raise UserError(f"--output={output}: already exists; delete it, or name another file")
     if jax.process_index():
         return
     sequences, length = datastore.arrays["next_tokens"].shape

@@ -1,7 +1,7 @@
-"""Targets and datastores from the reference implementation's Arrow streams, one shard in memory at a time.
+"""Imports targets and datastores from the reference implementation's Arrow streams, one shard in memory at a time.
 
-Rows are the positions of a split in order, as `arrow_export` describes them. A stream may continue past the last whole
-sequence; what follows is left out.
+Rows are the positions of a split in order, as described in `arrow_export`. A stream may continue past the last whole
+sequence; the rest is ignored.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mlpmem_jax.retrieval.datastore import block_at_depth, summary
 from mlpmem_jax.retrieval.distribution import SparseDistributions
 from mlpmem_jax.retrieval.targets_artifact import KIND, TargetsWriter, array_specs, folder_of
 
-_MASS_TOLERANCE = 0.01  # of the sum of a row's probabilities: each is rounded to float16
+_MASS_TOLERANCE = 0.01  # tolerance of the sum of a row's probabilities, which are rounded to float16
 
 
 def run(config: ml_collections.ConfigDict, split: str, source: str) -> Artifact:
-    """Makes the datastore or the targets of a split from an Arrow stream; its columns tell which.
+    """Imports the datastore or the targets of a split from an Arrow stream, depending on its columns.
 
     Raises:
-      UserError: the file is no such stream, or a row of it does not fit; the text names the row.
+      UserError: the file is not such a stream, or a row does not match; names the row.
     """
     stream = Stream(source)
     make = _import_targets if stream.kind == "targets" else _import_datastore
@@ -52,7 +52,7 @@ def _check_tokens(stream: Stream, first: int, found_N: np.ndarray, expected_N: n
 
 
 def _shards(sequences: int, per_shard: int, length: int) -> list[int]:
-    """Rows of every shard."""
+    """The number of rows of every shard."""
     return [length * min(per_shard, sequences - first) for first in range(0, sequences, per_shard)]
 
 
@@ -62,7 +62,7 @@ def _import_targets(config: ml_collections.ConfigDict, split: str, stream: Strea
     folder = folder_of(config.workdir, split)
     inputs = {f"datastore/{split}": datastore.fingerprint}
     if finished := find_finished(folder, KIND, stream.origin, inputs):
-        say(f"targets/{split}: imported already")
+        say(f"targets/{split}: already imported")
         return finished
     spec = datastore.arrays["next_tokens"]
     sequences, length = spec.shape
@@ -88,7 +88,7 @@ def _import_targets(config: ml_collections.ConfigDict, split: str, stream: Strea
 def _distributions(
     stream: Stream, first: int, columns: dict, next_N: np.ndarray, k: int, vocab_size: int
 ) -> SparseDistributions:
-    """The rows of a block, checked."""
+    """Checks and converts the rows of a block."""
     labels_N = stream.numbers(columns["label"], "int64", first)
     _check_tokens(stream, first, labels_N, next_N, "label")
     counts_N = stream.numbers(columns["id_cnt"], "int64", first)
@@ -106,7 +106,7 @@ def _distributions(
         )
     probabilities_M = stream.numbers(columns["prob"].flatten(), "float32", first)
     if (entry := _first_wrong(~((probabilities_M >= 0) & (probabilities_M <= 1)))) is not None:
-        raise stream.error(first + int(rows_M[entry]), f"{probabilities_M[entry]} is no probability")
+        raise stream.error(first + int(rows_M[entry]), f"{probabilities_M[entry]} is not a probability")
     masses_N = np.bincount(rows_M, weights=probabilities_M, minlength=len(counts_N))
     if (row := _first_wrong((counts_N > 0) & (np.abs(masses_N - 1) > _MASS_TOLERANCE))) is not None:
         raise stream.error(first + row, f"its probabilities sum to {masses_N[row]:.4f}, expected 1")
@@ -128,13 +128,13 @@ def _import_datastore(config: ml_collections.ConfigDict, split: str, stream: Str
     base, model, base_artifact = saved.load_language_model(epath.Path(config.workdir) / "base", sharding)
     if config.datastore.key_model or block_at_depth(model.blocks, config.datastore.input_depth) != model.blocks:
         raise ConfigError(
-            "config.datastore: a reference datastore holds keys of the last block alone, and these serve as memory "
-            "inputs too; set input_depth to 1.0 and key_model to '', or run `mlpmem datastore`"
+            "config.datastore: a reference datastore has only keys of the last block, which also serve as memory "
+            "inputs; set input_depth to 1.0 and key_model to '', or run `mlpmem datastore`"
         )
     path = epath.Path(config.workdir) / "datastore" / split
     inputs = {"tokens": tokens.fingerprint, "base": base_artifact.fingerprint}
     if finished := find_finished(path, "datastore", stream.origin, inputs):
-        say(f"datastore/{split}: imported already")
+        say(f"datastore/{split}: already imported")
         return finished
     text, length = TokenStream(tokens, split), config.base.context_length
     sequences, per_shard, scored = num_sequences(text, length), config.datastore.sequences_per_shard, split != "train"
@@ -151,7 +151,7 @@ def _import_datastore(config: ml_collections.ConfigDict, split: str, stream: Str
             _check_tokens(stream, first, vals_N, next_SxT.ravel(), "vals")
             arrays = {"keys": _keys(stream, first, columns["keys"], model.width).reshape(count, length, -1)}
             arrays |= {"next_tokens": next_SxT, "documents": documents_SxT}
-            if scored:  # a reference datastore does not keep what the base LM says
+            if scored:  # a reference datastore lacks the base LM's scores
                 arrays["base_log_probabilities"] = scoring.language_model_log_probabilities(
                     base, model, tokens_SxT, next_SxT, sharding=sharding
                 )

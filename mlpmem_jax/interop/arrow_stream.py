@@ -1,4 +1,4 @@
-"""An Arrow stream of the reference implementation, read once from front to back, with errors that name the row."""
+"""Reads an Arrow stream of the reference implementation once, sequentially, with errors that name the row."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _COLUMNS = {"targets": ("id_cnt", "token_id", "prob", "label"), "datastore": ("k
 
 
 class Stream:
-    """A stream of targets or of a datastore; its columns tell which, and `kind` says so.
+    """A stream of targets or of a datastore; `kind` says which, determined from its columns.
 
     Raises:
-      UserError: the file is no such stream.
+      UserError: the file is not such a stream.
     """
 
     def __init__(self, source: str):
@@ -40,7 +40,7 @@ class Stream:
         return UserError(f"{self.source}: row {row}: {text}")
 
     def blocks(self, sizes: Iterable[int]) -> Iterator[tuple[int, dict]]:
-        """(first row, columns by name) for consecutive blocks of so many rows."""
+        """(first row, columns by name) for consecutive blocks with `sizes` rows."""
         pending, held, schema = [], 0, self._reader.schema
         for size in sizes:
             while held < size:
@@ -62,7 +62,7 @@ class Stream:
             raise self.error(self._row + held, f"could not be read (truncated?): {error}") from error
 
     def finish(self, less_than: int) -> None:
-        """Reads what is left, which must be less than a sequence."""
+        """Reads the remaining rows, which must be less than a sequence."""
         rest = self._left_over
         while rest < less_than:
             try:
@@ -72,7 +72,7 @@ class Stream:
         if rest >= less_than:
             raise self.error(self._row, "and those after it are more than the tokens of this split")
         if rest:
-            say(f"import: the last {rest} rows make no whole sequence, and are left out")
+            say(f"import: the last {rest} rows are not a whole sequence and are ignored")
 
     def numbers(self, column, dtype: str, first: int) -> np.ndarray:
         """A column of numbers without nulls as an array."""

@@ -1,4 +1,4 @@
-"""Stage `base`: the frozen language model, trained here, or taken from Hugging Face or a GGUF file."""
+"""Stage `base`: the frozen language model, trained here, or imported from Hugging Face or a GGUF file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PRETRAINED = "pretrained"
 
 
 def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: str, load) -> Artifact:
-    """A model that `load` reads as an artifact of the working directory, checked against the tokenizer."""
+    """Imports a model, read by `load`, as an artifact of the working directory, and checks it against the tokenizer."""
     path = epath.Path(config.workdir) / folder
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
     settings, inputs = {"path": source}, {"tokens": tokens.fingerprint, **sources.identity(source)}
     if finished := find_finished(path, "base", settings, inputs):
-        say(f"{folder}: finished already")
+        say(f"{folder}: already finished")
         return finished
     sharding = Sharding.of(config)
     with sources.local(source) as (place, commit):
@@ -34,12 +34,12 @@ def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: 
 
 
 def run(config: ml_collections.ConfigDict) -> Artifact:
-    """Makes the base LM, and imports the model of the keys where it is another one.
+    """Trains or imports the base LM, and imports the key model if it is another model.
 
-    An imported base that is to be fine-tuned is kept as it was as well, in `pretrained`.
+    The original of an imported base that is fine-tuned is kept in `pretrained`.
 
     Raises:
-      UserError: the config, the tokens, or the folder or file of the model do not fit.
+      UserError: the config, the tokens, and the model's folder or file do not match.
     """
     if config.datastore.key_model:
         load = huggingface.load_language_model
@@ -53,14 +53,14 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
 
 
 def check_fits(source, model: language_model.Config, tokens: Artifact, context_length: int) -> None:
-    """Whether a language model can read the tokens in sequences of `context_length` positions.
+    """Checks that a language model can read the tokens in sequences of `context_length` positions.
 
     Raises:
       ConfigError: its vocabulary is smaller than the tokenizer's, or its context shorter; names `source`.
     """
     if model.vocab_size < tokens.summary["vocab_size"]:
         raise ConfigError(
-            f"{source}: has a vocabulary of {model.vocab_size}, but the tokenizer makes ids up to "
+            f"{source}: has a vocabulary of {model.vocab_size}, but the tokenizer has ids up to "
             f"{tokens.summary['vocab_size'] - 1}; use the tokenizer that belongs to this model"
         )
     if model.context_length < context_length:

@@ -1,7 +1,7 @@
-"""Where our parameters lie in Hugging Face checkpoints: names of tensors, and how their axes relate to ours.
+"""Maps our parameters to Hugging Face checkpoints: names of tensors, and how their axes relate to ours.
 
-Ours have the blocks stacked, heads as axes of their own, and kernels [in, out]. Checkpoints have one tensor for each
-block, heads joined with their width, and kernels [in, out] (Conv1D of GPT-2) or [out, in] (Linear of the others).
+Ours have stacked blocks, separate axes for heads, and kernels [in, out]. Checkpoints have one tensor per block, heads
+joined with their width, and kernels [in, out] (GPT-2's Conv1D) or [out, in] (Linear in other families).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mlpmem_jax.models.checkpoint import Axes
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where one of our arrays lies.
+    """How one of our arrays is stored.
 
     Attributes:
-      names: of the tensors without prefix: one for each block, or one.
-      stacked: our array has a leading axis of blocks.
-      shape: of our array, or of one block of it.
+      names: names of its tensors without prefix: one per block, or a single one.
+      stacked: whether our array has a leading axis of blocks.
+      shape: shape of our array, or of one block of it.
       axes: for every axis of a tensor, the axes of `shape` that it joins, in order.
     """
 
@@ -42,9 +42,9 @@ class Layout:
         return [axis for joined in self.axes for axis in joined]
 
     def from_tensor(self, index: tuple[slice, ...], read: Callable[[tuple[slice, ...]], np.ndarray]) -> np.ndarray:
-        """Part `index` of our array (of one block), from a function that reads a part of its tensor."""
+        """Part `index` of our array (for one block), from a function that reads a part of its tensor."""
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
-        # Of joined axes the first alone narrows what is read.
+        # Of joined axes, only the first restricts what is read.
         inner = [math.prod(self.shape[axis] for axis in joined[1:]) for joined in self.axes]
         wanted = [bounds[joined[0]] for joined in self.axes]
         part = read(tuple(slice(start * n, stop * n) for (start, stop), n in zip(wanted, inner, strict=True)))
@@ -54,7 +54,7 @@ class Layout:
         return part.reshape(sizes)[rest].transpose(np.argsort(self._order))
 
     def to_tensor(self, array: np.ndarray) -> np.ndarray:
-        """The tensor of our array (of one block), contiguous."""
+        """The contiguous tensor of our array (for one block)."""
         return np.ascontiguousarray(array.transpose(self._order).reshape(self.tensor_shape))
 
 
@@ -62,8 +62,8 @@ def layouts(family: str, abstract: dict, blocks: int) -> dict:
     """A tree of Layout.
 
     Args:
-      family: its name, see `language_model.FAMILIES`.
-      abstract: tree of arrays or shapes as `language_model.init` makes it.
+      family: name of the model family, see `language_model.FAMILIES`.
+      abstract: tree of arrays or shapes as returned by `language_model.init`.
       blocks: number of blocks of the model.
     """
 
@@ -86,5 +86,5 @@ def layouts(family: str, abstract: dict, blocks: int) -> dict:
 
 
 def full_name(family: str, name: str) -> str:
-    """The name with the prefix that a model with an output projection gives it."""
+    """The name with the prefix used in models with an output projection."""
     return name if name.startswith("lm_head.") else language_model.checkpoint(family).prefix + name

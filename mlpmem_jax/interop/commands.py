@@ -14,17 +14,17 @@ def export(config: ml_collections.ConfigDict, form: str, output: str, *, split: 
     """Exports from `config.workdir`.
 
     Args:
-      config: resolved.
-      form: as of `mlpmem export --format`.
+      config: the resolved config.
+      form: the format, as in `mlpmem export --format`.
       output: folder or file to create.
-      split: of targets and datastores.
-      verify: scores the test split in PyTorch and compares; for the form "transformers".
+      split: split of targets and datastores.
+      verify: whether to score the test split in PyTorch and compare; only for "transformers".
 
     Raises:
-      UserError: an artifact is missing, a file does not fit, the output exists.
+      UserError: an artifact is missing, a file does not match, or the output exists.
     """
     if verify and form != "transformers":
-        raise UserError(f"--verify: needs --format=transformers; {form} holds no language model to score")
+        raise UserError(f"--verify: needs --format=transformers; {form} has no language model to score")
     if form == "transformers":
         folder = export_model.transformers_folder(config, output)
         if verify:
@@ -40,10 +40,10 @@ def export(config: ml_collections.ConfigDict, form: str, output: str, *, split: 
 
 
 def import_any(config: ml_collections.ConfigDict, source: str, *, split: str) -> None:
-    """Imports a folder, which is a model, or a file, which is an Arrow stream of a split.
+    """Imports a model from a folder, or a split from a file with an Arrow stream.
 
     Raises:
-      UserError: it is missing, or does not fit the config.
+      UserError: it is missing, or does not match the config.
     """
     if not pathlib.Path(source).exists():
         raise UserError(f"--from={source}: no such file or folder")

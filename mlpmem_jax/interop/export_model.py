@@ -1,7 +1,7 @@
-"""A trained memory as a folder for PyTorch: `mlpmem export --format=transformers` or `reference`.
+"""Exports a trained memory to a folder for PyTorch: `mlpmem export --format=transformers` or `reference`.
 
-`transformers`: base LM and memory together, with the module that joins them; torch and transformers alone load it.
-`reference`: the memory alone, as the state dict and config of the reference implementation's memory classes.
+`transformers`: base LM and memory together, with the module that combines them; loading needs only torch and
+transformers. `reference`: the memory alone, as the state dict and config of the reference implementation's classes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def transformers_folder(
     """Writes base LM and memory of `config.workdir` as a folder that transformers' Auto classes load.
 
     Raises:
-      UserError: a model is missing, or the output folder holds something already.
+      UserError: a model is missing, or the output folder is not empty.
     """
     workdir = epath.Path(config.workdir)
     sharding = Sharding.of(config)
@@ -97,8 +97,7 @@ def reference_folder(config: ml_collections.ConfigDict, output: str) -> pathlib.
     """Writes the memory of `config.workdir` as the reference implementation's state dict and config.
 
     Raises:
-      UserError: the memory is missing, or of a shape that the reference has no class for, or the output folder holds
-        something already.
+      UserError: the memory is missing, the reference has no class for its shape, or the output folder is not empty.
     """
     workdir = epath.Path(config.workdir)
     sharding = Sharding.of(config)
@@ -106,7 +105,7 @@ def reference_folder(config: ml_collections.ConfigDict, output: str) -> pathlib.
     parameters, model, artifact = saved.load_memory(workdir / "memory", sharding)
     _check_reference_has_it(model, artifact)
     values = memory_tensors.to_json(model, huggingface_config.to_json(base_model))
-    # The reference takes the two widths as arguments of the class, and has no place for them in a config.
+    # The reference takes the two widths as arguments of the class, not from its config.
     values |= {"architectures": [_REFERENCE_CLASSES[values["model_type"]]]}
     values |= {"input_dim": model.input_width, "output_dim": model.width}
     with output_folder(output) as folder:
@@ -126,10 +125,10 @@ def _check_reference_has_it(model: MemoryConfig, artifact: Artifact) -> None:
 
 @contextlib.contextmanager
 def output_folder(output: str) -> Iterator[pathlib.Path]:
-    """A folder to fill; it gets its name when everything is in it."""
+    """Yields a folder to fill, which is renamed to its final name once complete."""
     final = pathlib.Path(output)
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise UserError(f"--output={output}: holds something already; delete it, or name another folder")
+        raise UserError(f"--output={output}: is not empty; delete it, or name another folder")
     partial = final.with_name(f"{final.name}.partial")
     if jax.process_index() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -148,7 +147,7 @@ def _write_json(file: pathlib.Path, values: dict) -> None:
 
 def _write_tokenizer(folder: pathlib.Path, tokens: Artifact, context_length: int) -> None:
     tokenizer, end_id = read_tokenizer(tokens), tokens.summary["end_of_text_id"]
-    # Without a token of its own before a text, what it follows is the end of another.
+    # If the tokenizer puts no token before a text, the end of another text precedes it.
     begin_id = next(iter(begin_ids(tokenizer)), end_id)
     begin, end = tokenizer.id_to_token(begin_id), tokenizer.id_to_token(end_id)
     (folder / TOKENIZER_FILE).write_bytes(tokens.read_file(TOKENIZER_FILE))
@@ -169,7 +168,7 @@ def _write_tokenizer(folder: pathlib.Path, tokens: Artifact, context_length: int
 
 
 def _provenance(tokens: Artifact, base: Artifact, memory: Artifact) -> dict:
-    """What made the memory; of an imported one, what was said where it comes from."""
+    """The memory's origin; for an imported one, as stated by its source."""
     if "provenance" in memory.summary:
         return dict(memory.summary["provenance"])
     names = ("step", "positions", "training_flops")

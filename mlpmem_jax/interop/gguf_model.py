@@ -1,7 +1,7 @@
 """Language models from llama.cpp's GGUF files.
 
-Each process dequantizes the rows of a tensor that its devices hold, one block's at a time: the host never holds a model
-in float32.
+Each process dequantizes only the rows of a tensor for its devices, one block at a time, so the host never holds a whole
+model in float32.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def load_language_model(path: str, sharding: Sharding) -> tuple[dict, language_m
       path: a GGUF file of llama.cpp's architecture `llama`: Llama 1 to 3, Mistral, SmolLM2 and the like.
 
     Raises:
-      UserError: no such file, another architecture or quantization, or a tensor that is missing, left over, not finite,
-        or of another shape than the metadata say; the text names it.
+      UserError: the file does not exist, has another architecture or quantization, or a tensor is missing, unexpected,
+        not finite, or of another shape than in the metadata; names the tensor.
     """
     file = GGUFFile(path)
     config = read_config(file)
@@ -67,7 +67,7 @@ def read_config(file: GGUFFile) -> LlamaConfig:
     """Dimensions of the file's model.
 
     Raises:
-      UserError: another architecture, or what this package does not implement.
+      UserError: the architecture or one of its options is not implemented.
     """
     architecture = file.value("general.architecture")
     if architecture != _ARCHITECTURE:
@@ -78,7 +78,7 @@ def read_config(file: GGUFFile) -> LlamaConfig:
     if scaling not in ("none", "linear") or "rope_freqs.weight" in file.tensors:
         kind = scaling if scaling != "none" else "rope_freqs.weight"
         raise UserError(
-            f"{file.path}: rotary embeddings are scaled by {kind!r}, which is read from Hugging Face folders alone; "
+            f"{file.path}: rotary embeddings are scaled by {kind!r}, which only Hugging Face folders support; "
             "set config.base.source to 'huggingface'"
         )
     width, heads = int(file.value("llama.embedding_length")), int(file.value("llama.attention.head_count"))
@@ -125,10 +125,10 @@ def _check_tensors(file: GGUFFile, stored) -> None:
 
 
 def _read(file: GGUFFile, head_width: int, name: str, part: tuple[slice, ...]) -> np.ndarray:
-    """Part of a tensor as Hugging Face has it; of queries and keys, whole heads."""
+    """A part of a tensor in Hugging Face's order; for queries and keys, whole heads."""
     stored = _stored_name(name)
     values = tensor_files.finite(file.read(stored, part), file.path, stored)
     if stored.split(".")[-2] in _PERMUTED:
-        # llama.cpp turns pairs of neighbors, Hugging Face the two halves of a head.
+        # llama.cpp rotates pairs of adjacent numbers, Hugging Face the two halves of a head.
         values = values.reshape(-1, head_width // 2, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
     return values

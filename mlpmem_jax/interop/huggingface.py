@@ -1,7 +1,7 @@
-"""Language models from Hugging Face folders, and written back as such folders.
+"""Imports language models from Hugging Face folders, and exports them as such folders.
 
-Each process reads the parts that its devices hold and no others, one block's part of one tensor at a time: the host
-never holds a model.
+Each process reads only the parts for its devices, one block's part of one tensor at a time, so the host never holds a
+whole model.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mlpmem_jax.models import language_model
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _OUTPUT = "lm_head.weight"
 _COMPARED_ROWS = 1024
-# What old files carry beside the weights: causal masks of GPT-2, frequencies and tables of rotary embeddings.
+# Tensors in old files that are not weights: GPT-2's causal masks, frequencies and tables of rotary embeddings.
 _BUFFERS = (
     ".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"
 )  # fmt: skip
 
 Files = dict[str, Tensor]
-"""Tensors by their names without prefix."""
+"""Tensors by name, without prefix."""
 
 
 def load_language_model(
@@ -44,12 +44,12 @@ def load_language_model(
 
     Args:
       source: a folder with config.json and weights of a GPT-2, Llama or Mistral.
-      part: where the language model is a part of a larger one, the name of that part: its tensors begin with it, and
-        its config is `<part>_config` of the folder's.
+      part: if the language model is a part of a larger model, the name of that part: its tensors begin with it, and
+        its config is `<part>_config` in the folder's config.json.
 
     Raises:
-      UserError: no such folder, another architecture, or a tensor that is missing, left over, of another shape than the
-        config says, not finite, or unreadable; the text names it.
+      UserError: the folder does not exist, has another architecture, or a tensor is missing, unexpected, of another
+        shape than in the config, not finite, or unreadable; names the tensor.
     """
     folder = pathlib.Path(source)
     if not folder.is_dir():
@@ -75,7 +75,7 @@ def _files_of_tensors(folder: pathlib.Path, part: str, prefix: str) -> Files:
 
 
 def _check_tensors(folder: pathlib.Path, files: Files, stored: list[Layout], has_output: bool) -> None:
-    """Refuses tensors that are missing, left over, of another shape or dtype, and a tied output that is not."""
+    """Refuses tensors that are missing, unexpected, of another shape or dtype, and outputs that are wrongly tied."""
     expected = {name: layout.tensor_shape for layout in stored for name in layout.names}
     for name, shape in expected.items():
         if name not in files:
@@ -112,22 +112,22 @@ def _check_tied(files: Files, embedding: str) -> None:
 
 
 def _read(files: Files, name: str, part: tuple[slice, ...]) -> np.ndarray:
-    """Part of a tensor, float32."""
+    """A part of a tensor, float32."""
     return files[name].read(part)
 
 
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]
-"""Gives part of a tensor, by its name without prefix, in float32."""
+"""Returns a part of a tensor, by its name without prefix, in float32."""
 
 
 def place(read: Read, bar, layout: Layout, placed: NamedSharding) -> jax.Array:
-    """One of our arrays on the mesh; that of all blocks grows on the devices block by block.
+    """Reads one of our arrays onto the mesh; stacked blocks are filled on the devices block by block.
 
     Args:
       read: see `Read`.
-      bar: progress, by tensors.
-      layout: where the array lies among the tensors.
-      placed: of the array.
+      bar: progress bar, in tensors.
+      layout: how the array is stored in tensors.
+      placed: the array's sharding.
     """
 
     def of_one(name: str, sharding: NamedSharding) -> jax.Array:
@@ -161,22 +161,22 @@ def save_language_model(
 ) -> None:
     """Writes config.json and float32 safetensors that transformers loads as GPT2-, Llama- or MistralForCausalLM.
 
-    Every process calls this and the first one writes; the host holds one file's tensors at a time. The same
-    parameters give the same bytes.
+    Every process must call this; the first one writes. The host holds one file's tensors at a time. The same parameters
+    give the same bytes.
 
     Args:
-      folder: local; made where it does not exist.
+            folder: a local folder, created if missing.
       parameters: tree of `language_model.init`, sharded or not.
-      config: their dimensions.
-      maximum_shard_bytes: tensors of one file; more are written as several files with an index. A larger tensor has a
-        file to itself.
+      config: the model's dimensions.
+      maximum_shard_bytes: bytes of tensors per file; larger models are written as several files with an index. A
+        larger tensor gets its own file.
 
     Raises:
-      UserError: the folder holds weights already.
+      UserError: the folder already has weights.
     """
     folder = pathlib.Path(folder)
     if held := sorted(folder.glob("model*.safetensors*")):
-        raise UserError(f"{held[0]}: the folder holds weights already; choose another one or delete them")
+        raise UserError(f"{held[0]}: the folder already has weights; choose another one or delete them")
     barrier(f"saving {folder}")
     writes = jax.process_index() == 0
     if writes:
@@ -189,7 +189,7 @@ def save_language_model(
 
 
 def tensors(parameters: dict, config: language_model.Config) -> list[Tensor]:
-    """The tensors of a checkpoint by their full names; each is fetched from the devices when it is read."""
+    """The tensors of a checkpoint with their full names; each is fetched from the devices when it is read."""
     family = language_model.family(config)
     result = []
     for layout, array in zip(
@@ -202,5 +202,5 @@ def tensors(parameters: dict, config: language_model.Config) -> list[Tensor]:
 
 
 def _tensor(layout: Layout, array: jax.Array, block: int) -> np.ndarray:
-    """One tensor on the host, whole; every process calls this."""
+    """One whole tensor on the host; every process must call this."""
     return layout.to_tensor(tensor_files.on_host(array[block] if layout.stacked else array))

@@ -1,4 +1,4 @@
-"""The file config.json of Hugging Face models; what its keys mean, the module of each family in models/ says."""
+"""Reads and writes config.json of Hugging Face models; the module of each family in models/ interprets its keys."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mlpmem_jax.models.config_json import ConfigJson
 
 
 def read_config(folder: pathlib.Path | epath.Path, part: str = "") -> language_model.Config:
-    """Dimensions of the language model that the folder's config.json describes, under `<part>_config` if it is a part.
+    """Dimensions of the language model in the folder's config.json, under `<part>_config` if it is a part.
 
     Raises:
-      UserError: the file is missing, unreadable, or describes what this package does not implement.
+      UserError: the file is missing or unreadable, or describes a model that this package does not implement.
     """
     file = folder / "config.json"
     try:
@@ -28,5 +28,5 @@ def read_config(folder: pathlib.Path | epath.Path, part: str = "") -> language_m
 
 
 def to_json(config: language_model.Config) -> dict:
-    """What config.json says of a language model. Token ids of begin and end are null: a tokenizer has them."""
+    """The config.json of a language model. Token ids of begin and end are null, because the tokenizer defines them."""
     return {**language_model.to_json(config), "bos_token_id": None, "eos_token_id": None}

@@ -1,7 +1,7 @@
-"""A folder of PyTorch weights as artifacts: `mlpmem import --from=DIR`.
+"""Imports a folder of PyTorch weights as artifacts: `mlpmem import --from=DIR`.
 
-Both formats of `export_model` are read; of the reference's, weights may also be in pytorch_model.bin. What was imported
-is an artifact like any other: training, evaluation and generation continue from it.
+Reads both formats of `export_model`; in the reference's format, weights may also be in pytorch_model.bin. An imported
+artifact is like any other: training, evaluation and generation continue from it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval.datastore import block_at_depth
 from mlpmem_jax.training.memory_task import vocabulary_multiple
 
-_DEFAULT_WEIGHT = 0.25  # the paper's for WikiText-103; the reference keeps none with its weights
+_DEFAULT_WEIGHT = 0.25  # the paper's for WikiText-103; the reference stores none with its weights
 _KEYS = ("base_config", "memory_config", "input_block", "interpolation_weight", "provenance")
 
 
 def run(config: ml_collections.ConfigDict, source: str) -> Artifact:
-    """Makes `memory`, and from the transformers format also `base`, in `config.workdir`.
+    """Imports `memory`, and from the transformers format also `base`, into `config.workdir`.
 
     Args:
-      config: resolved; its workdir holds tokens, and for the reference format the base.
+      config: the resolved config; its workdir has tokens, and for the reference format the base.
       source: the folder to read.
 
     Raises:
-      UserError: the folder, one of its tensors, or its vocabulary does not fit; the text names which.
+      UserError: the folder, one of its tensors, or its vocabulary does not match; says which.
     """
     folder, workdir = pathlib.Path(source), epath.Path(config.workdir)
     values = _read_config(folder)
@@ -54,7 +54,7 @@ def run(config: ml_collections.ConfigDict, source: str) -> Artifact:
         base = open_artifact(workdir / "base", "base")
         model = _memory_config(folder, values, tensors, saved.language_model_config(base), tokens, multiple)
         summary = {"validation": {"interpolation_weight": _DEFAULT_WEIGHT}}
-        say(f"import: {folder} holds no interpolation weight; taking {_DEFAULT_WEIGHT}")
+        say(f"import: {folder} has no interpolation weight; using {_DEFAULT_WEIGHT}")
     else:
         base_model = huggingface_config.read_config(folder, "base")
         _check_fits(config, folder, values, base_model, tokens)
@@ -89,10 +89,10 @@ def _check_fits(
     base: language_model.Config,
     tokens: Artifact,
 ) -> None:
-    """Tokenizer, context and input block of an exported folder against the working directory's."""
+    """Checks tokenizer, context and input block of an exported folder against the working directory's."""
     file = folder / TOKENIZER_FILE
     if not file.is_file():
-        raise UserError(f"{file}: is missing; an exported memory has its tokenizer beside it")
+        raise UserError(f"{file}: is missing; an exported memory includes its tokenizer")
     if json.loads(file.read_bytes()) != json.loads(tokens.read_file(TOKENIZER_FILE)):
         raise UserError(
             f"{file}: is not the tokenizer of {tokens.path}; make the tokens with "
@@ -125,7 +125,7 @@ def _memory_config(
     multiple: int,
     prefix: str = "",
 ) -> MemoryConfig:
-    """Dimensions of the memory, with which its tensors and the base agree."""
+    """Dimensions of the memory, checked against its tensors and the base."""
     file = folder / "config.json"
     model = memory_tensors.from_json(values, base.width, multiple, str(file))
     vocabularies = base.vocab_size, tokens.summary["vocab_size"]
@@ -147,14 +147,14 @@ def _memory_config(
 def _sealed(
     workdir: epath.Path, kind: str, model: language_model.Config | MemoryConfig, parameters, summary: dict, inputs: dict
 ) -> Artifact:
-    """The artifact of imported parameters; what is there already must be the same."""
+    """Writes the artifact of imported parameters; an existing one must be identical."""
     path, fingerprint = workdir / kind, stored.fingerprint(parameters)
     manifest = read_manifest(str(path))
     if kind == "base" and manifest and manifest["sealed"]:
         artifact = open_artifact(path, kind)
         from_tokens = artifact.inputs["tokens"] == inputs["tokens"]
         if artifact.summary["parameters_fingerprint"] == fingerprint and from_tokens:
-            say("base: is the same already")
+            say("base: is already the same")
             return artifact
     made_by = {"imported": {"parameters": fingerprint, **summary}}
     if finished := find_finished(path, kind, made_by, inputs):

@@ -1,7 +1,7 @@
-"""The memory as PyTorch has it: names, shapes and orientation of its tensors, and its config.
+"""The memory in PyTorch: names, shapes and orientation of its tensors, and its config.
 
 Names are those of the reference implementation's memory classes (arXiv 2508.01832). GPT-2's projections are Conv1D,
-which keeps [in, out] as we do; every other matrix is a Linear's [out, in].
+which stores [in, out] as we do; every other matrix is a Linear's [out, in].
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _KEYS = {
     "gpt2": ("vocab_size", "n_embd", "n_layer", "n_inner", "layer_norm_epsilon", "activation_function"),
     "llama": ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "rms_norm_eps", "hidden_act"),
 }
-_EPSILON = {"gpt2": 1e-5, "llama": 1e-6}  # what transformers takes where a config has none
+_EPSILON = {"gpt2": 1e-5, "llama": 1e-6}  # transformers' defaults
 _OTHER_NAMES = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
 FAMILIES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama"}
-"""Model type in a config.json -> our family."""
+"""Model type in config.json -> our family."""
 
 
 def _name(path: tuple, family: str) -> str:
-    """The PyTorch name of one of our arrays; that of a block's has '{}' for its number."""
+    """The PyTorch name of one of our arrays, with '{}' for the number of a block."""
     *modules, leaf = (entry.key for entry in path)
     parts = [_NAMES[family].get(module, module) for module in modules]
     if modules[0] == "h":
@@ -52,7 +52,7 @@ def _abstract(config: MemoryConfig) -> dict:
 
 
 def _tensor_shape(path: tuple, shape: tuple[int, ...], config: MemoryConfig) -> tuple[int, ...]:
-    """Shape in PyTorch of one of our arrays, the blocks' axis left out; no padding of the vocabulary."""
+    """Shape in PyTorch of one of our arrays, without the axis of blocks and the padding of the vocabulary."""
     if path[0].key == "lm_head":
         return config.vocab_size, config.width
     shape = shape[1:] if path[0].key == "h" else shape
@@ -70,7 +70,7 @@ def shapes(config: MemoryConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tensors(parameters: dict, config: MemoryConfig) -> list[Tensor]:
-    """The memory's parameters as PyTorch has them; each is fetched from the devices when it is read."""
+    """The memory's parameters as PyTorch tensors; each is fetched from the devices when it is read."""
     result = []
     for path, array in jax.tree_util.tree_leaves_with_path(parameters):
         shape = _tensor_shape(path, array.shape, config)
@@ -89,7 +89,7 @@ def tensors(parameters: dict, config: MemoryConfig) -> list[Tensor]:
 
 
 def load(tensors_by_name: Mapping[str, Tensor], config: MemoryConfig, sharding: Sharding) -> dict:
-    """Parameters on the mesh, the tree of `memory.init`, from tensors that `tensor_files.check` found right."""
+    """Parameters on the mesh, the tree of `memory.init`, from tensors that passed `tensor_files.check`."""
 
     def array(path, abstract, sharding) -> jax.Array:
         name, is_linear = _name(path, config.family), _is_linear(path, config.family)
@@ -122,7 +122,7 @@ def to_json(config: MemoryConfig, base: Mapping) -> dict:
     sizes = config.vocab_size, config.width, config.blocks, config.feed_forward_width
     values = dict(zip(_KEYS[config.family], (*sizes, config.norm_epsilon, config.activation), strict=True))
     heads = base.get("n_head") or base["num_attention_heads"]
-    heads = math.gcd(heads, config.width)  # of no use in a memory, but transformers wants to divide by them
+    heads = math.gcd(heads, config.width)  # unused by a memory, but transformers divides by them
     positions = base.get("n_positions") or base["max_position_embeddings"]
     if config.family == "gpt2":
         values |= {"model_type": "gpt2", "n_head": heads, "n_positions": positions, "resid_pdrop": 0.0}
@@ -130,7 +130,7 @@ def to_json(config: MemoryConfig, base: Mapping) -> dict:
         model_type = base["model_type"] if FAMILIES[base["model_type"]] == "llama" else "llama"
         values |= {"model_type": model_type, "num_attention_heads": heads, "num_key_value_heads": heads}
         values |= {"max_position_embeddings": positions, "mlp_bias": False}
-    no_tokens = {"bos_token_id": None, "eos_token_id": None}  # the defaults may lie outside the vocabulary
+    no_tokens = {"bos_token_id": None, "eos_token_id": None}  # the defaults may be outside the vocabulary
     return {**values, **no_tokens, "tie_word_embeddings": False, "dtype": "float32"}
 
 
@@ -138,13 +138,13 @@ def from_json(values: Mapping, input_width: int, vocabulary_multiple: int, sourc
     """Dimensions of the memory that a config.json describes.
 
     Args:
-      values: of the config.json.
-      input_width: width of what the memory reads.
-      vocabulary_multiple: what the padded vocabulary must be a multiple of.
-      source: where the values come from, for errors.
+            values: values of the config.json.
+      input_width: width of the memory's input.
+      vocabulary_multiple: the padded vocabulary must be a multiple of this.
+      source: source of the values, for errors.
 
     Raises:
-      UserError: a value is missing, or is one that this package does not implement.
+      UserError: a value is missing or not implemented.
     """
     family = FAMILIES.get(values.get("model_type"))
     if family is None:

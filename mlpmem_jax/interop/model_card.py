@@ -1,4 +1,4 @@
-"""The model card of an exported memory: README.md, from nothing but what is in its config.json."""
+"""The model card of an exported memory: README.md, generated from its config.json."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ tags:
 
 # A language model with an MLP memory
 
-A base language model ({base_type}, {base_parameters:,} parameters) and a memory beside it ({memory_parameters:,}
-parameters), an all-MLP network trained to give the next-token distribution that a search among the nearest neighbors
-of its training corpus would give ([MLP Memory](https://arxiv.org/abs/2508.01832)). The next token follows
+A base language model ({base_type}, {base_parameters:,} parameters) with a memory ({memory_parameters:,} parameters), an
+all-MLP network trained to predict the next-token distribution that a nearest-neighbor search in its training corpus
+would give ([MLP Memory](https://arxiv.org/abs/2508.01832)). The next token follows
 `lambda * p_memory + (1 - lambda) * p_base` with lambda = {weight:.4f}.
 
 ```python
@@ -33,7 +33,7 @@ memory = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)  # the memory
 ```
 
 Logits are log-probabilities of the mixture. The memory reads the input of the feed-forward layer of block
-{input_block} of the base, and runs only where logits are asked for (`logits_to_keep`).
+{input_block} of the base, and runs only where logits are requested (`logits_to_keep`).
 
 ## Measured
 
@@ -49,7 +49,7 @@ _SYSTEMS = {"base": "base", "memory": "memory alone", "augmented": "base + memor
 
 
 def render(values: Mapping) -> str:
-    """The card of the model whose config.json holds `values`."""
+    """The card of the model with the config.json `values`."""
     provenance = {name: value for name, value in values["provenance"].items() if name != "perplexity"}
     parameters = provenance["parameters"]
     return _TEMPLATE.format(

@@ -1,13 +1,13 @@
-"""A causal language model with an MLP memory beside it, for PyTorch and transformers.
+"""A causal language model with an MLP memory, for PyTorch and transformers.
 
     p(next token) = lambda * p_memory + (1 - lambda) * p_base
 
 The base is one of transformers' own models. The memory is a stack of feed-forward blocks without attention; it reads
-what the base feeds to the feed-forward layer of one of its blocks, at the same position. See "MLP Memory",
+the input of the feed-forward layer of one of the base's blocks, at the same position. See "MLP Memory",
 arXiv 2508.01832.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    model.config.interpolation_weight = 0.3  # lambda; 0 is the base alone, which then costs what it always did
+    model.config.interpolation_weight = 0.3  # lambda; 0 is the base alone, at its usual cost
     memory = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)  # the memory without the base
 """
 
@@ -22,12 +22,12 @@ from transformers.pytorch_utils import Conv1D
 
 
 class MLPMemoryConfig(PretrainedConfig):
-    """Configs of the base and of the memory, and how they are joined.
+    """Configs of the base and of the memory, and how they are combined.
 
     Args:
-      base_config: of the base LM, any that AutoConfig knows.
-      memory_config: a GPT-2, Llama or Mistral config of which the feed-forward layers are meant.
-      input_width: width of what the memory reads; a linear layer brings it to the memory's width where they differ.
+      base_config: config of the base LM, of any type that AutoConfig knows.
+      memory_config: a GPT-2, Llama or Mistral config, of which only the feed-forward layers are used.
+      input_width: width of the memory's input; if it differs from the memory's width, a linear layer maps it.
       input_block: the block of the base, counted from 1, whose feed-forward layer's input the memory reads.
       interpolation_weight: lambda, from 0 to 1.
     """
@@ -53,12 +53,12 @@ class MLPMemoryConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def get_text_config(self, *args, **kwargs):
-        """The base's, from which transformers takes the shape of the cache."""
+        """The base's config, from which transformers takes the shape of the cache."""
         return self.base_config
 
 
 def _config(values):
-    """A sub-config from what a config.json holds; a small GPT-2's where there is nothing."""
+    """A sub-config from the values in config.json; a small GPT-2's if there are none."""
     if isinstance(values, PretrainedConfig):
         return values
     values = dict(values or {"n_layer": 2, "n_embd": 64, "n_head": 2})
@@ -71,7 +71,7 @@ class MLPMemoryPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_unexpected = [r"^base\."]  # noqa: RUF012  what AutoModel leaves in the file
+    _keys_to_ignore_on_load_unexpected = [r"^base\."]  # noqa: RUF012  not used by AutoModel
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -136,7 +136,7 @@ class LlamaBlock(nn.Module):
 
 
 class MLPMemoryModel(MLPMemoryPreTrainedModel):
-    """The memory alone: next-token logits from hidden states of the base, each position by itself."""
+    """The memory alone: next-token logits from hidden states of the base, independently per position."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -182,9 +182,9 @@ class MLPMemoryForCausalLM(MLPMemoryPreTrainedModel, GenerationMixin):
         return self.base.get_decoder()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, logits_to_keep=0, **kwargs):
-        """What the base returns, with the logits (and with labels the loss, -log p of the next token) of the mixture.
+        """The base's output, with the logits of the mixture (and with labels its loss, -log p of the next token).
 
-        With `logits_to_keep` (a count from the end, or positions) neither output projection nor memory runs elsewhere.
+        With `logits_to_keep` (a count from the end, or positions), output projection and memory run only there.
         """
         blocks = getattr(self.base.base_model, "h", None) or self.base.base_model.layers
         read = []
@@ -213,7 +213,7 @@ class MLPMemoryForCausalLM(MLPMemoryPreTrainedModel, GenerationMixin):
             return base
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         memory = self.memory(hidden_states[:, kept]).logits.to(base.device).float().log_softmax(-1)
-        # Tokens that only the base knows have no probability in the memory.
+        # Tokens that are not in the memory's vocabulary have probability 0.
         memory = nn.functional.pad(memory, (0, base.shape[-1] - memory.shape[-1]), value=-math.inf)
         if weight == 1:
             return memory

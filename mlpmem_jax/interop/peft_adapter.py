@@ -1,4 +1,4 @@
-"""The LoRA of a working directory as a folder that `peft` loads over the base that it was trained on."""
+"""Exports the LoRA of a working directory as a folder that `peft` loads on top of the base it was trained on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def export(config: ml_collections.ConfigDict, output: str) -> None:
     """Writes the adapters of `config.workdir`.
 
     Raises:
-      UserError: LoRA was not trained there, or the output folder holds something already.
+      UserError: LoRA was not trained there, or the output folder is not empty.
     """
     workdir = epath.Path(config.workdir)
     artifact = open_artifact(workdir / lora.FOLDER, "base")
@@ -33,7 +33,7 @@ def export(config: ml_collections.ConfigDict, output: str) -> None:
 
 
 def write(folder: pathlib.Path, adapters: dict, model: language_model.Config, base: str) -> None:
-    """Writes adapters, as `lora.init` makes them, of a language model whose name or folder is `base`."""
+    """Writes adapters, in the form of `lora.init`, for a language model whose name or folder is `base`."""
     checkpoint = language_model.checkpoint(language_model.family(model))
     tensors, modules = {}, []
     for path, adapter in adapters.items():
@@ -54,7 +54,7 @@ def write(folder: pathlib.Path, adapters: dict, model: language_model.Config, ba
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": modules,
-        "fan_in_fan_out": not checkpoint.transposed,  # Conv1D of GPT-2
+        "fan_in_fan_out": not checkpoint.transposed,  # GPT-2's Conv1D
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""Dimensions of language models before they are imported: of published ones, of a folder, of a GGUF file."""
+"""Dimensions of language models before they are imported: published ones, those in a folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mlpmem_jax.models import language_model
 
 
 def dimensions(source: str) -> language_model.Config:
-    """Dimensions of the model of that name, in whole or without the owner's, of one in a folder, or of a GGUF file.
+    """Dimensions of a published model by name (with or without its owner), or of one in a folder or a GGUF file.
 
     Raises:
-      UserError: neither.
+      UserError: it is none of these.
     """
     if (fields := published.find(source)) is not None:
         return language_model.from_fields(fields)
@@ -28,11 +28,11 @@ def dimensions(source: str) -> language_model.Config:
     name = source.partition("@")[0].rstrip("/").split("/")[-1]
     for known, fields in published.DIMENSIONS.items():
         model = known.split("/")[-1]
-        if name == model or (is_gguf and name.startswith(f"{model}.")):  # MODEL.QUANTIZATION.gguf, not fetched yet
+        if name == model or (is_gguf and name.startswith(f"{model}.")):  # MODEL.QUANTIZATION.gguf, not downloaded yet
             return language_model.from_fields(fields)
     if is_gguf:
-        GGUFFile(source)  # says that there is no such file
+        GGUFFile(source)  # raises the error that there is no such file
     raise UserError(
-        f"{source}: its dimensions are not known without downloading it; give a folder with its config.json, or one of "
+        f"{source}: its dimensions are unknown without downloading it; set a folder with its config.json, or one of "
         f"{', '.join(published.DIMENSIONS)}"
     )

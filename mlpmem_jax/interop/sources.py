@@ -1,4 +1,4 @@
-"""Where the weights of a language model come from: a file or folder, here or in a bucket, or a Hugging Face name."""
+"""The source of a language model's weights: a file or folder, local or in a bucket, or a Hugging Face name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import UserError, require
 
 _CONFIG = "config.json"
-_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")  # the first kind that is there is read, as in transformers
+_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")  # the first existing kind is read, as in transformers
 
 
 def _is_hub_name(source: str) -> bool:
@@ -23,9 +23,9 @@ def _is_hub_name(source: str) -> bool:
 
 
 def identity(source: str) -> dict[str, str]:
-    """What an artifact made from these weights keeps to recognize them by; nothing for a name on the hub.
+    """What an artifact built from these weights stores to identify them; nothing for a name on the hub.
 
-    A branch of the hub moves while a job runs: what is kept of it is the commit, once it is known.
+    A branch on the hub may move while a job runs, so its commit is stored once it is known.
     """
     if _is_hub_name(source):
         return {}
@@ -35,10 +35,10 @@ def identity(source: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def local(source: str) -> Iterator[tuple[pathlib.Path, str]]:
-    """(file or folder on this machine's disk, commit of a model of the hub or ""), as long as the context lasts.
+    """Yields (local file or folder, commit of a model on the hub or "").
 
     Raises:
-      UserError: there is nothing of that name on the hub or in the bucket.
+      UserError: there is nothing with that name on the hub or in the bucket.
     """
     if _is_hub_name(source):
         folder = _snapshot(source)
@@ -57,7 +57,7 @@ def local(source: str) -> Iterator[tuple[pathlib.Path, str]]:
 
 
 def _files(place: epath.Path) -> dict[str, epath.Path]:
-    """The files that a model is read from, by name."""
+    """The files from which a model is read, by name."""
     if place.is_dir():
         return {name: place / name for name in _needed(entry.name for entry in place.iterdir())}
     return {place.name: place} if place.exists() else {}
@@ -70,13 +70,13 @@ def _needed(names: Iterable[str]) -> list[str]:
 
 
 def _snapshot(source: str) -> pathlib.Path:
-    """The folder of a model of the hub, downloaded unless this machine has it; its name is the commit."""
+    """The folder of a model from the hub, downloaded unless cached; its name is the commit."""
     hub = require("huggingface_hub", extra="hub")
     name, _, revision = source.partition("@")
     try:
         try:
             info = hub.HfApi().model_info(name, revision=revision or None)
-        except Exception:  # offline, say: what was downloaded before will do
+        except Exception:  # for example offline: use what was downloaded before
             return pathlib.Path(hub.snapshot_download(name, revision=revision or None, local_files_only=True))
         needed = _needed(sibling.rfilename for sibling in info.siblings)
         return pathlib.Path(hub.snapshot_download(name, revision=info.sha, allow_patterns=needed))

@@ -1,4 +1,4 @@
-"""Folders of PyTorch weights: safetensors, in one file or sharded with an index, and pytorch_model.bin to read.
+"""Folders of PyTorch weights: safetensors, in one file or sharded with an index, and pytorch_model.bin (read only).
 
 Tensors are read and written one at a time or one file at a time, never all of them together.
 """
@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from mlpmem_jax.core.errors import UserError, require
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
-MAXIMUM_SHARD_BYTES = 5 * 10**9  # of one file, as transformers has it
+MAXIMUM_SHARD_BYTES = 5 * 10**9  # per file, as in transformers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Tensor:
     """A tensor under its PyTorch name.
 
     Attributes:
-      read: gets its values in float32; of a tensor in a file also a part of them, given a tuple of slices.
-      file: where it is stored.
-      dtype: as stored, by safetensors' names.
+      read: returns its values in float32; for a tensor in a file also a part, given a tuple of slices.
+      file: the file in which it is stored.
+      dtype: the stored dtype, with safetensors' names.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Tensor:
 
 
 def write(folder: pathlib.Path, tensors: Sequence[Tensor], maximum_shard_bytes: int = MAXIMUM_SHARD_BYTES) -> None:
-    """Writes tensors as float32 into model.safetensors, or into several files and an index where that is too large.
+    """Writes tensors as float32 to model.safetensors, or if that is too large, to several files and an index.
 
-    Every process calls this, since every one holds a part of what is read; the first one writes.
+    Every process must call this, because each holds a part of the tensors; the first one writes.
     """
     shards: list[list[Tensor]] = [[]]
     room = maximum_shard_bytes
@@ -65,17 +65,17 @@ def write(folder: pathlib.Path, tensors: Sequence[Tensor], maximum_shard_bytes: 
         if is_first:
             (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     for file, shard in zip(files, shards, strict=True):
-        # Safetensors writes memory as it lies: a transposed view would come out as its original.
+        # Safetensors writes memory in storage order: a transposed view would be written untransposed.
         arrays = {tensor.name: np.ascontiguousarray(tensor.read(), np.float32) for tensor in shard}
         if is_first:
             (folder / file).touch()
-            mode = (folder / file).stat().st_mode  # as the umask has it; the library lets the owner alone read
+            mode = (folder / file).stat().st_mode  # with the umask's mode; the library lets only the owner read
             safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(mode)
 
 
 def on_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array; every process calls this and gets it."""
+    """The whole array on the host; every process must call this and gets it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -88,9 +88,8 @@ def _bytes(tensor: Tensor) -> int:
 def read(folder: pathlib.Path) -> dict[str, Tensor]:
     """The tensors of a folder by name, without their values.
 
-    Of several kinds of files that a folder has, transformers' choice is read: safetensors before pickled ones, and a
-    single file before an index. Pickled files are read by torch's loader of weights alone, which runs no code of
-    theirs.
+    If a folder has several kinds of files, the choice is that of transformers: safetensors before pickled ones, and a
+    single file before an index. Pickled files are loaded with torch's `weights_only`, which does not run their code.
 
     Raises:
       UserError: there are no weights, or a file is truncated, foreign or missing.
@@ -110,7 +109,7 @@ def read(folder: pathlib.Path) -> dict[str, Tensor]:
 
 def _safetensors(file: pathlib.Path) -> Iterator[Tensor]:
     def values(name: str, part=...) -> np.ndarray:
-        # The file is mapped for this long: what was read leaves the memory with it.
+        # The file is memory-mapped only here, so that its pages are released afterwards.
         with _explained(file, f"tensor {name!r}"), safetensors.safe_open(file, framework="numpy") as opened:
             return finite(opened.get_slice(name)[part].astype(np.float32), file, name)
 
@@ -143,7 +142,7 @@ def finite(values: np.ndarray, file: pathlib.Path, name: str) -> np.ndarray:
       UserError: not all of them are finite; names the tensor.
     """
     if not np.isfinite(values).all():
-        raise UserError(f"{file}: tensor {name!r} has numbers that are not finite; take another file")
+        raise UserError(f"{file}: tensor {name!r} has values that are not finite; use another file")
     return values
 
 
@@ -153,22 +152,22 @@ def _explained(file: pathlib.Path, what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # safetensors and torch raise errors of many kinds for bytes that are not theirs
+    except Exception as error:  # safetensors and torch raise many kinds of errors for invalid files
         reason = str(error).split("\n")[0][:200]
         raise UserError(f"{file}: expected {what}, and could not read it (truncated?): {reason}") from error
 
 
 def check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str, prefix: str = "") -> None:
-    """Compares tensors with the names and shapes that a config asks for.
+    """Checks tensors against the names and shapes that a config requires.
 
     Args:
-      tensors: what was found, by name.
-      shapes: what there should be.
-      source: where, for errors.
-      prefix: what stands before all these names in the file.
+      tensors: the existing tensors, by name.
+      shapes: the required shapes, by name.
+      source: source of the tensors, for errors.
+      prefix: prefix of all these names in the file.
 
     Raises:
-      UserError: naming the first tensor that is missing, left over or of another shape.
+      UserError: names the first tensor that is missing, unexpected or of another shape.
     """
     for name, shape in shapes.items():
         if name not in tensors:

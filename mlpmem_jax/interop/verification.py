@@ -1,4 +1,4 @@
-"""`mlpmem export --verify`: does the exported folder, run by PyTorch, score the test split as the evaluation did?"""
+"""`mlpmem export --verify`: checks that the exported folder scores the test split in PyTorch like the evaluation."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _LOGITS_AT_ONCE = 2**25
 
 
 def perplexities(folder: pathlib.Path, tokens_SxT: np.ndarray, next_SxT: np.ndarray) -> dict[str, float]:
-    """Perplexity of base, memory and their mixture, as the model of `folder` gives them in PyTorch.
+    """Perplexity of base, memory and their mixture, computed by the model of `folder` in PyTorch.
 
     Args:
-      folder: made by `export_model.transformers_folder`.
+      folder: written by `export_model.transformers_folder`.
       tokens_SxT: sequences, int.
       next_SxT: the token after each, int.
     """
@@ -51,7 +51,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, fl
     """Perplexities on the test split of `config.workdir`, compared with its report/metrics.json.
 
     Raises:
-      UserError: there is no report, or a perplexity differs from it by more than 1e-4 of it.
+      UserError: there is no report, or a perplexity differs from it by more than a relative 1e-4.
     """
     file = epath.Path(config.workdir) / "report" / "metrics.json"
     if not file.exists():
@@ -70,6 +70,6 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, fl
     if abs(differences[name]) > RELATIVE_TOLERANCE:
         raise UserError(
             f"--verify: test perplexity of {name} is {measured[name]:.6f} in PyTorch and {expected[name]:.6f} in "
-            f"{file}; they may differ by {RELATIVE_TOLERANCE:g} of it"
+            f"{file}; allowed is a relative difference of {RELATIVE_TOLERANCE:g}"
         )
     return measured
