@@ -1,13 +1,13 @@
-"""What is worth knowing of a new accelerator, in order and each bounded in time: `make accelerator`.
+"""Tests and measures a new accelerator in time-limited steps: `make accelerator`.
 
-    tests       its numbers against the CPU's (tests/test_accelerator.py, in a checkout)
-    benchmark   rates at the paper's sizes, the reference's step in PyTorch beside them
-    search      exact search once more, with XLA's other way of selecting the k nearest
+    tests       compares its numbers with the CPU's (tests/test_accelerator.py, in a checkout)
+    benchmark   rates at the paper's sizes, next to the reference's step in PyTorch
+    search      exact search again, with XLA's other implementation of top-k
     library     configs/library_h100.py: a memory for SmolLM2-135M
-    sweep       configs/sweeps/library_sizes.py, and the laws through its points
+    sweep       configs/sweeps/library_sizes.py, and laws fitted to its points
 
-Each leaves its results in the output folder as soon as there are any, also where it runs out of time. Run again,
-library and sweep resume. `--smoke` runs all of it on the CPU at small sizes.
+Each step writes its results to the output folder as soon as there are any, even if it runs out of time. When run again,
+library and sweep resume. `--smoke` runs everything on the CPU at small sizes.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def get_sweep():
 
 
 class Step(NamedTuple):
-    """One thing to run.
+    """One step.
 
     Attributes:
-      name: as the options name it.
-      seconds: that it may take; it is stopped then.
-      commands: one after the other; the first that fails ends the step.
-      results: files that it leaves -> their names in the output folder.
+      name: its name in the options.
+      seconds: maximum time, after which it is stopped.
+      commands: commands to run in sequence; the first failure ends the step.
+      results: files that it writes -> their names in the output folder.
     """
 
     name: str
@@ -84,8 +84,8 @@ def steps(output: pathlib.Path, workdir: pathlib.Path, smoke: bool) -> list[Step
 
     Args:
       output: folder of the results.
-      workdir: folder of the trainings; a smoke run writes the sweep that it runs into it.
-      smoke: small sizes.
+      workdir: folder of the trainings; a smoke run also writes its sweep file there.
+      smoke: whether to use small sizes.
     """
     sweep = READY / "configs" / "sweeps" / "library_sizes.py"
     library, points, fit = (workdir / name for name in ("library", "sweep", "fit"))
@@ -143,7 +143,7 @@ def _overrides(workdir: pathlib.Path, values: dict) -> list[str]:
 
 
 def environment(smoke: bool) -> dict[str, str]:
-    """What the steps need besides this process's own: devices, and memory that JAX leaves to PyTorch."""
+    """Environment variables for the steps: devices, and leaving memory to PyTorch."""
     chosen = {"MLPMEM_TEST_DEVICES": "accelerator"}
     if smoke:  # most of its time is compilation
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
@@ -159,16 +159,16 @@ def environment(smoke: bool) -> dict[str, str]:
 
 
 def run(steps: Sequence[Step], output: pathlib.Path, environment: dict[str, str], seconds: float) -> list[dict]:
-    """Runs the steps; a failed one does not keep the next from running.
+    """Runs the steps; if one fails, the next ones still run.
 
     Args:
-      steps: in order.
+      steps: the steps, in order.
       output: folder of log.txt, summary.json and the results.
-      environment: of the processes.
-      seconds: for all steps together.
+      environment: environment of the processes.
+      seconds: maximum time for all steps together.
 
     Returns:
-      What summary.json holds: step, seconds and outcome of each.
+      The contents of summary.json: name, seconds and outcome of each step.
     """
     output.mkdir(parents=True, exist_ok=True)
     end, summary = time.monotonic() + seconds, []
@@ -190,7 +190,7 @@ def run(steps: Sequence[Step], output: pathlib.Path, environment: dict[str, str]
 
 
 def _outcome(command: Sequence[str], log: pathlib.Path, environment: dict[str, str], stop: float) -> str:
-    """Runs one command to its end or until the monotonic clock says `stop`; its output goes to the log as it comes."""
+    """Runs one command until it ends or the monotonic clock reaches `stop`; its output is streamed to the log."""
     if (left := stop - time.monotonic()) <= 0:
         return "no time left"
     with log.open("ab") as file:
@@ -221,17 +221,19 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; the exit code is 1 where a step did not end well."""
+    """Entry point; the exit code is 1 if a step did not succeed."""
     names = [step.name for step in steps(pathlib.Path(), pathlib.Path(), smoke=False)]
     parser = argparse.ArgumentParser(
         prog="python -m launch.accelerator", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="everything on the CPU, at small sizes")
     parser.add_argument("--steps", default=",".join(names), metavar="A,B", help=f"of {', '.join(names)}")
-    parser.add_argument("--seconds", type=float, default=7200, help="for all steps together (default 7200)")
+    parser.add_argument(
+        "--seconds", type=float, default=7200, help="maximum time for all steps together (default 7200)"
+    )
     path = config_files.path_option
     parser.add_argument("--output", type=path, metavar="DIR", help="default runs/accelerator, or its _smoke")
-    parser.add_argument("--workdir", type=path, metavar="DIR", help="of the trainings (default OUTPUT/runs)")
+    parser.add_argument("--workdir", type=path, metavar="DIR", help="folder of the trainings (default OUTPUT/runs)")
     options = parser.parse_args(arguments)
     chosen = options.steps.split(",")
     if unknown := sorted(set(chosen) - set(names)):
@@ -239,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = pathlib.Path(options.output or f"runs/accelerator{'_smoke' if options.smoke else ''}").absolute()
     workdir = pathlib.Path(options.workdir or output / "runs").absolute()
     selected = [step for step in steps(output, workdir, options.smoke) if step.name in chosen]
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # ends the step that runs, too
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # also ends the running step
     summary = run(selected, output, environment(options.smoke), options.seconds)
     sys.exit(any(step["outcome"] != "ok" for step in summary))
 

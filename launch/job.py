@@ -1,4 +1,4 @@
-"""What every launcher does: read and check the config against the devices, then send a document to a command."""
+"""Shared by all launchers: reads the config, checks it against the devices, and passes a document to a command."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mlpmem_jax.core.config import as_config_file
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 
 USER_ERROR = UserError.exit_code
-"""Exit code of `mlpmem` for input that cannot work. A restart would only meet it again."""
+"""Exit code of `mlpmem` for invalid input. A restart would fail again."""
 
 STOPPED = Stopped.exit_code
-"""Exit code of `mlpmem` where it was preempted, or lost another process of the job."""
+"""Exit code of `mlpmem` if it was preempted or lost another process of the job."""
 
 
 def parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
-    """The options that all launchers share. Overrides (--config.key=value) are left to `run`."""
+    """The options that all launchers share. `run` handles overrides (--config.key=value)."""
     result = argparse.ArgumentParser(
         prog=f"python -m {__package__}.{name}",
         description=description,
@@ -41,20 +41,24 @@ def parser(name: str, description: str, example: str) -> argparse.ArgumentParser
         help="a config; --config.key=value overrides it",
     )
     choices = ["run", "controls", "continued", *stages.STAGES]
-    result.add_argument("--stage", default="run", choices=choices, metavar="STAGE", help="of mlpmem (default run)")
-    result.add_argument("--dry_run", action="store_true", help="print exactly what would be sent, and send nothing")
+    result.add_argument("--stage", default="run", choices=choices, metavar="STAGE", help="verb of mlpmem (default run)")
+    result.add_argument(
+        "--dry_run", action="store_true", help="print exactly what would be submitted, and submit nothing"
+    )
     return result
 
 
 def add_tpu_options(result: argparse.ArgumentParser) -> None:
     """The options that the launchers of TPU slices share."""
-    result.add_argument("--name", required=True, help="of the job")
+    result.add_argument("--name", required=True, help="name of the job")
     result.add_argument("--accelerator", required=True, metavar="TYPE", help="e.g. v5litepod-256, v5p-256 or v5p:4x4x8")
-    result.add_argument("--slices", type=int, default=1, help="joined by the data-center network (default 1)")
-    result.add_argument("--image", required=True, help="container image made from launch/Dockerfile")
-    result.add_argument("--service_account", help="that may read and write config.workdir")
-    result.add_argument("--spot", action="store_true", help="cheaper capacity that may be taken back")
-    result.add_argument("--max_restarts", type=int, default=10, help="after failures (default 10)")
+    result.add_argument(
+        "--slices", type=int, default=1, help="number of slices, connected by the data-center network (default 1)"
+    )
+    result.add_argument("--image", required=True, help="container image built from launch/Dockerfile")
+    result.add_argument("--service_account", help="service account that may read and write config.workdir")
+    result.add_argument("--spot", action="store_true", help="use cheaper capacity that may be reclaimed")
+    result.add_argument("--max_restarts", type=int, default=10, help="maximum restarts after failures (default 10)")
 
 
 def run(
@@ -72,10 +76,10 @@ def run(
 def read_config(
     file: str, overrides: list[str], *, stage: str, devices: int, processes: int, slices: int = 1
 ) -> ml_collections.ConfigDict:
-    """The resolved config, checked by itself and against the devices that it will meet.
+    """The resolved config, checked by itself and against the job's devices.
 
     Raises:
-      ConfigError: a key is wrong, or the mesh or a batch does not divide over the devices.
+      ConfigError: a key is wrong, or the mesh or a batch is not divisible by the devices.
     """
     config = config_files.read(file, overrides)
     sizes = preflight.mesh_sizes(config, devices)
@@ -86,7 +90,7 @@ def read_config(
         )
     preflight.check_devices(config, devices, processes, stage)
     preflight.check_models(config, devices)
-    if "://" not in config.workdir:  # what is in a bucket the job itself looks at: this machine need not reach it
+    if "://" not in config.workdir:  # the job itself checks buckets, which this machine need not reach
         preflight.check_artifacts(config)
     return config
 
@@ -97,11 +101,11 @@ def read_tpu_job(
     """The slice and the checked config of a job on TPU slices.
 
     Raises:
-      UserError: no such slice, a name the service refuses, a config that cannot work there.
+      UserError: the slice does not exist, the service would refuse the name, or the config cannot work there.
     """
     if len(options.name) > longest_name or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", options.name):
         raise UserError(
-            f"--name={options.name}: expected lower-case letters, digits and '-', a letter first and no '-' last, "
+            f"--name={options.name}: expected lowercase letters, digits and '-', first a letter, last not '-', "
             f"at most {longest_name} characters"
         )
     for option, least in (("slices", 1), ("max_restarts", 0)):
@@ -119,14 +123,14 @@ def read_tpu_job(
     )
     if "://" not in config.workdir:
         raise ConfigError(
-            f"config.workdir: {config.workdir!r} would be lost with the machines that wrote it; name a place that all "
+            f"config.workdir: {config.workdir!r} would be lost with the machines that wrote it; use a place that all "
             "hosts share and that outlives them, e.g. --config.workdir=gs://BUCKET/RUN"
         )
     return tpu, config
 
 
 def config_file(config: ml_collections.ConfigDict, file: str, overrides: list[str]) -> str:
-    """The resolved config as a config file that needs no other file: what runs is what was checked here."""
+    """The resolved config as a self-contained config file, so that what runs is what was checked here."""
     source = shlex.join([f"--config={file}", *overrides])
     return as_config_file(config, f"Resolved when the job was launched, from {source}")
 
@@ -138,5 +142,5 @@ def send(command: list[str], document: str) -> int:
       UserError: the command is not installed.
     """
     if shutil.which(command[0]) is None:
-        raise UserError(f"the command {command[0]!r} is not installed here; --dry_run prints what it would be sent")
+        raise UserError(f"the command {command[0]!r} is not installed; --dry_run prints what it would receive")
     return subprocess.run(command, input=document, text=True, check=False).returncode

@@ -1,4 +1,4 @@
-"""TPU slices under Kubernetes (GKE): one JobSet, one Job a slice, one pod a host. Sent to `kubectl apply -f -`."""
+"""TPU slices on Kubernetes (GKE): one JobSet, one Job per slice, one pod per host. Submitted with `kubectl apply`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _EXAMPLE = (
 _COMMAND = ["kubectl", "apply", "-f", "-"]
 _CONFIG_FOLDER = "/etc/mlpmem"
 _GRACE_SECONDS = 300  # from SIGTERM to SIGKILL: time for a checkpoint of all hosts together
-_COORDINATOR_PORT = 8482  # of jax.distributed, which is told so
+_COORDINATOR_PORT = 8482  # for jax.distributed, set in its environment
 _PORTS = (8471, _COORDINATOR_PORT, 8080)  # TPU runtime, coordinator, transfers between slices
 _LONGEST_POD_SUFFIX = len("-slice-999-9999-abcde")  # a pod's name must fit the 63 characters of a host name
 
 
 def _failure_policy(max_restarts: int) -> dict:
-    """Restart the whole set after a failure; at no charge after a preemption; not at all after a user error.
+    """Restarts the whole set after a failure; does not count restarts after a preemption; none after a user error.
 
-    The patterns tell apart which rule of `_pod_failure_policy` ended the Job (JobSet 0.10 or later).
+    The patterns identify which rule of `_pod_failure_policy` ended the Job (JobSet 0.10 or later).
     """
     return {
         "maxRestarts": max_restarts,
-        # No pod of the new attempt may meet the coordinator of the old one.
+        # No pod of the new attempt may connect to the coordinator of the old one.
         "restartStrategy": "BlockingRecreate",
         "rules": [
             {
@@ -68,7 +68,7 @@ def _pod_failure_policy() -> dict:
 
 
 def _pod(options: argparse.Namespace, tpu: accelerators.Slice) -> dict:
-    """The pod template: one process on one host, with all its chips."""
+    """The pod template: one process per host, with all its chips."""
     chips = {"google.com/tpu": tpu.chips_per_host}
     spec = {
         "restartPolicy": "Never",
@@ -83,10 +83,10 @@ def _pod(options: argparse.Namespace, tpu: accelerators.Slice) -> dict:
                 "image": options.image,
                 "args": [options.stage, f"--config={_CONFIG_FOLDER}/config.py"],
                 "env": [
-                    # Hosts, ids and the coordinator come from what GKE sets (TPU_WORKER_*, MEGASCALE_*).
+                    # Hosts, ids and the coordinator come from GKE's variables (TPU_WORKER_*, MEGASCALE_*).
                     {"name": "MLPMEM_DISTRIBUTED", "value": "1"},
                     {"name": "JAX_COORDINATOR_PORT", "value": str(_COORDINATOR_PORT)},
-                    # A host whose chips cannot be opened must fail, not train on its processor.
+                    # A host whose chips cannot be opened must fail, not train on its CPU.
                     {"name": "JAX_PLATFORMS", "value": "tpu,cpu"},
                 ],
                 "ports": [{"containerPort": port} for port in _PORTS],
@@ -101,7 +101,7 @@ def _pod(options: argparse.Namespace, tpu: accelerators.Slice) -> dict:
     if options.spot:
         spec["nodeSelector"]["cloud.google.com/gke-spot"] = "true"
         spec["tolerations"] = [{"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"}]
-    if options.slices > 1:  # transfers between slices skip the pods' virtual network
+    if options.slices > 1:  # transfers between slices bypass the pods' virtual network
         spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     return {"spec": spec}
 
@@ -113,7 +113,7 @@ def manifests(options: argparse.Namespace, tpu: accelerators.Slice, config_file:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": metadata,
-        "immutable": True,  # a restart must not find another config than the first attempt
+        "immutable": True,  # a restart must use the same config as the first attempt
         "data": {"config.py": config_file},
     }
     slice_job = {
@@ -130,13 +130,13 @@ def manifests(options: argparse.Namespace, tpu: accelerators.Slice, config_file:
         "kind": "JobSet",
         "metadata": dict(metadata),
         "spec": {
-            # Hosts find the coordinator by its name, before any of them is ready.
+            # Hosts look up the coordinator by name before any of them is ready.
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "failurePolicy": _failure_policy(options.max_restarts),
             "replicatedJobs": [{"name": "slice", "replicas": options.slices, "template": {"spec": slice_job}}],
         },
     }
-    if tpu.hosts > 1:  # a node pool is one slice: its pods must not be spread over two
+    if tpu.hosts > 1:  # a node pool is one slice; a Job's pods must not be spread over two
         job_set["metadata"]["annotations"] = {
             "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
         }
@@ -144,7 +144,7 @@ def manifests(options: argparse.Namespace, tpu: accelerators.Slice, config_file:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as they are read."""
+    """Writes multi-line texts as literal blocks."""
 
     def ignore_aliases(self, data):
         return True
@@ -161,8 +161,8 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     tpu, config = job.read_tpu_job(options, overrides, longest_name=63 - _LONGEST_POD_SUFFIX)
     if options.slices > 1 and tpu.hosts == 1:
         raise UserError(
-            f"--slices={options.slices}: GKE joins only slices of several hosts, and {tpu} is one; the smallest that "
-            f"can be joined: {next(other for other in accelerators.slices(tpu.generation) if other.hosts > 1)}"
+            f"--slices={options.slices}: GKE connects only multi-host slices, and {tpu} is not one; the smallest that "
+            f"can be connected: {next(other for other in accelerators.slices(tpu.generation) if other.hosts > 1)}"
         )
     documents = manifests(options, tpu, job.config_file(config, options.config, overrides))
     text = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=110, explicit_start=True)
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m launch.jobset`."""
     parser = job.parser("jobset", __doc__, _EXAMPLE)
     job.add_tpu_options(parser)
-    parser.add_argument("--namespace", default="default", help="of Kubernetes (default: default)")
+    parser.add_argument("--namespace", default="default", help="Kubernetes namespace (default: default)")
     job.run(parser, _launch, arguments)
 
 

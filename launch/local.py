@@ -1,4 +1,4 @@
-"""N processes with M virtual CPU devices each on this machine: the way to try a job of many hosts at a desk."""
+"""Runs N processes with M virtual CPU devices each on this machine, to try a multi-host job locally."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL, once one process has died
 
 
 def environments(processes: int, devices: int, port: int) -> list[dict[str, str]]:
-    """What each process needs besides this process's environment to join the job (`core.distributed.join_job`)."""
+    """The environment variables that each process needs to join the job (`core.distributed.join_job`)."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return [
         {
@@ -36,7 +36,7 @@ def environments(processes: int, devices: int, port: int) -> list[dict[str, str]
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -49,7 +49,7 @@ def _copy_lines(index: int, process: subprocess.Popen, lock: threading.Lock) -> 
 
 
 def _stop(processes: list[subprocess.Popen], grace_seconds: float) -> None:
-    """SIGTERM to those that still run, SIGKILL to those that outlast the grace."""
+    """Sends SIGTERM to running processes, and SIGKILL to those still running after the grace period."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
         process.terminate()
@@ -61,12 +61,12 @@ def _stop(processes: list[subprocess.Popen], grace_seconds: float) -> None:
 
 
 def run_processes(command: list[str], environments: list[dict[str, str]], grace_seconds: float = _GRACE_SECONDS) -> int:
-    """Runs the command once for each environment, with the process's number before each line of its output.
+    """Runs the command once per environment, prefixing each line of output with the process's number.
 
-    When one fails, the others are stopped. SIGTERM is passed on to all, the first Ctrl-C as SIGTERM.
+    If one process fails, the others are stopped. SIGTERM is forwarded to all, and the first Ctrl-C as SIGTERM.
 
     Returns:
-      0 when all succeeded, else the exit code of the first that failed (128 + signal for one that was killed).
+      0 if all succeeded, else the exit code of the first that failed (128 + signal if it was killed).
     """
     processes = [
         subprocess.Popen(
@@ -88,7 +88,7 @@ def run_processes(command: list[str], environments: list[dict[str, str]], grace_
         ended.put(index)
 
     def pass_on(signum, frame) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C waits for nothing
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends immediately
         for process in processes:
             process.send_signal(signal.SIGTERM)
 
@@ -145,8 +145,8 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m launch.local`."""
     parser = job.parser("local", __doc__, _EXAMPLE)
-    parser.add_argument("--processes", type=int, required=True, help="of the job, each standing for a host")
-    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices of each process (default 1)")
+    parser.add_argument("--processes", type=int, required=True, help="number of processes, each standing for a host")
+    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices per process (default 1)")
     job.run(parser, _launch, arguments)
 
 

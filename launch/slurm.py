@@ -1,4 +1,4 @@
-"""GPU clusters under SLURM: one process a GPU, found by JAX through SLURM's environment. Sent to `sbatch`."""
+"""GPU clusters with SLURM: one process per GPU, found by JAX through SLURM's environment. Submitted by `sbatch`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _EXAMPLE = (
     "python -m launch.slurm --nodes=4 --gpus_per_node=8 --time=12:00:00 \\\n"
     "      --config=configs/wikitext103_gpt2_large.py --dry_run"
 )
-_WARNING_SECONDS = 300  # before the time limit: SIGTERM, so that a checkpoint is written in time
+_WARNING_SECONDS = 300  # before the time limit: SIGTERM is sent, so that a checkpoint is written in time
 
 _SCRIPT = """\
 #!/bin/bash
 {directives}
 export MLPMEM_DISTRIBUTED=1
-# A process whose GPU cannot be opened must fail, not train on its processor.
+# A process whose GPU cannot be opened must fail, not train on its CPU.
 export JAX_PLATFORMS=cuda
-# srun ends with the highest exit code of all processes, those that it kills after the first failure included. So a
-# process that ends with {user_error}, the user's error, says so in a file: a restart would only meet it again.
+# srun exits with the highest exit code of all processes, including those that it kills after the first failure. So a
+# process that exits with {user_error}, a user error, records that in a file, because a restart would fail again.
 export MLPMEM_USER_ERROR="{name}-$SLURM_JOB_ID.user_error"
 status=0
 srun --label --kill-on-bad-exit=1 --cpus-per-task={cpus} bash -c \
@@ -35,7 +35,7 @@ if [ -e "$MLPMEM_USER_ERROR" ]; then
     rm "$MLPMEM_USER_ERROR"
     exit {user_error}
 fi
-# Finished stages and steps are not done twice.
+# Finished stages and steps are not repeated.
 if [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -44,8 +44,8 @@ exit "$status"
 
 
 def script(options: argparse.Namespace, overrides: list[str]) -> str:
-    """The batch script. Every process sees all GPUs of its node and JAX gives it the one of its local rank, so GPUs are
-    asked for by node: SLURM's own binding (--gpus-per-task) would hide from a process the one that JAX names."""
+    """The batch script. Every process sees all GPUs of its node and JAX assigns it the one of its local rank, so GPUs
+    are requested per node: SLURM's own binding (--gpus-per-task) would hide the GPU that JAX selects."""
     directives = {
         "job-name": options.name,
         "nodes": options.nodes,
@@ -91,21 +91,23 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m launch.slurm`."""
     parser = job.parser("slurm", __doc__, _EXAMPLE)
-    parser.add_argument("--name", default="mlpmem", help="of the job (default mlpmem)")
+    parser.add_argument("--name", default="mlpmem", help="name of the job (default mlpmem)")
     parser.add_argument("--nodes", type=int, required=True, help="machines")
-    parser.add_argument("--gpus_per_node", type=int, required=True, help="GPUs, and processes, of one machine")
-    parser.add_argument("--cpus_per_gpu", type=int, default=8, help="cores of one process, e.g. for ScaNN (default 8)")
-    parser.add_argument("--mem", default="0", help="memory of one machine, e.g. 512G (default 0: all that it has)")
-    parser.add_argument("--time", required=True, metavar="HH:MM:SS", help="limit of one attempt")
-    parser.add_argument("--partition", help="of the cluster (default: its own)")
-    parser.add_argument("--account", help="that is charged (default: the cluster's)")
+    parser.add_argument("--gpus_per_node", type=int, required=True, help="GPUs, and processes, per machine")
+    parser.add_argument("--cpus_per_gpu", type=int, default=8, help="cores per process, e.g. for ScaNN (default 8)")
+    parser.add_argument("--mem", default="0", help="memory per machine, e.g. 512G (default 0: all of it)")
+    parser.add_argument("--time", required=True, metavar="HH:MM:SS", help="time limit of one attempt")
+    parser.add_argument("--partition", help="partition of the cluster (default: the cluster's)")
+    parser.add_argument("--account", help="account to charge (default: the cluster's)")
     parser.add_argument(
         "--venv",
         default=".venv",
         type=config_files.path_option,
-        help="on the shared disk, with jax[cuda13] (default .venv)",
+        help="virtual environment on the shared disk, with jax[cuda13] (default .venv)",
     )
-    parser.add_argument("--max_restarts", type=int, default=10, help="after failures and time limits (default 10)")
+    parser.add_argument(
+        "--max_restarts", type=int, default=10, help="maximum restarts after failures and time limits (default 10)"
+    )
     job.run(parser, _launch, arguments)
 
 

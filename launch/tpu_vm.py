@@ -1,4 +1,4 @@
-"""TPU slices without Kubernetes: a queued resource whose VMs start the job when they boot. Sent to `gcloud`."""
+"""TPU slices without Kubernetes: a queued resource whose VMs start the job when they boot. Submitted by `gcloud`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ docker run --detach --name=mlpmem --init --restart={restart} --privileged --netw
 
 
 def startup_script(options: argparse.Namespace, config_file: str) -> str:
-    """What every VM runs at boot: the container, restarted by Docker when it fails."""
+    """The script that every VM runs at boot: starts the container, which Docker restarts when it fails."""
     registry = options.image.split("/")[0]
     is_google = registry.endswith((".pkg.dev", "gcr.io"))
     return _STARTUP_SCRIPT.format(
@@ -44,7 +44,7 @@ def startup_script(options: argparse.Namespace, config_file: str) -> str:
 
 def command(options: argparse.Namespace, tpu: accelerators.Slice) -> list[str]:
     """The request for capacity. The startup script is read from standard input."""
-    # Outside its alpha track gcloud takes --type for v2, v3 and v4 alone.
+    # Outside its alpha track gcloud accepts --type only for v2, v3 and v4.
     track = [] if tpu.has_default_topology else ["alpha"]
     words = ["gcloud", *track, "compute", "tpus", "queued-resources", "create", options.name, f"--zone={options.zone}"]
     if options.project:
@@ -78,8 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m launch.tpu_vm`."""
     parser = job.parser("tpu_vm", __doc__, _EXAMPLE)
     job.add_tpu_options(parser)
-    parser.add_argument("--zone", required=True, help="of Google Cloud, e.g. us-west4-a")
-    parser.add_argument("--project", help="of Google Cloud (default: gcloud's)")
+    parser.add_argument("--zone", required=True, help="Google Cloud zone, e.g. us-west4-a")
+    parser.add_argument("--project", help="Google Cloud project (default: gcloud's)")
     job.run(parser, _launch, arguments)
 
 

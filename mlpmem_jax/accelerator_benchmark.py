@@ -1,4 +1,4 @@
-"""Rates of an accelerator at the paper's sizes: train steps, exact search, generation. On a CPU small stand-ins."""
+"""Rates of an accelerator at the paper's sizes: train steps, exact search, generation. Small sizes on a CPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LOSS_CHUNK = 4096
 
 
 def rows(config: ml_collections.ConfigDict) -> Iterator[dict]:
-    """Measures; each row has name, value, unit and detail. Sizes are fixed, whatever the config."""
+    """Rows of (name, value, unit, detail). Sizes do not depend on the config."""
     is_small = jax.default_backend() == "cpu"
     training = ml_collections.ConfigDict(config.training)
     training.loss_chunk = _LOSS_CHUNK

@@ -36,7 +36,7 @@ _ON_REQUEST = ("exact", "accelerator")
 def run(config: ml_collections.ConfigDict, parts: list[str], json_file: str | None) -> list[dict]:
     """Measures the parts, prints them and writes them to `json_file`, each row as soon as it is measured.
 
-    By default all parts but those of accelerators.
+    By default measures all parts except those for accelerators.
 
     Raises:
       ConfigError: a part does not exist.

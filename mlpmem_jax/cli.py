@@ -1,4 +1,4 @@
-"""The command `mlpmem`: one verb a stage. Configs are read and checked here; stages do the work."""
+"""The command `mlpmem`: one verb per stage. Configs are read and checked here; stages do the work."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from mlpmem_jax.core.errors import UserError
 
 _OTHER = {
     "run": "all stages in order; finished ones are skipped, unfinished ones resume",
-    "controls": "train the controls (base trained on; memory without targets) and report them beside",
-    "continued": "train the base on with the settings config.training, and score it: an arm of sweeps",
-    "compare": "base, memory, kNN-LM, RAG, further training and LoRA on the same questions -> one page",
+    "controls": "train the controls (continued base; memory without targets) and add them to the report",
+    "continued": "continue training the base with the settings config.training, and score it: an arm of sweeps",
+    "compare": "base, memory, kNN-LM, RAG, continued training and LoRA on the same questions -> one page",
     "score": "tasks of lm-evaluation-harness for these systems, e.g. --tasks=lm_eval:hellaswag (extra: harness)",
     "generate": "continue a prompt with the base LM alone and with the memory",
     "benchmark": "measure the rates of this machine",
     "export": "write the memory for PyTorch, or targets and datastores as Arrow streams",
     "import": "read a memory from PyTorch, or targets and datastores from Arrow streams",
-    "plan": "memory, time and cost on TPU slices, compiled for them without having them (extra: plan)",
+    "plan": "memory, time and cost on TPU slices, compiled without having them (extra: plan)",
 }
 _READING = ("generate", "benchmark", "export")
-"""Verbs that leave the working directory as it is."""
-_SWEEP = "many models over size, compute and arm -> points.csv; run again, it resumes where it stopped"
-_FIT = "points of a sweep -> scaling laws with intervals, and their picture"
+"""Verbs that do not modify the working directory."""
+_SWEEP = "train many models over size, compute and arm -> points.csv; rerunning resumes"
+_FIT = "fit scaling laws with intervals to the points of a sweep, and plot them"
 FORMATS = ("transformers", "peft", "reference", "reference-targets", "reference-datastore")
 FORMATS_HELP = (
-    "for Auto classes, LoRA for peft, or as the reference implementation keeps its memory, targets and datastore"
+    "for Auto classes, LoRA for peft, or the reference implementation's formats of memory, targets and datastore"
 )
 SPLITS = ("train", "validation", "test")
 _EXAMPLES = """\
@@ -68,7 +68,7 @@ def _whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 
 def _text(text: str) -> str:
-    """The type of options that hold text; the system's own bytes need not be."""
+    """The argparse type of text options, which must be UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -79,7 +79,7 @@ def _text(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlpmem",
-        description="Pretrain an MLP Memory: a network that replaces nearest-neighbor search beside a language model.",
+        description="Pretrain an MLP Memory: a network that replaces a language model's nearest-neighbor search.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -91,29 +91,33 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--config", required=True, type=path_option, metavar="FILE", help="a config, e.g. configs/quickstart.py"
         )
-        verb.add_argument("--quiet", action="store_true", help="no progress, errors alone")
+        verb.add_argument("--quiet", action="store_true", help="no progress, only errors")
         if name == "generate":
             verb.add_argument(
                 "--prompt", type=_text, action="append", required=True, help="text to continue; may be repeated"
             )
             verb.add_argument("--tokens", type=_whole(1), default=64, help="tokens to add (default 64)")
             verb.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
-            verb.add_argument("--top_k", type=_whole(0), default=0, help="sample among the k likeliest; 0 = all")
-            verb.add_argument("--top_p", type=float, default=1.0, help="sample within this share of the mass")
-            verb.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="of the sampling")
+            verb.add_argument(
+                "--top_k", type=_whole(0), default=0, help="sample among the k most probable tokens; 0 = all"
+            )
+            verb.add_argument(
+                "--top_p", type=float, default=1.0, help="sample within this share of the probability mass"
+            )
+            verb.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="random seed for sampling")
         if name == "score":
             verb.add_argument("--systems", default="base,memory", metavar="A,B", help="default base,memory")
             verb.add_argument("--tasks", required=True, metavar="A,B", help="lm_eval:NAME or lm_eval:PATH/task.yaml")
-            verb.add_argument("--limit", type=_whole(1), metavar="N", help="examples of each task; all by default")
+            verb.add_argument("--limit", type=_whole(1), metavar="N", help="examples per task; all by default")
         if name == "compare":
             verb.add_argument("--systems", metavar="A,B", help="instead of config.comparison.systems")
             verb.add_argument("--tasks", metavar="A,B", help="instead of config.comparison.tasks")
-            verb.add_argument("--limit", type=_whole(0), metavar="N", help="questions of each task; 0 = all")
-            verb.add_argument("--speed", action="store_true", help="time the systems by size of the corpus instead")
+            verb.add_argument("--limit", type=_whole(0), metavar="N", help="questions per task; 0 = all")
+            verb.add_argument("--speed", action="store_true", help="instead, measure the systems' speed by corpus size")
         if name == "export":
             verb.add_argument("--format", required=True, choices=FORMATS, help=FORMATS_HELP)
             verb.add_argument(
-                "--output", required=True, type=path_option, metavar="PATH", help="folder or file to make"
+                "--output", required=True, type=path_option, metavar="PATH", help="folder or file to create"
             )
             verb.add_argument("--verify", action="store_true", help="score the test split in PyTorch and compare")
         if name == "import":
@@ -121,17 +125,21 @@ def _parser() -> argparse.ArgumentParser:
                 "--from", dest="source", required=True, type=path_option, metavar="PATH", help="folder or Arrow stream"
             )
         if name in ("export", "import"):
-            verb.add_argument("--split", default="train", choices=SPLITS, help="of an Arrow stream (default train)")
+            verb.add_argument(
+                "--split", default="train", choices=SPLITS, help="split of an Arrow stream (default train)"
+            )
         if name == "benchmark":
-            verb.add_argument("--json", type=path_option, metavar="FILE", help="write the rows here as well")
+            verb.add_argument("--json", type=path_option, metavar="FILE", help="also write the rows to this file")
             verb.add_argument("--rows", default="", metavar="A,B", help="only these parts, e.g. train,generate")
         if name == "plan":
             verb.add_argument("--topology", required=True, metavar="NAME", help="one slice, e.g. v5e:16x16 or v5p-1024")
-            verb.add_argument("--slices", type=_whole(1), default=1, metavar="N", help="so many of them (default 1)")
+            verb.add_argument("--slices", type=_whole(1), default=1, metavar="N", help="number of slices (default 1)")
             verb.add_argument("--stage", default="train", choices=("train", "datastore", "neighbors", "all"))
-            verb.add_argument("--meshes", action="store_true", help="compare meshes for the train step instead")
-            verb.add_argument("--positions", type=_whole(0), default=0, metavar="N", help="of the training split")
-            verb.add_argument("--json", type=path_option, metavar="FILE", help="write what was found here as well")
+            verb.add_argument("--meshes", action="store_true", help="instead, compare meshes for the train step")
+            verb.add_argument(
+                "--positions", type=_whole(0), default=0, metavar="N", help="positions of the training split"
+            )
+            verb.add_argument("--json", type=path_option, metavar="FILE", help="also write the results to this file")
     _add_sweep(verbs)
     _add_fit(verbs)
     return parser
@@ -143,29 +151,29 @@ def _add_sweep(verbs) -> None:
     verb.add_argument(
         "--config", required=True, type=path_option, metavar="FILE", help="e.g. configs/sweeps/quickstart_sizes.py"
     )
-    verb.add_argument("--workers", type=int, default=1, help="points at once on this machine's cores (default 1)")
+    verb.add_argument("--workers", type=int, default=1, help="concurrent points on this machine's cores (default 1)")
     verb.add_argument("--launch", choices=("jobset", "slurm"), help="write jobs for launch/ instead of running here")
-    verb.add_argument("--quiet", action="store_true", help="no progress, errors alone")
+    verb.add_argument("--quiet", action="store_true", help="no progress, only errors")
 
 
 def _add_fit(verbs) -> None:
     """`mlpmem fit`, which reads points rather than a config."""
     verb = verbs.add_parser("fit", help=_FIT, description=_FIT, allow_abbrev=False)
     source = verb.add_mutually_exclusive_group(required=True)
-    source.add_argument("--runs", type=path_option, metavar="DIR", help="workdir of a sweep, which holds points.csv")
+    source.add_argument("--runs", type=path_option, metavar="DIR", help="workdir of a sweep, which has points.csv")
     source.add_argument(
         "--points", type=path_option, metavar="CSV", help="columns arm,parameters,tokens,flops,perplexity,seed"
     )
     verb.add_argument(
-        "--output", required=True, type=path_option, metavar="DIR", help="fit.json, fit.svg and fit.png go here"
+        "--output", required=True, type=path_option, metavar="DIR", help="folder for fit.json, fit.svg and fit.png"
     )
     verb.add_argument(
         "--against",
         default="parameters",
         choices=("parameters", "flops"),
-        help="what the power law is a law in (default parameters)",
+        help="independent variable of the power law (default parameters)",
     )
-    verb.add_argument("--quiet", action="store_true", help="errors alone")
+    verb.add_argument("--quiet", action="store_true", help="only errors")
 
 
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -189,7 +197,7 @@ def _fit(options: argparse.Namespace, unknown: list[str]) -> None:
 
 
 def _leave_absent_tpus_alone(verb: str) -> None:
-    """Where libtpu is installed but there is no TPU, JAX would look for one, wait for it and complain."""
+    """Keeps JAX from searching and waiting for TPUs if libtpu is installed but there is no TPU."""
     attached = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     if verb == "plan":
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -203,7 +211,7 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
 
     from mlpmem_jax.core import host, stage_costs
 
-    logging.set_verbosity(logging.FATAL)  # libraries log what they raise as well; what is raised is told once
+    logging.set_verbosity(logging.FATAL)  # libraries also log what they raise, which is reported once by us
     host.keep_freed_memory()
     if options.verb == "run":
         preflight.check_devices(config, jax.device_count(), jax.process_count())
@@ -270,7 +278,7 @@ def _plan(config: ml_collections.ConfigDict, options: argparse.Namespace) -> Non
 
 
 def _with_config(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
-    # The imports bring jax, which a config that is wrong need not wait for.
+    # Imported here because it loads jax, which is not needed to report a wrong config.
     if options.verb == "plan":
         _plan(config, options)
         return
@@ -299,7 +307,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Whatever ends the command before its end is said in one last line, with an exit code of its own."""
+    """Entry point. If the command fails, its last line gives the reason, and the exit code its kind."""
     child_process.end_with_parent()
     failures.print_anything()
     options, overrides = _parser().parse_known_args(arguments)

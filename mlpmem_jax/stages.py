@@ -1,4 +1,4 @@
-"""The stages of a run: in which order, and which module does each. Imports no accelerator runtime."""
+"""The stages of a run, in order, and the module of each. Imports no accelerator runtime."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STAGES = {
     "train": ("mlpmem_jax.training.train_memory", "train the memory on those distributions"),
     "evaluate": ("mlpmem_jax.evaluation.evaluate", "perplexities, intervals and the report"),
 }
-"""Name -> (module with a `run(config)`, what it does), in the order in which `mlpmem run` runs them."""
+"""Name -> (module with a `run(config)`, description), in the order in which `mlpmem run` runs them."""
 
 
 def run(name: str, config: ml_collections.ConfigDict):

@@ -88,7 +88,7 @@ def test_an_imported_base_needs_no_batch_that_divides(tmp_path):
     ("changes", "overrides", "message"),
     [
         ({}, [], r"config.workdir: 'runs/default' would be lost"),
-        ({"name": "My_job"}, ["--config.workdir=gs://b/r"], "--name=My_job: expected lower-case letters"),
+        ({"name": "My_job"}, ["--config.workdir=gs://b/r"], "--name=My_job: expected lowercase letters"),
         ({"name": "a" * 41}, ["--config.workdir=gs://b/r"], "at most 40 characters"),
         ({"slices": 0}, ["--config.workdir=gs://b/r"], "--slices=0: expected 1 or more"),
         ({"accelerator": "v5e-17"}, ["--config.workdir=gs://b/r"], "no such slice"),
