@@ -77,6 +77,6 @@ def test_the_row_of_the_readme():
 
 
 def test_what_pytorch_is_compared_with():
-    text = section("docs/pytorch.md", "Does it score the same?")
+    text = section("docs/pytorch.md", "Verification")
     for name, system in (("base", "base"), ("memory alone", "memory"), ("base + memory", "augmented")):
         check(*row(text, name)[1], RECORDED["perplexity"]["test"][system])
