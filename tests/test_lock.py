@@ -84,6 +84,21 @@ def test_a_holder_elsewhere_lives_while_it_writes(tmp_path, monkeypatch):
         thread.join()
 
 
+def test_a_file_system_that_refuses_locks_is_refused_before_any_work(tmp_path, monkeypatch):
+    """What TensorStore says there; it can write nothing, nor can Orbax."""
+
+    def take(self):
+        raise ValueError(
+            'UNAVAILABLE: Failed to acquire lock on file: "/lustre/lock.json.__lock": Failed to lock file: '
+            "Function not implemented [os_error_code='38'] [source locations='x']"
+        )
+
+    monkeypatch.setattr(lock._Lock, "take", take)
+    refused = pytest.raises(UserError, match=r"refuses to lock files \(Function not implemented\), .*Lustre: -o flock")
+    with refused, lock.held(str(tmp_path)):
+        pass
+
+
 def test_what_cannot_be_written_is_not_locked(tmp_path):
     (tmp_path / "file").write_text("")
     with lock.held(str(tmp_path / "file" / "run")):

@@ -1,5 +1,6 @@
 """Sweeps before and around their compute: what is checked, what is shared, what a budget buys, how tasks are run."""
 
+import errno
 import json
 import pathlib
 import signal
@@ -333,6 +334,15 @@ def test_jobs_for_other_machines(tmp_path, monkeypatch):
 
 def test_points_are_dictionaries_with_every_key():
     assert sorted(point("a", "continued", 1.0)) == ["arm", "flops", "name", "overrides", "seed", "variant"]
+
+
+def test_a_file_system_that_refuses_locks_is_no_other_sweep(tmp_path, monkeypatch):
+    def refused(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runner.fcntl, "flock", refused)
+    with pytest.raises(UserError, match=r"refuses to lock files \(No locks available\)"), runner._alone(tmp_path):
+        pass
 
 
 def test_one_sweep_at_a_time_in_a_workdir(toy, monkeypatch):

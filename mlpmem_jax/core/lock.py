@@ -1,9 +1,10 @@
 """A lock on a working directory: the file lock.json names the one process that works in it.
 
 The file is written and removed by TensorStore's conditional writes, so it works on local disks, on network file systems
-without locks, and in buckets. Its holder rewrites it every few seconds. Another process decides whether the holder is
-alive by the process's start time on the same machine, and on other machines by whether the file still changes; clocks
-are not compared.
+and in buckets. Its holder rewrites it every few seconds. Another process decides whether the holder is alive by the
+process's start time on the same machine, and on other machines by whether the file still changes; clocks are not
+compared. A file system that refuses locks of the operating system is reported at once: TensorStore and Orbax can write
+nothing there.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mlpmem_jax.core.progress import say
 
 FILE = "lock.json"
 _BEAT_SECONDS = 10.0  # between two writes of the holder; a bucket allows at most one per second
+_REFUSED = "Failed to lock file"  # TensorStore's words
 _SILENT_SECONDS = 60.0  # a holder on another machine that has not written for this long is dead
 
 
@@ -139,6 +141,14 @@ class _Lock:
             self.write(self._generation, remove=True)
 
 
+def no_locks(folder, reason: str) -> UserError:
+    """The error for a folder whose file system refuses locks of the operating system."""
+    return UserError(
+        f"{folder}: its file system refuses to lock files ({reason}), without which nothing can be written there; "
+        "mount it with locks (Lustre: -o flock; NFS: with its lock service), or choose another config.workdir"
+    )
+
+
 _held: list[_Lock] = []
 
 
@@ -147,13 +157,17 @@ def held(workdir: str) -> Iterator[None]:
     """Within the context, no other process works in the directory. If nothing can be written, nothing is locked.
 
     Raises:
-      UserError: another process works there; says which.
+      UserError: another process works there; says which. Or the file system refuses locks.
     """
     lock: _Lock | None = None
-    with contextlib.suppress(ValueError, OSError):  # read-only: finished artifacts can be used by many at once
+    try:
         taken = _Lock(workdir)
         taken.take()
         lock = taken
+    except (ValueError, OSError) as error:  # read-only: finished artifacts can be used by many at once
+        if _REFUSED in str(error):
+            reason = str(error).rpartition(_REFUSED)[2].partition(" [")[0].strip(": ")
+            raise no_locks(workdir, reason) from error
     if lock is None:
         yield
         return

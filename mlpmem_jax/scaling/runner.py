@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from mlpmem_jax.core import child_process
+from mlpmem_jax.core import child_process, lock
 from mlpmem_jax.core.errors import Stopped, UserError
 from mlpmem_jax.core.progress import live, say
 from mlpmem_jax.scaling import collection, table
@@ -95,7 +95,7 @@ def _run_tasks(sweep: Sweep, tasks: list[SweepTask], states: dict[str, State], r
     logs = pathlib.Path(sweep.workdir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     children: list[_Child] = []
-    with _alone(logs) as lock, _stop_requests() as must_stop, live(rows.render) as is_live:
+    with _alone(logs) as lock_file, _stop_requests() as must_stop, live(rows.render) as is_live:
         try:
             while not must_stop():
                 for child in [child for child in children if child.process.poll() is not None]:
@@ -108,7 +108,7 @@ def _run_tasks(sweep: Sweep, tasks: list[SweepTask], states: dict[str, State], r
                 if not children and not ready:
                     return False
                 for slot, task in zip(free, ready, strict=False):
-                    children.append(_started(task, slot, cores[slot::workers], logs, lock))
+                    children.append(_started(task, slot, cores[slot::workers], logs, lock_file))
                     states[task.name].phase = "runs"
                     if not is_live:
                         say(rows.line(task))
@@ -134,6 +134,8 @@ def _alone(folder: pathlib.Path) -> Iterator[int]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    raise lock.no_locks(folder.parent, error.strerror) from error
                 if time.monotonic() > end:
                     raise UserError(
                         f"{folder.parent}: another mlpmem sweep is running in this workdir; wait for it or stop it"
