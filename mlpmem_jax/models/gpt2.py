@@ -30,7 +30,7 @@ CHECKPOINT = CheckpointNames(
     },
 )
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")  # keys of config.json
-_IMPLEMENTED = {  # keys that a config.json may leave out -> values; the first is what leaving out means
+_IMPLEMENTED = {  # optional keys of config.json -> implemented values; the first is the default
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -41,7 +41,7 @@ _IMPLEMENTED = {  # keys that a config.json may leave out -> values; the first i
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Dimensions of a GPT-2: the feed-forward layer has four times the width, embeddings in and out are tied."""
+    """Dimensions of a GPT-2: the feed-forward layer has four times the width, input and output embeddings are tied."""
 
     vocab_size: int
     context_length: int
@@ -67,7 +67,7 @@ Config = GPT2Config
 
 
 def from_fields(fields: Mapping) -> GPT2Config:
-    """The config whose `dataclasses.asdict` these values are."""
+    """The config from the values of its `dataclasses.asdict`."""
     return GPT2Config(**fields)
 
 
@@ -100,7 +100,7 @@ def to_json(config: GPT2Config) -> dict:
 
 
 class Attention(nnx.Module):
-    """The two projections of self-attention; heads are an axis of their own, so that a mesh can divide them."""
+    """The two projections of self-attention; heads are a separate axis, so that a mesh can divide them."""
 
     def __init__(self, config: GPT2Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         heads = (config.heads, config.head_width)
@@ -154,7 +154,7 @@ class GPT2(nnx.Module):
 
 
 def init(config: GPT2Config, key: jax.Array) -> dict:
-    """Fresh float32 parameters: normal of deviation 0.02, residual projections divided by sqrt(2 blocks)."""
+    """Random float32 parameters: normal, standard deviation 0.02, residual projections divided by sqrt(2 blocks)."""
     return modules.initialize(functools.partial(GPT2, config, jnp.float32), key)
 
 
@@ -191,13 +191,13 @@ def features(
 
 
 def rotation(config: GPT2Config, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Queries and keys stay as they are: positions are part of the embedding."""
+    """The identity: positions are part of the embedding."""
     del config, positions_BxT
     return lambda x: x
 
 
 def window(config: GPT2Config) -> int:
-    """Every position sees all before it."""
+    """Every position sees all earlier ones."""
     del config
     return 0
 
@@ -222,7 +222,7 @@ def output_kernel(parameters: dict) -> jax.Array:
 
 def vocabulary_logits(parameters: dict, hidden: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D] after the final norm."""
-    # No transpose of the embedding: in a loop over steps the compiler would make that a copy.
+    # Avoids transposing the embedding, which the compiler would copy in a loop over steps.
     table_VxD = parameters["wte"]["embedding"]
     return jnp.einsum("...d,vd->...v", hidden.astype(table_VxD.dtype), table_VxD, preferred_element_type=jnp.float32)
 
@@ -242,7 +242,7 @@ def logits(
 def forward_flops(config: GPT2Config, length: int, *, output_projection: bool = True) -> int:
     """FLOPs per position of a forward pass over sequences of `length` positions.
 
-    Attention counts the positions a position may see, length / 2 in the mean, even where more are computed.
+    Attention counts only visible positions, on average length / 2, even if more are computed.
     """
     projections = 4 * config.blocks * config.width * (2 * config.width + 4 * config.width)
     attention = 2 * config.blocks * length * config.width

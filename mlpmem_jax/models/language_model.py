@@ -1,16 +1,16 @@
-"""Frozen language models of every family, as the stages see them: functions of a config and its parameters.
+"""The interface of frozen language models of every family: functions of a config and its parameters.
 
 Each family is a module in FAMILIES with the functions below and
 
-    NAMES               what it is called outside, by the `model_type` of config.json; one module may serve several
-    Config              a dataclass of the dimensions, hashable, with the fields of `Config` here
-    EMBEDDING           key of the token embedding in the parameters, which no other family has
-    CHECKPOINT          how Hugging Face checkpoints name and lay out its tensors (`models.checkpoint`)
-    from_fields(fields) the config whose `dataclasses.asdict` these are
+    NAMES               its names, values of `model_type` in config.json; one module may serve several
+    Config              a hashable dataclass of the dimensions, with the fields of `Config` here
+    EMBEDDING           key of the token embedding in the parameters, unique to the family
+    CHECKPOINT          names and layout of its tensors in Hugging Face checkpoints (`models.checkpoint`)
+    from_fields(fields) the config from the values of its `dataclasses.asdict`
     from_json(source), to_json(config)  the config in a Hugging Face config.json (`models.config_json`)
     forward_flops(config, length, output_projection), parameter_count(config, embeddings)
 
-so that a new family is a new module and its name in FAMILIES.
+To add a family, add a module and its name to FAMILIES.
 
 Dimensions: B sequences, T positions, D width, H heads, K width of a head, V vocabulary.
 """
@@ -34,7 +34,7 @@ _BY_NAME = {name: module for module in FAMILIES for name in module.NAMES}
 
 
 class Config(Protocol):
-    """What every family's dimensions have."""
+    """The fields that every family's dimensions have."""
 
     vocab_size: int
     context_length: int
@@ -70,10 +70,10 @@ def family(config: Config) -> str:
 
 
 def from_fields(fields: Mapping) -> Config:
-    """The config whose `dataclasses.asdict` these values are, as manifests keep it; GPT-2 has no field "family".
+    """The config from the values of its `dataclasses.asdict`, as stored in manifests; GPT-2 has no field "family".
 
     Raises:
-      ValueError: a family that this version does not know.
+      ValueError: this version does not know the family.
     """
     name = fields.get("family", gpt2.NAMES[0])
     if name not in _BY_NAME:
@@ -85,7 +85,7 @@ def from_json(source: ConfigJson) -> Config:
     """The config that a Hugging Face config.json describes.
 
     Raises:
-      UserError: it describes what this package does not implement.
+      UserError: it describes a model that this package does not implement.
     """
     check_allowed(source, "model_type", source.family, tuple(_BY_NAME))
     return _BY_NAME[source.family].from_json(source)
@@ -97,14 +97,14 @@ def to_json(config: Config) -> dict:
 
 
 def checkpoint(name: str) -> CheckpointNames:
-    """How checkpoints of the family of this name are laid out."""
+    """The checkpoint layout of the family with this name."""
     return _BY_NAME[name].CHECKPOINT
 
 
 def forward_flops(config: Config, length: int, *, output_projection: bool = True) -> int:
     """FLOPs per position of a forward pass over sequences of `length` positions (see `models.flops`).
 
-    Attention counts the positions a position may see, half of them in the mean, even where more are computed.
+    Attention counts only visible positions, on average half of them, even if more are computed.
     """
     return _module(config).forward_flops(config, length, output_projection=output_projection)
 
@@ -115,7 +115,7 @@ def parameter_count(config: Config, *, embeddings: bool = True) -> int:
 
 
 def init(config: Config, key: jax.Array) -> dict:
-    """Fresh float32 parameters: normal of deviation 0.02, residual projections divided by sqrt(2 blocks)."""
+    """Random float32 parameters: normal, standard deviation 0.02, residual projections divided by sqrt(2 blocks)."""
     return _module(config).init(config, key)
 
 
@@ -136,13 +136,13 @@ def features(
 ) -> tuple[jax.Array, dict[int, jax.Array]]:
     """Hidden states after the final norm, float32 [B, T, D], and {block: the input of its feed-forward layer}.
 
-    The input of block b's feed-forward layer, b counted from 1, comes after that block's second norm, [B, T, D] in
-    float32; b = blocks is the paper's key (section 3). `input_blocks` says which are returned. Matrix products run in
-    `compute_dtype`. Differentiated, matrix products are kept for the backward pass; with `remat` the input of each
-    block alone. `activations` is the sharding of hidden states [B, T, D] on a mesh.
+    The input of block b's feed-forward layer (b counts from 1) is the output of that block's second norm, [B, T, D] in
+    float32; b = blocks is the paper's key (section 3). `input_blocks` are the blocks whose inputs are returned. Matrix
+    products run in `compute_dtype`. The backward pass keeps matrix products; with `remat`, only the input of each
+    block. `activations` is the sharding of hidden states [B, T, D] on a mesh.
 
     Raises:
-      ValueError: one of `input_blocks` is no block of the model, or T exceeds the context length.
+      ValueError: one of `input_blocks` is not in the model, or T exceeds the context length.
     """
     return _module(config).features(
         parameters,
@@ -156,7 +156,7 @@ def features(
 
 
 def output_kernel(parameters: dict) -> jax.Array:
-    """The output projection [D, V], of its own or the token embedding transposed."""
+    """The output projection [D, V], which may be the transposed token embedding."""
     return _module_of(parameters).output_kernel(parameters)
 
 
@@ -175,19 +175,19 @@ def embed(parameters: dict, config: Config, tokens_BxT: jax.Array, positions_BxT
 def build_block(config: Config, compute_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
     """One block: maps (x [B, T, D], attend) to (output, input of its feed-forward layer), all three float32.
 
-    Matrix products run in `compute_dtype`, which is also that of the queries, keys and values that it hands to
-    `attend`; queries and keys want `rotation` before they are compared.
+    Matrix products run in `compute_dtype`, which is also the dtype of the queries, keys and values passed to
+    `attend`; `attend` must apply `rotation` to queries and keys.
     """
     return _module(config).Block(config, compute_dtype, rngs)
 
 
 def rotation(config: Config, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """What turns queries and keys [B, H, T, K] by their positions; GPT-2 leaves them as they are."""
+    """A function that rotates queries and keys [B, H, T, K] by position; the identity for GPT-2."""
     return _module(config).rotation(config, positions_BxT)
 
 
 def window(config: Config) -> int:
-    """Positions that a position sees, itself included; 0 = all before it."""
+    """Number of positions that a position sees, including itself; 0 = all earlier ones."""
     return _module(config).window(config)
 
 
@@ -199,6 +199,6 @@ def final_norm(parameters: dict, config: Config, x: jax.Array) -> jax.Array:
 def vocabulary_logits(parameters: dict, config: Config, hidden: jax.Array) -> jax.Array:
     """Logits, float32 [..., V], of hidden states [..., D] after the final norm.
 
-    The product runs in the dtype that the parameters have.
+    The product runs in the parameters' dtype.
     """
     return _module(config).vocabulary_logits(parameters, hidden)

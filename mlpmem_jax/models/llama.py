@@ -48,11 +48,11 @@ class LlamaConfig:
     """Dimensions of a Llama or a Mistral.
 
     Attributes:
-      key_value_heads: a divisor of `heads`: so many query heads share one head of keys and values.
-      head_width: even; it need not be width / heads.
-      sliding_window: positions that a position sees, itself included; 0 = all before it.
-      tied: the output projection is the token embedding.
-      family: "llama" or "mistral": what it is called outside.
+      key_value_heads: number of key and value heads, a divisor of `heads`.
+      head_width: even; need not be width / heads.
+      sliding_window: number of positions that a position sees, including itself; 0 = all earlier ones.
+      tied: whether the output projection is the token embedding.
+      family: "llama" or "mistral".
     """
 
     vocab_size: int
@@ -82,7 +82,7 @@ Config = LlamaConfig
 
 
 def from_fields(fields: Mapping) -> LlamaConfig:
-    """The config whose `dataclasses.asdict` these values are."""
+    """The config from the values of its `dataclasses.asdict`."""
     return LlamaConfig(**{**fields, "rotary": Rotary(**fields["rotary"])})
 
 
@@ -101,7 +101,7 @@ def from_json(source: ConfigJson) -> LlamaConfig:
     key_value_heads = source.optional("num_key_value_heads", default)
     source.check_divides("num_key_value_heads", key_value_heads, "num_attention_heads", heads)
     embedding = rotary_json.from_json(source, positions)
-    # The frequencies of this type depend on the length, to extend beyond the positions of the config.
+    # This type's frequencies depend on the length, in order to exceed the config's positions.
     stretch = embedding.factor if embedding.type == "dynamic" else 1
     window = 0
     if family == "mistral":
@@ -192,7 +192,7 @@ class Block(nnx.Module):
     def __call__(self, x_BxTxD: jax.Array, attend: transformer.Attend) -> tuple[jax.Array, jax.Array]:
         """(the block's output, the input of its feed-forward layer), both float32 [B, T, D].
 
-        `attend` gets queries and keys that are not turned yet.
+        `attend` gets queries and keys before rotation.
         """
         normed_BxTxD, attention = self.input_layernorm(x_BxTxD), self.self_attn
         projections = attention.q_proj, attention.k_proj, attention.v_proj
@@ -223,7 +223,7 @@ class Llama(nnx.Module):
 
 
 def init(config: LlamaConfig, key: jax.Array) -> dict:
-    """Fresh float32 parameters: normal of deviation 0.02, residual projections divided by sqrt(2 blocks)."""
+    """Random float32 parameters: normal, standard deviation 0.02, residual projections divided by sqrt(2 blocks)."""
     return modules.initialize(functools.partial(Llama, config, jnp.float32), key)
 
 
@@ -262,17 +262,17 @@ def features(
 
 
 def rotation(config: LlamaConfig, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """What turns queries and keys [B, H, T, K] by their positions."""
+    """A function that rotates queries and keys [B, H, T, K] by position."""
     return rotary.rotation(config.rotary, config.head_width, positions_BxT)
 
 
 def window(config: LlamaConfig) -> int:
-    """Positions that a position sees, itself included; 0 = all before it."""
+    """Number of positions that a position sees, including itself; 0 = all earlier ones."""
     return config.sliding_window
 
 
 def embed(parameters: dict, config: LlamaConfig, tokens_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:
-    """The input of the first block, float32 [B, T, D]; positions enter in the attention."""
+    """The input of the first block, float32 [B, T, D]; positions enter through attention."""
     del config, positions_BxT
     return parameters["embed_tokens"]["embedding"][tokens_BxT].astype(jnp.float32)
 
@@ -284,7 +284,7 @@ def final_norm(parameters: dict, config: LlamaConfig, x_BxTxD: jax.Array) -> jax
 
 
 def output_kernel(parameters: dict) -> jax.Array:
-    """The output projection [D, V]: one of its own, or the token embedding transposed."""
+    """The output projection [D, V], which may be the transposed token embedding."""
     if "lm_head" in parameters:
         return parameters["lm_head"]["kernel"]
     return parameters["embed_tokens"]["embedding"].T
@@ -306,7 +306,7 @@ def vocabulary_logits(parameters: dict, hidden: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D] after the final norm."""
     if "lm_head" in parameters:
         return transformer.project(hidden, parameters["lm_head"]["kernel"], parameters["lm_head"]["kernel"].dtype)
-    # No transpose of the embedding: in a loop over steps the compiler would make that a copy.
+    # Avoids transposing the embedding, which the compiler would copy in a loop over steps.
     table_VxD = parameters["embed_tokens"]["embedding"]
     return jnp.einsum("...d,vd->...v", hidden.astype(table_VxD.dtype), table_VxD, preferred_element_type=jnp.float32)
 

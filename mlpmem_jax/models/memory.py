@@ -1,6 +1,6 @@
-"""The MLP memory: residual feed-forward blocks that turn a hidden state into next-token logits.
+"""The MLP memory: residual feed-forward blocks that map a hidden state to next-token logits.
 
-Section 3 of the paper "MLP Memory" (arXiv 2508.01832). Positions never mix. Family `gpt2` has the feed-forward
+Section 3 of the paper "MLP Memory" (arXiv 2508.01832). Positions are independent. Family `gpt2` has the feed-forward
 layers of GPT-2 (LayerNorm, two projections), family `llama` those of Llama and Mistral (RMSNorm, SwiGLU).
 """
 
@@ -18,7 +18,7 @@ from mlpmem_jax.models import layers, modules
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """Dimensions of a memory; `padded_vocab_size` is the vocabulary rounded up to what the mesh divides."""
+    """Dimensions of a memory; `padded_vocab_size` is the vocabulary rounded up so that the mesh divides it."""
 
     family: str
     vocab_size: int
@@ -88,10 +88,10 @@ def _norm(config: MemoryConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
 
 
 def init(config: MemoryConfig, key: jax.Array, output_kernel_DxV: jax.Array | None = None) -> dict:
-    """Fresh float32 parameters: normal of deviation 0.02, residual projections divided by sqrt(2 blocks).
+    """Random float32 parameters: normal, standard deviation 0.02, residual projections divided by sqrt(2 blocks).
 
-    With `output_kernel_DxV` ([width, vocab_size], the base LM's) the output projection starts from it, padded
-    with zeros to the padded vocabulary; ValueError when its shape differs.
+    With `output_kernel_DxV` ([width, vocab_size], the base LM's) the output projection is initialized from it, padded
+    with zeros to the padded vocabulary; raises ValueError if its shape differs.
     """
     parameters = modules.initialize(functools.partial(Memory, config, jnp.float32), key)
     if output_kernel_DxV is not None:
@@ -118,9 +118,9 @@ def hidden(
 ) -> jax.Array:
     """Hidden states after the final norm, float32 [..., width], of inputs [..., input_width].
 
-    Matrix products run in `compute_dtype`; norms and the residual stream in float32. Differentiated, matrix
-    products are kept for the backward pass; with `remat` the input of each block alone. Over a mesh with collectives
-    of its own: `parallel_memory.hidden`.
+    Matrix products run in `compute_dtype`; norms and the residual stream in float32. The backward pass
+    keeps matrix products; with `remat`, only the input of each block. `parallel_memory.hidden` is the version with
+    explicit collectives for a mesh.
     """
     x_BxD = transform_input(parameters.get("embedding_transform"), config, inputs_BxD, compute_dtype)
     build = functools.partial(Block, config, compute_dtype)
@@ -155,7 +155,7 @@ def log_probabilities(
     vocab_size: int,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """log p_MLP, float32 [..., vocab_size]; minus infinity for tokens beyond the memory's own."""
+    """log p_MLP, float32 [..., vocab_size]; minus infinity for tokens beyond the memory's vocabulary."""
     logits_BxV = logits(parameters, config, inputs_BxD, compute_dtype=compute_dtype)
     log_BxV = jax.nn.log_softmax(logits_BxV[..., : config.vocab_size])
     unknown = [(0, 0)] * (log_BxV.ndim - 1) + [(0, vocab_size - config.vocab_size)]
@@ -169,7 +169,7 @@ def logits(
     *,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Next-token logits, float32 [..., padded vocabulary], minus infinity at the padding."""
+    """Next-token logits, float32 [..., padded vocabulary], with minus infinity at the padding."""
     hidden_BxD = hidden(parameters, config, inputs_BxD, compute_dtype=compute_dtype).astype(compute_dtype)
     kernel_DxV = output_kernel(parameters).astype(compute_dtype)
     logits_BxV = jnp.dot(hidden_BxD, kernel_DxV, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""Stage `train`: the memory learns the kNN distributions, from stored inputs or with the base LM in the step."""
+"""Stage `train`: trains the memory on the kNN distributions, from stored inputs or with the base LM run in the step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mlpmem_jax.training.memory_task import dimensions, memory_task
 
 
 class _Inputs(NamedTuple):
-    """The artifacts that the memory is trained on; `start` is the memory that it starts from, if any."""
+    """The artifacts on which the memory is trained; `start` is the memory that it starts from, if any."""
 
     tokens: Artifact
     base: Artifact
@@ -42,7 +42,7 @@ class _Inputs(NamedTuple):
 
 
 class _Start(NamedTuple):
-    """Where the parameters come from: dimensions, and the `initialize` and `start` of `loop`."""
+    """The source of the parameters: dimensions, and the `initialize` and `start` of `loop`."""
 
     model: MemoryConfig
     initialize: Callable[..., dict] | None = None
@@ -66,9 +66,9 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     block = _checked_input_block(config, inputs.datastore, base)
 
     settings = {"memory": plain_dict(config.memory), "training": loop.origin(config.training)}
-    del settings["training"]["start"]  # what lies there counts, not where it lies
+    del settings["training"]["start"]  # the content matters, not its location
     if finished := find_finished(workdir / folder, "memory", settings, inputs.fingerprints()):
-        say(f"{folder}: finished already")
+        say(f"{folder}: already finished")
         return finished
 
     sharding = Sharding.of(config)
@@ -89,7 +89,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     )
     parameters, summary = loop.fit(task, loop_run, sharding)
 
-    summary["input_block"] = block  # where the memory is to be read from, whatever a later config says
+    summary["input_block"] = block  # fixes the block that the memory reads, whatever a later config says
     summary["positions"] = int(summary["steps"] * config.training.batch_sequences * config.base.context_length)
     summary["training_flops"] = float(np.float64(summary["positions"]) * task.flops_per_position)
     saved.seal(writer, start.model, parameters, summary)
@@ -100,7 +100,7 @@ def _open_inputs(config: ml_collections.ConfigDict) -> _Inputs:
     """Opens the artifacts of `config.workdir`, and the memory to start from.
 
     Raises:
-      UserError: one is missing, or targets are of another datastore.
+      UserError: one is missing, or targets belong to another datastore.
     """
     workdir, start = epath.Path(config.workdir), config.training.start
     inputs = _Inputs(
@@ -122,10 +122,10 @@ def _checked_input_block(config: ml_collections.ConfigDict, datastore: Artifact,
     """The block of the base LM whose input the memory reads.
 
     Raises:
-      ConfigError: the datastore holds the inputs of another block.
+      ConfigError: the datastore has the inputs of another block.
     """
     block = block_at_depth(base.blocks, config.datastore.input_depth)
-    stored = datastore.summary.get("input_block", block)  # datastores of earlier versions do not say
+    stored = datastore.summary.get("input_block", block)  # datastores of earlier versions do not record it
     if block != stored:
         raise ConfigError(
             f"config.datastore.input_depth: {config.datastore.input_depth} is not that of {datastore.path}, which "
@@ -138,12 +138,12 @@ def _checked_input_block(config: ml_collections.ConfigDict, datastore: Artifact,
 def _start(
     config: ml_collections.ConfigDict, inputs: _Inputs, base: language_model.Config, sharding: Sharding
 ) -> _Start:
-    """At random, from a finished memory, or with the output projection of the base LM.
+    """Random parameters, those of a finished memory, or random ones with the output projection of the base LM.
 
     Raises:
-      ConfigError: what it starts from has other dimensions.
+      ConfigError: the memory or projection has other dimensions.
     """
-    # Offline as online, the memory reads the base LM's states, so its input is as wide as the base.
+    # Both offline and online, the memory reads the base LM's states, so its input has the base's width.
     vocab_size, tensor_shards = inputs.tokens.summary["vocab_size"], sharding.mesh.shape["tensor"]
     model = dimensions(config, vocab_size, base.width, tensor_shards, norm_epsilon=base.norm_epsilon)
     if inputs.start:
@@ -170,7 +170,7 @@ def _start(
 
 
 def _started_dimensions(start: Artifact, model: MemoryConfig) -> MemoryConfig:
-    """Dimensions of the memory that training starts from, which must be as large as the config's."""
+    """Dimensions of the memory that training starts from, which must match the config's."""
     stored = MemoryConfig(**start.summary["model"])
     for field in dataclasses.fields(MemoryConfig):
         expected, there = getattr(model, field.name), getattr(stored, field.name)
@@ -185,7 +185,7 @@ def _started_dimensions(start: Artifact, model: MemoryConfig) -> MemoryConfig:
 def _validation(
     config: ml_collections.ConfigDict, model: MemoryConfig, sharding: Sharding
 ) -> Callable[[dict], dict[str, float]]:
-    """A function of the parameters: validation perplexity of the tuned mixture, of the memory alone, and lambda."""
+    """A function of parameters -> validation perplexity of the tuned mixture and of the memory alone, and lambda."""
     held_out = open_artifact(epath.Path(config.workdir) / "datastore" / "validation", "datastore")
     sequences = held_out.arrays["next_tokens"].shape[0]
     count = min(config.training.evaluation_sequences or sequences, sequences)
@@ -194,7 +194,7 @@ def _validation(
     next_N = held_out.read("next_tokens", 0, count).reshape(-1)
     base_N = held_out.read("base_log_probabilities", 0, count).reshape(-1)
 
-    dtype = held_out.config.get("compute_dtype", "float32")  # that of the base's scores
+    dtype = held_out.config.get("compute_dtype", "float32")  # the dtype of the base's scores
 
     def validate(parameters) -> dict[str, float]:
         memory_N = memory_log_probabilities(
