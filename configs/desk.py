@@ -1,4 +1,4 @@
-"""The whole embedded corpus on two CPU cores, in at most 90 minutes."""
+"""The whole built-in corpus on two CPU cores, in at most 90 minutes."""
 
 from configs import quickstart
 

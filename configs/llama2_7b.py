@@ -1,4 +1,4 @@
-"""Llama-2-7B with the paper's 1B memory for it; all else as for Mistral-7B."""
+"""Llama-2-7B with the paper's 1B memory for it; otherwise as for Mistral-7B."""
 
 from configs import mistral_7b
 

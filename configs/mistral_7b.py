@@ -1,15 +1,15 @@
 """Mistral-7B-v0.3 with the paper's 1B memory: 8 blocks of the base's feed-forward shape (extra `hub`; accelerators).
 
-The paper trains it on 33,000,000 samples of a corpus of 5 billion tokens. A sample is then no position but about 150 of
-them; here it is a block of 128 consecutive ones, and every position of the corpus has targets. English Wikipedia is a
-corpus of that size.
+The paper trains it on 33,000,000 samples of a corpus of 5 billion tokens. So a sample is not one position but about
+150; here it is a block of 128 consecutive positions, and every position of the corpus has targets. English Wikipedia is
+a corpus of that size.
 """
 
 from configs import default
 
 SAMPLES = 33_000_000  # sequences
 EPOCHS = 5
-BATCH = 4 * 4 * 32  # sequences of one optimizer step: per device x accumulation x devices of the paper
+BATCH = 4 * 4 * 32  # sequences per optimizer step: the paper's per device x accumulation x devices
 STEPS = EPOCHS * SAMPLES // BATCH
 
 
@@ -27,14 +27,14 @@ def get_config():
     config.base.path = "mistralai/Mistral-7B-v0.3"
     config.base.context_length = 128
     config.datastore.compute_dtype = "bfloat16"
-    config.datastore.dtype = "bfloat16"  # products of the exact search in one pass
+    config.datastore.dtype = "bfloat16"  # products of the exact search take one pass
     config.datastore.input_depth = 0.7
     config.datastore.batch_sequences = 256
     config.datastore.sequences_per_shard = 256
     config.targets.k = 1024
-    config.targets.backend = "exact"  # of billions of keys the devices hold more at once than a host's memory and disk
+    config.targets.backend = "exact"  # devices hold more of billions of keys than a host's memory and disk
     config.targets.recall_target = 0.95
-    config.targets.key_shard_rows = 16_000_000  # a hundred times more on a large slice (docs/neighbors.md)
+    config.targets.key_shard_rows = 16_000_000  # use a hundred times more on a large slice (docs/neighbors.md)
     config.memory.family = "llama"
     config.memory.width = 4096
     config.memory.blocks = 8

@@ -1,15 +1,15 @@
-"""The paper's comparison at its full scale: Mistral-7B-v0.3, its 1B memory, and what else could be done with the same
-text and the same compute (extras `hub`, `dense`; accelerators; `mlpmem plan` says which and for how long).
+"""The paper's comparison at full scale: Mistral-7B-v0.3, its 1B memory, and the alternatives for the same text and
+compute (extras `hub`, `dense`; needs accelerators; `mlpmem plan` predicts which and for how long).
 
-The paper trains one memory on Wikipedia for questions and one on a mixture for the nine tasks of words; this is one on
-both. For one alone: --config.corpus.name=wikimedia/wikipedia --config.corpus.subset=20231101.en
+The paper trains one memory on Wikipedia for questions and one on a mixture for the nine word tasks; here one memory is
+trained on both. For Wikipedia alone: --config.corpus.name=wikimedia/wikipedia --config.corpus.subset=20231101.en
 --config.corpus.text_key=text --config.corpus.articles= --config.workdir=DIR.
 
     mlpmem run --config=configs/mistral_7b_compare.py
     mlpmem compare --config=configs/mistral_7b_compare.py
 
 HaluEval's instructions, MR, CR, HYP and AG News are files of github.com/RUCAIBox/HaluEval and
-github.com/GSYfate/knnlm-limits, which belong in `config.comparison.data`; all else comes from the hub.
+github.com/GSYfate/knnlm-limits, which belong in `config.comparison.data`; everything else comes from the hub.
 """
 
 from configs import mistral_7b
@@ -30,5 +30,5 @@ def get_config():
     comparison.tasks = ",".join(published.QUESTIONS + published.WORDS + published.HALLUCINATION)
     comparison.hub = True
     comparison.retriever = "models/bge-m3"  # a clone of huggingface.co/BAAI/bge-m3
-    comparison.k = 2048  # of kNN-LM, as knnlm-limits
+    comparison.k = 2048  # neighbors of kNN-LM, as in knnlm-limits
     return config

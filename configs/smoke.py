@@ -1,4 +1,4 @@
-"""The whole path in its smallest form, for continuous integration. Its metrics mean nothing."""
+"""The whole pipeline at the smallest size, for continuous integration. Its metrics are meaningless."""
 
 from configs import default
 

@@ -1,4 +1,4 @@
-"""WikiText-103 with GPT-2 medium and the 345M memory; all else as for the small one."""
+"""WikiText-103 with GPT-2 medium and the 345M memory; otherwise as for GPT-2 small."""
 
 from configs import wikitext103_gpt2_small
 

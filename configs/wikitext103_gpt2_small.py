@@ -1,7 +1,7 @@
 """The paper's WikiText-103 experiment with GPT-2 small and the 124M memory (extra `hub`; accelerators).
 
-Targets come from GPT-2 xl's keys, as in the paper. The paper's base is GPT-2 fine-tuned on WikiText-103: give the
-folder of such a model with --config.base.path=DIR, or fine-tune the pretrained one that is named below with
+Targets come from GPT-2 xl's keys, as in the paper. The paper's base is GPT-2 fine-tuned on WikiText-103: set the
+folder of such a model with --config.base.path=DIR, or fine-tune the pretrained model named below with
 --config.base.finetune_steps=N.
 """
 

@@ -2,11 +2,11 @@
 
 A sweep is a dictionary:
 
-    config    the config that every point starts from; its workdir holds the whole sweep
-    counted   what a budget pays for: "training" (the optimizer's steps), or "training and targets" (the forward passes
-              of the datastore and the search for neighbors as well; needs `positions`)
-    positions training positions of the corpus, where targets are counted before there are any; 0 = not needed
-    points    a list of dictionaries, made by `point`
+    config    the config that every point starts from; its workdir contains the whole sweep
+    counted   what a budget pays for: "training" (optimizer steps), or "training and targets" (also the forward passes
+              of the datastore and the neighbor search; needs `positions`)
+    positions training positions of the corpus, needed if targets are counted; 0 = not needed
+    points    a list of dictionaries from `point`
 """
 
 from mlpmem_jax.models import flops
@@ -14,10 +14,10 @@ from mlpmem_jax.models.memory import MemoryConfig
 
 
 def memory_flops(family: str, vocabulary: int, width: int, blocks: int, feed_forward_width: int = 0) -> int:
-    """FLOPs of one position of a memory's training, forward and backward, beside a base of its own width.
+    """FLOPs per position of a memory's training, forward and backward, for a base of the same width.
 
     Args:
-      vocabulary: with what it is padded by.
+      vocabulary: size of the vocabulary, including padding.
       feed_forward_width: 0 = four times the width.
     """
     wide = feed_forward_width or 4 * width
@@ -30,13 +30,13 @@ def point(
     """One trained model.
 
     Args:
-      name: lower-case letters, digits and "-"; its folder.
-      arm: "continued" (the base trained on) or "augmented" (base and memory, the memory trained).
-      flops: training compute; steps follow from it.
-      seed: of the arm's training; points of one size that differ in it alone share the base and the targets.
-      variant: what else tells it from the arm's other points; stands in the column `arm` behind the arm's name.
-      overrides: config key -> value, e.g. {"base.width": 32}. `training` holds the settings of what the budget is spent
-        on, in either arm.
+      name: lowercase letters, digits and "-"; also the name of its folder.
+      arm: "continued" (the base trained further) or "augmented" (base and memory, of which the memory is trained).
+      flops: training compute, which determines the number of steps.
+      seed: seed of the arm's training; points that differ only in it share the base and the targets.
+      variant: a label for other differences from the arm's points; appended to the arm's name in the column `arm`.
+      overrides: config key -> value, e.g. {"base.width": 32}. `training` has the settings of the training that the
+        budget pays for, in either arm.
     """
     return {
         "name": name,

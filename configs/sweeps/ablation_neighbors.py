@@ -1,4 +1,4 @@
-"""The number of neighbors that a target is made of, 1 to 2048, with GPT-2 small. One datastore serves all."""
+"""The number of neighbors per target, 1 to 2048, with GPT-2 small. All points share one datastore."""
 
 from configs import wikitext103_gpt2_small
 from configs.sweeps import gpt2_sizes, point

@@ -1,4 +1,4 @@
-"""The temperature of the neighbors' weights, with GPT-2 small. 0 is the one that validation likes best."""
+"""The temperature of the neighbors' weights, with GPT-2 small. 0 is the one that is best on validation."""
 
 from configs import wikitext103_gpt2_small
 from configs.sweeps import gpt2_sizes, point

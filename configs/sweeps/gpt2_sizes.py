@@ -1,4 +1,4 @@
-"""The published GPT-2 sizes and the memories beside them, for sweeps at the paper's scale. Not a sweep by itself."""
+"""The published GPT-2 sizes and their memories, for sweeps at the paper's scale. Not a sweep itself."""
 
 from configs import sweeps
 
@@ -19,8 +19,8 @@ NAMES = {
 def overrides(size: str) -> dict:
     """Overrides of configs/wikitext103_gpt2_small.py for a size.
 
-    The learning rate of AdamW falls as the inverse of the width, from the paper's 5e-4 at width 768; the rates that
-    GPT-3 was trained with at these widths fall about so.
+    The learning rate of AdamW is inversely proportional to the width, from the paper's 5e-4 at width 768; GPT-3's rates
+    at these widths decrease at about the same rate.
     """
     width, blocks = SIZES[size]
     return {
@@ -34,6 +34,6 @@ def overrides(size: str) -> dict:
 
 
 def memory_flops(size: str) -> int:
-    """FLOPs of one position of the memory's training, forward and backward; the vocabulary is padded to 50,304."""
+    """FLOPs per position of the memory's training, forward and backward; the vocabulary is padded to 50,304."""
     width, blocks = SIZES[size]
     return sweeps.memory_flops("gpt2", 50304, width, blocks)

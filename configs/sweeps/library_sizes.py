@@ -3,11 +3,11 @@
     mlpmem sweep --config=configs/sweeps/library_sizes.py
     mlpmem fit --runs=runs/library_sizes --output=runs/library_sizes/fit
 
-The paper's figure 1 between a desk and its own sizes. The file is that of configs/library_h100.py. As in the paper the
-memory is about as large as its base. Every base is trained for 10 passes over the corpus, the best validation is kept,
-and each arm then gets what 20 passes of the size's memory cost.
+The paper's figure 1 at sizes between the quickstart's and the paper's. The text file is that of
+configs/library_h100.py. As in the paper the memory is about as large as its base. Every base is trained for 10 passes
+over the corpus, keeping the best on validation, and each arm then gets the compute of 20 passes of the size's memory.
 
-What it takes on an H100, by arithmetic: all trainings 6e16 FLOP, four minutes at a quarter of the peak; the searches of
+Estimated cost on an H100: all trainings 6e16 FLOP, four minutes at a quarter of the peak; the searches of
 five sizes over 2.2 million keys about ten; starting and compiling 25 tasks about six. A larger corpus,
 --config.corpus.max_bytes=N, costs the square of that in the searches.
 """
@@ -16,7 +16,7 @@ from configs import library_h100
 from configs.sweeps import memory_flops, point
 
 VOCABULARY = 8192
-POSITIONS = 2_200_000  # training positions, about: 9 MB of text
+POSITIONS = 2_200_000  # approximate training positions: 9 MB of text
 BASE_PASSES, PASSES = 10, 20
 SIZES = {  # width, blocks and heads of the base; blocks of the memory
     "1m": (96, 2, 2, 3),
@@ -33,7 +33,7 @@ def get_sweep():
 
 
 def of_sizes(sizes: dict, positions: int) -> dict:
-    """The sweep over other sizes, budgeted for so many training positions."""
+    """The sweep over other sizes, with budgets for `positions` training positions."""
     config = library_h100.get_config()
     config.workdir = "runs/library_sizes"
     config.corpus.max_bytes = 10_000_000

@@ -1,12 +1,12 @@
-"""Five sizes over 1.5 decades of parameters, both arms, two seeds, on two CPU cores: the paper's figure 1 in small.
+"""Five sizes over 1.5 decades of parameters, both arms, two seeds, on two CPU cores: the paper's figure 1, smaller.
 
     mlpmem sweep --config=configs/sweeps/quickstart_sizes.py --workers=2
     mlpmem fit --runs=runs/quickstart_sizes --output=runs/quickstart_sizes/fit
 
 As in the paper the memory is about as large as its base, the corpus is small for the larger models, and every base is
-trained until it has flattened, so that `continued` is not merely an unfinished base: bases see the corpus from 8 times
-(the largest) to 13 times (the smallest), and the best validation is kept. Each arm gets a quarter of its base's
-compute.
+trained until it has converged, so that `continued` is not merely an unfinished base: bases are trained for 8 (the
+largest) to 13 (the smallest) passes over the corpus, keeping the best on validation. Each arm gets a quarter of its
+base's compute.
 
 Learning rates are the same at every width: Muon's update of a matrix has a scale that does not depend on its size, and
 the embeddings' Adam rate served widths of 32 and 256 in the quickstart.

@@ -6,7 +6,7 @@ mlpmem fit --runs=runs/web_compute --against=flops --output=runs/web_compute/fit
 from configs.sweeps import gpt2_sizes, point
 from configs.sweeps.web_sizes import POSITIONS, web
 
-PASSES = (1, 2, 4, 8, 16)  # of a memory of this size over the corpus
+PASSES = (1, 2, 4, 8, 16)  # passes of a memory of this size over the corpus
 SEEDS = (0,)
 
 

@@ -1,12 +1,12 @@
 """The paper's figure 1 on its Web mixture: WikiText-103, Amazon reviews, CC-News and IMDB, about 600M tokens.
 
-A budget is what 10 passes of the size's memory over the corpus cost.
+A budget is the cost of 10 passes of the size's memory over the corpus.
 """
 
 from configs import wikitext103_gpt2_small
 from configs.sweeps import gpt2_sizes, point
 
-POSITIONS = 600_000_000  # training positions, about
+POSITIONS = 600_000_000  # approximate training positions
 PASSES = 10
 SEEDS = (0,)
 

@@ -1,13 +1,13 @@
-"""The paper's figure 1 on WikiText-103: GPT-2 small to xl trained on, and small to large with a memory beside them.
+"""The paper's figure 1 on WikiText-103: GPT-2 small to xl trained further, and small to large with a memory.
 
-A budget is what 50 passes of the size's memory over the corpus cost. The paper's bases are GPT-2 models fine-tuned on
-the corpus: give folders of such models instead of the names in configs/sweeps/gpt2_sizes.py.
+A budget is the cost of 50 passes of the size's memory over the corpus. The paper's bases are GPT-2 models fine-tuned on
+the corpus: use folders of such models instead of the names in configs/sweeps/gpt2_sizes.py.
 """
 
 from configs import wikitext103_gpt2_small
 from configs.sweeps import gpt2_sizes, point
 
-POSITIONS = 117_000_000  # training positions of WikiText-103 in GPT-2's tokens, about
+POSITIONS = 117_000_000  # approximate training positions of WikiText-103 in GPT-2's tokens
 PASSES = 50
 SEEDS = (0,)
 
