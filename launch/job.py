@@ -69,7 +69,7 @@ def run(
     """Parses the arguments and exits with what launch(options, overrides) returns, or with 2 and one clear error."""
     failures.print_anything()
     options, overrides = result.parse_known_args(arguments)
-    with failures.told(result.prog):
+    with failures.reported(result.prog):
         sys.exit(launch(options, config_files.joined(overrides)))
 
 

@@ -314,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quiet:
         os.environ["MLPMEM_QUIET"] = "1"
     _leave_absent_tpus_alone(options.verb)
-    with failures.told(f"mlpmem {options.verb}"):
+    with failures.reported(f"mlpmem {options.verb}"):
         _run(options, overrides)
 
 

@@ -32,7 +32,8 @@ def _no_cluster(**_):
 
 def test_an_accelerator_that_is_not_here_is_one_clear_error():
     code = (
-        "from mlpmem_jax.core import distributed, failures\nwith failures.told('x'), distributed.job('/nowhere'): pass"
+        "from mlpmem_jax.core import distributed, failures\n"
+        "with failures.reported('x'), distributed.job('/nowhere'): pass"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

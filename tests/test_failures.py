@@ -64,7 +64,7 @@ def raised(error, cause=None):
 )
 def test_the_last_line_and_the_exit_code(error, code, line, capsys, monkeypatch):
     failures.print_anything()
-    with pytest.raises(SystemExit) as stopped, failures.told("mlpmem run"):
+    with pytest.raises(SystemExit) as stopped, failures.reported("mlpmem run"):
         raise error
     assert stopped.value.code == code
     lines = capsys.readouterr().err.splitlines()
@@ -88,7 +88,7 @@ class Raising:
 
 def test_reads_that_were_given_up_end_in_silence(capsys, monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    with failures.told("mlpmem run"):
+    with failures.reported("mlpmem run"):
         pass
     Raising(RuntimeError("Event loop is closed"))
     assert capsys.readouterr().err == ""

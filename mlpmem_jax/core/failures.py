@@ -49,7 +49,7 @@ def print_anything() -> None:
 
 
 @contextlib.contextmanager
-def told(program: str) -> Iterator[None]:
+def reported(program: str) -> Iterator[None]:
     """Within the context, any failure raises SystemExit, after one line on standard error.
 
     Args:
