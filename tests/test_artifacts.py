@@ -98,7 +98,7 @@ def test_another_config_or_input_is_refused_by_name(tmp_path):
         ArtifactWriter.create(tmp_path / "a", "datastore", CONFIG, {"tokens": "g"}, SPECS)
     with pytest.raises(ArtifactError, match="expected an artifact of kind 'targets'"):
         open_artifact(tmp_path / "a", "targets")
-    with pytest.raises(ArtifactError, match="sealed already"):
+    with pytest.raises(ArtifactError, match="already sealed"):
         ArtifactWriter.create(tmp_path / "a", "datastore", CONFIG, {"tokens": "f"}, SPECS)
 
 
@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_what_was_complete(tmp_path):
         rows = np.random.default_rng(0).normal(size=(1, 60_000)).astype(np.float16)
         writer.write_shard(0, {"keys": rows})
         writer.write_shard(1, {"keys": rows})
-        with pytest.raises(ArtifactError, match="make room"):
+        with pytest.raises(ArtifactError, match="free some space"):
             writer.write_shard(2, {"keys": rows})
         again = ArtifactWriter.create(mounted / "a", "datastore", CONFIG, {}, specs)
         assert again.incomplete_shards() == [2]

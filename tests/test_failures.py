@@ -28,10 +28,14 @@ def raised(error, cause=None):
     [
         (ArtifactError("tokens: unfinished"), 2, "mlpmem run: error: tokens: unfinished"),
         (Stopped("asked"), 75, "mlpmem run: error: asked"),
-        (KeyboardInterrupt(), 130, "mlpmem run: error: stopped by Ctrl-C. What was complete before is kept"),
-        (OSError(errno.ENOSPC, "full", "/runs/a"), 2, "error: /runs/a: No space left on device; make room"),
-        (PermissionError(errno.EACCES, "no", "/runs"), 2, "error: /runs: Permission denied; fix the access"),
-        (OSError(errno.EROFS, "no", b"/r\xe9"), 2, r"error: /r\udce9: Read-only file system; choose a place"),
+        (KeyboardInterrupt(), 130, "mlpmem run: error: stopped by Ctrl-C. Completed work is kept"),
+        (OSError(errno.ENOSPC, "full", "/runs/a"), 2, "error: /runs/a: No space left on device; free some space"),
+        (PermissionError(errno.EACCES, "no", "/runs"), 2, "error: /runs: Permission denied; fix the permissions"),
+        (
+            OSError(errno.EROFS, "no", b"/r\xe9"),
+            2,
+            r"error: /r\udce9: Read-only file system; choose a writable location",
+        ),
         (NotADirectoryError(errno.ENOTDIR, "no", "/a/b"), 2, "error: /a/b: Not a directory; a file is in the way"),
         (
             raised(
@@ -53,7 +57,7 @@ def raised(error, cause=None):
         (
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
             2,
-            "memory of this machine is not enough",
+            "this machine has not enough memory",
         ),
         (
             ZeroDivisionError("division by zero"),

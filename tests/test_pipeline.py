@@ -158,7 +158,7 @@ def test_report_has_every_promised_figure(workdir):
 
 def test_a_stage_without_its_input_says_which_stage_is_missing(tmp_path):
     for stage in list(stages.STAGES)[1:]:
-        with pytest.raises(ArtifactError, match="run the stage that makes it"):
+        with pytest.raises(ArtifactError, match="run the stage that builds it"):
             stages.run(stage, small(tmp_path / stage))
 
 

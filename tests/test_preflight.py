@@ -45,7 +45,7 @@ def write_memory(folder):
     [
         ({"targets.k": 6400}, 5, r"config.targets.k: 6400 neighbors, .* 6,400 positions in 100 sequences"),
         ({"targets.exclude": "document"}, 1, r"config.targets.exclude: .* single document"),
-        ({"training.batch_sequences": 104}, 5, r"config.training.batch_sequences: 104 sequences in a step"),
+        ({"training.batch_sequences": 104}, 5, r"config.training.batch_sequences: 104 sequences per step"),
         ({"training.steps": 0}, 5, r"config.training.warmup_steps: 50 .* none of the 12 steps of .*epochs=1.0"),
         (
             {"base.training.steps": 0, "base.training.epochs": 0.01},

@@ -124,7 +124,7 @@ def assert_lost(codes, printed):
     assert codes[1] == KILLED
     for index in set(range(len(codes))) - {1}:
         assert codes[index] == EXIT_AGAIN, printed[index]
-        assert "mlpmem: error: another process of the job was lost. What was complete is kept" in printed[index]
+        assert "mlpmem: error: another process of the job was lost. Completed work is kept" in printed[index]
         assert printed[index].count("mlpmem: error") == 1
         assert "Traceback" not in printed[index]
 
@@ -208,7 +208,7 @@ def test_a_notice_to_one_process_ends_all_in_the_middle_of_another_stage(referen
     codes, printed = launch(workdir, stage, Job(2), "preempted_in_shard")
     assert codes == [EXIT_AGAIN] * 2
     for text in printed:
-        assert text.count("mlpmem: error") == text.count("mlpmem: error: the job was preempted. What was") == 1
+        assert text.count("mlpmem: error") == text.count("mlpmem: error: the job was preempted. Completed work") == 1
         assert "Traceback" not in text
     assert launch(workdir, stage, Job(1))[0] == [0]
     assert_same(workdir, reference, stage)

@@ -58,7 +58,7 @@ _INPUTS = {
     "datastore": "datastore/train",
     "targets": "targets/train",
 }
-"""Folders of what systems are made from, by the names that manifests have for them."""
+"""Folders of the artifacts that systems are built from, by their names in manifests."""
 FOLDERS = {"base": "base", "continued": controls.CONTINUED, "lora": lora.FOLDER}
 SIDE_MODEL = "base"  # sides read its hidden states: the memory was trained on them, and keys are made of them
 
@@ -90,7 +90,7 @@ class Workdir:
 
     @functools.cache  # noqa: B019  one working directory per command
     def artifact(self, folder: str, kind: str) -> Artifact:
-        """A finished artifact, made from those that are in the working directory.
+        """A finished artifact, checked to be built from those in the working directory.
 
         Raises:
           ArtifactError: it is not finished, or was made from another one than is there now.

@@ -172,8 +172,8 @@ class Artifact:
 
     def _corrupt(self, name: str, error: Exception) -> ArtifactError:
         return ArtifactError(
-            f"{self.path}/{name}: could not be read as written: {str(error).split(' [')[0]}. The data are corrupt or "
-            f"incomplete; delete {self.path} and run the stage that makes it again"
+            f"{self.path}/{name}: could not be read back: {str(error).split(' [')[0]}. The data are corrupt or "
+            f"incomplete; delete {self.path} and rerun the stage that builds it"
         )
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -226,7 +226,7 @@ class Artifact:
                 if (stored := _shard_bytes(self.path, name, self.arrays[name], index)) != record["bytes"]:
                     raise ArtifactError(
                         f"{_shard_file(self.path, name, self.arrays[name], index)}: expected {record['bytes']} bytes, "
-                        f"found {stored}; delete {self.path} and run the stage that makes it again"
+                        f"found {stored}; delete {self.path} and rerun the stage that builds it"
                     )
 
 
@@ -273,7 +273,7 @@ class ArtifactWriter:
         manifest = read_manifest(path)
         if manifest is None:
             if any(MANIFEST not in name for name in names):
-                raise ArtifactError(f"{path}: is not empty and holds no {MANIFEST}; choose another config.workdir")
+                raise ArtifactError(f"{path}: is not empty and has no {MANIFEST}; choose another config.workdir")
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -289,7 +289,7 @@ class ArtifactWriter:
             return writer
         check_same_origin(path, manifest, kind, config, inputs)
         if manifest["sealed"]:
-            raise ArtifactError(f"{path}: is finished and sealed already; nothing may be written to it")
+            raise ArtifactError(f"{path}: is already sealed; nothing may be written to it")
         return cls(path, manifest)
 
     @property
@@ -304,8 +304,8 @@ class ArtifactWriter:
 
     def _write_error(self, name: str, error: Exception) -> ArtifactError:
         return ArtifactError(
-            f"{self.path}/{name}: could not be written: {str(error).split(' [')[0]}. What was complete before is kept: "
-            "make room (or fix access) and run the same command again"
+            f"{self.path}/{name}: could not be written: {str(error).split(' [')[0]}. Completed work is kept: "
+            "free some space (or fix access) and run the same command again"
         )
 
     def incomplete_shards(self) -> list[int]:
@@ -426,7 +426,7 @@ def open_artifact(path, kind: str) -> Artifact:
     path = located(path)
     manifest = read_manifest(path)
     if manifest is None:
-        raise ArtifactError(f"{path}: expected a finished {kind!r} artifact, found none; run the stage that makes it")
+        raise ArtifactError(f"{path}: expected a finished {kind!r} artifact, found none; run the stage that builds it")
     if manifest["kind"] != kind:
         raise ArtifactError(f"{path}: expected an artifact of kind {kind!r}, found {manifest['kind']!r}")
     if not manifest["sealed"]:

@@ -18,17 +18,17 @@ BUG = 1
 """Exit code for bugs of the program."""
 INTERRUPTED = 128 + signal.SIGINT
 
-_KEPT = "What was complete before is kept: run the same command again"
+_KEPT = "Completed work is kept: run the same command again"
 _ADVICE = {
     # Advice by the file system's error number.
-    errno.ENOSPC: f"make room. {_KEPT}",
-    errno.EDQUOT: f"make room. {_KEPT}",
-    errno.EROFS: "choose a place that may be written",
-    errno.EACCES: "fix the access, or choose another place",
-    errno.EPERM: "fix the access, or choose another place",
-    errno.ENOTDIR: "a file is in the way; move it, or choose another place",
-    errno.EEXIST: "it is in the way; move it, or choose another place",
-    errno.EISDIR: "a file is expected there; move the folder, or choose another place",
+    errno.ENOSPC: f"free some space. {_KEPT}",
+    errno.EDQUOT: f"free some space. {_KEPT}",
+    errno.EROFS: "choose a writable location",
+    errno.EACCES: "fix the permissions, or choose another location",
+    errno.EPERM: "fix the permissions, or choose another location",
+    errno.ENOTDIR: "a file is in the way; move it, or choose another location",
+    errno.EEXIST: "it is in the way; move it, or choose another location",
+    errno.EISDIR: "a file is expected there; move the folder, or choose another location",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "a link leads back to itself; remove it",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
@@ -122,7 +122,7 @@ def outside_cause(error: BaseException) -> str | None:
     """A description of the file system's or machine's failure, if that is the first cause of an error; else None."""
     for each in reversed(chain(error)):
         if isinstance(each, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(each):
-            return f"the memory of this machine is not enough ({_first_line(each)}); {_SMALLER}"
+            return f"this machine has not enough memory ({_first_line(each)}); {_SMALLER}"
         if "Unable to initialize backend" in str(each):
             return f"JAX finds no such accelerator: {_first_line(each)}; unset JAX_PLATFORMS, or install what it names"
         if isinstance(each, OSError) and each.errno in _ADVICE and each.filename is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from mlpmem_jax.core import jax_internals, process_exit
 from mlpmem_jax.core.errors import Stopped
 
-WORK_IS_KEPT = "What was complete is kept: run the same command again, with as many processes as you like"
+WORK_IS_KEPT = "Completed work is kept: run the same command again, with any number of processes"
 _PREEMPTED = f"the job was preempted. {WORK_IS_KEPT}"
 _POLL_SECONDS = 1.0
 _deferred = threading.Lock()  # held by work that ends by itself, at a suitable point

@@ -61,7 +61,7 @@ def check_devices(config: ml_collections.ConfigDict, devices: int, processes: in
         if size % shards[axis]:
             raise ConfigError(
                 f"config.{key}: {size} cannot be divided into {shards[axis]} equal shards, over the mesh axes "
-                f"{'+'.join(axes[axis])} of config.mesh.rules.{axis}; take a multiple, other sizes of config.mesh, or "
+                f"{'+'.join(axes[axis])} of config.mesh.rules.{axis}; use a multiple, other sizes of config.mesh, or "
                 f"another rule"
             )
 
@@ -103,7 +103,7 @@ def check_models(config: ml_collections.ConfigDict, devices: int) -> None:
     if config.memory.width != base["width"] and base["width"] % shards:
         raise ConfigError(
             f"{name}: the memory reads its width, {base['width']}, which cannot be divided into {shards} equal shards; "
-            "take other sizes of config.mesh: a larger config.mesh.tensor leaves fewer devices to fsdp"
+            "use other sizes of config.mesh: a larger config.mesh.tensor leaves fewer devices to fsdp"
         )
     if config.base.context_length > base["context_length"]:
         raise ConfigError(
@@ -149,17 +149,17 @@ def _check_tokens(config: ml_collections.ConfigDict, manifest: dict) -> None:
         if count <= config.base.context_length:
             raise ConfigError(
                 f"config.base.context_length: {config.base.context_length} positions and their last target are more "
-                f"than the {count:,} tokens of the {split} split; lower it, or give more text"
+                f"than the {count:,} tokens of the {split} split; lower it, or provide more text"
             )
     sequences = (tokens["train"] - 1) // config.base.context_length
     positions = sequences * config.base.context_length
     there = f"the training split has {positions:,} positions in {sequences:,} sequences"
     if config.targets.k >= positions:
-        raise ConfigError(f"config.targets.k: {config.targets.k} neighbors, but {there}; lower it, or give more text")
+        raise ConfigError(f"config.targets.k: {config.targets.k} neighbors, but {there}; lower it or add text")
     if config.targets.exclude == "document" and manifest["summary"]["documents"]["train"] < 2:
         raise ConfigError(
-            "config.targets.exclude: 'document' leaves no neighbors, the training split is a single document; use "
-            "'self', or give more files"
+            "config.targets.exclude: 'document' leaves no neighbors: the training split is a single document; use "
+            "'self', or provide more files"
         )
     sample = min(config.targets.training_sample, positions)
     if config.targets.search_dimensions > sample:
@@ -173,8 +173,8 @@ def _check_tokens(config: ml_collections.ConfigDict, manifest: dict) -> None:
     for name, settings in trainings.items():
         if sequences < settings.batch_sequences:
             raise ConfigError(
-                f"config.{name}.batch_sequences: {settings.batch_sequences} sequences in a step, but {there}; lower "
-                "it, or give more text"
+                f"config.{name}.batch_sequences: {settings.batch_sequences} sequences per step, but {there}; lower "
+                "it, or provide more text"
             )
         if name == "base.training" and config.base.finetune_steps:
             continue  # its warmup is limited to a tenth
@@ -210,5 +210,5 @@ def _check_start(config: ml_collections.ConfigDict, manifest: dict | None) -> No
         if stored[name] != (expected := defaults.get(name, memory[name])):
             raise ConfigError(
                 f"config.training.start: {start} has {name} {stored[name]}, the config asks for {expected}; set "
-                f"config.memory.{name} to what is there"
+                f"config.memory.{name} to its value"
             )

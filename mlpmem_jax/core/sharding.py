@@ -194,7 +194,7 @@ class Sharding:
             raise ConfigError(
                 f"config.mesh: slice x fsdp x tensor = {' x '.join(str(self.mesh.shape[axis]) for axis in AXES)} makes "
                 f"{shards} shards of the batch, which overlap between {jax.process_count()} processes of "
-                f"{jax.local_device_count()} devices; take a power of two for each size"
+                f"{jax.local_device_count()} devices; use a power of two for each size"
             )
         own = rows_by_process[jax.process_index()]
         first = min(process for process, rows in rows_by_process.items() if rows == own)

@@ -52,7 +52,7 @@ def mixture_log_probabilities(
     if base_N.shape != other_N.shape:
         raise ValueError(f"two distributions score different positions: {base_N.shape}, {other_N.shape}")
     if not 0.0 <= weight <= 1.0:
-        raise ValueError(f"an interpolation weight lies in [0, 1], got {weight}")
+        raise ValueError(f"an interpolation weight must be in [0, 1], got {weight}")
     if weight == 0.0:
         return base_N
     if weight == 1.0:

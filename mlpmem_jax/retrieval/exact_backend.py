@@ -73,7 +73,7 @@ class ExactIndex:
     """Keys on the devices of a mesh. All processes of the mesh make it, and search it, together."""
 
     def __init__(self, keys: KeySource, mesh: Mesh, recall_target: float = 1.0):
-        """Each process reads the keys of its own devices and no others.
+        """Each process reads only the keys of its own devices.
 
         Args:
           keys: fewer than 2^31; the devices keep them in their dtype.

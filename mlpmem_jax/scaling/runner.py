@@ -69,7 +69,7 @@ def run(sweep: Sweep, workers: int) -> None:
     tasks = of_sweep(sweep)
     states = {task.name: State("finished" if task.is_finished() else "waits") for task in tasks}
     rows = table.Rows(sweep, tasks, states)
-    say(f"{sweep.name}: {len(sweep.points)} points, {len(tasks)} tasks, {rows.finished} of them finished already")
+    say(f"{sweep.name}: {len(sweep.points)} points, {len(tasks)} tasks, {rows.finished} of them already finished")
     stopped = rows.finished < len(tasks) and _run_tasks(sweep, tasks, states, rows, workers)
     finished = {point.name for point in sweep.points if states[point.name].phase == "finished"}
     if finished:

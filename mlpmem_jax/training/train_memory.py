@@ -177,7 +177,7 @@ def _started_dimensions(start: Artifact, model: MemoryConfig) -> MemoryConfig:
         if expected != there and field.name not in ("norm_epsilon", "activation"):
             raise ConfigError(
                 f"config.training.start: {start.path} has {field.name} {there}, the config asks for {expected}; "
-                "set config.memory to what is there"
+                "set config.memory to its values"
             )
     return stored
 
