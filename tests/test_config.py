@@ -126,6 +126,10 @@ def test_a_bad_config_costs_no_start_of_the_accelerator_runtime(tmp_path):
         (["base.path=gpt2"], r"base.path: 'gpt2' has no effect with config.base.source='train'"),
         (["base.source=huggingface", "base.path=gpt2", "base.width=128"], r"base.width: 128 has no effect"),
         (["corpus.document_bytes=100"], r"document_bytes: 100 has no effect .*; .* 'files' or 'hub'"),
+        (
+            ["corpus.source=files", "corpus.path=a", "corpus.group_part=_.*"],
+            r"group_part: '_\.\*' has no effect with config.corpus.group_key=''",
+        ),
         (["targets.backend=exact", "targets.leaves=9"], r"leaves: 9 has no effect with config.targets.backend='exact'"),
         (["targets.backend=scann", "targets.recall_target=0.5"], r"recall_target: 0.5 has no effect"),
         (

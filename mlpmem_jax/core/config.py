@@ -320,6 +320,8 @@ def _unmet(config: ml_collections.ConfigDict, key: str) -> tuple[str, tuple] | N
     group, _, name = key.rpartition(".")
     if group == "base.training" and (not config.base.finetune_steps or name in _NOT_OF_FINETUNING):
         rules.insert(0, ("base.source", ("train",)))
+    if key == "corpus.group_part" and not config.corpus.group_key:
+        rules.append(("corpus.group_key", ("FIELD",)))
     return next((rule for rule in rules if _value(config, rule[0]) not in rule[1]), None)
 
 
