@@ -52,6 +52,25 @@ def test_what_is_written_comes_back(tmp_path):
     assert artifact.read_file("tokenizer.json") == b"{}"
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"shape":[10,5,3]', '"shape":[10,5,7]'),
+        ('"shape":[10,5,3]', '"shape":[18,5,3]'),
+        ('"data_type":"float16"', '"data_type":"int16"'),
+        ('"fill_value":0.0', '"fill_value":1.0'),
+        ('"name":"crc32c"', '"name":"zstd"'),
+    ],
+)
+def test_metadata_of_an_array_that_was_changed_is_refused(tmp_path, before, after):
+    write(tmp_path / "a")
+    metadata = tmp_path / "a" / "keys" / "zarr.json"
+    assert before in metadata.read_text()
+    metadata.write_text(metadata.read_text().replace(before, after, 1))
+    with pytest.raises(ArtifactError, match="a/keys: could not be read back"):
+        open_artifact(tmp_path / "a", "datastore").read("keys", 0, 2)
+
+
 def test_bytes_do_not_depend_on_interruptions_or_order(tmp_path):
     write(tmp_path / "a")
     write(tmp_path / "b", shards=(2,), seal=False)

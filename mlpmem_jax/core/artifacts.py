@@ -90,9 +90,10 @@ def _open_array(path: str, name: str, spec: ArraySpec, create: bool) -> ts.Tenso
     if np.issubdtype(np.dtype(spec.dtype), np.integer):  # floating-point rows hardly compress, token ids do
         codecs.append({"name": "zstd", "configuration": {"level": 1}})
     codecs.append({"name": "crc32c"})
-    store = {"driver": "zarr3", "kvstore": _kvstore_spec(f"{path}/{name}")}
-    if create:
-        store["metadata"] = {
+    store = {
+        "driver": "zarr3",
+        "kvstore": _kvstore_spec(f"{path}/{name}"),
+        "metadata": {  # what is written, and what an array that is opened must have: nothing else guards its metadata
             "shape": list(spec.shape),
             "data_type": spec.dtype,
             "fill_value": 0,
@@ -103,7 +104,8 @@ def _open_array(path: str, name: str, spec: ArraySpec, create: bool) -> ts.Tenso
                     "configuration": {"chunk_shape": list(spec.read_chunk), "codecs": codecs},
                 }
             ],
-        }
+        },
+    }
     return ts.open(store, create=create, open=True).result()
 
 
