@@ -56,7 +56,7 @@ def finetune(config: ml_collections.ConfigDict, source: str) -> Artifact:
 
     Args:
       config: the whole config.
-            source: folder of `config.workdir` with the imported base.
+      source: folder of `config.workdir` with the imported base.
 
     Raises:
       UserError: it is not finished, or does not match the config.
