@@ -14,8 +14,8 @@ LENGTH, WIDTH, VOCABULARY, PER_SHARD = 16, 8, 50, 4
 
 
 def mixture(rng, count, clusters=20, spread=0.3):
-    centers_CxD = rng.normal(size=(clusters, WIDTH))
-    return centers_CxD[rng.integers(clusters, size=count)] + spread * rng.normal(size=(count, WIDTH))
+    centers_UxD = rng.normal(size=(clusters, WIDTH))
+    return centers_UxD[rng.integers(clusters, size=count)] + spread * rng.normal(size=(count, WIDTH))
 
 
 def write_tokens(workdir):

@@ -223,19 +223,19 @@ def test_passages_of_another_text_are_refused(config, compared, tmp_path):
 
 
 def test_weights_are_tuned_on_the_other_half():
-    values_GxN = np.zeros((2, 10))
+    values_ZxN = np.zeros((2, 10))
     first_N = weights.halves(10, seed=3)
-    values_GxN[1, first_N] = 1.0  # the second weight helps the first half alone
-    np.testing.assert_array_equal(weights.tuned(values_GxN, None, seed=3), np.where(first_N, 0, 1))
-    tuning_GxM = np.array([[0.0, 0.0], [0.0, 1.0]])
-    np.testing.assert_array_equal(weights.tuned(values_GxN, tuning_GxM, seed=3), np.ones(10))
+    values_ZxN[1, first_N] = 1.0  # the second weight helps the first half alone
+    np.testing.assert_array_equal(weights.tuned(values_ZxN, None, seed=3), np.where(first_N, 0, 1))
+    tuning_values = np.array([[0.0, 0.0], [0.0, 1.0]])
+    np.testing.assert_array_equal(weights.tuned(values_ZxN, tuning_values, seed=3), np.ones(10))
 
 
 def test_a_text_that_is_too_long_loses_its_beginning():
     row = packing.Row.of_continuation(list(range(6)), list(range(9)))
-    assert (list(row.tokens_T), list(row.positions_P), row.ids_PxC) == (list(range(8)), [5, 6, 7], [[6], [7], [8]])
+    assert (list(row.tokens_T), list(row.positions_P), row.ids_PxJ) == (list(range(8)), [5, 6, 7], [[6], [7], [8]])
     kept = row.truncated(4)
-    assert (list(kept.tokens_T), kept.positions_P, kept.ids_PxC) == ([4, 5, 6, 7], [1, 2, 3], [[6], [7], [8]])
+    assert (list(kept.tokens_T), kept.positions_P, kept.ids_PxJ) == ([4, 5, 6, 7], [1, 2, 3], [[6], [7], [8]])
 
 
 def test_every_task_has_what_the_command_needs():

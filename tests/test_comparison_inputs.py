@@ -114,9 +114,9 @@ def test_the_second_wording_has_the_data_of_the_first(name):
 def test_words_of_several_tokens_count_by_their_first_one_or_not_at_all():
     question = words_question((" good", " xyz"), (" bad", " awful"))
     encoded = scores.encode_questions(words_task(), [question], None, encode, 99)
-    assert encoded.rows[0].ids_PxC == [[900, ord(" "), 901, 902]]
+    assert encoded.rows[0].ids_PxJ == [[900, ord(" "), 901, 902]]
     encoded = scores.encode_questions(words_task(single_tokens=True), [question], None, encode, 99)
-    assert encoded.rows[0].ids_PxC == encoded.rows[encoded.domain_row].ids_PxC == [[900, 901, 902]]
+    assert encoded.rows[0].ids_PxJ == encoded.rows[encoded.domain_row].ids_PxJ == [[900, 901, 902]]
     model = [np.log([[0.3, 0.2, 0.1]]), np.log([[0.1, 0.1, 0.1]])]
     answer = scores.answer(encoded, 0, model, None, 0.0)
     np.testing.assert_allclose(metrics.choice_scores(answer), np.log([3, 2]), rtol=1e-6)

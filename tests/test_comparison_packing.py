@@ -40,19 +40,19 @@ def test_packed_texts_are_read_as_if_each_stood_alone(name, has_prefix):
     model, rows = MODELS[name], made_rows(3, has_prefix)
     parameters = jax.tree.map(lambda array: 8 * array, language_model.init(model, jax.random.key(0)))
     assert bool(packing.shared_prefix(rows)) == has_prefix
-    tokens_RxT = np.zeros((len(rows), max(len(row.tokens_T) for row in rows)), np.int32)
-    for tokens_T, row in zip(tokens_RxT, rows, strict=True):
+    tokens_BxT = np.zeros((len(rows), max(len(row.tokens_T) for row in rows)), np.int32)
+    for tokens_T, row in zip(tokens_BxT, rows, strict=True):
         tokens_T[: len(row.tokens_T)] = row.tokens_T
-    alone_RxTxV = scipy.special.log_softmax(np.asarray(language_model.logits(parameters, model, tokens_RxT)), axis=-1)
+    alone_BxTxV = scipy.special.log_softmax(np.asarray(language_model.logits(parameters, model, tokens_BxT)), axis=-1)
     sharding = Sharding(make_mesh(devices=jax.devices()[:2]))
     actual = reading.read(reading.Model(parameters, model), rows, {}, sharding, "texts")["model"]
     mixed = reading.read_mixture(reading.Model(parameters, model), rows, None, 0.0, sharding, "texts")
     for number, row in enumerate(rows):
-        log_PxV = alone_RxTxV[number, list(row.positions_P)]
-        expected = [[log_V[token] for token in ids] for log_V, ids in zip(log_PxV, row.ids_PxC, strict=True)]
+        log_PxV = alone_BxTxV[number, list(row.positions_P)]
+        expected = [[log_V[token] for token in ids] for log_V, ids in zip(log_PxV, row.ids_PxJ, strict=True)]
         np.testing.assert_allclose(actual[number], expected, rtol=1e-4, err_msg=f"row {number}")
         np.testing.assert_allclose(mixed[number][0], expected, rtol=1e-4, err_msg=f"row {number}")
-        np.testing.assert_array_equal(mixed[number][1], log_PxV.argmax(1)[:, None] == np.array(row.ids_PxC))
+        np.testing.assert_array_equal(mixed[number][1], log_PxV.argmax(1)[:, None] == np.array(row.ids_PxJ))
 
 
 def test_what_texts_share_is_computed_once():

@@ -23,13 +23,13 @@ def test_made_keys_are_the_real_ones_and_then_others_near_them(monkeypatch):
     monkeypatch.setattr(speed, "_KEYS_AT_ONCE", 7)
     keys_NxD = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float16)
     source = speed._more_keys(keys_NxD, 33)
-    whole_MxD = source.read(0, 33)
-    np.testing.assert_array_equal(whole_MxD[:10], keys_NxD)
-    np.testing.assert_array_equal(source.read(9, 25), whole_MxD[9:25])
-    distances = np.abs(whole_MxD[10:].astype(np.float32) - np.resize(keys_NxD, (33, 4))[10:]).max(axis=1)
+    whole = source.read(0, 33)
+    np.testing.assert_array_equal(whole[:10], keys_NxD)
+    np.testing.assert_array_equal(source.read(9, 25), whole[9:25])
+    distances = np.abs(whole[10:].astype(np.float32) - np.resize(keys_NxD, (33, 4))[10:]).max(axis=1)
     assert distances.min() > 0
     assert distances.max() < 1
-    assert len(np.unique(whole_MxD, axis=0)) == 33
+    assert len(np.unique(whole, axis=0)) == 33
 
 
 def test_made_passages_have_the_words_of_real_ones():

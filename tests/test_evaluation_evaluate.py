@@ -51,11 +51,11 @@ def write_model(path, kind, model, parameters, inputs, config=None, **figures):
 
 
 def write_split(workdir, split, inputs_SxTxD, next_SxT, scores_SxT, inputs):
-    documents_P = np.arange(next_SxT.size) // (2 * LENGTH)
+    documents_N = np.arange(next_SxT.size) // (2 * LENGTH)
     arrays = {
         "keys": np.asarray(inputs_SxTxD, np.float16),
         "next_tokens": np.asarray(next_SxT, np.int32),
-        "documents": documents_P.reshape(next_SxT.shape).astype(np.int32),
+        "documents": documents_N.reshape(next_SxT.shape).astype(np.int32),
         "base_log_probabilities": np.asarray(scores_SxT, np.float32),
     }
     return write_datastore(workdir / "datastore" / split, arrays, inputs=inputs, summary={"input_block": 2})

@@ -41,13 +41,13 @@ def test_known_distributions():
 
 def test_padding_of_sparse_rows_changes_nothing():
     values_M, offsets_N1 = np.array([0.7, 0.3, 0.6, 0.2, 0.1, 0.1], np.float16), np.array([0, 2, 2, 6])
-    rows_NxM = sharpness.rows_of_ragged(values_M, offsets_N1)
+    rows_NxE = sharpness.rows_of_ragged(values_M, offsets_N1)
     np.testing.assert_array_equal(
-        rows_NxM, np.array([[0.7, 0.3, 0, 0], [0, 0, 0, 0], [0.6, 0.2, 0.1, 0.1]], np.float16)
+        rows_NxE, np.array([[0.7, 0.3, 0, 0], [0, 0, 0, 0], [0.6, 0.2, 0.1, 0.1]], np.float16)
     )
-    wide_NxM = np.pad(rows_NxM, ((0, 0), (0, 9)))[[0, 2]]
-    np.testing.assert_array_equal(sharpness.tokens_above(wide_NxM), sharpness.tokens_above(rows_NxM[[0, 2]]))
-    np.testing.assert_array_equal(sharpness.tokens_for_mass(wide_NxM), sharpness.tokens_for_mass(rows_NxM[[0, 2]]))
+    wide_NxE = np.pad(rows_NxE, ((0, 0), (0, 9)))[[0, 2]]
+    np.testing.assert_array_equal(sharpness.tokens_above(wide_NxE), sharpness.tokens_above(rows_NxE[[0, 2]]))
+    np.testing.assert_array_equal(sharpness.tokens_for_mass(wide_NxE), sharpness.tokens_for_mass(rows_NxE[[0, 2]]))
 
 
 def test_mean_does_not_depend_on_the_chunks():

@@ -103,11 +103,11 @@ def test_drafts_that_wait_change_no_token(base, memory_parameters, weight, promp
     parameters = prepare(Parameters(base, memory_parameters, weight))
     expected = [continued(base, memory_parameters, weight, prompt, DRAFTED) for prompt in prompts]
     actual = drafted(parameters, prompts, 8)
-    np.testing.assert_array_equal(actual.tokens_BxN, expected)
+    np.testing.assert_array_equal(actual.tokens_BxT, expected)
     assert actual.memory_passes < actual.base_steps or weight == 0.15
     assert actual.base_steps > DRAFTED - 1 or weight != 0.01  # steps behind a wrong draft are done again
     end = expected[0][DRAFTED // 2]
-    for row, whole in zip(drafted(parameters, prompts, 8, end).tokens_BxN.tolist(), expected, strict=True):
+    for row, whole in zip(drafted(parameters, prompts, 8, end).tokens_BxT.tolist(), expected, strict=True):
         place = whole.index(end) if end in whole else DRAFTED
         assert row == whole[:place] + [end] * (DRAFTED - place)
 
@@ -117,7 +117,7 @@ def test_right_drafts_save_passes_of_the_memory(base):
     flat = jax.tree.map(jnp.zeros_like, memory.init(MEMORY, jax.random.key(1)))
     parameters = prepare(Parameters(base, flat, 0.999))
     one, several = (drafted(parameters, PROMPTS[:1], most) for most in (1, 8))
-    np.testing.assert_array_equal(one.tokens_BxN, several.tokens_BxN)
+    np.testing.assert_array_equal(one.tokens_BxT, several.tokens_BxT)
     assert one.base_steps == several.base_steps == DRAFTED - 1 == one.memory_passes
     assert several.memory_passes == 7  # 1, 2, ... 6 drafts at once, and two at the end
 

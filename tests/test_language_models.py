@@ -150,10 +150,10 @@ def test_padded_prompts_and_64_cached_steps_equal_single_forward_passes(folders,
     for position in range(16, 16 + steps):
         reading, cache = step(models, prepared, cache, tokens_BxT[:, position])
         actual.append(reading.base_log_BxV)
-    found_BxNxV = np.stack(actual, axis=1)
+    found_BxTxV = np.stack(actual, axis=1)
     for row, padding in enumerate(padding_B):
         expected = jax.nn.log_softmax(expected_logits(name, tokens_BxT[row : row + 1, padding:]))[0, 15 - padding :]
-        np.testing.assert_allclose(found_BxNxV[row], expected, rtol=0, atol=apart)
+        np.testing.assert_allclose(found_BxTxV[row], expected, rtol=0, atol=apart)
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral"])

@@ -25,8 +25,8 @@ def make_problem(positions, width, vocab_size, padded, entries, seed=0):
     return {
         "hidden_NxD": rng.normal(size=(positions, width)).astype(np.float32),
         "kernel_DxV": rng.normal(size=(width, padded)).astype(np.float32),
-        "token_ids_NxS": ids.reshape(positions, entries).astype(np.int32),
-        "probabilities_NxS": probabilities.astype(np.float32),
+        "token_ids_NxE": ids.reshape(positions, entries).astype(np.int32),
+        "probabilities_NxE": probabilities.astype(np.float32),
         "next_tokens_N": rng.integers(0, vocab_size, positions).astype(np.int32),
     }
 
@@ -132,7 +132,7 @@ def test_gradients_follow_the_cotangent():
 
 def test_probabilities_that_do_not_sum_to_one_are_renormalized():
     problem = make_problem(5, 4, 9, 9, 3)
-    scaled = {**problem, "probabilities_NxS": problem["probabilities_NxS"] * 0.37}
+    scaled = {**problem, "probabilities_NxE": problem["probabilities_NxE"] * 0.37}
     options = {"alpha": 0.6, "vocab_size": 9, "chunk": 5}
     for first, second in zip(
         jax.tree.leaves(loss_and_gradients(problem, **options)),
@@ -149,7 +149,7 @@ def test_bfloat16_gradients_are_near_float64():
     assert actual[1][0].dtype == jnp.bfloat16
     assert actual[1][1].dtype == jnp.float32
     exact = {name: np.asarray(value, np.float32) for name, value in rounded.items() if name != "next_tokens_N"}
-    exact |= {"token_ids_NxS": problem["token_ids_NxS"], "next_tokens_N": problem["next_tokens_N"]}
+    exact |= {"token_ids_NxE": problem["token_ids_NxE"], "next_tokens_N": problem["next_tokens_N"]}
     exact["kernel_DxV"] = np.asarray(jnp.asarray(problem["kernel_DxV"], jnp.bfloat16), np.float32)
     assert_matches(actual, oracle(exact, 0.4, 40), tolerance=0.02)
 
@@ -192,9 +192,9 @@ def compiled_gradients(positions, width, vocab_size, entries, chunk, sharding=LO
     def shape(dims, dtype, *axes):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=None if sharding is LOCAL else sharding.named(*axes))
 
-    def loss(hidden_NxD, kernel_DxV, token_ids_NxS, probabilities_NxS, next_tokens_N):
+    def loss(hidden_NxD, kernel_DxV, token_ids_NxE, probabilities_NxE, next_tokens_N):
         return sparse_cross_entropy(
-            hidden_NxD, kernel_DxV, token_ids_NxS, probabilities_NxS, next_tokens_N,
+            hidden_NxD, kernel_DxV, token_ids_NxE, probabilities_NxE, next_tokens_N,
             alpha=0.4, vocab_size=vocab_size, chunk=chunk, sharding=sharding,
         )  # fmt: skip
 

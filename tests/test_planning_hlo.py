@@ -65,8 +65,8 @@ ENTRY %main (p.1: {left}, p.2: {right}) -> {result} {{
 
 
 def test_a_scanned_body_counts_as_often_as_it_runs(mesh):
-    def layers(x_RxW, kernels_LxWxW):
-        return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x_RxW, kernels_LxWxW)[0]
+    def layers(x_NxD, kernels_LxDxD):
+        return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x_NxD, kernels_LxDxD)[0]
 
     program = compiled(
         layers,

@@ -33,7 +33,7 @@ def test_components_are_those_of_the_singular_value_decomposition(keys):
 def test_all_dimensions_are_rotated_and_distances_kept(keys):
     projection = reduction.fit(keys, keys.shape[1])
     actual = projection(keys)
-    np.testing.assert_allclose(projection.basis_DxM.T @ projection.basis_DxM, np.eye(24), atol=1e-6)
+    np.testing.assert_allclose(projection.basis_DxO.T @ projection.basis_DxO, np.eye(24), atol=1e-6)
     np.testing.assert_allclose(actual.mean(axis=0), 0, atol=1e-3)
     truth = ((keys[:, None] - keys[None, :50]) ** 2).sum(axis=2)
     np.testing.assert_allclose(((actual[:, None] - actual[None, :50]) ** 2).sum(axis=2), truth, rtol=1e-4, atol=1e-4)

@@ -133,7 +133,7 @@ def test_the_shapes_to_compile_are_those_that_run(keys):
     mesh = make_mesh(1, 8, 1)
     search, arguments = ring.program(mesh, len(keys), 64, keys.shape[1], 5, "float32")
     padded = arguments[0].shape[0]
-    keys_PxD = np.pad(keys, ((0, padded - len(keys)), (0, 0)))
-    norms_P = np.where(np.arange(padded) < len(keys), (keys_PxD**2).sum(axis=1), np.inf).astype(np.float32)
-    _, ids = search.lower(*arguments).compile()(keys_PxD, norms_P, keys[:64], np.zeros((64, 2), np.int32))
+    keys_NxD = np.pad(keys, ((0, padded - len(keys)), (0, 0)))
+    norms_N = np.where(np.arange(padded) < len(keys), (keys_NxD**2).sum(axis=1), np.inf).astype(np.float32)
+    _, ids = search.lower(*arguments).compile()(keys_NxD, norms_N, keys[:64], np.zeros((64, 2), np.int32))
     np.testing.assert_array_equal(np.asarray(ids), brute_force(keys[:64], keys, 5)[1])

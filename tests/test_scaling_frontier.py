@@ -87,16 +87,16 @@ def test_objective_is_hubers_loss_of_log_losses_and_its_gradient():
 def test_refits_of_many_draws_are_the_optima_of_lbfgs():
     points, generator = chinchilla._Points(grid()), np.random.default_rng(1)
     start_5 = points.fit(np.log(grid().losses_R))
-    observed_SxR = points.log_losses(start_5) + 0.004 * generator.normal(size=(6, 20))
-    counted_SxR = np.ones((6, 20))
-    counted_SxR[5, 3] = 0.0
-    refitted_Sx5 = points.refit(observed_SxR, counted_SxR, start_5)
+    observed_BxR = points.log_losses(start_5) + 0.004 * generator.normal(size=(6, 20))
+    counted_BxR = np.ones((6, 20))
+    counted_BxR[5, 3] = 0.0
+    refitted_Bx5 = points.refit(observed_BxR, counted_BxR, start_5)
     for draw in range(5):
-        best = points.objective(points.fit(observed_SxR[draw]), observed_SxR[draw])[0]
-        assert points.objective(refitted_Sx5[draw], observed_SxR[draw])[0] == pytest.approx(best, rel=1e-4)
-    without = chinchilla._Points(grid().take(counted_SxR[5] > 0))
-    expected = without.coefficients(without.fit(observed_SxR[5][counted_SxR[5] > 0]))
-    actual = points.coefficients(refitted_Sx5[5])
+        best = points.objective(points.fit(observed_BxR[draw]), observed_BxR[draw])[0]
+        assert points.objective(refitted_Bx5[draw], observed_BxR[draw])[0] == pytest.approx(best, rel=1e-4)
+    without = chinchilla._Points(grid().take(counted_BxR[5] > 0))
+    expected = without.coefficients(without.fit(observed_BxR[5][counted_BxR[5] > 0]))
+    actual = points.coefficients(refitted_Bx5[5])
     for name in LAW:
         assert actual[name] == pytest.approx(expected[name], rel=0.02), name
 

@@ -205,7 +205,7 @@ class _TaskComparison:
         return self._scored[key]
 
     def _grid_values(self, system: System, encoded: scores.EncodedQuestions, split: str) -> np.ndarray:
-        """The metric that weights are tuned on, float [G, N]; G is 1 without a side."""
+        """The metric that weights are tuned on, float [Z, N]; Z is 1 without a side."""
         model, side = self._of_system(system, encoded, split)
         grid = weights.GRID if side is not None else [0.0]
 
@@ -225,11 +225,11 @@ class _TaskComparison:
 
     def _system(self, name: str, encoded: dict, encoded_tuning: dict | None) -> dict:
         system, mine = SYSTEMS[name], encoded[SYSTEMS[name].retrieves]
-        grid_GxN = self._grid_values(system, mine, "test")
-        tuning_GxM = (
+        grid_ZxN = self._grid_values(system, mine, "test")
+        tuning_values = (
             self._grid_values(system, encoded_tuning[system.retrieves], "validation") if encoded_tuning else None
         )
-        chosen_N = weights.tuned(grid_GxN, tuning_GxM, self._settings.seed)
+        chosen_N = weights.tuned(grid_ZxN, tuning_values, self._settings.seed)
         texts = self._texts(name, mine, chosen_N) if self._task.max_new_tokens else None
         model, side = self._of_system(system, mine, "test")
         answers = [
@@ -241,7 +241,7 @@ class _TaskComparison:
         choices = [question.choices[int(np.argmax(of))] for question, of in zip(mine.questions, compared, strict=True)]
         return {
             "chosen": chosen_N,
-            "grid": grid_GxN,
+            "grid": grid_ZxN,
             "texts": texts or choices,  # without generation, the answer is the chosen text
             "scores": [of.tolist() for of in compared],
             "measures": {measure: [one[measure] for one in measured] for measure in measured[0]},

@@ -46,7 +46,7 @@ def _tokens(text: str) -> list[str]:
 
 def open_answer(question: Question, answer: Answer) -> dict[str, float]:
     """Metrics of an open question: `gold` are the accepted answers, continuations are " " + answer."""
-    measures = {"gold log-probability": float(scipy.special.logsumexp(answer.continuations_C))}
+    measures = {"gold log-probability": float(scipy.special.logsumexp(answer.continuations_J))}
     if answer.text is not None:
         measures["exact match"] = exact_match(answer.text, question.gold)
         measures["token match"] = token_match(answer.text, question.gold)
@@ -59,7 +59,7 @@ def truthfulness(question: Question, answer: Answer) -> dict[str, float]:
     `question.gold` is (number of true answers, index of the best one); true answers come first.
     """
     count, best = question.gold
-    true, false = np.split(np.asarray(answer.continuations_C, np.float64), [count])
+    true, false = np.split(np.asarray(answer.continuations_J, np.float64), [count])
     mc2 = np.exp(scipy.special.logsumexp(true) - scipy.special.logsumexp(np.concatenate([true, false])))
     measures = {
         "MC1": float(true[best] > false.max()),
@@ -76,7 +76,7 @@ def choice_scores(answer: Answer) -> np.ndarray:
     knnlm-limits (Holtzman et al., 2021; fuzzy verbalizers of Shi et al., 2022).
     """
     if not answer.words:
-        return np.asarray(answer.continuations_C, np.float64)
+        return np.asarray(answer.continuations_J, np.float64)
     pairs = zip(answer.words, answer.domain_words, strict=True)
     return np.array([np.sum(np.log(np.exp(words) + _TINY) - np.log(np.exp(domain) + _TINY)) for words, domain in pairs])
 
@@ -92,4 +92,4 @@ def domain_pmi(question: Question, answer: Answer) -> dict[str, float]:
 
 def yes_or_no(question: Question, answer: Answer) -> dict[str, float]:
     """Whether the more probable of the continuations " Yes" and " No" is the gold one; `gold` is its index."""
-    return {"accuracy": float(int(np.argmax(answer.continuations_C)) == question.gold)}
+    return {"accuracy": float(int(np.argmax(answer.continuations_J)) == question.gold)}

@@ -3,7 +3,8 @@
 The answers to a question share its prompt, and all prompts of a task may share a beginning. Texts are split into
 the prefix of them all, the stem of a question, and branches (`models.packed`), and laid out one after another.
 
-Dimensions: B sequences of T positions, U scored positions in each, Q scored tokens in each.
+Dimensions: B sequences of T positions, P scored positions of a text or a sequence, J tokens scored at a position, M in
+a sequence.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ class Row:
     Attributes:
       tokens_T: token ids.
       positions_P: positions whose next token is scored.
-      ids_PxC: tokens whose log-probabilities are wanted at each.
+      ids_PxJ: tokens whose log-probabilities are wanted at each.
     """
 
     tokens_T: Sequence[int]
     positions_P: Sequence[int]
-    ids_PxC: Sequence[Sequence[int]]
+    ids_PxJ: Sequence[Sequence[int]]
 
     @classmethod
     def of_continuation(cls, prompt: Sequence[int], whole: Sequence[int]) -> Row:
@@ -56,13 +57,13 @@ class Row:
         return Row(
             self.tokens_T[excess:],
             [self.positions_P[index] - excess for index in kept],
-            [self.ids_PxC[index] for index in kept],
+            [self.ids_PxJ[index] for index in kept],
         )
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[P, C]."""
-        return len(self.ids_PxC), len(self.ids_PxC[0]) if self.ids_PxC else 0
+        """[P, J]."""
+        return len(self.ids_PxJ), len(self.ids_PxJ[0]) if self.ids_PxJ else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +72,16 @@ class Batch:
 
     Attributes:
       layout: arrays of [B, T].
-      reads_BxU: positions whose next token is scored.
-      places_BxQ: for each scored token, the index of its position in `reads_BxU`.
-      ids_BxQ: the scored tokens.
-      parts: for each row (its number, its sequence, the offset of its first token within Q).
+      reads_BxP: positions whose next token is scored.
+      places_BxM: for each scored token, the index of its position in `reads_BxP`.
+      ids_BxM: the scored tokens.
+      parts: for each row (its number, its sequence, the offset of its first token within M).
     """
 
     layout: Layout
-    reads_BxU: np.ndarray
-    places_BxQ: np.ndarray
-    ids_BxQ: np.ndarray
+    reads_BxP: np.ndarray
+    places_BxM: np.ndarray
+    ids_BxM: np.ndarray
     parts: list[tuple[int, int, int]]
 
 
@@ -195,10 +196,10 @@ class _Sequence:
                 read_P = np.asarray(row.positions_P, int)
                 read_P = np.where(read_P < first + document.stem, read_P - first + start, read_P + shift)
                 self.parts.append((row_number, count))
-                ids_PxC = np.asarray(row.ids_PxC, np.int32).reshape(row.shape)
-                places.append(np.repeat(read_P, ids_PxC.shape[1]))
-                ids.append(ids_PxC.ravel())
-                count += ids_PxC.size
+                ids_PxJ = np.asarray(row.ids_PxJ, np.int32).reshape(row.shape)
+                places.append(np.repeat(read_P, ids_PxJ.shape[1]))
+                ids.append(ids_PxJ.ravel())
+                count += ids_PxJ.size
         self.reads, self.places = np.unique(np.concatenate(places), return_inverse=True)
         self.ids = np.concatenate(ids)
 

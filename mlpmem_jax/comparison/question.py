@@ -47,13 +47,13 @@ class Answer(NamedTuple):
     """One system's answer to one question, at one interpolation weight.
 
     Attributes:
-      continuations_C: log-probability of each continuation, in nats.
+      continuations_J: log-probability of each continuation, in nats.
       words: for each label, log-probabilities of its words as the next token, in nats.
       domain_words: the same after the task's domain prompt.
       text: the generated text, without the prompt; None if the task generates none.
     """
 
-    continuations_C: np.ndarray
+    continuations_J: np.ndarray
     words: Sequence[np.ndarray] = ()
     domain_words: Sequence[np.ndarray] = ()
     text: str | None = None

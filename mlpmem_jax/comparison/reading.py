@@ -3,8 +3,8 @@
 Texts are packed (`packing`), so that what they have in common is computed once and few programs are compiled. Logits
 are computed only at the scored positions.
 
-Dimensions: B sequences of T positions, U scored positions in each, R in all, P scored positions in a text, C tokens
-scored at each, Q tokens scored in a sequence, D width, V vocabulary.
+Dimensions: B sequences of T positions, P scored positions of a text or a sequence, N of all sequences, J tokens scored
+at a position, M in a sequence, A positions of the prefix, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Model:
 def read(
     model: Model, rows: Sequence[Row], sides: dict[str, Side], sharding: Sharding, name: str
 ) -> dict[str, list[np.ndarray]]:
-    """Log-probabilities, float [P, C] for each row: the language model's under "model", each side's under its name.
+    """Log-probabilities, float [P, J] for each row: the language model's under "model", each side's under its name.
 
     Args:
       model: the language model.
@@ -51,22 +51,22 @@ def read(
     log_probabilities = {source: [np.zeros(0)] * len(rows) for source in ("model", *sides)}
     with progress(len(rows), name, "texts") as bar:
         for batch, prefix in _batches(model, rows, sharding):
-            log_BxQ, block_inputs = _read(
+            log_BxM, block_inputs = _read(
                 model.parameters,
                 Layout(*_placed(sharding, *batch.layout)),
-                *_placed(sharding, batch.reads_BxU, batch.places_BxQ, batch.ids_BxQ),
+                *_placed(sharding, batch.reads_BxP, batch.places_BxM, batch.ids_BxM),
                 prefix,
                 config=model.config,
                 input_blocks=input_blocks,
                 sharding=sharding,
             )
-            computed = {"model": log_BxQ}
+            computed = {"model": log_BxM}
             for source, side in sides.items():
                 computed[source] = side.log_probabilities(block_inputs[side.block], *_flat(batch))
             for source, values in computed.items():
-                values_BxQ = np.asarray(values).reshape(batch.ids_BxQ.shape)
-                for row, values_PxC in _unpacked(batch, values_BxQ, rows):
-                    log_probabilities[source][row] = values_PxC
+                values_BxM = np.asarray(values).reshape(batch.ids_BxM.shape)
+                for row, values_PxJ in _unpacked(batch, values_BxM, rows):
+                    log_probabilities[source][row] = values_PxJ
             bar.advance(len(batch.parts))
     return log_probabilities
 
@@ -74,7 +74,7 @@ def read(
 def read_mixture(
     model: Model, rows: Sequence[Row], side: Side | None, weight: float, sharding: Sharding, name: str
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Log-probabilities of a mixture, float [P, C] for each row, and whether each token is the argmax, bool [P, C].
+    """Log-probabilities of a mixture, float [P, J] for each row, and whether each token is the argmax, bool [P, J].
 
     Unlike `read`, this computes whole distributions.
 
@@ -90,56 +90,56 @@ def read_mixture(
     log_probabilities: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0, bool))] * len(rows)
     with progress(len(rows), name, "texts") as bar:
         for batch, prefix in _batches(model, rows, sharding):
-            log_RxV, block_inputs = _distributions(
+            log_NxV, block_inputs = _distributions(
                 model.parameters,
                 Layout(*_placed(sharding, *batch.layout)),
-                *_placed(sharding, batch.reads_BxU),
+                *_placed(sharding, batch.reads_BxP),
                 prefix,
                 config=model.config,
                 input_blocks=input_blocks,
                 sharding=sharding,
             )
             if side and weight:
-                side_RxV = side.distributions(block_inputs[side.block], log_RxV.shape[-1])
-                log_RxV = decoding.mix(log_RxV, jnp.asarray(side_RxV, jnp.float32), weight)
-            places_Q, ids_Q = _flat(batch)
-            scored_BxQ = np.asarray(log_RxV[places_Q, ids_Q]).reshape(batch.ids_BxQ.shape)
-            likeliest_Q = np.asarray(jnp.argmax(log_RxV, axis=1))[places_Q]
-            is_likeliest_BxQ = (likeliest_Q == ids_Q).reshape(batch.ids_BxQ.shape)
-            for (row, values_PxC), (_, is_likeliest_PxC) in zip(
-                _unpacked(batch, scored_BxQ, rows), _unpacked(batch, is_likeliest_BxQ, rows), strict=True
+                side_NxV = side.distributions(block_inputs[side.block], log_NxV.shape[-1])
+                log_NxV = decoding.mix(log_NxV, jnp.asarray(side_NxV, jnp.float32), weight)
+            places_M, ids_M = _flat(batch)
+            scored_BxM = np.asarray(log_NxV[places_M, ids_M]).reshape(batch.ids_BxM.shape)
+            likeliest_M = np.asarray(jnp.argmax(log_NxV, axis=1))[places_M]
+            is_likeliest_BxM = (likeliest_M == ids_M).reshape(batch.ids_BxM.shape)
+            for (row, values_PxJ), (_, is_likeliest_PxJ) in zip(
+                _unpacked(batch, scored_BxM, rows), _unpacked(batch, is_likeliest_BxM, rows), strict=True
             ):
-                log_probabilities[row] = values_PxC, is_likeliest_PxC
+                log_probabilities[row] = values_PxJ, is_likeliest_PxJ
             bar.advance(len(batch.parts))
     return log_probabilities
 
 
 def _batches(model: Model, rows: Sequence[Row], sharding: Sharding) -> Iterator[tuple[Batch, Prefix | None]]:
     """Batches of rows, each with the computed prefix of its texts."""
-    tokens_P, shards = packing.shared_prefix(rows), sharding.shards("batch")
-    has_prefix = [bool(tokens_P) and packing.begins_with(row, tokens_P) for row in rows]
-    if tokens_P:
-        array_P = np.array(tokens_P, np.int32)
-        array_P = jax.make_array_from_callback(array_P.shape, sharding.named(), lambda index: array_P[index])
-        prefix = _prefix(model.parameters, array_P, config=model.config, sharding=sharding)
+    tokens_A, shards = packing.shared_prefix(rows), sharding.shards("batch")
+    has_prefix = [bool(tokens_A) and packing.begins_with(row, tokens_A) for row in rows]
+    if tokens_A:
+        array_A = np.array(tokens_A, np.int32)
+        array_A = jax.make_array_from_callback(array_A.shape, sharding.named(), lambda index: array_A[index])
+        prefix = _prefix(model.parameters, array_A, config=model.config, sharding=sharding)
         numbers = [number for number, has in enumerate(has_prefix) if has]
-        for batch in packing.batches(rows, numbers, len(tokens_P), shards):
+        for batch in packing.batches(rows, numbers, len(tokens_A), shards):
             yield batch, prefix
     for batch in packing.batches(rows, [number for number, has in enumerate(has_prefix) if not has], 0, shards):
         yield batch, None
 
 
 def _flat(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """For each scored token (the index of its position among the R scored ones, the token), int32 [B * Q]."""
-    firsts_Bx1 = batch.reads_BxU.shape[1] * np.arange(len(batch.places_BxQ), dtype=np.int32)[:, None]
-    return (batch.places_BxQ + firsts_Bx1).ravel(), batch.ids_BxQ.ravel()
+    """For each scored token (the index of its position among the N scored ones, the token), int32 [B * M]."""
+    firsts_Bx1 = batch.reads_BxP.shape[1] * np.arange(len(batch.places_BxM), dtype=np.int32)[:, None]
+    return (batch.places_BxM + firsts_Bx1).ravel(), batch.ids_BxM.ravel()
 
 
-def _unpacked(batch: Batch, values_BxQ: np.ndarray, rows: Sequence[Row]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (number of a row, its values [P, C])."""
+def _unpacked(batch: Batch, values_BxM: np.ndarray, rows: Sequence[Row]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (number of a row, its values [P, J])."""
     for row, sequence, start in batch.parts:
         positions, choices = rows[row].shape
-        values = values_BxQ[sequence, start : start + positions * choices]
+        values = values_BxM[sequence, start : start + positions * choices]
         yield row, values.reshape(positions, choices)
 
 
@@ -152,38 +152,38 @@ def _placed(sharding: Sharding, *arrays: np.ndarray) -> list[jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sharding"))
-def _prefix(parameters, tokens_P, *, config, sharding) -> Prefix:
+def _prefix(parameters, tokens_A, *, config, sharding) -> Prefix:
     """The texts' common prefix, computed and replicated on every device."""
-    return jax.lax.with_sharding_constraint(packed.read_prefix(parameters, config, tokens_P), sharding.named())
+    return jax.lax.with_sharding_constraint(packed.read_prefix(parameters, config, tokens_A), sharding.named())
 
 
-def _at_positions(parameters, layout, reads_BxU, prefix, config, input_blocks):
-    """(logits [B, U, V], {block: hidden states [R, D]}) at the scored positions."""
+def _at_positions(parameters, layout, reads_BxP, prefix, config, input_blocks):
+    """(logits [B, P, V], {block: hidden states [N, D]}) at the scored positions."""
     final_BxTxD, block_inputs = packed.features(parameters, config, layout, prefix, input_blocks)
 
     def taken(states_BxTxD):
-        return jnp.take_along_axis(states_BxTxD, reads_BxU[:, :, None], axis=1)
+        return jnp.take_along_axis(states_BxTxD, reads_BxP[:, :, None], axis=1)
 
-    logits_BxUxV = language_model.vocabulary_logits(parameters, config, taken(final_BxTxD))
-    return logits_BxUxV, {block: taken(states).reshape(-1, states.shape[-1]) for block, states in block_inputs.items()}
-
-
-@functools.partial(jax.jit, static_argnames=("config", "input_blocks", "sharding"))
-def _read(parameters, layout, reads_BxU, places_BxQ, ids_BxQ, prefix, *, config, input_blocks, sharding):
-    """(log-probabilities [B, Q], {block: hidden states [R, D]}), both replicated."""
-    logits_BxUxV, block_inputs = _at_positions(parameters, layout, reads_BxU, prefix, config, input_blocks)
-    sums_BxU = jax.nn.logsumexp(logits_BxUxV, axis=2)
-
-    def scored(logits_UxV, sums_U, places_Q, ids_Q):
-        return logits_UxV[places_Q, ids_Q] - sums_U[places_Q]
-
-    log_BxQ = jax.vmap(scored)(logits_BxUxV, sums_BxU, places_BxQ, ids_BxQ)
-    return jax.lax.with_sharding_constraint((log_BxQ, block_inputs), sharding.named())
+    logits_BxPxV = language_model.vocabulary_logits(parameters, config, taken(final_BxTxD))
+    return logits_BxPxV, {block: taken(states).reshape(-1, states.shape[-1]) for block, states in block_inputs.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "input_blocks", "sharding"))
-def _distributions(parameters, layout, reads_BxU, prefix, *, config, input_blocks, sharding):
-    """(log-probabilities [R, V], {block: hidden states [R, D]}), both replicated."""
-    logits_BxUxV, block_inputs = _at_positions(parameters, layout, reads_BxU, prefix, config, input_blocks)
-    log_RxV = jax.nn.log_softmax(logits_BxUxV).reshape(-1, logits_BxUxV.shape[-1])
-    return jax.lax.with_sharding_constraint((log_RxV, block_inputs), sharding.named())
+def _read(parameters, layout, reads_BxP, places_BxM, ids_BxM, prefix, *, config, input_blocks, sharding):
+    """(log-probabilities [B, M], {block: hidden states [N, D]}), both replicated."""
+    logits_BxPxV, block_inputs = _at_positions(parameters, layout, reads_BxP, prefix, config, input_blocks)
+    sums_BxP = jax.nn.logsumexp(logits_BxPxV, axis=2)
+
+    def scored(logits_PxV, sums_P, places_M, ids_M):
+        return logits_PxV[places_M, ids_M] - sums_P[places_M]
+
+    log_BxM = jax.vmap(scored)(logits_BxPxV, sums_BxP, places_BxM, ids_BxM)
+    return jax.lax.with_sharding_constraint((log_BxM, block_inputs), sharding.named())
+
+
+@functools.partial(jax.jit, static_argnames=("config", "input_blocks", "sharding"))
+def _distributions(parameters, layout, reads_BxP, prefix, *, config, input_blocks, sharding):
+    """(log-probabilities [N, V], {block: hidden states [N, D]}), both replicated."""
+    logits_BxPxV, block_inputs = _at_positions(parameters, layout, reads_BxP, prefix, config, input_blocks)
+    log_NxV = jax.nn.log_softmax(logits_BxPxV).reshape(-1, logits_BxPxV.shape[-1])
+    return jax.lax.with_sharding_constraint((log_NxV, block_inputs), sharding.named())

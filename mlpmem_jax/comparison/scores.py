@@ -29,7 +29,7 @@ from mlpmem_jax.models.interpolation import mixture_log_probabilities
 from mlpmem_jax.retrieval.scratch import write_whole
 
 Values = list[np.ndarray]
-"""Log-probabilities [P, C] of every row."""
+"""Log-probabilities [P, J] of every row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def encode_questions(
     for question, ids in zip(questions, prompt_ids, strict=True):
         own = [Row.of_continuation(ids, next(wholes)) for _ in question.continuations]
         if len(own) > 1 and all(len(row.positions_P) == 1 and row.tokens_T == own[0].tokens_T for row in own):
-            own = [Row(own[0].tokens_T, own[0].positions_P, [[row.ids_PxC[0][0] for row in own]])]
+            own = [Row(own[0].tokens_T, own[0].positions_P, [[row.ids_PxJ[0][0] for row in own]])]
         if question.words:
             own.append(Row.of_next(ids, [words[word] for group in question.words for word in group]))
         truncated += any(len(row.tokens_T) > context_length for row in own)
@@ -166,10 +166,10 @@ def answer(
         words = np.split(mixed(rows.pop())[0], ends)
         domain_words = np.split(mixed(encoded.domain_row)[0], ends)
     if len(rows) == 1 and len(question.continuations) > 1:
-        continuations_C = mixed(rows[0])[0]
+        continuations_J = mixed(rows[0])[0]
     else:
-        continuations_C = np.array([mixed(row).sum() for row in rows])
-    return Answer(continuations_C, words, domain_words, text)
+        continuations_J = np.array([mixed(row).sum() for row in rows])
+    return Answer(continuations_J, words, domain_words, text)
 
 
 def fingerprint(encoded: EncodedQuestions, inputs: Mapping[str, str]) -> str:
@@ -177,7 +177,7 @@ def fingerprint(encoded: EncodedQuestions, inputs: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(dict(sorted(inputs.items()))).encode())
     for row in encoded.rows:
         digest.update(np.asarray(row.tokens_T, np.int32).tobytes())
-        digest.update(json.dumps([list(row.positions_P), [list(ids) for ids in row.ids_PxC]]).encode())
+        digest.update(json.dumps([list(row.positions_P), [list(ids) for ids in row.ids_PxJ]]).encode())
     for ids in encoded.prompt_ids:
         digest.update(np.asarray(ids, np.int32).tobytes())
     return digest.hexdigest()

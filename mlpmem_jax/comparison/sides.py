@@ -3,7 +3,7 @@
 A side reads hidden states of the language model and returns probabilities of tokens. To add one, write a class with
 the same members and add a line to `systems.Workdir.side`.
 
-Dimensions: R positions, Q scored tokens, B texts, K neighbors, D width, V vocabulary.
+Dimensions: B states of the model, M scored tokens, U distinct states, K neighbors, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Side(Protocol):
     block: int
 
     def log_probabilities(
-        self, states_RxD: jax.Array, places_Q: np.ndarray, ids_Q: np.ndarray
+        self, states_BxD: jax.Array, places_M: np.ndarray, ids_M: np.ndarray
     ) -> np.ndarray | jax.Array:
-        """log p(token), float [Q], of tokens int32 [Q], each given the state that its place indexes among R; minus
+        """log p(token), float [M], of tokens int32 [M], each given the state that its place indexes among B; minus
         infinity where the probability is 0."""
 
     def distributions(self, states_BxD: jax.Array, vocab_size: int) -> np.ndarray | jax.Array:
@@ -45,8 +45,8 @@ class MemorySide:
     def __init__(self, parameters: dict, config: MemoryConfig, block: int):
         self.block, self._parameters, self._config = block, parameters, config
 
-    def log_probabilities(self, states_RxD, places_Q, ids_Q):
-        return _memory_choices(self._parameters, states_RxD, places_Q, ids_Q, config=self._config)
+    def log_probabilities(self, states_BxD, places_M, ids_M):
+        return _memory_choices(self._parameters, states_BxD, places_M, ids_M, config=self._config)
 
     def distributions(self, states_BxD, vocab_size):
         return _memory_rows(self._parameters, self._config, states_BxD, vocab_size=vocab_size)
@@ -56,11 +56,11 @@ _memory_rows = jax.jit(memory.log_probabilities, static_argnames=("config", "voc
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _memory_choices(parameters, states_RxD, places_Q, ids_Q, *, config):
-    logits_RxV = memory.logits(parameters, config, states_RxD)
-    is_known_Q = ids_Q < config.vocab_size
-    chosen_Q = logits_RxV[places_Q, jnp.where(is_known_Q, ids_Q, 0)]
-    return jnp.where(is_known_Q, chosen_Q - jax.nn.logsumexp(logits_RxV, axis=1)[places_Q], -jnp.inf)
+def _memory_choices(parameters, states_BxD, places_M, ids_M, *, config):
+    logits_BxV = memory.logits(parameters, config, states_BxD)
+    is_known_M = ids_M < config.vocab_size
+    chosen_M = logits_BxV[places_M, jnp.where(is_known_M, ids_M, 0)]
+    return jnp.where(is_known_M, chosen_M - jax.nn.logsumexp(logits_BxV, axis=1)[places_M], -jnp.inf)
 
 
 class NeighborsSide:
@@ -79,20 +79,20 @@ class NeighborsSide:
         self.block, self._index, self._next_tokens_N = block, index, next_tokens_N
         self._k, self._temperature = k, temperature
 
-    def _weighted_tokens(self, states_SxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For S states: tokens int [S, K] and their weights float64 [S, K], which sum to 1 per state."""
-        distances_SxK, ids_SxK = self._index.search(np.asarray(states_SxD, np.float32), self._k)
-        weights_SxK = neighbor_weights(distances_SxK, self._temperature).astype(np.float64)
-        return self._next_tokens_N[np.maximum(ids_SxK, 0)], weights_SxK / weights_SxK.sum(1, keepdims=True)
+    def _weighted_tokens(self, states_BxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For B states: tokens int [B, K] and their weights float64 [B, K], which sum to 1 per state."""
+        distances_BxK, ids_BxK = self._index.search(np.asarray(states_BxD, np.float32), self._k)
+        weights_BxK = neighbor_weights(distances_BxK, self._temperature).astype(np.float64)
+        return self._next_tokens_N[np.maximum(ids_BxK, 0)], weights_BxK / weights_BxK.sum(1, keepdims=True)
 
-    def log_probabilities(self, states_RxD, places_Q, ids_Q):
-        asked_S, numbers_Q = np.unique(places_Q, return_inverse=True)  # searches only for states with tokens to score
-        tokens_SxK, weights_SxK = self._weighted_tokens(np.asarray(states_RxD)[asked_S])
-        found_Q = np.zeros(ids_Q.shape)
-        for tokens_S, weights_S in zip(tokens_SxK.T, weights_SxK.T, strict=True):
-            found_Q += np.where(tokens_S[numbers_Q] == ids_Q, weights_S[numbers_Q], 0.0)
+    def log_probabilities(self, states_BxD, places_M, ids_M):
+        asked_U, numbers_M = np.unique(places_M, return_inverse=True)  # searches only for states with tokens to score
+        tokens_UxK, weights_UxK = self._weighted_tokens(np.asarray(states_BxD)[asked_U])
+        found_M = np.zeros(ids_M.shape)
+        for tokens_U, weights_U in zip(tokens_UxK.T, weights_UxK.T, strict=True):
+            found_M += np.where(tokens_U[numbers_M] == ids_M, weights_U[numbers_M], 0.0)
         with np.errstate(divide="ignore"):
-            return np.log(found_Q)
+            return np.log(found_M)
 
     def distributions(self, states_BxD, vocab_size):
         tokens_BxK, weights_BxK = self._weighted_tokens(np.asarray(states_BxD))

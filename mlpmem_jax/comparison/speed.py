@@ -247,8 +247,8 @@ def _more_keys(keys_NxD: np.ndarray, count: int) -> KeySource:
         places = np.arange(number * _KEYS_AT_ONCE, min(count, (number + 1) * _KEYS_AT_ONCE))
         keys_BxD = keys_NxD[places % len(keys_NxD)].astype(np.float32)
         is_new_B = places >= len(keys_NxD)
-        noise_MxD = np.random.default_rng(number).standard_normal((is_new_B.sum(), len(deviations_D)), np.float32)
-        keys_BxD[is_new_B] += noise_MxD * deviations_D
+        noise = np.random.default_rng(number).standard_normal((is_new_B.sum(), len(deviations_D)), np.float32)
+        keys_BxD[is_new_B] += noise * deviations_D
         return keys_BxD.astype(keys_NxD.dtype)
 
     def read(start: int, stop: int) -> np.ndarray:

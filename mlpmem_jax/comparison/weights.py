@@ -15,28 +15,29 @@ def halves(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count) < count // 2
 
 
-def best(values_GxN: np.ndarray, chosen_N: np.ndarray) -> int:
+def best(values_ZxN: np.ndarray, chosen_N: np.ndarray) -> int:
     """The index of the weight with the largest mean metric over the chosen questions; ties go to the smallest."""
-    return int(np.argmax(values_GxN[:, chosen_N].mean(axis=1)))
+    return int(np.argmax(values_ZxN[:, chosen_N].mean(axis=1)))
 
 
-def tuned(values_GxN: np.ndarray, tuning_GxM: np.ndarray | None, seed: int) -> np.ndarray:
+def tuned(values_ZxN: np.ndarray, tuning_values: np.ndarray | None, seed: int) -> np.ndarray:
     """int [N]: the index of each question's weight.
 
     Args:
-      values_GxN: the metric to maximize, at each weight, for the reported questions.
-      tuning_GxM: the same for questions of a validation split; None = each half of the N is tuned on the other.
+      values_ZxN: the metric to maximize, at each weight, for the reported questions.
+      tuning_values: the same for questions of a validation split, [Z, questions]; None = each half of the N is tuned on
+        the other.
       seed: random seed of the split into halves.
     """
-    count = values_GxN.shape[1]
-    if tuning_GxM is not None:
-        return np.full(count, best(tuning_GxM, np.ones(tuning_GxM.shape[1], bool)))
+    count = values_ZxN.shape[1]
+    if tuning_values is not None:
+        return np.full(count, best(tuning_values, np.ones(tuning_values.shape[1], bool)))
     first_N = halves(count, seed)
     if not first_N.any() or first_N.all():
         return np.zeros(count, int)  # a single question cannot be tuned on others
-    return np.where(first_N, best(values_GxN, ~first_N), best(values_GxN, first_N))
+    return np.where(first_N, best(values_ZxN, ~first_N), best(values_ZxN, first_N))
 
 
 def over_grid(measure: Callable[[int, float], float], count: int, grid: Sequence[float] = GRID) -> np.ndarray:
-    """float [G, N]: a metric of (question, weight) at every weight of the grid."""
+    """float [Z, N]: a metric of (question, weight) at every weight of the grid."""
     return np.array([[measure(question, weight) for question in range(count)] for weight in grid])

@@ -111,7 +111,7 @@ class Partition:
 
 
 class _Scan(NamedTuple):
-    """The result of one pass over N documents in P parts; sizes are 0 for documents without text."""
+    """The result of one pass over N documents, read in several parts; sizes are 0 for documents without text."""
 
     text_hash_N: np.ndarray
     group_hash_N: np.ndarray
@@ -176,24 +176,24 @@ def _split_groups(group_hash_N: np.ndarray, bytes_N: np.ndarray, fractions: Sequ
     of one long text. A group larger than its split is used only if all groups are. None if there are too few groups.
     """
     distinct, group_N = np.unique(group_hash_N, return_inverse=True)
-    bytes_G = np.bincount(group_N, bytes_N)
-    split_G = np.zeros(len(distinct), np.int8)
+    bytes_U = np.bincount(group_N, bytes_N)
+    split_U = np.zeros(len(distinct), np.int8)
     if len(distinct) <= len(fractions):
         return None
     for split, fraction in enumerate(fractions, 1):
-        quota, free = fraction * bytes_G.sum(), split_G == 0
+        quota, free = fraction * bytes_U.sum(), split_U == 0
         for least in (8, 4, 2, 1):
-            fitting = np.flatnonzero(free & (bytes_G <= quota / least))
-            if bytes_G[fitting].sum() >= quota:
+            fitting = np.flatnonzero(free & (bytes_U <= quota / least))
+            if bytes_U[fitting].sum() >= quota:
                 break
         if fitting.size:
-            ends = np.cumsum(bytes_G[fitting])
-            chosen = fitting[ends - bytes_G[fitting] / 2 <= quota]  # up to the sum closest to the quota
+            ends = np.cumsum(bytes_U[fitting])
+            chosen = fitting[ends - bytes_U[fitting] / 2 <= quota]  # up to the sum closest to the quota
             chosen = chosen[: free.sum() - 1 - (len(fractions) - split)]
         else:
-            chosen = np.flatnonzero(free)[[bytes_G[free].argmin()]]
-        split_G[chosen] = split
-    return split_G[group_N]
+            chosen = np.flatnonzero(free)[[bytes_U[free].argmin()]]
+        split_U[chosen] = split
+    return split_U[group_N]
 
 
 def _split_in_place(bytes_N: np.ndarray, fractions: Sequence[float]) -> np.ndarray:

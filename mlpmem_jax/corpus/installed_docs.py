@@ -166,12 +166,12 @@ def _without_repeated_runs(texts: Sequence[Document]) -> Iterator[Document]:
         counts.append(1)
     words_N = np.array(words)
     _, first = np.unique(word_runs(words_N, REPEATED_WORDS), return_index=True)
-    repeated_R = whole_runs(words_N, REPEATED_WORDS)
-    repeated_R[first] = False
-    inside_N = inside_runs(repeated_R, REPEATED_WORDS, len(words_N))
+    repeated_X = whole_runs(words_N, REPEATED_WORDS)
+    repeated_X[first] = False
+    inside_N = inside_runs(repeated_X, REPEATED_WORDS, len(words_N))
     line_N = np.repeat(np.arange(len(counts)), counts)
-    inside_L = np.bincount(line_N, inside_N, minlength=len(counts))
-    keep = iter((2 * inside_L < np.maximum(counts, 1)).tolist())
+    inside_U = np.bincount(line_N, inside_N, minlength=len(counts))
+    keep = iter((2 * inside_U < np.maximum(counts, 1)).tolist())
     for text, group in texts:
         lines = text.split("\n")
         yield Document("\n".join(line for line in lines if next(keep)), group)

@@ -33,17 +33,17 @@ def word_runs(words_N: np.ndarray, length: int) -> np.ndarray:
     mixed_N ^= mixed_N >> np.uint64(29)
     mixed_N *= np.uint64(0xBF58476D1CE4E5B9)
     mixed_N ^= mixed_N >> np.uint64(32)
-    runs_R = np.zeros(starts, np.uint64)
+    runs_X = np.zeros(starts, np.uint64)
     for offset in range(length):
-        runs_R *= np.uint64(0x94D049BB133111EB)
-        runs_R += mixed_N[offset : offset + starts]
-    return runs_R ^ (runs_R >> np.uint64(31))
+        runs_X *= np.uint64(0x94D049BB133111EB)
+        runs_X += mixed_N[offset : offset + starts]
+    return runs_X ^ (runs_X >> np.uint64(31))
 
 
-def inside_runs(begins_R: np.ndarray, length: int, words: int) -> np.ndarray:
-    """Boolean [words]: which words are inside a run of `length` words that begins where `begins_R` is true."""
+def inside_runs(begins_X: np.ndarray, length: int, words: int) -> np.ndarray:
+    """Boolean [words]: which words are inside a run of `length` words that begins where `begins_X` is true."""
     change = np.zeros(words + 1, np.int64)
-    begins = np.flatnonzero(begins_R)
+    begins = np.flatnonzero(begins_X)
     change[begins] += 1
     change[begins + length] -= 1
     return np.cumsum(change[:-1]) > 0
@@ -97,8 +97,8 @@ class _Runs:
     def share(self, words_N: np.ndarray) -> float:
         """The share of words inside runs that were seen."""
         hashes = word_runs(words_N, self._length)
-        begins_R = self._seen[np.searchsorted(self._distinct, hashes)] & whole_runs(words_N, self._length)
-        inside_N = inside_runs(begins_R, self._length, len(words_N))
+        begins_X = self._seen[np.searchsorted(self._distinct, hashes)] & whole_runs(words_N, self._length)
+        inside_N = inside_runs(begins_X, self._length, len(words_N))
         return float(inside_N.sum() / max((words_N > 0).sum(), 1))
 
 

@@ -3,7 +3,7 @@
 Positions are grouped by how often the next token occurs in the training text, by how often the preceding tokens occur
 there as a sequence, and by how uncertain the base is. Pure functions of arrays.
 
-Dimensions: N positions, B bins, V vocabulary.
+Dimensions: N positions, C tokens of a chunk of text, U distinct 4-grams.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ class ContextCounter:
         self._vocab_size = vocab_size
         pairs_Nx2 = contexts_Nx4[:, ::2].astype(np.int64) * vocab_size + contexts_Nx4[:, 1::2]
         # With a large vocabulary, four tokens do not fit in 64 bits, so pairs of tokens are numbered first.
-        self._pairs_P, places_Nx2 = np.unique(pairs_Nx2, return_inverse=True)
+        self._pairs, places_Nx2 = np.unique(pairs_Nx2, return_inverse=True)
         places_Nx2 = places_Nx2.reshape(pairs_Nx2.shape)
-        keys_N = places_Nx2[:, 0] * len(self._pairs_P) + places_Nx2[:, 1]
-        self._keys_K, self._inverse_N = np.unique(keys_N, return_inverse=True)
-        self._counts_K = np.zeros(len(self._keys_K), np.int64)
+        keys_N = places_Nx2[:, 0] * len(self._pairs) + places_Nx2[:, 1]
+        self._keys_U, self._inverse_N = np.unique(keys_N, return_inverse=True)
+        self._counts_U = np.zeros(len(self._keys_U), np.int64)
         self._tail = np.empty(0, np.int64)
 
-    def add(self, tokens_M: np.ndarray) -> None:
-        """Counts in the next M tokens of the text, including 4-grams that span the previous chunk."""
-        tokens = np.concatenate([self._tail, tokens_M.astype(np.int64)])
+    def add(self, tokens_C: np.ndarray) -> None:
+        """Counts in the next C tokens of the text, including 4-grams that span the previous chunk."""
+        tokens = np.concatenate([self._tail, tokens_C.astype(np.int64)])
         self._tail = tokens[max(len(tokens) - CONTEXT + 1, 0) :]
-        if len(tokens) < CONTEXT or not len(self._keys_K):
+        if len(tokens) < CONTEXT or not len(self._keys_U):
             return
-        places, is_known = _look_up(self._pairs_P, tokens[:-1] * self._vocab_size + tokens[1:])
+        places, is_known = _look_up(self._pairs, tokens[:-1] * self._vocab_size + tokens[1:])
         both = is_known[:-2] & is_known[2:]
-        places, is_known = _look_up(self._keys_K, places[:-2][both] * len(self._pairs_P) + places[2:][both])
-        self._counts_K += np.bincount(places[is_known], minlength=len(self._keys_K))
+        places, is_known = _look_up(self._keys_U, places[:-2][both] * len(self._pairs) + places[2:][both])
+        self._counts_U += np.bincount(places[is_known], minlength=len(self._keys_U))
 
     def counts(self) -> np.ndarray:
         """Occurrences so far of each given 4-gram, int64 [N]."""
-        return self._counts_K[self._inverse_N]
+        return self._counts_U[self._inverse_N]
 
 
-def _look_up(sorted_K: np.ndarray, values_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(index in the sorted array, whether the value is present), both [M]."""
-    places_M = np.minimum(np.searchsorted(sorted_K, values_M), len(sorted_K) - 1)
-    return places_M, sorted_K[places_M] == values_M
+def _look_up(sorted_U: np.ndarray, values_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(index in the sorted array, whether the value is present), both [C]."""
+    places_C = np.minimum(np.searchsorted(sorted_U, values_C), len(sorted_U) - 1)
+    return places_C, sorted_U[places_C] == values_C
 
 
 def gains_by(
@@ -94,10 +94,10 @@ def gains_by(
         row = {"from": edges[index], "below": upper, "positions": int(chosen_N.sum())}
         row["share_of_positions"] = float(chosen_N.mean())
         row["base"] = float(-np.mean(base_N[chosen_N], dtype=np.float64))
-        _, clusters_M = np.unique(clusters_N[chosen_N], return_inverse=True)
+        _, clusters = np.unique(clusters_N[chosen_N], return_inverse=True)
         row["gain"] = {name: float(gains_N[chosen_N].mean()) for name, gains_N in gains.items()}
         row["interval"] = {
-            name: mean_interval(gains_N[chosen_N], clusters_M, confidence=confidence) if clusters_M.max() else None
+            name: mean_interval(gains_N[chosen_N], clusters, confidence=confidence) if clusters.max() else None
             for name, gains_N in gains.items()
         }
         row["share_of_gain"] = {

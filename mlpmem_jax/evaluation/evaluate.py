@@ -147,20 +147,20 @@ def _distributions(
             begin, end = np.searchsorted(positions_N, [first * length, (first + count) * length])
             if begin == end:
                 continue
-            rows_M = positions_N[begin:end] - first * length
-            inputs_MxD = opened.memory_inputs("test", first, count).reshape(count * length, -1)[rows_M]
+            rows_C = positions_N[begin:end] - first * length
+            inputs_CxD = opened.memory_inputs("test", first, count).reshape(count * length, -1)[rows_C]
             chunk = max(1, _PROBABILITIES_AT_ONCE // vocabulary)
-            for at in range(0, len(rows_M), chunk):
+            for at in range(0, len(rows_C), chunk):
                 part = slice(at, at + chunk)
                 hidden_BxD = hidden_NxD[begin:end][part]
                 base_BxV = scoring.language_model_distributions(base, hidden_BxD, **on_mesh)
-                memory_BxV = scoring.memory_distributions(parameters, model, inputs_MxD[part], **on_mesh)
+                memory_BxV = scoring.memory_distributions(parameters, model, inputs_CxD[part], **on_mesh)
                 base_BxV, memory_BxV = (_widened(rows_BxV, vocabulary) for rows_BxV in (base_BxV, memory_BxV))
                 entropies.append(scipy.special.entr(base_BxV).sum(axis=1))
                 means["base"].add(base_BxV)
                 means["memory"].add(memory_BxV)
                 means["augmented"].add(weight * memory_BxV + (1 - weight) * base_BxV)
-                means["knn"].add(_knn_rows(opened.targets("test"), first, count, rows_M[part]))
+                means["knn"].add(_knn_rows(opened.targets("test"), first, count, rows_C[part]))
                 bar.advance(len(base_BxV))
     return {name: mean.summary() for name, mean in means.items()}, (positions_N, np.concatenate(entropies))
 
@@ -203,8 +203,8 @@ def _hidden(opened: Inputs, base: dict, base_model, positions_N: np.ndarray) -> 
 
 def _knn_rows(targets: TargetsReader, first: int, count: int, rows_N: np.ndarray) -> np.ndarray:
     """p_kNN at positions rows_N of a shard, as zero-padded rows; sharpness does not depend on which token is which."""
-    offsets_P1, _, entries_M = targets.read(first, first + count)
-    starts_N, stops_N = offsets_P1[rows_N], offsets_P1[rows_N + 1]
+    offsets_C1, _, entries_M = targets.read(first, first + count)
+    starts_N, stops_N = offsets_C1[rows_N], offsets_C1[rows_N + 1]
     offsets_N1 = np.concatenate([[0], np.cumsum(stops_N - starts_N)])
     picked_M = np.concatenate(
         [entries_M[start:stop] for start, stop in zip(starts_N.tolist(), stops_N.tolist(), strict=True)]
@@ -227,17 +227,17 @@ def _breakdown(
     base_N = systems.pop("base")
     clusters_N = intervals.clusters_of(test.documents)[1].ravel()
     context_N, next_N = (part.ravel() for part in opened.tokens("test", 0, sequences))
-    contexts_Mx4 = np.lib.stride_tricks.sliding_window_view(context_N, breakdown.CONTEXT)
+    contexts = np.lib.stride_tricks.sliding_window_view(context_N, breakdown.CONTEXT)
     vocabulary = opened.artifacts["tokens"].summary["vocab_size"]
-    counter, token_counts_V = breakdown.ContextCounter(contexts_Mx4, vocabulary), np.zeros(vocabulary, np.int64)
+    counter, token_counts_V = breakdown.ContextCounter(contexts, vocabulary), np.zeros(vocabulary, np.int64)
     training = TokenStream(opened.artifacts["tokens"], "train")
     counted = min(training.length, _COUNTED_TOKENS)
     with progress(counted, "evaluate: counts in the training text", "tokens") as bar:
         for start in range(0, counted, _TOKENS_AT_ONCE):
-            tokens_M = training.read(start, min(start + _TOKENS_AT_ONCE, counted))
-            token_counts_V += np.bincount(tokens_M, minlength=vocabulary)
-            counter.add(tokens_M)
-            bar.advance(len(tokens_M))
+            tokens_C = training.read(start, min(start + _TOKENS_AT_ONCE, counted))
+            token_counts_V += np.bincount(tokens_C, minlength=vocabulary)
+            counter.add(tokens_C)
+            bar.advance(len(tokens_C))
     skipped = breakdown.CONTEXT - 1  # the split's first positions have too few tokens before them
 
     def gains(values_N: np.ndarray, edges, at) -> list[dict]:

@@ -23,11 +23,11 @@ class SharpnessMean:
         self.positions = 0
         self._sums = np.zeros(len(THRESHOLDS) + len(MASSES))
 
-    def add(self, probabilities_NxM: np.ndarray) -> None:
+    def add(self, probabilities_NxE: np.ndarray) -> None:
         """Adds N distributions; see `tokens_above` for the layout of a row."""
-        counts_NxC = np.concatenate([tokens_above(probabilities_NxM), tokens_for_mass(probabilities_NxM)], axis=1)
-        self._sums += counts_NxC.sum(axis=0)
-        self.positions += len(counts_NxC)
+        counts = np.concatenate([tokens_above(probabilities_NxE), tokens_for_mass(probabilities_NxE)], axis=1)
+        self._sums += counts.sum(axis=0)
+        self.positions += len(counts)
 
     def summary(self) -> dict:
         """{'tokens_above': {threshold: mean}, 'tokens_for_mass': {mass: mean}, 'positions': N}, string keys."""
@@ -40,30 +40,30 @@ class SharpnessMean:
         }
 
 
-def tokens_above(probabilities_NxM: np.ndarray) -> np.ndarray:
+def tokens_above(probabilities_NxE: np.ndarray) -> np.ndarray:
     """Number of tokens whose probability is strictly above each of THRESHOLDS, int64 [N, 7].
 
     Args:
-      probabilities_NxM: one distribution per row; M is the vocabulary, or for sparse distributions the most
+      probabilities_NxE: one distribution per row; E is the vocabulary, or for sparse distributions the most
         entries of a row, with shorter rows padded by zeros.
     """
-    probabilities_NxM = np.asarray(probabilities_NxM)
-    return np.stack([(probabilities_NxM > threshold).sum(axis=1) for threshold in THRESHOLDS], axis=1)
+    probabilities_NxE = np.asarray(probabilities_NxE)
+    return np.stack([(probabilities_NxE > threshold).sum(axis=1) for threshold in THRESHOLDS], axis=1)
 
 
-def tokens_for_mass(probabilities_NxM: np.ndarray) -> np.ndarray:
+def tokens_for_mass(probabilities_NxE: np.ndarray) -> np.ndarray:
     """Fewest tokens that hold each of MASSES of a row's total, int64 [N, 4]; rows as in `tokens_above`.
 
     Shares are of the row's own total: a distribution stored in float16 does not sum to one exactly. A row of
     zeros needs no tokens.
     """
-    descending_NxM = -np.sort(-np.asarray(probabilities_NxM), axis=1)
-    cumulated_NxM = np.cumsum(descending_NxM, axis=1, dtype=np.float64)
-    totals_Nx1 = cumulated_NxM[:, -1:]
-    shares_NxM = cumulated_NxM / np.where(totals_Nx1 > 0, totals_Nx1, 1.0)
+    descending_NxE = -np.sort(-np.asarray(probabilities_NxE), axis=1)
+    cumulated_NxE = np.cumsum(descending_NxE, axis=1, dtype=np.float64)
+    totals_Nx1 = cumulated_NxE[:, -1:]
+    shares_NxE = cumulated_NxE / np.where(totals_Nx1 > 0, totals_Nx1, 1.0)
     # The last share is 1 up to rounding, so the count is limited to the tokens that the row has.
-    counts_NxC = np.stack([(shares_NxM < mass - 1e-12).sum(axis=1) + 1 for mass in MASSES], axis=1)
-    return np.where(totals_Nx1 > 0, np.minimum(counts_NxC, descending_NxM.shape[1]), 0)
+    counts_Nx4 = np.stack([(shares_NxE < mass - 1e-12).sum(axis=1) + 1 for mass in MASSES], axis=1)
+    return np.where(totals_Nx1 > 0, np.minimum(counts_Nx4, descending_NxE.shape[1]), 0)
 
 
 def rows_of_ragged(values_M: np.ndarray, offsets_N1: np.ndarray) -> np.ndarray:
@@ -77,6 +77,6 @@ def rows_of_ragged(values_M: np.ndarray, offsets_N1: np.ndarray) -> np.ndarray:
       [N, most entries of a position], dtype of values_M.
     """
     lengths_N = np.diff(offsets_N1)
-    rows_NxM = np.zeros((len(lengths_N), max(int(lengths_N.max(initial=0)), 1)), np.asarray(values_M).dtype)
-    rows_NxM[np.arange(rows_NxM.shape[1]) < lengths_N[:, None]] = values_M
-    return rows_NxM
+    rows_NxE = np.zeros((len(lengths_N), max(int(lengths_N.max(initial=0)), 1)), np.asarray(values_M).dtype)
+    rows_NxE[np.arange(rows_NxE.shape[1]) < lengths_N[:, None]] = values_M
+    return rows_NxE

@@ -3,7 +3,7 @@
 The memory reads only the hidden state of the position whose next token is wanted, so it runs on one position per
 prompt, and not at all in steps that do not need it.
 
-Dimensions: B sequences, T prompt positions, S cache positions, D width, H query heads, G key/value heads, K head width,
+Dimensions: B sequences, T prompt positions, A cache positions, D width, H query heads, G key/value heads, W head width,
 V vocabulary.
 """
 
@@ -43,7 +43,7 @@ class Parameters(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of all positions so far, [B, G, S, K] per block; S is the capacity."""
+    """Keys and values of all positions so far, [B, G, A, W] per block; A is the capacity."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -103,12 +103,12 @@ def prefill(
     rotate = language_model.rotation(models.base, positions_BxT)
     keys, values = [], []
 
-    def attend(query_BxHxTxK, key_BxGxTxK, value_BxGxTxK):
-        query_BxHxTxK, key_BxGxTxK = rotate(query_BxHxTxK), rotate(key_BxGxTxK)
+    def attend(query_BxHxTxW, key_BxGxTxW, value_BxGxTxW):
+        query_BxHxTxW, key_BxGxTxW = rotate(query_BxHxTxW), rotate(key_BxGxTxW)
         extra = ((0, 0), (0, 0), (0, room - length), (0, 0))
-        keys.append(jnp.pad(key_BxGxTxK, extra))
-        values.append(jnp.pad(value_BxGxTxK, extra))
-        return transformer.attention(query_BxHxTxK, key_BxGxTxK, value_BxGxTxK, mask_Bx1xTxT)
+        keys.append(jnp.pad(key_BxGxTxW, extra))
+        values.append(jnp.pad(value_BxGxTxW, extra))
+        return transformer.attention(query_BxHxTxW, key_BxGxTxW, value_BxGxTxW, mask_Bx1xTxT)
 
     reading = _read(models, parameters.base, tokens_BxT, positions_BxT, lambda block: attend)
     return reading, Cache(tuple(keys), tuple(values), jnp.int32(length), padding_B)
@@ -116,21 +116,21 @@ def prefill(
 
 def step(models: DecoderConfig, parameters: Parameters, cache: Cache, tokens_B: jax.Array) -> tuple[Reading, Cache]:
     """Reads one more token of each sequence, int32 [B]."""
-    positions_S = jnp.arange(cache.keys[0].shape[2])
-    seen_BxS = (positions_S < cache.length) & (positions_S >= cache.padding_B[:, None])
+    positions_A = jnp.arange(cache.keys[0].shape[2])
+    seen_BxA = (positions_A < cache.length) & (positions_A >= cache.padding_B[:, None])
     if window := language_model.window(models.base):
-        seen_BxS &= positions_S > cache.length - window
-    mask_Bx1x1xS = jnp.where(seen_BxS, 0.0, -jnp.inf)[:, None, None]
+        seen_BxA &= positions_A > cache.length - window
+    mask_Bx1x1xA = jnp.where(seen_BxA, 0.0, -jnp.inf)[:, None, None]
     positions_Bx1 = (cache.length - cache.padding_B)[:, None]
     rotate = language_model.rotation(models.base, positions_Bx1)
     keys, values = [], []
 
-    def attend(block, query_BxHx1xK, key_BxGx1xK, value_BxGx1xK):
-        query_BxHx1xK, key_BxGx1xK = rotate(query_BxHx1xK), rotate(key_BxGx1xK)
-        keys.append(key_BxGx1xK)
-        values.append(value_BxGx1xK)
+    def attend(block, query_BxHx1xW, key_BxGx1xW, value_BxGx1xW):
+        query_BxHx1xW, key_BxGx1xW = rotate(query_BxHx1xW), rotate(key_BxGx1xW)
+        keys.append(key_BxGx1xW)
+        values.append(value_BxGx1xW)
         return transformer.attention_of_last(
-            query_BxHx1xK, key_BxGx1xK, value_BxGx1xK, cache.keys[block], cache.values[block], mask_Bx1x1xS
+            query_BxHx1xW, key_BxGx1xW, value_BxGx1xW, cache.keys[block], cache.values[block], mask_Bx1x1xA
         )
 
     reading = _read(

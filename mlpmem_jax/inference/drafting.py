@@ -40,30 +40,30 @@ def most_drafts() -> int:
 
 
 class Drafted(NamedTuple):
-    """New tokens, int32 [B, N], and how often each model ran for all tokens after the first."""
+    """New tokens, int32 [B, T], and how often each model ran for all tokens after the first."""
 
-    tokens_BxN: jax.Array
+    tokens_BxT: jax.Array
     base_steps: jax.Array
     memory_passes: jax.Array
 
 
 class _State(NamedTuple):
-    """The state of the loop; at most W drafts wait for verification.
+    """The state of the loop; at most C drafts wait for verification.
 
     Attributes:
-      tokens_BxN: new tokens: `known` final ones, then `waiting` drafts.
+      tokens_BxT: new tokens: `known` final ones, then `waiting` drafts.
       window: how many drafts may wait before they are verified.
-      base_log_WxBxV, memory_input_WxBxD: the base's outputs at the drafts' positions.
-      is_open_WxB: whether the memory could change a draft.
+      base_log_CxBxV, memory_input_CxBxD: the base's outputs at the drafts' positions.
+      is_open_CxB: whether the memory could change a draft.
     """
 
-    tokens_BxN: jax.Array
+    tokens_BxT: jax.Array
     known: jax.Array
     waiting: jax.Array
     window: jax.Array
-    base_log_WxBxV: jax.Array
-    memory_input_WxBxD: jax.Array
-    is_open_WxB: jax.Array
+    base_log_CxBxV: jax.Array
+    memory_input_CxBxD: jax.Array
+    is_open_CxB: jax.Array
     cache: Cache
     base_steps: jax.Array
     memory_passes: jax.Array
@@ -96,46 +96,46 @@ def greedy_tokens(
         known=jnp.int32(1),
         waiting=zero,
         window=jnp.int32(1),
-        base_log_WxBxV=jnp.zeros((most, batch, vocabulary)),
-        memory_input_WxBxD=jnp.zeros((most, batch, models.memory.input_width)),
-        is_open_WxB=jnp.zeros((most, batch), bool),
+        base_log_CxBxV=jnp.zeros((most, batch, vocabulary)),
+        memory_input_CxBxD=jnp.zeros((most, batch, models.memory.input_width)),
+        is_open_CxB=jnp.zeros((most, batch), bool),
         cache=cache,
         base_steps=zero,
         memory_passes=zero,
     )
 
     def unfinished(state: _State):
-        return (state.known < count) & jnp.any(state.tokens_BxN[:, state.known - 1] != end_token)
+        return (state.known < count) & jnp.any(state.tokens_BxT[:, state.known - 1] != end_token)
 
     final = jax.lax.while_loop(
         unfinished, functools.partial(_advance, models, parameters, end_token, count, most), state
     )
     # Everything after the last known token is already end_token, or a draft past the end of every sequence.
-    tokens_BxN = jnp.where(jnp.arange(count + most) < final.known, final.tokens_BxN, end_token)[:, :count]
-    return Drafted(tokens_BxN, final.base_steps, final.memory_passes)
+    tokens_BxT = jnp.where(jnp.arange(count + most) < final.known, final.tokens_BxT, end_token)[:, :count]
+    return Drafted(tokens_BxT, final.base_steps, final.memory_passes)
 
 
 def _advance(models: DecoderConfig, parameters: Parameters, end_token, count: int, most: int, state: _State) -> _State:
     """One step of the base, plus verification of waiting drafts if it is due."""
     place, slot = state.known + state.waiting, state.waiting
-    last_B = state.tokens_BxN[:, place - 1]
+    last_B = state.tokens_BxT[:, place - 1]
     reading, cache = step(models, parameters, state.cache, last_B)
     has_ended_B = last_B == end_token
     draft_B = jnp.where(has_ended_B, end_token, jnp.argmax(reading.base_log_BxV, axis=-1).astype(jnp.int32))
     is_open_B = can_change_the_likeliest(reading.base_log_BxV, parameters.weight) & ~has_ended_B
     state = state._replace(
-        tokens_BxN=state.tokens_BxN.at[:, place].set(draft_B),
+        tokens_BxT=state.tokens_BxT.at[:, place].set(draft_B),
         waiting=slot + 1,
-        base_log_WxBxV=state.base_log_WxBxV.at[slot].set(reading.base_log_BxV),
-        memory_input_WxBxD=state.memory_input_WxBxD.at[slot].set(reading.memory_input_BxD),
-        is_open_WxB=state.is_open_WxB.at[slot].set(is_open_B),
+        base_log_CxBxV=state.base_log_CxBxV.at[slot].set(reading.base_log_BxV),
+        memory_input_CxBxD=state.memory_input_CxBxD.at[slot].set(reading.memory_input_BxD),
+        is_open_CxB=state.is_open_CxB.at[slot].set(is_open_B),
         cache=cache,
         base_steps=state.base_steps + 1,
     )
-    is_waiting_W = jnp.arange(most) <= slot
-    is_open_W = state.is_open_WxB.any(axis=1) & is_waiting_W
+    is_waiting_C = jnp.arange(most) <= slot
+    is_open_C = state.is_open_CxB.any(axis=1) & is_waiting_C
     is_due = (
-        (is_open_W.sum() >= state.window)
+        (is_open_C.sum() >= state.window)
         | (state.waiting == most)
         | (place + 1 >= count)
         | jnp.all(draft_B == end_token)
@@ -143,27 +143,27 @@ def _advance(models: DecoderConfig, parameters: Parameters, end_token, count: in
 
     def settle():
         """Accepts drafts that cannot be changed, or leaves them waiting."""
-        right = jnp.where(is_open_W.any(), 0, state.waiting)
-        return state.tokens_BxN, state.known + right, state.waiting - right, state.window, jnp.int32(0)
+        right = jnp.where(is_open_C.any(), 0, state.waiting)
+        return state.tokens_BxT, state.known + right, state.waiting - right, state.window, jnp.int32(0)
 
     def check():
-        drafts_BxW = jax.lax.dynamic_slice(state.tokens_BxN, (0, state.known), (len(last_B), most))
-        before_BxW = jax.lax.dynamic_slice(state.tokens_BxN, (0, state.known - 1), (len(last_B), most))
-        likeliest_WxB = _likeliest(models, parameters, state, most)
-        right_BxW = jnp.where(before_BxW == end_token, end_token, likeliest_WxB.T)
-        agrees_W = jnp.all(right_BxW == drafts_BxW, axis=0) & is_waiting_W
-        agreed = jnp.cumprod(agrees_W).sum()
-        corrected_BxW = jnp.where(jnp.arange(most) == agreed, right_BxW, drafts_BxW)
-        tokens_BxN = jax.lax.dynamic_update_slice(state.tokens_BxN, corrected_BxW, (0, state.known))
+        drafts_BxC = jax.lax.dynamic_slice(state.tokens_BxT, (0, state.known), (len(last_B), most))
+        before_BxC = jax.lax.dynamic_slice(state.tokens_BxT, (0, state.known - 1), (len(last_B), most))
+        likeliest_CxB = _likeliest(models, parameters, state, most)
+        right_BxC = jnp.where(before_BxC == end_token, end_token, likeliest_CxB.T)
+        agrees_C = jnp.all(right_BxC == drafts_BxC, axis=0) & is_waiting_C
+        agreed = jnp.cumprod(agrees_C).sum()
+        corrected_BxC = jnp.where(jnp.arange(most) == agreed, right_BxC, drafts_BxC)
+        tokens_BxT = jax.lax.dynamic_update_slice(state.tokens_BxT, corrected_BxC, (0, state.known))
         known = state.known + jnp.minimum(agreed + 1, state.waiting)
-        window = jnp.minimum(1 + (is_open_W & (jnp.arange(most) < agreed)).sum(), most)
-        return tokens_BxN, known, jnp.int32(0), window.astype(jnp.int32), jnp.int32(1)
+        window = jnp.minimum(1 + (is_open_C & (jnp.arange(most) < agreed)).sum(), most)
+        return tokens_BxT, known, jnp.int32(0), window.astype(jnp.int32), jnp.int32(1)
 
-    tokens_BxN, known, waiting, window, passes = jax.lax.cond(is_due & is_open_W.any(), check, settle)
+    tokens_BxT, known, waiting, window, passes = jax.lax.cond(is_due & is_open_C.any(), check, settle)
     # The cache has every token but the last: rejected drafts will be overwritten.
     forgotten = (state.known + state.waiting) - (known + waiting)
     return state._replace(
-        tokens_BxN=tokens_BxN,
+        tokens_BxT=tokens_BxT,
         known=known,
         waiting=waiting,
         window=window,
@@ -173,8 +173,8 @@ def _advance(models: DecoderConfig, parameters: Parameters, end_token, count: in
 
 
 def _likeliest(models: DecoderConfig, parameters: Parameters, state: _State, most: int) -> jax.Array:
-    """The argmax of the mixture at every waiting position, int32 [W, B]."""
-    base_log_RxV = state.base_log_WxBxV.reshape(-1, models.base.vocab_size)
-    reading = Reading(base_log_RxV, state.memory_input_WxBxD.reshape(-1, models.memory.input_width))
-    mixed_RxV = mix(base_log_RxV, memory_log_probabilities(models, parameters, reading), parameters.weight)
-    return jnp.argmax(mixed_RxV, axis=-1).astype(jnp.int32).reshape(most, -1)
+    """The argmax of the mixture at every waiting position, int32 [C, B]."""
+    base_log_NxV = state.base_log_CxBxV.reshape(-1, models.base.vocab_size)
+    reading = Reading(base_log_NxV, state.memory_input_CxBxD.reshape(-1, models.memory.input_width))
+    mixed_NxV = mix(base_log_NxV, memory_log_probabilities(models, parameters, reading), parameters.weight)
+    return jnp.argmax(mixed_NxV, axis=-1).astype(jnp.int32).reshape(most, -1)

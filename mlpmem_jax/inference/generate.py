@@ -70,8 +70,8 @@ def generate(
     tokens_B, cache = first_tokens(
         models, parameters, tokens_BxT, padding_B, key, room=length + count, sampling=sampling
     )
-    tokens_BxN = following_tokens(models, parameters, cache, tokens_B, key, end_token, count=count, sampling=sampling)
-    return [row[: np.argmax(row == end_token)] if end_token in row else row for row in np.asarray(tokens_BxN)]
+    new_BxT = following_tokens(models, parameters, cache, tokens_B, key, end_token, count=count, sampling=sampling)
+    return [row[: np.argmax(row == end_token)] if end_token in row else row for row in np.asarray(new_BxT)]
 
 
 @functools.partial(jax.jit, static_argnames=("models", "room", "sampling"))
@@ -89,21 +89,21 @@ def following_tokens(models, parameters, cache, tokens_B, key, end_token, *, cou
     """
     if models.memory is not None and sampling == GREEDY:
         most = drafting.most_drafts()
-        return drafting.greedy_tokens(models, parameters, cache, tokens_B, end_token, count=count, most=most).tokens_BxN
-    tokens_BxN = jnp.full((tokens_B.shape[0], count), end_token, jnp.int32).at[:, 0].set(tokens_B)
+        return drafting.greedy_tokens(models, parameters, cache, tokens_B, end_token, count=count, most=most).tokens_BxT
+    tokens_BxT = jnp.full((tokens_B.shape[0], count), end_token, jnp.int32).at[:, 0].set(tokens_B)
 
     def unfinished(state):
         index, tokens_B, _, _ = state
         return (index < count) & jnp.any(tokens_B != end_token)
 
     def advance(state):
-        index, tokens_B, tokens_BxN, cache = state
+        index, tokens_B, tokens_BxT, cache = state
         reading, cache = step(models, parameters, cache, tokens_B)
         drawn_B = draw(models, parameters, reading, jax.random.fold_in(key, index), sampling)
         tokens_B = jnp.where(tokens_B == end_token, end_token, drawn_B)
-        return index + 1, tokens_B, tokens_BxN.at[:, index].set(tokens_B), cache
+        return index + 1, tokens_B, tokens_BxT.at[:, index].set(tokens_B), cache
 
-    return jax.lax.while_loop(unfinished, advance, (1, tokens_B, tokens_BxN, cache))[2]
+    return jax.lax.while_loop(unfinished, advance, (1, tokens_B, tokens_BxT, cache))[2]
 
 
 def draw(

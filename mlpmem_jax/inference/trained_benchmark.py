@@ -47,10 +47,10 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     length = config.base.context_length // 2
     count = min(_COUNT, base_config.context_length - length)
     stream = TokenStream(tokens, "test")
-    prompts_PxT = read_sequences(stream, 0, min(_PROMPTS, num_sequences(stream, length)), length)[0].astype(np.int32)
+    prompts_SxT = read_sequences(stream, 0, min(_PROMPTS, num_sequences(stream, length)), length)[0].astype(np.int32)
     seconds: dict[str, list[float]] = {"base alone": [], "memory in every step": [], "with drafts": []}
     steps, passes, plain_passes = 0, 0, 0
-    for number, prompt_T in enumerate(prompts_PxT):
+    for number, prompt_T in enumerate(prompts_SxT):
         first = functools.partial(first_tokens, room=length + count, sampling=GREEDY)
         key, padding = jax.random.key(0), jnp.zeros(1, jnp.int32)
         token_1, cache = first(models, both, prompt_T[None], padding, key)
@@ -74,8 +74,8 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
         _, plain, drafted = results
         plain_passes += int(plain.memory_passes)
         steps, passes = steps + int(drafted.base_steps), passes + int(drafted.memory_passes)
-    added = len(prompts_PxT) * (count - 1)
-    shared = f"batch 1, {len(prompts_PxT)} prompts of {length} tokens of the test split, {count - 1} new tokens each"
+    added = len(prompts_SxT) * (count - 1)
+    shared = f"batch 1, {len(prompts_SxT)} prompts of {length} tokens of the test split, {count - 1} new tokens each"
     details = {
         "base alone": shared,
         "memory in every step": f"lambda {weight:.2f}; steps that it could change: {plain_passes} of {added}; {shared}",

@@ -41,9 +41,9 @@ def write(folder: pathlib.Path, adapters: dict, model: language_model.Config, ba
         modules.append(module)
         for block in range(model.blocks):
             name = f"base_model.model.{checkpoint.prefix}{checkpoint.blocks}.{block}.{module}"
-            a_IxR, b_RxO = np.asarray(adapter["a"][block]), np.asarray(adapter["b"][block])
-            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a_IxR.T)
-            tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b_RxO.reshape(len(b_RxO), -1).T)
+            a_IxY, b_YxO = np.asarray(adapter["a"][block]), np.asarray(adapter["b"][block])
+            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a_IxY.T)
+            tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b_YxO.reshape(len(b_YxO), -1).T)
     rank = next(iter(adapters.values()))["a"].shape[-1]
     values = {
         "peft_type": "LORA",

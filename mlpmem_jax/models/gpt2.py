@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al., 2019): the frozen language model whose hidden states are keys and memory inputs.
 
-Dimensions: B sequences, T positions, D width, H heads, K width of a head, V vocabulary.
+Dimensions: B sequences, T positions, D width, H heads, W width of a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ CHECKPOINT = CheckpointNames(
     blocks="h",
     transposed=False,
     joined_axes={
-        "attn.c_attn.kernel": ((0,), (1, 2, 3)),  # [D, 3, H, K] -> [D, 3 H K]
+        "attn.c_attn.kernel": ((0,), (1, 2, 3)),  # [D, 3, H, W] -> [D, 3 H W]
         "attn.c_attn.bias": ((0, 1, 2),),
-        "attn.c_proj.kernel": ((0, 1), (2,)),  # [H, K, D] -> [H K, D]
+        "attn.c_proj.kernel": ((0, 1), (2,)),  # [H, W, D] -> [H W, D]
     },
 )
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")  # keys of config.json
@@ -136,9 +136,9 @@ class Block(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array, attend: transformer.Attend) -> tuple[jax.Array, jax.Array]:
         """(the block's output, the input of its feed-forward layer), both float32 [B, T, D]."""
-        projected_BxTx3xHxK = self.attn.c_attn(self.ln_1(x_BxTxD))
-        mixed_BxHxTxK = attend(*(projected_BxTx3xHxK[:, :, i].swapaxes(1, 2) for i in range(3)))
-        x_BxTxD = x_BxTxD + self.attn.c_proj(mixed_BxHxTxK.swapaxes(1, 2))
+        projected_BxTx3xHxW = self.attn.c_attn(self.ln_1(x_BxTxD))
+        mixed_BxHxTxW = attend(*(projected_BxTx3xHxW[:, :, i].swapaxes(1, 2) for i in range(3)))
+        x_BxTxD = x_BxTxD + self.attn.c_proj(mixed_BxHxTxW.swapaxes(1, 2))
         input_BxTxD = self.ln_2(x_BxTxD)
         return x_BxTxD + self.mlp(input_BxTxD), input_BxTxD
 

@@ -91,12 +91,12 @@ def tune_weight(base_log_probabilities_N: np.ndarray, other_log_probabilities_N:
     def loss(weight):
         return -np.mean(mixture_log_probabilities(base_N, other_N, weight))
 
-    losses_G = np.array([loss(weight) for weight in GRID])
-    best = int(np.argmax(losses_G <= losses_G.min() + LOSS_TOLERANCE))
+    losses_Z = np.array([loss(weight) for weight in GRID])
+    best = int(np.argmax(losses_Z <= losses_Z.min() + LOSS_TOLERANCE))
     bounds = GRID[max(best - 1, 0)], GRID[min(best + 1, len(GRID) - 1)]
     minimum = scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": WEIGHT_TOLERANCE})
-    if losses_G[best] <= minimum.fun + LOSS_TOLERANCE:
-        return float(GRID[best]), float(np.exp(losses_G[best]))
+    if losses_Z[best] <= minimum.fun + LOSS_TOLERANCE:
+        return float(GRID[best]), float(np.exp(losses_Z[best]))
     return float(minimum.x), float(np.exp(minimum.fun))
 
 

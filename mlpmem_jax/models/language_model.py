@@ -12,7 +12,7 @@ Each family is a module in FAMILIES with the functions below and
 
 To add a family, add a module and its name to FAMILIES.
 
-Dimensions: B sequences, T positions, D width, H heads, K width of a head, V vocabulary.
+Dimensions: B sequences, T positions, D width, H heads, W width of a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def build_block(config: Config, compute_dtype: jax.typing.DTypeLike, rngs: nnx.R
 
 
 def rotation(config: Config, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """A function that rotates queries and keys [B, H, T, K] by position; the identity for GPT-2."""
+    """A function that rotates queries and keys [B, H, T, W] by position; the identity for GPT-2."""
     return _module(config).rotation(config, positions_BxT)
 
 

@@ -1,6 +1,6 @@
 """Llama 2 and 3 (Touvron et al., 2023) and Mistral (Jiang et al., 2023), which adds a sliding window.
 
-Dimensions: B sequences, T positions, D width, H heads of queries, G heads of keys and values, K width of a head,
+Dimensions: B sequences, T positions, D width, H heads of queries, G heads of keys and values, W width of a head,
 V vocabulary.
 """
 
@@ -26,10 +26,10 @@ CHECKPOINT = CheckpointNames(
     blocks="layers",
     transposed=True,
     joined_axes={
-        "self_attn.q_proj.kernel": ((1, 2), (0,)),  # [D, H, K] -> [H K, D]
+        "self_attn.q_proj.kernel": ((1, 2), (0,)),  # [D, H, W] -> [H W, D]
         "self_attn.k_proj.kernel": ((1, 2), (0,)),
         "self_attn.v_proj.kernel": ((1, 2), (0,)),
-        "self_attn.o_proj.kernel": ((2,), (0, 1)),  # [H, K, D] -> [D, H K]
+        "self_attn.o_proj.kernel": ((2,), (0, 1)),  # [H, W, D] -> [D, H W]
     },
 )
 _SIZES = (  # keys of config.json
@@ -196,8 +196,8 @@ class Block(nnx.Module):
         """
         normed_BxTxD, attention = self.input_layernorm(x_BxTxD), self.self_attn
         projections = attention.q_proj, attention.k_proj, attention.v_proj
-        mixed_BxHxTxK = attend(*(project(normed_BxTxD).swapaxes(1, 2) for project in projections))
-        x_BxTxD = x_BxTxD + attention.o_proj(mixed_BxHxTxK.swapaxes(1, 2))
+        mixed_BxHxTxW = attend(*(project(normed_BxTxD).swapaxes(1, 2) for project in projections))
+        x_BxTxD = x_BxTxD + attention.o_proj(mixed_BxHxTxW.swapaxes(1, 2))
         input_BxTxD = self.post_attention_layernorm(x_BxTxD)
         return x_BxTxD + self.mlp(input_BxTxD), input_BxTxD
 
@@ -262,7 +262,7 @@ def features(
 
 
 def rotation(config: LlamaConfig, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """A function that rotates queries and keys [B, H, T, K] by position."""
+    """A function that rotates queries and keys [B, H, T, W] by position."""
     return rotary.rotation(config.rotary, config.head_width, positions_BxT)
 
 

@@ -3,8 +3,8 @@
 A sequence contains documents one after another. A document is a stem and branches that continue it; a branch attends
 to the stem and itself. All documents may share a prefix, whose keys and values are computed once.
 
-Dimensions: B sequences, T positions, P of the prefix, L blocks, D width, H heads of queries, G heads of keys and
-values, K width of a head.
+Dimensions: B sequences, T positions, A positions that are attended to, L blocks, D width, H heads of queries, G heads
+of keys and values, W width of a head.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class Layout(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """Keys (after rotary embedding) and values of a shared prefix in every block, [L, G, P, K] each."""
+    """Keys (after rotary embedding) and values of a shared prefix in every block, [L, G, A, W] each."""
 
     keys: jax.Array
     values: jax.Array
 
 
-def read_prefix(parameters: dict, config: language_model.Config, tokens_P: jax.Array) -> Prefix:
-    """Computes the keys and values of a prefix, tokens int32 [P], for texts that begin with it."""
-    positions_1xP = jnp.arange(len(tokens_P), dtype=jnp.int32)[None]
-    same_1xP = jnp.zeros_like(positions_1xP)
-    layout = Layout(tokens_P[None], positions_1xP, same_1xP, same_1xP)
+def read_prefix(parameters: dict, config: language_model.Config, tokens_A: jax.Array) -> Prefix:
+    """Computes the keys and values of a prefix, tokens int32 [A], for texts that begin with it."""
+    positions_1xA = jnp.arange(len(tokens_A), dtype=jnp.int32)[None]
+    same_1xA = jnp.zeros_like(positions_1xA)
+    layout = Layout(tokens_A[None], positions_1xA, same_1xA, same_1xA)
     _, _, kept = _run(parameters, config, layout, None, (), True)
-    return Prefix(*(array_Lx1xGxPxK[:, 0] for array_Lx1xGxPxK in kept))
+    return Prefix(*(array_Lx1xGxAxW[:, 0] for array_Lx1xGxAxW in kept))
 
 
 def features(
@@ -73,18 +73,18 @@ def features(
 
 
 def _run(parameters, config, layout, prefix, input_blocks, keeps):
-    """(final states, {block: states}, (keys, values) of all blocks [L, B, G, T, K] if `keeps`)."""
+    """(final states, {block: states}, (keys, values) of all blocks [L, B, G, T, W] if `keeps`)."""
     build = functools.partial(language_model.build_block, config, jnp.float32)
     rotate = language_model.rotation(config, layout.positions)
-    mask_BxTxS = _mask(layout, language_model.window(config), prefix)
+    mask_BxTxA = _mask(layout, language_model.window(config), prefix)
 
     def call(carry, block):
         own, (block_parameters, before) = [], block
 
-        def attend(query_BxHxTxK, key_BxGxTxK, value_BxGxTxK):
-            query_BxHxTxK, key_BxGxTxK = rotate(query_BxHxTxK), rotate(key_BxGxTxK)
-            own.append((key_BxGxTxK, value_BxGxTxK))
-            return _attention(query_BxHxTxK, *own[0], mask_BxTxS, before)
+        def attend(query_BxHxTxW, key_BxGxTxW, value_BxGxTxW):
+            query_BxHxTxW, key_BxGxTxW = rotate(query_BxHxTxW), rotate(key_BxGxTxW)
+            own.append((key_BxGxTxW, value_BxGxTxW))
+            return _attention(query_BxHxTxW, *own[0], mask_BxTxA, before)
 
         x_BxTxD, input_BxTxD = modules.bind(build, block_parameters)(carry[0], attend)
         return (x_BxTxD, input_BxTxD), own[0] if keeps else None
@@ -101,7 +101,7 @@ def _run(parameters, config, layout, prefix, input_blocks, keeps):
 
 
 def _mask(layout: Layout, window: int, prefix: Prefix | None) -> jax.Array:
-    """Additive mask [B, T, P + T]: 0 where a token attends to another, else minus infinity."""
+    """Additive mask [B, T, A], the prefix first: 0 where a token attends to another, else minus infinity."""
     (query_BxTx1, key_Bx1xT), places_T = _pairs(layout.positions), jnp.arange(layout.positions.shape[1])
     seen_BxTxT = places_T[:, None] >= places_T
     query_documents, key_documents = _pairs(layout.documents)
@@ -111,9 +111,9 @@ def _mask(layout: Layout, window: int, prefix: Prefix | None) -> jax.Array:
     if window:
         seen_BxTxT &= query_BxTx1 - key_Bx1xT < window
     if prefix is not None:
-        behind_BxTxP = query_BxTx1 - jnp.arange(prefix.keys.shape[2])
-        seen_BxTxP = behind_BxTxP < window if window else behind_BxTxP >= 0
-        seen_BxTxT = jnp.concatenate([seen_BxTxP, seen_BxTxT], axis=2)
+        behind = query_BxTx1 - jnp.arange(prefix.keys.shape[2])
+        is_seen = behind < window if window else behind >= 0
+        seen_BxTxT = jnp.concatenate([is_seen, seen_BxTxT], axis=2)
     return jnp.where(seen_BxTxT, 0.0, -jnp.inf)
 
 
@@ -121,23 +121,23 @@ def _pairs(values_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values_BxT[:, :, None], values_BxT[:, None, :]
 
 
-def _attention(query_BxHxTxK, key_BxGxTxK, value_BxGxTxK, mask_BxTxS, before: Prefix | None) -> jax.Array:
-    """Attention, [B, H, T, K], in chunks of queries, each with the keys up to its own."""
+def _attention(query_BxHxTxW, key_BxGxTxW, value_BxGxTxW, mask_BxTxA, before: Prefix | None) -> jax.Array:
+    """Attention, [B, H, T, W], in chunks of queries, each with the keys up to its own."""
     if before is not None:
-        shape = key_BxGxTxK.shape[:1] + before.keys.shape
-        key_BxGxTxK, value_BxGxTxK = (
+        shape = key_BxGxTxW.shape[:1] + before.keys.shape
+        key_BxGxTxW, value_BxGxTxW = (
             jnp.concatenate([jnp.broadcast_to(first, shape), own], axis=2)
-            for first, own in zip(before, (key_BxGxTxK, value_BxGxTxK), strict=True)
+            for first, own in zip(before, (key_BxGxTxW, value_BxGxTxW), strict=True)
         )
-    length, mixed = query_BxHxTxK.shape[2], []
-    prefix_length = mask_BxTxS.shape[2] - length
+    length, mixed = query_BxHxTxW.shape[2], []
+    prefix_length = mask_BxTxA.shape[2] - length
     for start in range(0, length, _CHUNK):
         stop = min(start + _CHUNK, length)
         keys = slice(0, prefix_length + stop)
-        mask_Bx1xTxS = mask_BxTxS[:, None, start:stop, keys]
+        mask_Bx1xTxA = mask_BxTxA[:, None, start:stop, keys]
         mixed.append(
             transformer.attention(
-                query_BxHxTxK[:, :, start:stop], key_BxGxTxK[:, :, keys], value_BxGxTxK[:, :, keys], mask_Bx1xTxS
+                query_BxHxTxW[:, :, start:stop], key_BxGxTxW[:, :, keys], value_BxGxTxW[:, :, keys], mask_Bx1xTxA
             )
         )
     return jnp.concatenate(mixed, axis=2)

@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al., 2021) and their extensions to longer contexts.
 
 The variants are those of the `rope_parameters` of a Hugging Face config. Dimensions: B sequences, T positions,
-H heads, K width of a head, F = K / 2 frequencies.
+H heads, W width of a head, F = W / 2 frequencies.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ class Rotary:
 
 
 def rotation(rotary: Rotary, head_width: int, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """A function that rotates queries and keys [B, H, T, K] by position; B may be 1 for all sequences."""
+    """A function that rotates queries and keys [B, H, T, W] by position; B may be 1 for all sequences."""
     frequencies_F = _frequencies(rotary, head_width, positions_BxT.max() + 1)
     angles_Bx1xTxF = positions_BxT[:, None, :, None].astype(jnp.float32) * frequencies_F
     cosine = jnp.cos(angles_Bx1xTxF) * rotary.attention_factor
     sine = jnp.sin(angles_Bx1xTxF) * rotary.attention_factor
 
-    def rotate(x_BxHxTxK: jax.Array) -> jax.Array:
-        first, second = jnp.split(x_BxHxTxK.astype(jnp.float32), 2, axis=-1)
+    def rotate(x_BxHxTxW: jax.Array) -> jax.Array:
+        first, second = jnp.split(x_BxHxTxW.astype(jnp.float32), 2, axis=-1)
         turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-        return turned.astype(x_BxHxTxK.dtype)
+        return turned.astype(x_BxHxTxW.dtype)
 
     return rotate
 
@@ -81,7 +81,7 @@ def _frequencies(rotary: Rotary, head_width: int, length: jax.Array) -> jax.Arra
         kept_F = np.clip((turns_F - low) / (high - low), 0, 1)
         frequencies_F = kept_F * frequencies_F + (1 - kept_F) * frequencies_F / rotary.factor
     elif rotary.type == "yarn":
-        # A frequency with n turns over the original length has the index K log(length / 2 pi n) / (2 log theta).
+        # A frequency with n turns over the original length has the index W log(length / 2 pi n) / (2 log theta).
         low, high = (
             head_width * math.log(rotary.original_length / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
             for turns in (rotary.beta_fast, rotary.beta_slow)

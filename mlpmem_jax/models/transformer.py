@@ -1,7 +1,7 @@
 """Shared by all families of decoder-only Transformers: attention, and running blocks while returning inputs of some.
 
-Dimensions: B sequences, T positions, S positions that are attended to, D width, H heads of queries, G heads of keys
-and values (a divisor of H), K width of a head, V vocabulary.
+Dimensions: B sequences, T positions, A positions that are attended to, D width, H heads of queries, G heads of keys
+and values (a divisor of H), W width of a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from mlpmem_jax.models import modules
 _MOST_CHUNKS = 16  # maximum query chunks in causal attention; more take longer to compile than they save
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""Mixes positions: queries [B, H, T, K], keys and values [B, G, T, K] -> [B, H, T, K]."""
+"""Mixes positions: queries [B, H, T, W], keys and values [B, G, T, W] -> [B, H, T, W]."""
 
 
 def attention(
-    query_BxHxTxK: jax.Array, key_BxGxSxK: jax.Array, value_BxGxSxK: jax.Array, mask_TxS: jax.Array
+    query_BxHxTxW: jax.Array, key_BxGxAxW: jax.Array, value_BxGxAxW: jax.Array, mask_TxA: jax.Array
 ) -> jax.Array:
-    """Attention of T positions to S positions, [B, H, T, K]; softmax in float32.
+    """Attention of T positions to A positions, [B, H, T, W]; softmax in float32.
 
-    Query head h uses key and value head h // (H / G). `mask_TxS` is added to the scores: 0 where a position is visible,
+    Query head h uses key and value head h // (H / G). `mask_TxA` is added to the scores: 0 where a position is visible,
     else minus infinity; it may have leading axes of size B and 1.
     """
-    shape, repeats = query_BxHxTxK.shape, query_BxHxTxK.shape[1] // key_BxGxSxK.shape[1]
+    shape, repeats = query_BxHxTxW.shape, query_BxHxTxW.shape[1] // key_BxGxAxW.shape[1]
     if repeats > 1:  # heads that share keys are stacked like additional positions
-        query_BxHxTxK = query_BxHxTxK.reshape(shape[0], -1, repeats * shape[2], shape[3])
-        mask_TxS = jnp.concatenate([mask_TxS] * repeats, axis=-2)
+        query_BxHxTxW = query_BxHxTxW.reshape(shape[0], -1, repeats * shape[2], shape[3])
+        mask_TxA = jnp.concatenate([mask_TxA] * repeats, axis=-2)
     # Batch axes in front of both products and an additive mask: a third faster on CPU than masking with a select.
-    scores_BxHxTxS = jnp.einsum(
-        "bhtk,bhsk->bhts",
-        query_BxHxTxK * query_BxHxTxK.shape[-1] ** -0.5,
-        key_BxGxSxK,
+    scores_BxHxTxA = jnp.einsum(
+        "bhtw,bhaw->bhta",
+        query_BxHxTxW * query_BxHxTxW.shape[-1] ** -0.5,
+        key_BxGxAxW,
         preferred_element_type=jnp.float32,
     )
-    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS + mask_TxS, axis=-1).astype(value_BxGxSxK.dtype)
-    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, value_BxGxSxK).reshape(shape)
+    weights_BxHxTxA = jax.nn.softmax(scores_BxHxTxA + mask_TxA, axis=-1).astype(value_BxGxAxW.dtype)
+    return jnp.einsum("bhta,bhaw->bhtw", weights_BxHxTxA, value_BxGxAxW).reshape(shape)
 
 
 def causal_attention(
-    query_BxHxTxK: jax.Array, key_BxGxTxK: jax.Array, value_BxGxTxK: jax.Array, window: int = 0
+    query_BxHxTxW: jax.Array, key_BxGxTxW: jax.Array, value_BxGxTxW: jax.Array, window: int = 0
 ) -> jax.Array:
-    """Attention of each position to itself and earlier ones, at most `window` in all (0 = no limit), [B, H, T, K].
+    """Attention of each position to itself and earlier ones, at most `window` in all (0 = no limit), [B, H, T, W].
 
     Uses chunks of queries, each with only the keys that it can see: half the products, and scores that fit a cache.
     """
-    length, mixed = query_BxHxTxK.shape[2], []
+    length, mixed = query_BxHxTxW.shape[2], []
     mask_TxT = causal_mask(length, window)
     chunk = 128 * -(-length // (128 * _MOST_CHUNKS))
     for start in range(0, length, chunk):
@@ -58,9 +58,9 @@ def causal_attention(
         queries, keys = slice(start, stop), slice(max(0, start - window) if window else 0, stop)
         mixed.append(
             attention(
-                query_BxHxTxK[:, :, queries],
-                key_BxGxTxK[:, :, keys],
-                value_BxGxTxK[:, :, keys],
+                query_BxHxTxW[:, :, queries],
+                key_BxGxTxW[:, :, keys],
+                value_BxGxTxW[:, :, keys],
                 mask_TxT[queries, keys],
             )
         )
@@ -68,28 +68,28 @@ def causal_attention(
 
 
 def attention_of_last(
-    query_BxHx1xK: jax.Array,
-    key_BxGx1xK: jax.Array,
-    value_BxGx1xK: jax.Array,
-    keys_BxGxSxK: jax.Array,
-    values_BxGxSxK: jax.Array,
-    mask_Bx1x1xS: jax.Array,
+    query_BxHx1xW: jax.Array,
+    key_BxGx1xW: jax.Array,
+    value_BxGx1xW: jax.Array,
+    keys_BxGxAxW: jax.Array,
+    values_BxGxAxW: jax.Array,
+    mask_Bx1x1xA: jax.Array,
 ) -> jax.Array:
-    """Attention of one position to those of a cache and to itself, [B, H, 1, K]; softmax in float32.
+    """Attention of one position to those of a cache and to itself, [B, H, 1, W]; softmax in float32.
 
     The position itself is separate from the cache, because extending a cache before reading it copies it in every step.
     """
-    shape, heads = query_BxHx1xK.shape, key_BxGx1xK.shape[1]
-    query_BxGxRxK = query_BxHx1xK.reshape(shape[0], heads, -1, shape[-1]) * shape[-1] ** -0.5
+    shape, heads = query_BxHx1xW.shape, key_BxGx1xW.shape[1]
+    query_BxGxHxW = query_BxHx1xW.reshape(shape[0], heads, -1, shape[-1]) * shape[-1] ** -0.5
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores_BxGxRxS = product("bgrk,bgsk->bgrs", query_BxGxRxK, keys_BxGxSxK) + mask_Bx1x1xS
-    own_BxGxRx1 = product("bgrk,bgsk->bgrs", query_BxGxRxK, key_BxGx1xK)
-    maximum_BxGxRx1 = jnp.maximum(own_BxGxRx1, scores_BxGxRxS.max(-1, keepdims=True))
-    weights_BxGxRxS, own_BxGxRx1 = jnp.exp(scores_BxGxRxS - maximum_BxGxRx1), jnp.exp(own_BxGxRx1 - maximum_BxGxRx1)
-    mixed_BxGxRxK = product("bgrs,bgsk->bgrk", weights_BxGxRxS.astype(values_BxGxSxK.dtype), values_BxGxSxK)
-    mixed_BxGxRxK = mixed_BxGxRxK + own_BxGxRx1 * value_BxGx1xK
-    mixed_BxGxRxK = mixed_BxGxRxK / (weights_BxGxRxS.sum(-1, keepdims=True) + own_BxGxRx1)
-    return mixed_BxGxRxK.astype(query_BxHx1xK.dtype).reshape(shape)
+    scores_BxGxHxA = product("bghw,bgaw->bgha", query_BxGxHxW, keys_BxGxAxW) + mask_Bx1x1xA
+    own_BxGxHx1 = product("bghw,bgaw->bgha", query_BxGxHxW, key_BxGx1xW)
+    maximum_BxGxHx1 = jnp.maximum(own_BxGxHx1, scores_BxGxHxA.max(-1, keepdims=True))
+    weights_BxGxHxA, own_BxGxHx1 = jnp.exp(scores_BxGxHxA - maximum_BxGxHx1), jnp.exp(own_BxGxHx1 - maximum_BxGxHx1)
+    mixed_BxGxHxW = product("bgha,bgaw->bghw", weights_BxGxHxA.astype(values_BxGxAxW.dtype), values_BxGxAxW)
+    mixed_BxGxHxW = mixed_BxGxHxW + own_BxGxHx1 * value_BxGx1xW
+    mixed_BxGxHxW = mixed_BxGxHxW / (weights_BxGxHxA.sum(-1, keepdims=True) + own_BxGxHx1)
+    return mixed_BxGxHxW.astype(query_BxHx1xW.dtype).reshape(shape)
 
 
 def causal_mask(length: int, window: int = 0) -> jax.Array:

@@ -110,13 +110,13 @@ def _trimmed(
     # Pads the rows to a rectangle, so that one call sorts them all: by descending probability, then by token id.
     descending_M = ~probabilities_M.view(np.uint32)
     packed_M = np.left_shift(descending_M, 32, dtype=np.uint64) | token_ids_M.astype(np.uint32)
-    packed_QxS = np.full((len(counts_Q), counts_Q.max(initial=0)), np.iinfo(np.uint64).max)
-    packed_QxS[rows_M, columns_M] = packed_M
-    packed_QxS.sort(axis=1)
+    packed_QxE = np.full((len(counts_Q), counts_Q.max(initial=0)), np.iinfo(np.uint64).max)
+    packed_QxE[rows_M, columns_M] = packed_M
+    packed_QxE.sort(axis=1)
     if keep:
-        packed_QxS = packed_QxS[:, :keep]
+        packed_QxE = packed_QxE[:, :keep]
         counts_Q = np.minimum(counts_Q, keep)
-    packed_M = packed_QxS[np.arange(packed_QxS.shape[1]) < counts_Q[:, None]]
+    packed_M = packed_QxE[np.arange(packed_QxE.shape[1]) < counts_Q[:, None]]
 
     token_ids_M = packed_M.astype(np.uint32).view(np.int32)
     probabilities_M = (~(packed_M >> np.uint64(32)).astype(np.uint32)).view(np.float32)

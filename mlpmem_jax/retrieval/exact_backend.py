@@ -89,21 +89,21 @@ class ExactIndex:
 
         def resident(place: tuple[slice, ...]) -> np.ndarray:
             first, last = place[0].start or 0, place[0].stop or padded
-            keys_nxD = np.zeros((last - first, keys.width), self._dtype)
+            keys_NxD = np.zeros((last - first, keys.width), self._dtype)
             for start in range(first, min(last, keys.size), rows):
                 stop = min(start + rows, last, keys.size)
-                keys_nxD[start - first : stop - first] = keys.read(start, stop)
-            return keys_nxD
+                keys_NxD[start - first : stop - first] = keys.read(start, stop)
+            return keys_NxD
 
         self._keys = jax.make_array_from_callback((padded, keys.width), self._sharding, resident)
 
-        def local_norms(keys_nxD):
-            return jax.lax.map(ring.squared_norms, keys_nxD.reshape(-1, self._block, keys.width)).ravel()
+        def local_norms(keys_NxD):
+            return jax.lax.map(ring.squared_norms, keys_NxD.reshape(-1, self._block, keys.width)).ravel()
 
-        def norms(keys_PxD):
+        def norms(keys_NxD):
             axes = self._sharding.spec
-            norms_P = jax.shard_map(local_norms, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)(keys_PxD)
-            return jnp.where(jnp.arange(padded) < keys.size, norms_P, jnp.inf)
+            norms_N = jax.shard_map(local_norms, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)(keys_NxD)
+            return jnp.where(jnp.arange(padded) < keys.size, norms_N, jnp.inf)
 
         self._norms = jax.jit(norms, out_shardings=self._sharding)(self._keys)
 
@@ -170,5 +170,5 @@ def largest(count: int) -> int:
     return count if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.asarray(count)).max())
 
 
-def _padded(rows_RxC: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(rows_RxC, ((0, rows - len(rows_RxC)), (0, 0)))
+def _padded(array: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(array, ((0, rows - len(array)), (0, 0)))

@@ -32,21 +32,21 @@ def _row(keys: int, width: int, k: int) -> dict:
     peak = peak_rate("bfloat16")
     queries, dtype = ring.QUERIES_PER_DEVICE, jnp.bfloat16
     mesh = make_mesh(devices=jax.devices()[:1])
-    search, (keys_PxD, norms_P, queries_QxD, excluded_Qx2) = ring.program(mesh, keys, queries, width, k)
+    search, (keys_NxD, norms_N, queries_QxD, excluded_Qx2) = ring.program(mesh, keys, queries, width, k)
 
     @jax.jit
     def draw(key):
-        drawn_PxD = jax.random.normal(key, keys_PxD.shape, dtype)
-        norms = ring.squared_norms(drawn_PxD)
-        return drawn_PxD, jnp.where(jnp.arange(norms_P.shape[0]) < keys, norms, jnp.inf)
+        drawn_NxD = jax.random.normal(key, keys_NxD.shape, dtype)
+        norms = ring.squared_norms(drawn_NxD)
+        return drawn_NxD, jnp.where(jnp.arange(norms_N.shape[0]) < keys, norms, jnp.inf)
 
-    drawn_PxD, norms = draw(jax.random.key(0))
-    asked_QxD = drawn_PxD[:queries]
+    drawn_NxD, norms = draw(jax.random.key(0))
+    asked_QxD = drawn_NxD[:queries]
     own_Qx2 = jnp.arange(queries, dtype=jnp.int32)[:, None] + jnp.array([0, 1], jnp.int32)
     placed = [
         jax.device_put(array, shape.sharding)
         for array, shape in zip(
-            (drawn_PxD, norms, asked_QxD, own_Qx2), (keys_PxD, norms_P, queries_QxD, excluded_Qx2), strict=True
+            (drawn_NxD, norms, asked_QxD, own_Qx2), (keys_NxD, norms_N, queries_QxD, excluded_Qx2), strict=True
         )
     ]
     jax.block_until_ready(search(*placed))

@@ -83,14 +83,14 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
 def _product_rows(torch) -> tuple[float, list[dict]]:
     """The highest FLOP/s of any library for a feed-forward layer's matrix product, and a row for each library."""
     random = np.random.default_rng(0)
-    left_NxD, right_DxF = (random.standard_normal(shape, np.float32) for shape in ((POSITIONS, 768), (768, 3072)))
+    left_NxD, right_DxO = (random.standard_normal(shape, np.float32) for shape in ((POSITIONS, 768), (768, 3072)))
     calls = {
-        "JAX": functools.partial(jax.jit(jnp.dot), jnp.asarray(left_NxD), jnp.asarray(right_DxF)),
-        "NumPy": functools.partial(np.dot, left_NxD, right_DxF),
+        "JAX": functools.partial(jax.jit(jnp.dot), jnp.asarray(left_NxD), jnp.asarray(right_DxO)),
+        "NumPy": functools.partial(np.dot, left_NxD, right_DxO),
     }
     if torch:
-        calls["PyTorch"] = functools.partial(torch.matmul, torch.from_numpy(left_NxD), torch.from_numpy(right_DxF))
-    operations = 2.0 * left_NxD.size * right_DxF.shape[1]
+        calls["PyTorch"] = functools.partial(torch.matmul, torch.from_numpy(left_NxD), torch.from_numpy(right_DxO))
+    operations = 2.0 * left_NxD.size * right_DxO.shape[1]
     rates = {name: operations / float(np.min(seconds_R)) for name, seconds_R in _alternated(calls).items()}
     detail = f"[{POSITIONS}, 768] x [768, 3072], float32, {host.cpu_count()} threads, best of {ROUNDS}"
     return max(rates.values()), [

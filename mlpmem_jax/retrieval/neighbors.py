@@ -29,10 +29,10 @@ def unpack(packed_QxK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return distances_QxK, values_QxK
 
 
-def smallest(packed_QxM: np.ndarray, k: int) -> np.ndarray:
-    """The k nearest of M >= k packed neighbors, nearest first: uint64 [Q, k]. Sorts `packed_QxM` in place."""
-    packed_QxM.sort(axis=1)
-    return packed_QxM[:, :k]
+def smallest(packed_QxJ: np.ndarray, k: int) -> np.ndarray:
+    """The k nearest of J >= k packed neighbors, nearest first: uint64 [Q, k]. Sorts `packed_QxJ` in place."""
+    packed_QxJ.sort(axis=1)
+    return packed_QxJ[:, :k]
 
 
 def merge(left_QxK: np.ndarray | None, right_QxK: np.ndarray) -> np.ndarray:

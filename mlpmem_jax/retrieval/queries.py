@@ -68,7 +68,7 @@ def sample_queries(datastore: Artifact, count: int, seed: int = 0) -> Queries:
 
 
 def sample_keys(datastore: Artifact, count: int) -> np.ndarray:
-    """About `count` keys from evenly spaced sequences, [S, D]."""
+    """About `count` keys from evenly spaced sequences, [N, D]."""
     sequences, length = datastore.arrays["next_tokens"].shape
     chosen = np.linspace(0, sequences - 1, min(sequences, -(-count // length))).astype(int).tolist()
     with concurrent.futures.ThreadPoolExecutor(_CONCURRENT_READS) as threads:

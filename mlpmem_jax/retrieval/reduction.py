@@ -33,22 +33,22 @@ class Projection:
 
     Attributes:
       mean_D: float32 [D], mean of the sample.
-      basis_DxM: float32 [D, M], orthonormal columns.
-      variance_kept: share of the sample's variance that the columns span; 1 if M = D.
+      basis_DxO: float32 [D, O], orthonormal columns.
+      variance_kept: share of the sample's variance that the columns span; 1 if O = D.
     """
 
     mean_D: np.ndarray
-    basis_DxM: np.ndarray
+    basis_DxO: np.ndarray
     variance_kept: float
 
     def __call__(self, keys_NxD: np.ndarray) -> np.ndarray:
-        """float32 [N, M]."""
-        return (keys_NxD.astype(np.float32) - self.mean_D) @ self.basis_DxM
+        """float32 [N, O]."""
+        return (keys_NxD.astype(np.float32) - self.mean_D) @ self.basis_DxO
 
     def save(self, file: epath.Path) -> None:
         """Writes the projection atomically."""
         content = io.BytesIO()
-        np.save(content, np.concatenate([self.mean_D[:, None], self.basis_DxM], axis=1))
+        np.save(content, np.concatenate([self.mean_D[:, None], self.basis_DxO], axis=1))
         np.save(content, np.float64(self.variance_kept))
         write_whole(file, content.getvalue())
 
@@ -56,34 +56,34 @@ class Projection:
     def load(cls, file: epath.Path) -> Projection:
         """Reads what `save` wrote."""
         content = io.BytesIO(file.read_bytes())
-        columns_DxC = np.load(content)
-        return cls(columns_DxC[:, 0], np.ascontiguousarray(columns_DxC[:, 1:]), float(np.load(content)))
+        columns_DxO1 = np.load(content)
+        return cls(columns_DxO1[:, 0], np.ascontiguousarray(columns_DxO1[:, 1:]), float(np.load(content)))
 
 
-def fit(sample_SxD: np.ndarray, dimensions: int, seed: int = 0) -> Projection:
-    """Centers on the mean of a sample, projects on its principal components if M < D, and rotates at random.
+def fit(sample_NxD: np.ndarray, dimensions: int, seed: int = 0) -> Projection:
+    """Centers on the mean of a sample, projects on its principal components if O < D, and rotates at random.
 
     Args:
-      sample_SxD: keys, float [S, D].
-      dimensions: M, at most D.
+      sample_NxD: keys, float [N, D].
+      dimensions: O, at most D.
       seed: random seed of the rotation.
     """
-    sample_SxD = sample_SxD.astype(np.float32)
-    mean_D = sample_SxD.mean(axis=0, dtype=np.float64).astype(np.float32)
-    basis_DxM, kept = rotation(dimensions, seed), 1.0
+    sample_NxD = sample_NxD.astype(np.float32)
+    mean_D = sample_NxD.mean(axis=0, dtype=np.float64).astype(np.float32)
+    basis_DxO, kept = rotation(dimensions, seed), 1.0
     if dimensions < len(mean_D):
-        centered_SxD = sample_SxD - mean_D
-        variances_D, vectors_DxD = np.linalg.eigh((centered_SxD.T @ centered_SxD).astype(np.float64))  # ascending
-        basis_DxM = vectors_DxD[:, ::-1][:, :dimensions] @ basis_DxM
+        centered_NxD = sample_NxD - mean_D
+        variances_D, vectors_DxD = np.linalg.eigh((centered_NxD.T @ centered_NxD).astype(np.float64))  # ascending
+        basis_DxO = vectors_DxD[:, ::-1][:, :dimensions] @ basis_DxO
         kept = variances_D[::-1][:dimensions].sum() / max(variances_D.sum(), np.finfo(np.float64).tiny)
-    return Projection(mean_D, np.ascontiguousarray(basis_DxM, np.float32), float(kept))
+    return Projection(mean_D, np.ascontiguousarray(basis_DxO, np.float32), float(kept))
 
 
 def rotation(dimensions: int, seed: int) -> np.ndarray:
-    """A random orthogonal matrix, float64 [M, M], uniform over all of them."""
-    gaussian_MxM = np.random.default_rng(seed).standard_normal((dimensions, dimensions))
-    orthogonal_MxM, triangular_MxM = np.linalg.qr(gaussian_MxM)
-    return orthogonal_MxM * np.sign(np.diag(triangular_MxM))
+    """A random orthogonal matrix, float64 [O, O], uniform over all of them."""
+    gaussian_OxO = np.random.default_rng(seed).standard_normal((dimensions, dimensions))
+    orthogonal_OxO, triangular_OxO = np.linalg.qr(gaussian_OxO)
+    return orthogonal_OxO * np.sign(np.diag(triangular_OxO))
 
 
 def candidates(k: int) -> int:
@@ -103,15 +103,15 @@ def widened(rows_NxD: np.ndarray) -> np.ndarray:
     return values_NxD
 
 
-def squared_distances(queries_QxD: np.ndarray, keys_NxD: np.ndarray, ids_QxC: np.ndarray) -> np.ndarray:
-    """|q - x|^2 of each query to the keys with its ids, float32 [Q, C]; infinite where the id is MISSING."""
-    distances_QxC = np.empty(ids_QxC.shape, np.float32)
-    for query_D, ids_C, distances_C in zip(queries_QxD.astype(np.float32), ids_QxC, distances_QxC, strict=True):
-        differences_CxD = widened(keys_NxD.take(ids_C, axis=0))
-        differences_CxD -= query_D
-        np.einsum("cd,cd->c", differences_CxD, differences_CxD, out=distances_C)
-    distances_QxC[ids_QxC == neighbors.MISSING] = np.inf
-    return distances_QxC
+def squared_distances(queries_QxD: np.ndarray, keys_NxD: np.ndarray, ids_QxJ: np.ndarray) -> np.ndarray:
+    """|q - x|^2 of each query to the keys with its ids, float32 [Q, J]; infinite where the id is MISSING."""
+    distances_QxJ = np.empty(ids_QxJ.shape, np.float32)
+    for query_D, ids_J, distances_J in zip(queries_QxD.astype(np.float32), ids_QxJ, distances_QxJ, strict=True):
+        differences_JxD = widened(keys_NxD.take(ids_J, axis=0))
+        differences_JxD -= query_D
+        np.einsum("cd,cd->c", differences_JxD, differences_JxD, out=distances_J)
+    distances_QxJ[ids_QxJ == neighbors.MISSING] = np.inf
+    return distances_QxJ
 
 
 class RotatedIndex:
@@ -147,12 +147,12 @@ class ReducedIndex:
         effort: Effort | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest of the candidates, as `backends.Index.search`."""
-        _, ids_QxC = self._index.search(self._projection(queries_QxD), candidates(k), excluded_Qx2, effort)
+        _, ids_QxJ = self._index.search(self._projection(queries_QxD), candidates(k), excluded_Qx2, effort)
 
         def nearest(start: int) -> np.ndarray:
             part = slice(start, start + _QUERIES_PER_THREAD)
-            distances_QxC = squared_distances(queries_QxD[part], self._keys_NxD, ids_QxC[part])
-            return neighbors.smallest(neighbors.pack(distances_QxC, ids_QxC[part]), k)
+            distances_QxJ = squared_distances(queries_QxD[part], self._keys_NxD, ids_QxJ[part])
+            return neighbors.smallest(neighbors.pack(distances_QxJ, ids_QxJ[part]), k)
 
         starts = range(0, len(queries_QxD), _QUERIES_PER_THREAD)
         with concurrent.futures.ThreadPoolExecutor(host.cpu_count()) as threads:

@@ -50,7 +50,7 @@ def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target:
 
     Args:
       mesh: its devices, in order, are the ring.
-      num_keys: N, without padding.
+      num_keys: number of keys, without padding.
       block: keys whose distances to a device's queries are in memory together; divides the keys of a device.
       k: neighbors per query.
       recall_target: 1 selects the k nearest of each block exactly. Lower values use `jax.lax.approx_max_k`, which takes
@@ -59,8 +59,8 @@ def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target:
         (20,000 and 100,000 keys).
 
     Returns:
-      A function of (keys [P, D], norms float32 [P], queries [Q, D], excluded int32 [Q, 2]), all sharded along axis 0
-      over the whole mesh, P the number of keys including padding (with infinite norms). For query q, keys with ids in
+      A function of (keys [N, D], norms float32 [N], queries [Q, D], excluded int32 [Q, 2]), all sharded along axis 0
+      over the whole mesh, N the number of keys including padding (with infinite norms). For query q, keys with ids in
       [start, stop) are excluded. It returns (squared distances float32 [Q, k], ids int32 [Q, k]), sharded likewise,
       nearest first, ties by smaller id; missing neighbors have infinite distances and id -1.
     """
@@ -72,36 +72,36 @@ def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target:
     def send(tree):
         return jax.lax.ppermute(tree, axes, to_next)
 
-    def search_local(keys_nxD, norms_n, queries_qxD, excluded_qx2):
-        first = jax.lax.axis_index(axes) * len(keys_nxD)
-        keys_bxBxD, norms_bxB = keys_nxD.reshape(-1, block, keys_nxD.shape[1]), norms_n.reshape(-1, block)
+    def search_local(keys_NxD, norms_N, queries_QxD, excluded_Qx2):
+        first = jax.lax.axis_index(axes) * len(keys_NxD)
+        keys_UxCxD, norms_UxC = keys_NxD.reshape(-1, block, keys_NxD.shape[1]), norms_N.reshape(-1, block)
         select = functools.partial(_select, k=k, num_keys=num_keys, recall_target=recall_target)
 
         def step(_, carry):
-            (queries_qxD, excluded_qx2), best = carry
-            arriving = send((queries_qxD, excluded_qx2)), send(best)
+            (queries_QxD, excluded_Qx2), best = carry
+            arriving = send((queries_QxD, excluded_Qx2)), send(best)
 
             def compare(_, number):
-                products_qxB = _products(queries_qxD, keys_bxBxD[number])
-                ids_B = first + number * block + jnp.arange(block, dtype=jnp.int32)
-                is_excluded_qxB = (ids_B >= excluded_qx2[:, :1]) & (ids_B < excluded_qx2[:, 1:])
-                scores_qxB = jnp.where(is_excluded_qxB, jnp.inf, norms_bxB[number] - 2 * products_qxB)
-                scores_qxC, places_qxC = select(scores_qxB)
-                return None, (scores_qxC, ids_B[0] + places_qxC)
+                products_QxC = _products(queries_QxD, keys_UxCxD[number])
+                ids_C = first + number * block + jnp.arange(block, dtype=jnp.int32)
+                is_excluded_QxC = (ids_C >= excluded_Qx2[:, :1]) & (ids_C < excluded_Qx2[:, 1:])
+                scores_QxC = jnp.where(is_excluded_QxC, jnp.inf, norms_UxC[number] - 2 * products_QxC)
+                scores_QxJ, places_QxJ = select(scores_QxC)
+                return None, (scores_QxJ, ids_C[0] + places_QxJ)
 
-            _, nearest_bxqxC = jax.lax.scan(compare, None, jnp.arange(len(keys_bxBxD)))
-            nearest_qxC = (jnp.moveaxis(array, 0, 1).reshape(len(queries_qxD), -1) for array in nearest_bxqxC)
-            best = _merge(arriving[1], tuple(nearest_qxC), k)
+            _, nearest_UxQxJ = jax.lax.scan(compare, None, jnp.arange(len(keys_UxCxD)))
+            nearest_QxJ = (jnp.moveaxis(array, 0, 1).reshape(len(queries_QxD), -1) for array in nearest_UxQxJ)
+            best = _merge(arriving[1], tuple(nearest_QxJ), k)
             return arriving[0], best
 
-        none = jnp.full((len(queries_qxD), k), jnp.inf), jnp.full((len(queries_qxD), k), neighbors.MISSING, jnp.int32)
+        none = jnp.full((len(queries_QxD), k), jnp.inf), jnp.full((len(queries_QxD), k), neighbors.MISSING, jnp.int32)
         # Neighbors are sent one step after their queries, during the next product; an extra step completes their round.
-        _, best = jax.lax.fori_loop(0, devices, step, ((queries_qxD, excluded_qx2), none))
-        scores_qxk, ids_qxk = send(best)
-        distances_qxk = jnp.maximum(scores_qxk + squared_norms(queries_qxD)[:, None], 0)
-        ids_qxk = jnp.where(jnp.isinf(distances_qxk), neighbors.MISSING, ids_qxk)
+        _, best = jax.lax.fori_loop(0, devices, step, ((queries_QxD, excluded_Qx2), none))
+        scores_QxK, ids_QxK = send(best)
+        distances_QxK = jnp.maximum(scores_QxK + squared_norms(queries_QxD)[:, None], 0)
+        ids_QxK = jnp.where(jnp.isinf(distances_QxK), neighbors.MISSING, ids_QxK)
         # Adding |q|^2 may round different scores to the same distance, so ties are ordered again.
-        return tuple(jax.lax.sort((distances_qxk, ids_qxk), dimension=1, num_keys=2))
+        return tuple(jax.lax.sort((distances_QxK, ids_QxK), dimension=1, num_keys=2))
 
     sharded = PartitionSpec(axes)
     return jax.jit(jax.shard_map(search_local, mesh=mesh, in_specs=sharded, out_specs=sharded, check_vma=False))
@@ -114,7 +114,7 @@ def program(
 
     Args:
       mesh: a mesh of any devices, present or not.
-      num_keys: N; queries: Q, a multiple of the number of devices; width: D; k: neighbors.
+      num_keys: keys without padding; queries: Q, a multiple of the number of devices; width: D; k: neighbors.
       dtype: dtype of keys and queries.
       recall_target: as in `search_program`.
     """
@@ -127,12 +127,12 @@ def program(
     )
 
 
-def _products(left_qxD, right_BxD):
+def _products(left_NxD, right_CxD):
     precision = jax.lax.Precision.DEFAULT
-    if left_qxD.dtype != jnp.bfloat16:
-        left_qxD, right_BxD = left_qxD.astype(jnp.float32), right_BxD.astype(jnp.float32)
+    if left_NxD.dtype != jnp.bfloat16:
+        left_NxD, right_CxD = left_NxD.astype(jnp.float32), right_CxD.astype(jnp.float32)
         precision = jax.lax.Precision.HIGHEST
-    return jnp.matmul(left_qxD, right_BxD.T, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.matmul(left_NxD, right_CxD.T, precision=precision, preferred_element_type=jnp.float32)
 
 
 def squared_norms(rows_NxD):
@@ -141,30 +141,30 @@ def squared_norms(rows_NxD):
     return _products(squares_NxD, jnp.ones((_LANES, rows_NxD.shape[1])))[:, 0]
 
 
-def _select(scores_QxB, *, k: int, num_keys: int, recall_target: float):
+def _select(scores_QxC, *, k: int, num_keys: int, recall_target: float):
     """(scores, places) of at least the k smallest scores of each row (of most of them if approximate); of all scores
     if there are no more."""
-    size = scores_QxB.shape[1]
+    size = scores_QxC.shape[1]
     if recall_target < 1 and k <= size:
         return jax.lax.approx_min_k(
-            scores_QxB,
+            scores_QxC,
             k,
             recall_target=recall_target,
             reduction_input_size_override=max(num_keys, size),  # a block may be padded beyond all keys
             aggregate_to_topk=False,
         )
-    # The k smallest are in the k groups with the smallest minima. B / g + k g is minimal for this g. Groups are runs of
+    # The k smallest are in the k groups with the smallest minima. C / g + k g is minimal for this g. Groups are runs of
     # keys, and `top_k` takes the first of equal members, so ties go to the smaller ids.
     group = min(_LANES, 1 << max(0, round(math.log2(size / k) / 2)))
     groups = size // group  # blocks are multiples of 128 keys
     if group == 1:
-        negated, places = jax.lax.top_k(-scores_QxB, min(k, size))
+        negated, places = jax.lax.top_k(-scores_QxC, min(k, size))
         return -negated, places
-    smallest_QxG = scores_QxB.reshape(-1, groups, group).min(axis=2)
-    _, chosen_Qxk = jax.lax.top_k(-smallest_QxG, min(k, groups))
-    places_QxC = (group * jnp.sort(chosen_Qxk)[:, :, None] + jnp.arange(group)).reshape(len(scores_QxB), -1)
-    negated, among_Qxk = jax.lax.top_k(-jnp.take_along_axis(scores_QxB, places_QxC, axis=1), k)
-    return -negated, jnp.take_along_axis(places_QxC, among_Qxk, axis=1)
+    smallest_QxU = scores_QxC.reshape(-1, groups, group).min(axis=2)
+    _, chosen_QxK = jax.lax.top_k(-smallest_QxU, min(k, groups))
+    places_QxJ = (group * jnp.sort(chosen_QxK)[:, :, None] + jnp.arange(group)).reshape(len(scores_QxC), -1)
+    negated, among_QxK = jax.lax.top_k(-jnp.take_along_axis(scores_QxC, places_QxJ, axis=1), k)
+    return -negated, jnp.take_along_axis(places_QxJ, among_QxK, axis=1)
 
 
 def _merge(left, right, k: int):

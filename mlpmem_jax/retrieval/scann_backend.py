@@ -200,20 +200,20 @@ class ScannIndex:
     def _search_once(self, queries_QxD, k: int, extra: int, leaves: int, reorder: float, excluded_Qx2):
         """(distances [Q, k], ids [Q, k], whether the leaves had fewer than k + extra keys, bool [Q])."""
         wanted = min(k + extra, self.size)
-        ids_QxM, distances_QxM = self._searcher.search_batched(
+        ids_QxJ, distances_QxJ = self._searcher.search_batched(
             np.ascontiguousarray(queries_QxD, np.float32),
             final_num_neighbors=wanted,
             pre_reorder_num_neighbors=round(wanted * reorder),
             leaves_to_search=leaves,
         )
-        ids_QxM = ids_QxM.view(np.int32)
-        usable_QxM = np.isfinite(distances_QxM)  # ScaNN fills missing neighbors with NaN
-        has_ended_Q = ~usable_QxM.all(axis=1)
-        usable_QxM &= (ids_QxM < excluded_Qx2[:, :1]) | (ids_QxM >= excluded_Qx2[:, 1:])
-        usable_QxM &= np.cumsum(usable_QxM, axis=1, dtype=np.int32) <= k
-        if np.count_nonzero(usable_QxM) == len(ids_QxM) * k:
-            return distances_QxM[usable_QxM].reshape(-1, k), ids_QxM[usable_QxM].reshape(-1, k), has_ended_Q
+        ids_QxJ = ids_QxJ.view(np.int32)
+        usable_QxJ = np.isfinite(distances_QxJ)  # ScaNN fills missing neighbors with NaN
+        has_ended_Q = ~usable_QxJ.all(axis=1)
+        usable_QxJ &= (ids_QxJ < excluded_Qx2[:, :1]) | (ids_QxJ >= excluded_Qx2[:, 1:])
+        usable_QxJ &= np.cumsum(usable_QxJ, axis=1, dtype=np.int32) <= k
+        if np.count_nonzero(usable_QxJ) == len(ids_QxJ) * k:
+            return distances_QxJ[usable_QxJ].reshape(-1, k), ids_QxJ[usable_QxJ].reshape(-1, k), has_ended_Q
         padding = ((0, 0), (0, max(0, k - wanted)))
-        distances_QxM = np.pad(np.where(usable_QxM, distances_QxM, np.inf), padding, constant_values=np.inf)
-        packed_QxM = neighbors.pack(distances_QxM, np.pad(ids_QxM, padding))
-        return *neighbors.unpack(neighbors.smallest(packed_QxM, k)), has_ended_Q
+        distances_QxJ = np.pad(np.where(usable_QxJ, distances_QxJ, np.inf), padding, constant_values=np.inf)
+        packed_QxJ = neighbors.pack(distances_QxJ, np.pad(ids_QxJ, padding))
+        return *neighbors.unpack(neighbors.smallest(packed_QxJ, k)), has_ended_Q

@@ -138,10 +138,10 @@ def _search_rows(folder: pathlib.Path, keys_NxD: np.ndarray) -> tuple[list[dict]
     query = seconds()
     candidate = (seconds(reorder=2 * options.reorder) - query) / (options.reorder * NEIGHBORS)
     leaf = (query - candidate * options.reorder * NEIGHBORS) / options.leaves_to_search
-    ids_QxC = np.random.default_rng(0).integers(0, size, (QUERIES // 8, NEIGHBORS))
+    ids_QxJ = np.random.default_rng(0).integers(0, size, (QUERIES // 8, NEIGHBORS))
     stored_NxD = keys_NxD.astype(np.float16)
-    whole = _processor_seconds(lambda: reduction.squared_distances(queries_QxD[: len(ids_QxC)], stored_NxD, ids_QxC))
-    whole /= ids_QxC.size
+    whole = _processor_seconds(lambda: reduction.squared_distances(queries_QxD[: len(ids_QxJ)], stored_NxD, ids_QxJ))
+    whole /= ids_QxJ.size
     rates = Rates(leaf * options.leaves / size / width, candidate / width, whole / width)
     name = f"ScaNN, width {width}"
     return [

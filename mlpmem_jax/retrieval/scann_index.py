@@ -111,8 +111,8 @@ def write(folder, size: int, width: int, read: Callable[[int, int], np.ndarray],
         return
     blocks = [slice(start, min(start + _KEYS_PER_BLOCK, size)) for start in range(0, size, _KEYS_PER_BLOCK)]
     # Random, because evenly spaced keys could all be at the same position of their sequences.
-    sample_S = np.sort(np.random.default_rng(0).choice(size, options.training_sample, replace=False))
-    sample_SxD = np.empty((len(sample_S), width), np.float32)
+    sample_N = np.sort(np.random.default_rng(0).choice(size, options.training_sample, replace=False))
+    sample_NxD = np.empty((len(sample_N), width), np.float32)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         keys_file, codes_file = (pathlib.Path(unfinished) / name for name in ("dataset.npy", "hashed_dataset.npy"))
         with open(keys_file, "wb") as file:
@@ -120,12 +120,12 @@ def write(folder, size: int, width: int, read: Callable[[int, int], np.ndarray],
             for block in blocks:
                 keys_BxD = np.ascontiguousarray(read(block.start, block.stop), np.float32)
                 keys_BxD.tofile(file)
-                first, last = np.searchsorted(sample_S, [block.start, block.stop])
-                sample_SxD[first:last] = keys_BxD[sample_S[first:last] - block.start]
-        cap = _CAP * float(np.median(np.linalg.norm(sample_SxD, axis=1)))
-        _train(capped(sample_SxD, cap), options, folder)
-        del sample_SxD
-        centers_LxD, leaves_L, codebook_Dx16 = _trained(folder)
+                first, last = np.searchsorted(sample_N, [block.start, block.stop])
+                sample_NxD[first:last] = keys_BxD[sample_N[first:last] - block.start]
+        cap = _CAP * float(np.median(np.linalg.norm(sample_NxD, axis=1)))
+        _train(capped(sample_NxD, cap), options, folder)
+        del sample_NxD
+        centers_UxD, leaves_U, codebook_Dx16 = _trained(folder)
         leaf_N = np.empty(size, np.int32)
         with open(keys_file, "rb") as source, open(codes_file, "wb") as file:
             np.lib.format.read_magic(source)
@@ -135,8 +135,8 @@ def write(folder, size: int, width: int, read: Callable[[int, int], np.ndarray],
                 rows = block.stop - block.start
                 keys_BxD = np.zeros((_KEYS_PER_BLOCK, width), np.float32)  # one shape, one compilation
                 keys_BxD[:rows] = capped(np.fromfile(source, np.float32, rows * width).reshape(rows, width), cap)
-                nearest_B, codes_BxD = _fill(keys_BxD, centers_LxD, codebook_Dx16)
-                leaf_N[block] = leaves_L[np.asarray(nearest_B)[:rows]]
+                nearest_B, codes_BxD = _fill(keys_BxD, centers_UxD, codebook_Dx16)
+                leaf_N[block] = leaves_U[np.asarray(nearest_B)[:rows]]
                 np.asarray(codes_BxD)[:rows].tofile(file)
         np.save(folder / "datapoint_to_token.npy", leaf_N)
         for file in (keys_file, codes_file):
@@ -154,15 +154,15 @@ def capped(keys_NxD: np.ndarray, cap: float) -> np.ndarray:
     return keys_NxD * np.minimum(1, cap / np.maximum(norms_Nx1, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
-def _train(keys_SxD: np.ndarray, options: Options, folder: pathlib.Path) -> None:
-    """Writes the index that ScaNN builds from a sample, float32 [S, D]."""
+def _train(keys_NxD: np.ndarray, options: Options, folder: pathlib.Path) -> None:
+    """Writes the index that ScaNN builds from a sample, float32 [N, D]."""
     builder = (
         scann()
-        .builder(keys_SxD, 1, "squared_l2")
+        .builder(keys_NxD, 1, "squared_l2")
         .tree(
             options.leaves,
             options.leaves_to_search,
-            training_sample_size=len(keys_SxD),
+            training_sample_size=len(keys_NxD),
             training_iterations=_TREE_ITERATIONS,
             min_partition_size=_SMALLEST_LEAF,
             random_init=False,
@@ -170,7 +170,7 @@ def _train(keys_SxD: np.ndarray, options: Options, folder: pathlib.Path) -> None
     )
     # One dimension per block: more bytes to scan than with two, but far fewer candidates to reorder at equal recall.
     builder = builder.score_ah(
-        1, training_sample_size=min(HASHING_SAMPLE, len(keys_SxD)), training_iterations=_HASHING_ITERATIONS
+        1, training_sample_size=min(HASHING_SAMPLE, len(keys_NxD)), training_iterations=_HASHING_ITERATIONS
     )
     _save(builder.reorder(1), folder)
 
@@ -182,7 +182,7 @@ def _save(builder, folder: pathlib.Path) -> None:
 
 
 def _trained(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What ScaNN wrote: (cluster centers [L, D], their numbers int32 [L], hash centers [D, 16])."""
+    """What ScaNN wrote: (cluster centers [U, D], their numbers int32 [U], hash centers [D, 16])."""
     from scann.partitioning import partitioner_pb2
     from scann.proto import centers_pb2
 
@@ -197,14 +197,14 @@ def _trained(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @jax.jit
-def _fill(keys_BxD, centers_LxD, codebook_DxC):
+def _fill(keys_BxD, centers_UxD, codebook_Dx16):
     """(nearest cluster of each key, int32 [B]; nearest hash center of each of its numbers, uint8 [B, D])."""
-    products_BxL = jnp.matmul(keys_BxD, centers_LxD.T, precision=jax.lax.Precision.HIGHEST)
-    nearest_B = jnp.argmin(jnp.sum(centers_LxD**2, axis=1) - 2 * products_BxL, axis=1)
-    order_DxC = jnp.argsort(codebook_DxC, axis=1)
-    ascending_DxC = jnp.take_along_axis(codebook_DxC, order_DxC, axis=1)
-    codes_BxD = jnp.broadcast_to(order_DxC[:, 0], keys_BxD.shape)
-    for center in range(1, codebook_DxC.shape[1]):
-        is_past_BxD = keys_BxD > (ascending_DxC[:, center - 1] + ascending_DxC[:, center]) / 2
-        codes_BxD = jnp.where(is_past_BxD, order_DxC[:, center], codes_BxD)
+    products_BxU = jnp.matmul(keys_BxD, centers_UxD.T, precision=jax.lax.Precision.HIGHEST)
+    nearest_B = jnp.argmin(jnp.sum(centers_UxD**2, axis=1) - 2 * products_BxU, axis=1)
+    order_Dx16 = jnp.argsort(codebook_Dx16, axis=1)
+    ascending_Dx16 = jnp.take_along_axis(codebook_Dx16, order_Dx16, axis=1)
+    codes_BxD = jnp.broadcast_to(order_Dx16[:, 0], keys_BxD.shape)
+    for center in range(1, codebook_Dx16.shape[1]):
+        is_past_BxD = keys_BxD > (ascending_Dx16[:, center - 1] + ascending_Dx16[:, center]) / 2
+        codes_BxD = jnp.where(is_past_BxD, order_Dx16[:, center], codes_BxD)
     return nearest_B, codes_BxD.astype(jnp.uint8)

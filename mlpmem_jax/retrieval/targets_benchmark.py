@@ -43,10 +43,10 @@ def clustered_keys(count: int, width: int, seed: int = 0) -> np.ndarray:
         shares = 1 / np.arange(1, branches + 1)
         cluster_N = cluster_N * branches + random.choice(branches, size=count, p=shares / shares.sum())
         _, cluster_N = np.unique(cluster_N, return_inverse=True)
-        centers_CxD = random.standard_normal((cluster_N.max() + 1, width), dtype=np.float32) * spectrum_D * spread
+        centers_UxD = random.standard_normal((cluster_N.max() + 1, width), dtype=np.float32) * spectrum_D * spread
         for start in range(0, count, 1 << 16):
             part = slice(start, start + (1 << 16))
-            keys_NxD[part] += centers_CxD[cluster_N[part]]
+            keys_NxD[part] += centers_UxD[cluster_N[part]]
     return keys_NxD
 
 

@@ -27,9 +27,9 @@ def generator_of(seed: int, *names: str) -> np.random.Generator:
 def noise(
     scatter: float, degrees_of_freedom: int, shape: tuple[int, int], generator: np.random.Generator
 ) -> np.ndarray:
-    """Noise of simulated sweeps, float64 [S, U]; each row draws its own scale."""
-    scales_Sx1 = scatter * np.sqrt(degrees_of_freedom / generator.chisquare(degrees_of_freedom, (shape[0], 1)))
-    return scales_Sx1 * generator.standard_normal(shape)
+    """Noise of simulated sweeps, float64 [B, R]; each row draws its own scale."""
+    scales_Bx1 = scatter * np.sqrt(degrees_of_freedom / generator.chisquare(degrees_of_freedom, (shape[0], 1)))
+    return scales_Bx1 * generator.standard_normal(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,53 +37,53 @@ class LeastSquares:
     """A linear fit and its bootstrap replicates.
 
     Attributes:
-      coefficients_K: the fitted coefficients.
-      replicates_SxK: coefficients of the simulated sweeps; None if there are no degrees of freedom left.
-      residuals_U: observed minus fitted.
-      scatter: standard deviation around the fit, corrected for the K coefficients; None in the same case.
-      covariance_KxK: covariance of the coefficients; None in the same case.
-      degrees_of_freedom: U - K.
+      coefficients_I: the fitted coefficients.
+      replicates_BxI: coefficients of the simulated sweeps; None if there are no degrees of freedom left.
+      residuals_R: observed minus fitted.
+      scatter: standard deviation around the fit, corrected for the I coefficients; None in the same case.
+      covariance_IxI: covariance of the coefficients; None in the same case.
+      degrees_of_freedom: R - I.
     """
 
-    coefficients_K: np.ndarray
-    replicates_SxK: np.ndarray | None
-    residuals_U: np.ndarray
+    coefficients_I: np.ndarray
+    replicates_BxI: np.ndarray | None
+    residuals_R: np.ndarray
     scatter: float | None
-    covariance_KxK: np.ndarray | None
+    covariance_IxI: np.ndarray | None
     degrees_of_freedom: int
 
 
 def least_squares(
-    design_UxK: np.ndarray, observed_U: np.ndarray, samples: int, generator: np.random.Generator
+    design_RxI: np.ndarray, observed_R: np.ndarray, samples: int, generator: np.random.Generator
 ) -> LeastSquares:
     """Fits observed = design @ coefficients with equal weights, and draws `samples` bootstrap replicates."""
-    inverse_KxU = np.linalg.pinv(design_UxK)
-    coefficients_K = inverse_KxU @ observed_U
-    residuals_U = observed_U - design_UxK @ coefficients_K
-    degrees_of_freedom = len(observed_U) - design_UxK.shape[1]
+    inverse_IxR = np.linalg.pinv(design_RxI)
+    coefficients_I = inverse_IxR @ observed_R
+    residuals_R = observed_R - design_RxI @ coefficients_I
+    degrees_of_freedom = len(observed_R) - design_RxI.shape[1]
     if degrees_of_freedom < 1:
-        return LeastSquares(coefficients_K, None, residuals_U, None, None, degrees_of_freedom)
-    scatter = max(math.sqrt(float(residuals_U @ residuals_U) / degrees_of_freedom), ROUNDING)
-    replicates_SxK = (
-        coefficients_K + noise(scatter, degrees_of_freedom, (samples, len(observed_U)), generator) @ inverse_KxU.T
+        return LeastSquares(coefficients_I, None, residuals_R, None, None, degrees_of_freedom)
+    scatter = max(math.sqrt(float(residuals_R @ residuals_R) / degrees_of_freedom), ROUNDING)
+    replicates_BxI = (
+        coefficients_I + noise(scatter, degrees_of_freedom, (samples, len(observed_R)), generator) @ inverse_IxR.T
     )
-    covariance_KxK = scatter**2 * inverse_KxU @ inverse_KxU.T
-    return LeastSquares(coefficients_K, replicates_SxK, residuals_U, scatter, covariance_KxK, degrees_of_freedom)
+    covariance_IxI = scatter**2 * inverse_IxR @ inverse_IxR.T
+    return LeastSquares(coefficients_I, replicates_BxI, residuals_R, scatter, covariance_IxI, degrees_of_freedom)
 
 
-def interval(value: float, draws_S: np.ndarray | None, confidence: float) -> dict[str, float | None]:
+def interval(value: float, draws_B: np.ndarray | None, confidence: float) -> dict[str, float | None]:
     """{value, low, high}; a bound is None if it cannot be computed or is infinite.
 
     Replicates may be infinite (a diverging coefficient) or NaN (an optimum that does not exist). NaNs count against
     both bounds.
     """
-    if draws_S is None:
+    if draws_B is None:
         return {"value": finite(value), "low": None, "high": None}
     tail = (1.0 - confidence) / 2.0
-    downward_S, upward_S = (np.where(np.isnan(draws_S), end, draws_S) for end in (-np.inf, np.inf))
+    downward_B, upward_B = (np.where(np.isnan(draws_B), end, draws_B) for end in (-np.inf, np.inf))
     # Picks an actual replicate rather than interpolating between two, one of which may be infinite.
-    low = np.quantile(downward_S, tail, method="inverted_cdf")
-    high = np.quantile(upward_S, 1.0 - tail, method="inverted_cdf")
+    low = np.quantile(downward_B, tail, method="inverted_cdf")
+    high = np.quantile(upward_B, 1.0 - tail, method="inverted_cdf")
     return {"value": finite(value), "low": finite(low), "high": finite(high)}
 
 

@@ -65,14 +65,14 @@ def fit(runs: Runs, *, confidence: float, samples: int, generator: np.random.Gen
     residuals_R = np.log(runs.losses_R) - points.log_losses(fitted_5)
     degrees_of_freedom = len(runs) - len(COEFFICIENTS)
     scatter = max(float(np.sqrt(residuals_R @ residuals_R / degrees_of_freedom)), _PRECISION)
-    noise_SxR = bootstrap.noise(scatter, degrees_of_freedom, (min(samples, _REFITS), len(runs)), generator)
-    drawn_Sx5 = points.refit(points.log_losses(fitted_5) + noise_SxR, np.ones_like(noise_SxR), fitted_5)
-    values, of_replicates = points.coefficients(fitted_5), points.coefficients(drawn_Sx5)
+    noise_BxR = bootstrap.noise(scatter, degrees_of_freedom, (min(samples, _REFITS), len(runs)), generator)
+    drawn_Bx5 = points.refit(points.log_losses(fitted_5) + noise_BxR, np.ones_like(noise_BxR), fitted_5)
+    values, of_replicates = points.coefficients(fitted_5), points.coefficients(drawn_Bx5)
     return {
         **{name: bootstrap.interval(values[name], of_replicates[name], confidence) for name in values},
         "goodness": _goodness(runs, residuals_R, scatter),
         "leave_one_out": _leave_one_out(runs, fitted_5),
-        "refits": len(drawn_Sx5),
+        "refits": len(drawn_Bx5),
     }
 
 
@@ -133,28 +133,28 @@ class _Points:
             options=_OPTIONS,
         )
 
-    def refit(self, observed_SxR: np.ndarray, counted_SxR: np.ndarray, start_5: np.ndarray) -> np.ndarray:
-        """Optima for S sets of losses at once, each near `start_5`; runs where `counted` is 0 are left out.
+    def refit(self, observed_BxR: np.ndarray, counted_BxR: np.ndarray, start_5: np.ndarray) -> np.ndarray:
+        """Optima for B sets of losses at once, each near `start_5`; runs where `counted` is 0 are left out.
 
         Takes Levenberg-Marquardt steps with Huber weights, whose quadratic majorizes the loss at the current point.
         """
-        search_Sx5, damping_S = np.tile(start_5, (len(observed_SxR), 1)), np.full(len(observed_SxR), 1e-3)
+        search_Bx5, damping_B = np.tile(start_5, (len(observed_BxR), 1)), np.full(len(observed_BxR), 1e-3)
         lowest_5, highest_5 = np.array(_BOUNDS).T
-        loss_S = self._huber(search_Sx5, observed_SxR, counted_SxR)
+        loss_B = self._huber(search_Bx5, observed_BxR, counted_BxR)
         for _ in range(_STEPS):
-            log_losses_SxR, slopes_SxRx5 = self._linearized(search_Sx5)
-            residuals_SxR = (log_losses_SxR - observed_SxR) / DELTA
-            weighted_SxRx5 = (counted_SxR / np.maximum(np.abs(residuals_SxR), 1.0))[..., None] * slopes_SxRx5
-            normal_Sx5x5 = weighted_SxRx5.mT @ slopes_SxRx5
-            damped = damping_S[:, None] * np.diagonal(normal_Sx5x5, axis1=1, axis2=2) + 1e-12
-            gradient_Sx5x1 = weighted_SxRx5.mT @ residuals_SxR[..., None] * DELTA
-            step_Sx5 = np.linalg.solve(normal_Sx5x5 + damped[:, None, :] * np.eye(5), gradient_Sx5x1)[..., 0]
-            tried_Sx5 = np.clip(search_Sx5 - step_Sx5, lowest_5, highest_5)
-            tried_loss_S = self._huber(tried_Sx5, observed_SxR, counted_SxR)
-            better_S = tried_loss_S < loss_S
-            search_Sx5, loss_S = np.where(better_S[:, None], tried_Sx5, search_Sx5), np.minimum(tried_loss_S, loss_S)
-            damping_S = np.clip(np.where(better_S, damping_S / 4, damping_S * 4), 1e-12, 1e6)
-        return search_Sx5
+            log_losses_BxR, slopes_BxRx5 = self._linearized(search_Bx5)
+            residuals_BxR = (log_losses_BxR - observed_BxR) / DELTA
+            weighted_BxRx5 = (counted_BxR / np.maximum(np.abs(residuals_BxR), 1.0))[..., None] * slopes_BxRx5
+            normal_Bx5x5 = weighted_BxRx5.mT @ slopes_BxRx5
+            damped = damping_B[:, None] * np.diagonal(normal_Bx5x5, axis1=1, axis2=2) + 1e-12
+            gradient_Bx5x1 = weighted_BxRx5.mT @ residuals_BxR[..., None] * DELTA
+            step_Bx5 = np.linalg.solve(normal_Bx5x5 + damped[:, None, :] * np.eye(5), gradient_Bx5x1)[..., 0]
+            tried_Bx5 = np.clip(search_Bx5 - step_Bx5, lowest_5, highest_5)
+            tried_loss_B = self._huber(tried_Bx5, observed_BxR, counted_BxR)
+            better_B = tried_loss_B < loss_B
+            search_Bx5, loss_B = np.where(better_B[:, None], tried_Bx5, search_Bx5), np.minimum(tried_loss_B, loss_B)
+            damping_B = np.clip(np.where(better_B, damping_B / 4, damping_B * 4), 1e-12, 1e6)
+        return search_Bx5
 
     def coefficients(self, search: np.ndarray) -> dict[str, np.ndarray]:
         """Converts search parameters [..., 5] to the law's coefficients and the exponents of the optimum."""

@@ -62,7 +62,7 @@ def compare(reference: tuple[str, PowerLaw], other: tuple[str, PowerLaw], *, aga
         "perplexity_ratio": _perplexity_ratio(laws, confidence),
         "equal_compute": _equal_compute(*laws),
     }
-    gammas = [bootstrap.interval(each.gamma, each.line.replicates_SxK[:, 1], confidence) for each in laws]
+    gammas = [bootstrap.interval(each.gamma, each.line.replicates_BxI[:, 1], confidence) for each in laws]
     return comparison | {"verdict": " ".join(_sentences(comparison, laws, gammas, against, confidence))}
 
 
@@ -109,8 +109,8 @@ def _includes(interval: dict, value: float) -> bool:
 
 
 def _perplexity_ratio(laws: Laws, confidence: float) -> dict | None:
-    x = min(law.x_U.max() for law in laws)
-    if x < max(law.x_U.min() for law in laws):
+    x = min(law.x_R.max() for law in laws)
+    if x < max(law.x_R.min() for law in laws):
         return None
     low, high = _difference(laws, [np.array([1.0, math.log(x) - law.center]) for law in laws], confidence)
     bounds = {"low": low, "value": (low + high) / 2.0, "high": high}

@@ -71,15 +71,15 @@ def _laws(fitted: dict, laws: dict[str, PowerLaw], point_set: PointSet, styles: 
     column = 1 if fitted["against"] == "flops" else 0
     for arm in styles:
         law, style = laws[arm], styles[arm]
-        line_G = np.geomspace(law.x_U.min() / 1.15, law.x_U.max() * 1.15, 100)
+        line_Z = np.geomspace(law.x_R.min() / 1.15, law.x_R.max() * 1.15, 100)
         tail = (1.0 - fitted["confidence"]) / 2.0
-        bounds_2xG = np.quantile(law.drawn_losses(line_G), [tail, 1.0 - tail], axis=0)
-        low_G, high_G = np.exp(np.clip(bounds_2xG, -_OUTSIDE, _OUTSIDE))
-        left.fill_between(line_G, low_G, high_G, color=style["color"], alpha=0.16, lw=0)
-        left.plot(line_G, np.exp(law.losses(line_G)), color=style["color"], ls=style["ls"])
-        points_Px3, used = point_set.points[arm], np.exp(law.runs.losses_R)
-        left.plot(points_Px3[:, column], points_Px3[:, 2], ".", ms=5, color=style["color"], alpha=0.55, mew=0)
-        left.plot(law.x_U, used, style["marker"], ms=7, color=style["color"], mec="white", mew=0.9, zorder=4)
+        bounds_2xZ = np.quantile(law.drawn_losses(line_Z), [tail, 1.0 - tail], axis=0)
+        low_Z, high_Z = np.exp(np.clip(bounds_2xZ, -_OUTSIDE, _OUTSIDE))
+        left.fill_between(line_Z, low_Z, high_Z, color=style["color"], alpha=0.16, lw=0)
+        left.plot(line_Z, np.exp(law.losses(line_Z)), color=style["color"], ls=style["ls"])
+        points_Nx3, used = point_set.points[arm], np.exp(law.runs.losses_R)
+        left.plot(points_Nx3[:, column], points_Nx3[:, 2], ".", ms=5, color=style["color"], alpha=0.55, mew=0)
+        left.plot(law.x_R, used, style["marker"], ms=7, color=style["color"], mec="white", mew=0.9, zorder=4)
         left.plot(
             [], [], marker=style["marker"], color=style["color"], ls=style["ls"], ms=7, mec="white", label=_label(arm)
         )
@@ -89,7 +89,7 @@ def _laws(fitted: dict, laws: dict[str, PowerLaw], point_set: PointSet, styles: 
     left.set_ylabel(_perplexity_label(fitted))
     _ticks(left.xaxis, left.get_xlim())
     # With few points, bands may be far wider than the points, so the points set the scale.
-    losses = [np.log(points_Px3[:, 2]) for points_Px3 in point_set.points.values()]
+    losses = [np.log(points_Nx3[:, 2]) for points_Nx3 in point_set.points.values()]
     low, high = np.min(np.concatenate(losses)), np.max(np.concatenate(losses))
     margin = 0.14 * max(high - low, 0.05)
     above = margin if len(styles) < 4 else 0.075 * len(styles) * (high - low)  # room for a long legend
@@ -203,9 +203,9 @@ def _draw_budgets(axes: matplotlib.axes.Axes, budgets: list[dict], runs: Runs) -
         if flops not in fitted:
             continue
         budget = fitted[flops]
-        line_G = np.geomspace(budget["smallest"], budget["largest"], 60)
-        losses_G = np.polynomial.polynomial.polyval(np.log(line_G / budget["center"]), budget["coefficients"])
-        axes.plot(line_G, np.exp(losses_G), color=color, lw=1.4)
+        line_Z = np.geomspace(budget["smallest"], budget["largest"], 60)
+        losses_Z = np.polynomial.polynomial.polyval(np.log(line_Z / budget["center"]), budget["coefficients"])
+        axes.plot(line_Z, np.exp(losses_Z), color=color, lw=1.4)
         if budget["inside"]:
             minimum = budget["parameters"]["value"], budget["perplexity"]["value"]
             axes.plot(*minimum, "D", ms=6, color=color, mec=INK, mew=0.9)
@@ -233,16 +233,16 @@ def _draw_optima(axes: matplotlib.axes.Axes, frontier: dict, arm: str, style: di
     optima = inside or frontier["envelope"].get("runs", [])
     if not optima:
         return
-    flops_U = np.array([optimum["flops"] for optimum in optima])
-    sizes_U = np.array([_value(optimum["parameters"]) for optimum in optima])
+    flops_R = np.array([optimum["flops"] for optimum in optima])
+    sizes_R = np.array([_value(optimum["parameters"]) for optimum in optima])
     text = _label(arm)
     if exponents:
         exponent = exponents["optimal_parameters"]
         text += rf", $\propto C^{{{exponent['value']:.2f}}}$"
-        line_G = np.geomspace(flops_U.min(), flops_U.max(), 2)
-        center = np.exp(np.mean(np.log(sizes_U))), np.exp(np.mean(np.log(flops_U)))
-        axes.plot(line_G, center[0] * (line_G / center[1]) ** exponent["value"], color=style["color"], ls=style["ls"])
-    axes.plot(flops_U, sizes_U, style["marker"], color=style["color"], mec="white", ms=7, label=text, zorder=4)
+        line_Z = np.geomspace(flops_R.min(), flops_R.max(), 2)
+        center = np.exp(np.mean(np.log(sizes_R))), np.exp(np.mean(np.log(flops_R)))
+        axes.plot(line_Z, center[0] * (line_Z / center[1]) ** exponent["value"], color=style["color"], ls=style["ls"])
+    axes.plot(flops_R, sizes_R, style["marker"], color=style["color"], mec="white", ms=7, label=text, zorder=4)
     for optimum in inside:
         low, high = optimum["parameters"]["low"], optimum["parameters"]["high"]
         if low and high:

@@ -33,30 +33,30 @@ def envelope(runs: Runs, *, confidence: float, samples: int, generator: np.rando
         return {"absent": "no run is beaten by another with less or equal compute, so every size is on the envelope"}
     if len(frontier) < LEAST_SIZES:
         return {"absent": f"it has {len(frontier)} runs, a law needs {LEAST_SIZES}", "runs": described(frontier)}
-    log_flops_U = np.log(frontier.flops_R)
-    design_UxK = np.stack([np.ones(len(frontier)), log_flops_U - log_flops_U.mean()], axis=1)
-    spread_SxU = np.stack(
+    log_flops_R = np.log(frontier.flops_R)
+    design_RxI = np.stack([np.ones(len(frontier)), log_flops_R - log_flops_R.mean()], axis=1)
+    spread_BxR = np.stack(
         [
             _spread(runs, groups_R, flops, size, samples, generator)
             for flops, size in zip(frontier.flops_R, frontier.parameters_R, strict=True)
         ],
         axis=1,
     )
-    of_spread_S = spread_SxU @ np.linalg.pinv(design_UxK)[1]
+    of_spread_B = spread_BxR @ np.linalg.pinv(design_RxI)[1]
     exponents = {}
-    for name, values_U, spread in (
+    for name, values_R, spread in (
         ("optimal_parameters", np.log(frontier.parameters_R), 1.0),
         ("optimal_tokens", np.log(frontier.tokens_R), -1.0),
         ("perplexity", frontier.losses_R, 0.0),
     ):
-        line = bootstrap.least_squares(design_UxK, values_U, samples, generator)
-        drawn_S = line.replicates_SxK[:, 1] + spread * of_spread_S
-        exponents[name] = bootstrap.interval(line.coefficients_K[1], drawn_S, confidence)
+        line = bootstrap.least_squares(design_RxI, values_R, samples, generator)
+        drawn_B = line.replicates_BxI[:, 1] + spread * of_spread_B
+        exponents[name] = bootstrap.interval(line.coefficients_I[1], drawn_B, confidence)
     return {"exponents": exponents, "runs": described(frontier)}
 
 
 def _spread(runs: Runs, groups_R: np.ndarray, flops: float, size: float, samples: int, generator) -> np.ndarray:
-    """Random log(optimum / size), [S], over the range that a size represents among those run at its budget."""
+    """Random log(optimum / size), [B], over the range that a size represents among those run at its budget."""
     budget = runs.take(groups_R == groups_R[np.flatnonzero(runs.flops_R == flops)[0]])
     tried = budget if len(set_of(budget.parameters_R)) > 1 else runs
     sizes = np.log(set_of(tried.parameters_R))
@@ -89,12 +89,12 @@ def isoflop(runs: Runs, *, confidence: float, samples: int, generator: np.random
 
 @dataclasses.dataclass(frozen=True)
 class _Parabola:
-    """log PPL of one budget by z = log(N / center): coefficients [3] and replicates [S, 3], or None."""
+    """log PPL of one budget by z = log(N / center): coefficients [3] and replicates [B, 3], or None."""
 
     budget: Runs
     center: float
     coefficients_3: np.ndarray
-    draws_Sx3: np.ndarray | None
+    draws_Bx3: np.ndarray | None
 
     def optimum(self, coefficients: np.ndarray) -> dict[str, np.ndarray]:
         """Logarithms of size, tokens and perplexity at the minimum, from coefficients [..., 3]; NaN without one."""
@@ -117,10 +117,10 @@ class _Parabola:
     def described(self, confidence: float) -> dict:
         bounds = {}
         for name, value in self.optimum(self.coefficients_3).items():
-            drawn_S = None if self.draws_Sx3 is None else self.optimum(self.draws_Sx3)[name]
+            drawn_B = None if self.draws_Bx3 is None else self.optimum(self.draws_Bx3)[name]
             with np.errstate(over="ignore"):
                 bounds[name] = bootstrap.interval(
-                    np.exp(value), None if drawn_S is None else np.exp(drawn_S), confidence
+                    np.exp(value), None if drawn_B is None else np.exp(drawn_B), confidence
                 )
         return {
             "flops": float(np.median(self.budget.flops_R)),
@@ -140,14 +140,14 @@ def _parabolas(budgets: list[Runs], samples: int, generator: np.random.Generator
         np.vander(np.log(budget.parameters_R / center), 3, increasing=True)
         for budget, center in zip(budgets, centers, strict=True)
     ]
-    losses_U = np.concatenate([budget.losses_R for budget in budgets])
-    fitted = bootstrap.least_squares(scipy.linalg.block_diag(*blocks), losses_U, samples, generator)
+    losses_R = np.concatenate([budget.losses_R for budget in budgets])
+    fitted = bootstrap.least_squares(scipy.linalg.block_diag(*blocks), losses_R, samples, generator)
     return [
         _Parabola(
             budget,
             center,
-            fitted.coefficients_K[3 * block : 3 * block + 3],
-            None if fitted.replicates_SxK is None else fitted.replicates_SxK[:, 3 * block : 3 * block + 3],
+            fitted.coefficients_I[3 * block : 3 * block + 3],
+            None if fitted.replicates_BxI is None else fitted.replicates_BxI[:, 3 * block : 3 * block + 3],
         )
         for block, (budget, center) in enumerate(zip(budgets, centers, strict=True))
     ]
@@ -155,13 +155,13 @@ def _parabolas(budgets: list[Runs], samples: int, generator: np.random.Generator
 
 def _exponents(parabolas: list[_Parabola], confidence: float) -> dict:
     """Slopes of the optima's logarithms over log compute; replicates carry the runs' noise through the parabolas."""
-    log_flops_U = np.log([np.median(parabola.budget.flops_R) for parabola in parabolas])
-    weights_U = (log_flops_U - log_flops_U.mean()) / np.sum(np.square(log_flops_U - log_flops_U.mean()))
+    log_flops_R = np.log([np.median(parabola.budget.flops_R) for parabola in parabolas])
+    weights_R = (log_flops_R - log_flops_R.mean()) / np.sum(np.square(log_flops_R - log_flops_R.mean()))
     exponents = {}
     for name, key in (("parameters", "optimal_parameters"), ("tokens", "optimal_tokens"), ("perplexity", "perplexity")):
-        slope = weights_U @ np.array([parabola.optimum(parabola.coefficients_3)[name] for parabola in parabolas])
-        slopes_S = None
-        if parabolas[0].draws_Sx3 is not None:
-            slopes_S = weights_U @ np.array([parabola.optimum(parabola.draws_Sx3)[name] for parabola in parabolas])
-        exponents[key] = bootstrap.interval(slope, slopes_S, confidence)
+        slope = weights_R @ np.array([parabola.optimum(parabola.coefficients_3)[name] for parabola in parabolas])
+        slopes_B = None
+        if parabolas[0].draws_Bx3 is not None:
+            slopes_B = weights_R @ np.array([parabola.optimum(parabola.draws_Bx3)[name] for parabola in parabolas])
+        exponents[key] = bootstrap.interval(slope, slopes_B, confidence)
     return exponents

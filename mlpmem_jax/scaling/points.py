@@ -77,7 +77,7 @@ class PointSet:
       rows: number of points.
       corpus: the common corpus of all points; None if the file names none.
       arms: runs of every arm, in order of first appearance.
-      points: arm -> (parameters, flops, perplexity) of its rows, unaveraged, float [P, 3].
+      points: arm -> (parameters, flops, perplexity) of its rows, unaveraged, float [N, 3].
     """
 
     rows: int

@@ -22,42 +22,42 @@ class PowerLaw:
 
     Attributes:
       runs: the runs it was fitted to, one per X.
-      x_U: X of each run.
+      x_R: X of each run.
       center: mean of log X.
       line: the fitted line; its coefficients are height and gamma.
     """
 
     runs: Runs
-    x_U: np.ndarray
+    x_R: np.ndarray
     center: float
     line: bootstrap.LeastSquares
 
     @property
     def gamma(self) -> float:
-        return float(self.line.coefficients_K[1])
+        return float(self.line.coefficients_I[1])
 
     @property
     def log_beta(self) -> float:
-        return float(_log_beta(*self.line.coefficients_K, self.center, self.gamma))
+        return float(_log_beta(*self.line.coefficients_I, self.center, self.gamma))
 
     @property
-    def log_betas_S(self) -> np.ndarray:
-        heights_S, gammas_S = self.line.replicates_SxK.T
-        return _log_beta(heights_S, gammas_S, self.center, self.gamma)
+    def log_betas_B(self) -> np.ndarray:
+        heights_B, gammas_B = self.line.replicates_BxI.T
+        return _log_beta(heights_B, gammas_B, self.center, self.gamma)
 
     def combination(self, weights_2: np.ndarray) -> tuple[float, float]:
         """The value and variance of a weighted sum of height and gamma."""
-        return float(weights_2 @ self.line.coefficients_K), float(weights_2 @ self.line.covariance_KxK @ weights_2)
+        return float(weights_2 @ self.line.coefficients_I), float(weights_2 @ self.line.covariance_IxI @ weights_2)
 
     def losses(self, x: float | np.ndarray) -> np.ndarray:
         """log PPL at x."""
-        height, gamma = self.line.coefficients_K
+        height, gamma = self.line.coefficients_I
         return height + gamma * (np.log(x) - self.center)
 
-    def drawn_losses(self, x_G: np.ndarray) -> np.ndarray:
-        """log PPL at x for every replicate, [S, G]."""
-        heights_S, gammas_S = self.line.replicates_SxK.T
-        return heights_S[:, None] + gammas_S[:, None] * (np.log(x_G) - self.center)
+    def drawn_losses(self, x_Z: np.ndarray) -> np.ndarray:
+        """log PPL at x for every replicate, [B, Z]."""
+        heights_B, gammas_B = self.line.replicates_BxI.T
+        return heights_B[:, None] + gammas_B[:, None] * (np.log(x_Z) - self.center)
 
 
 def _log_beta(height, gamma, center: float, fitted_gamma: float):
@@ -78,13 +78,13 @@ def fit(runs: Runs, *, against: str, samples: int, generator: np.random.Generato
       generator: random generator for the replicates.
     """
     used = runs.best(runs.budgets() if against == "flops" else runs.parameters_R)
-    x_U = used.flops_R if against == "flops" else used.parameters_R
-    center = float(np.mean(np.log(x_U)))
-    return PowerLaw(used, x_U, center, bootstrap.least_squares(_design(x_U, center), used.losses_R, samples, generator))
+    x_R = used.flops_R if against == "flops" else used.parameters_R
+    center = float(np.mean(np.log(x_R)))
+    return PowerLaw(used, x_R, center, bootstrap.least_squares(_design(x_R, center), used.losses_R, samples, generator))
 
 
-def _design(x_U: np.ndarray, center: float) -> np.ndarray:
-    return np.stack([np.ones(len(x_U)), np.log(x_U) - center], axis=1)
+def _design(x_R: np.ndarray, center: float) -> np.ndarray:
+    return np.stack([np.ones(len(x_R)), np.log(x_R) - center], axis=1)
 
 
 def summary(law: PowerLaw, confidence: float) -> dict:
@@ -93,8 +93,8 @@ def summary(law: PowerLaw, confidence: float) -> dict:
     beta.low and beta.high are None if the interval of gamma includes zero, because beta is then unbounded.
     """
     with np.errstate(over="ignore"):
-        beta = bootstrap.interval(np.exp(law.log_beta), np.exp(law.log_betas_S), confidence)
-    gamma = bootstrap.interval(law.gamma, law.line.replicates_SxK[:, 1], confidence)
+        beta = bootstrap.interval(np.exp(law.log_beta), np.exp(law.log_betas_B), confidence)
+    gamma = bootstrap.interval(law.gamma, law.line.replicates_BxI[:, 1], confidence)
     if gamma["low"] <= 0.0 <= gamma["high"]:
         beta |= {"low": None, "high": None}
     return {
@@ -128,7 +128,7 @@ def goodness(law: PowerLaw) -> dict:
         around = law.line.scatter**2 * len(runs) / np.sum(1.0 / runs.seeds_R)
         probability = float(scipy.special.fdtrc(law.line.degrees_of_freedom, of_seeds, around * of_seeds / squares))
     return {
-        "r_squared": 1.0 - float(law.line.residuals_U @ law.line.residuals_U) / total if total > 0.0 else None,
+        "r_squared": 1.0 - float(law.line.residuals_R @ law.line.residuals_R) / total if total > 0.0 else None,
         "scatter_of_sizes": law.line.scatter,
         "scatter_of_seeds": math.sqrt(squares / of_seeds) if of_seeds else None,
         "degrees_of_freedom": law.line.degrees_of_freedom,
@@ -139,13 +139,13 @@ def goodness(law: PowerLaw) -> dict:
 def leave_one_out(law: PowerLaw) -> dict:
     """Each size predicted by a law fitted to the others; the error is predicted / observed perplexity - 1."""
     sizes = []
-    for left_out in range(len(law.x_U)):
-        others = np.arange(len(law.x_U)) != left_out
-        design_UxK = _design(law.x_U, law.center)
-        coefficients_K = np.linalg.pinv(design_UxK[others]) @ law.runs.losses_R[others]
-        predicted = float(design_UxK[left_out] @ coefficients_K)
+    for left_out in range(len(law.x_R)):
+        others = np.arange(len(law.x_R)) != left_out
+        design_RxI = _design(law.x_R, law.center)
+        coefficients_I = np.linalg.pinv(design_RxI[others]) @ law.runs.losses_R[others]
+        predicted = float(design_RxI[left_out] @ coefficients_I)
         observed = float(law.runs.losses_R[left_out])
-        sizes.append({"x": float(law.x_U[left_out]), "observed": math.exp(observed), "predicted": math.exp(predicted)})
+        sizes.append({"x": float(law.x_R[left_out]), "observed": math.exp(observed), "predicted": math.exp(predicted)})
     return with_errors(sizes)
 
 

@@ -33,8 +33,8 @@ class TokenSource:
 class TargetSource:
     """Sequences for training the memory.
 
-    Each has `next_tokens` [T] int32, the sparse target distribution as `token_ids` [T, S] uint16 or int32 and
-    `probabilities` [T, S] float16, as stored (padded with zeros; S = `entries`), and either `memory_inputs`
+    Each has `next_tokens` [T] int32, the sparse target distribution as `token_ids` [T, E] uint16 or int32 and
+    `probabilities` [T, E] float16, as stored (padded with zeros; E = `entries`), and either `memory_inputs`
     [T, D] from the datastore (offline) or `tokens` [T] int32 for the base LM (online).
     """
 
@@ -50,12 +50,12 @@ class TargetSource:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         index = int(index)
         offsets_T1, token_ids_M, probabilities_M = self._targets.read(index, index + 1)
-        filled_TxS = np.arange(self.entries) < np.diff(offsets_T1)[:, None]
-        token_ids_TxS = np.zeros((self._length, self.entries), token_ids_M.dtype)
-        probabilities_TxS = np.zeros((self._length, self.entries), probabilities_M.dtype)
-        token_ids_TxS[filled_TxS] = token_ids_M
-        probabilities_TxS[filled_TxS] = probabilities_M
-        item = {"token_ids": token_ids_TxS, "probabilities": probabilities_TxS}
+        filled_TxE = np.arange(self.entries) < np.diff(offsets_T1)[:, None]
+        token_ids_TxE = np.zeros((self._length, self.entries), token_ids_M.dtype)
+        probabilities_TxE = np.zeros((self._length, self.entries), probabilities_M.dtype)
+        token_ids_TxE[filled_TxE] = token_ids_M
+        probabilities_TxE[filled_TxE] = probabilities_M
+        item = {"token_ids": token_ids_TxE, "probabilities": probabilities_TxE}
         if self._stream is None:
             item["memory_inputs"] = self._datastore.read(self._inputs, index, index + 1)[0]
             item["next_tokens"] = self._datastore.read("next_tokens", index, index + 1)[0]

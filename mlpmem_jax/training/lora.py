@@ -5,7 +5,7 @@ feed-forward layers, but not the attention's output projection; the rank is chos
 parameters as the memory. Training computes W + s A B and differentiates through it, so any language model can be
 adapted without changing its module. The artifact is the merged model, with A and B stored next to it for export.
 
-Dimensions: L blocks, I inputs of a matrix, R rank; the remaining axes, one or several, are its outputs.
+Dimensions: L blocks, I inputs of a matrix, Y rank; the remaining axes, one or several, are its outputs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def adapted(logical_axes: dict) -> dict[tuple[str, ...], tuple[str | None, ...]]
 
 
 def adapter_axes(logical_axes: dict) -> dict:
-    """Logical axes of the adapters: {"path.of.kernel": {"a": [L, I, R], "b": [L, R, ...]}}."""
+    """Logical axes of the adapters: {"path.of.kernel": {"a": [L, I, Y], "b": [L, Y, ...]}}."""
     return {
         ".".join(path): {"a": (axes[0], axes[1], None), "b": (axes[0], None, *axes[2:])}
         for path, axes in adapted(logical_axes).items()
@@ -71,10 +71,10 @@ def init(abstract: dict, logical_axes: dict, rank: int, key: jax.Array) -> dict:
     for number, path in enumerate(adapter_axes(logical_axes)):
         blocks, inputs, *outputs = _kernel(abstract, path).shape
         reach = inputs**-0.5
-        a_LxIxR = jax.random.uniform(
+        a_LxIxY = jax.random.uniform(
             jax.random.fold_in(key, number), (blocks, inputs, rank), minval=-reach, maxval=reach
         )
-        adapters[path] = {"a": a_LxIxR, "b": jnp.zeros((blocks, rank, *outputs))}
+        adapters[path] = {"a": a_LxIxY, "b": jnp.zeros((blocks, rank, *outputs))}
     return adapters
 
 
@@ -84,8 +84,8 @@ def merge(parameters: dict, adapters: dict) -> dict:
     for path, adapter in adapters.items():
         *module, leaf = path.split(".")
         parent = functools.reduce(lambda tree, name: tree[name], module, blocks)
-        b_LxRxO = adapter["b"].reshape(*adapter["b"].shape[:2], -1)
-        delta = SCALE * jnp.einsum("lir,lro->lio", adapter["a"], b_LxRxO)
+        b_LxYxO = adapter["b"].reshape(*adapter["b"].shape[:2], -1)
+        delta = SCALE * jnp.einsum("liy,lyo->lio", adapter["a"], b_LxYxO)
         parent[leaf] = parent[leaf] + delta.reshape(parent[leaf].shape)
     return {**parameters, "h": blocks}
 

@@ -22,8 +22,8 @@ from mlpmem_jax.models.layers import transposed_product
 class _Targets(NamedTuple):
     """The targets of each position, and its weight in the mean."""
 
-    token_ids_NxS: jax.Array
-    probabilities_NxS: jax.Array
+    token_ids_NxE: jax.Array
+    probabilities_NxE: jax.Array
     next_tokens_N: jax.Array
     weights_N: jax.Array
 
@@ -50,8 +50,8 @@ class _Settings(NamedTuple):
 def sparse_cross_entropy(
     hidden_NxD: jax.Array,
     kernel_DxV: jax.Array,
-    token_ids_NxS: jax.Array,
-    probabilities_NxS: jax.Array,
+    token_ids_NxE: jax.Array,
+    probabilities_NxE: jax.Array,
     next_tokens_N: jax.Array,
     *,
     alpha: float,
@@ -72,8 +72,8 @@ def sparse_cross_entropy(
       hidden_NxD: float32 or bfloat16, sharded over the "batch" mesh axes.
       kernel_DxV: output projection, sharded ("embed", "vocab"). V >= vocab_size; further columns are padding, never
         predicted and without gradient. If the mesh does not divide V, it is padded here.
-      token_ids_NxS: int32, ids below vocab_size. S may be 0. Entries of probability 0 are padding.
-      probabilities_NxS: float, not negative.
+      token_ids_NxE: int32, ids below vocab_size. E may be 0. Entries of probability 0 are padding.
+      probabilities_NxE: float, not negative.
       next_tokens_N: int32.
       alpha: weight of the divergence, 0 to 1.
       vocab_size: number of real tokens.
@@ -96,7 +96,7 @@ def sparse_cross_entropy(
     else:
         total = weights_N.sum(dtype=jnp.float32)
         weights_N = weights_N.astype(jnp.float32) / jnp.where(total > 0, total, 1)
-    targets = _Targets(token_ids_NxS, probabilities_NxS, next_tokens_N, weights_N)
+    targets = _Targets(token_ids_NxE, probabilities_NxE, next_tokens_N, weights_N)
     return _loss(settings, hidden_NxD, kernel_DxV, targets)
 
 
@@ -228,17 +228,17 @@ class _ChunkLoss(NamedTuple):
     Attributes:
       sums: weighted sums over the chunk's positions of KL and of cross entropy.
       exponentials_CxV, normalizer_Cx1: their quotient is the softmax.
-      ids_CxE, is_here_CxE: columns of the stored entries and, last, of the next token; and whether they are on this
+      ids_CxE1, is_here_CxE1: columns of the stored entries and, last, of the next token; and whether they are on this
         device (if not, the column is 0).
-      p_CxS: the stored probabilities, renormalized to sum to 1.
+      p_CxE: the stored probabilities, renormalized to sum to 1.
     """
 
     sums: tuple[jax.Array, jax.Array]
     exponentials_CxV: jax.Array
     normalizer_Cx1: jax.Array
-    ids_CxE: jax.Array
-    is_here_CxE: jax.Array
-    p_CxS: jax.Array
+    ids_CxE1: jax.Array
+    is_here_CxE1: jax.Array
+    p_CxE: jax.Array
 
 
 def _chunk_loss(settings: _Settings, kernel_DxV, hidden_CxD, targets: _Targets) -> _ChunkLoss:
@@ -253,20 +253,20 @@ def _chunk_loss(settings: _Settings, kernel_DxV, hidden_CxD, targets: _Targets) 
     normalizer_Cx1 = jax.lax.psum(exponentials_CxV.sum(-1, keepdims=True), settings.vocab_axes)
 
     # The stored entries and, last, the next token. Each device looks up those in its vocabulary shard.
-    ids_CxE = jnp.concatenate([targets.token_ids_NxS, targets.next_tokens_N[:, None]], axis=1) - first
-    is_here_CxE = (ids_CxE >= 0) & (ids_CxE < columns)
-    ids_CxE = jnp.where(is_here_CxE, ids_CxE, 0)
-    entry_logits_CxE = jnp.take_along_axis(logits_CxV, ids_CxE, axis=1, mode="promise_in_bounds")
-    log_q_CxE = entry_logits_CxE - maximum_Cx1 - jnp.log(normalizer_Cx1)
+    ids_CxE1 = jnp.concatenate([targets.token_ids_NxE, targets.next_tokens_N[:, None]], axis=1) - first
+    is_here_CxE1 = (ids_CxE1 >= 0) & (ids_CxE1 < columns)
+    ids_CxE1 = jnp.where(is_here_CxE1, ids_CxE1, 0)
+    entry_logits_CxE1 = jnp.take_along_axis(logits_CxV, ids_CxE1, axis=1, mode="promise_in_bounds")
+    log_q_CxE1 = entry_logits_CxE1 - maximum_Cx1 - jnp.log(normalizer_Cx1)
 
-    p_CxS = targets.probabilities_NxS.astype(jnp.float32)
-    mass_Cx1 = p_CxS.sum(-1, keepdims=True)
-    p_CxS = p_CxS / jnp.where(mass_Cx1 > 0, mass_Cx1, 1)
-    log_ratio_CxS = jnp.log(jnp.where(p_CxS > 0, p_CxS, 1)) - log_q_CxE[:, :-1]
-    is_counted_CxS = (p_CxS > 0) & is_here_CxE[:, :-1]
-    kl = jnp.sum(targets.weights_N[:, None] * jnp.where(is_counted_CxS, p_CxS * log_ratio_CxS, 0))
-    cross_entropy = -jnp.sum(targets.weights_N * jnp.where(is_here_CxE[:, -1], log_q_CxE[:, -1], 0))
-    return _ChunkLoss((kl, cross_entropy), exponentials_CxV, normalizer_Cx1, ids_CxE, is_here_CxE, p_CxS)
+    p_CxE = targets.probabilities_NxE.astype(jnp.float32)
+    mass_Cx1 = p_CxE.sum(-1, keepdims=True)
+    p_CxE = p_CxE / jnp.where(mass_Cx1 > 0, mass_Cx1, 1)
+    log_ratio_CxE = jnp.log(jnp.where(p_CxE > 0, p_CxE, 1)) - log_q_CxE1[:, :-1]
+    is_counted_CxE = (p_CxE > 0) & is_here_CxE1[:, :-1]
+    kl = jnp.sum(targets.weights_N[:, None] * jnp.where(is_counted_CxE, p_CxE * log_ratio_CxE, 0))
+    cross_entropy = -jnp.sum(targets.weights_N * jnp.where(is_here_CxE1[:, -1], log_q_CxE1[:, -1], 0))
+    return _ChunkLoss((kl, cross_entropy), exponentials_CxV, normalizer_Cx1, ids_CxE1, is_here_CxE1, p_CxE)
 
 
 def _chunk_gradients(settings: _Settings, kernel_DxV, hidden_CxD, targets: _Targets, computed: _ChunkLoss):
@@ -275,14 +275,14 @@ def _chunk_gradients(settings: _Settings, kernel_DxV, hidden_CxD, targets: _Targ
     The gradient of the logits is weight * (mass * exponentials / normalizer - target). The factor of the exponentials
     is one number per row: moving it out of the matrix products saves a pass over [C, V].
     """
-    alpha, ids_CxE = settings.alpha, computed.ids_CxE
-    target_CxE = jnp.pad(alpha * computed.p_CxS, ((0, 0), (0, 1)), constant_values=1 - alpha)
-    mass_Cx1 = target_CxE.sum(-1, keepdims=True)
+    alpha, ids_CxE1 = settings.alpha, computed.ids_CxE1
+    target_CxE1 = jnp.pad(alpha * computed.p_CxE, ((0, 0), (0, 1)), constant_values=1 - alpha)
+    mass_Cx1 = target_CxE1.sum(-1, keepdims=True)
     factor_Cx1 = targets.weights_N[:, None] * mass_Cx1 / computed.normalizer_Cx1
-    scaled_target_CxE = target_CxE * computed.normalizer_Cx1 / jnp.where(mass_Cx1 > 0, mass_Cx1, 1)
-    entries_CxE = jnp.where(computed.is_here_CxE, scaled_target_CxE, 0)
-    rows_Cx1 = jnp.arange(ids_CxE.shape[0])[:, None]
-    gradient_CxV = computed.exponentials_CxV.at[rows_Cx1, ids_CxE].add(-entries_CxE, mode="promise_in_bounds")
+    scaled_target_CxE1 = target_CxE1 * computed.normalizer_Cx1 / jnp.where(mass_Cx1 > 0, mass_Cx1, 1)
+    entries_CxE1 = jnp.where(computed.is_here_CxE1, scaled_target_CxE1, 0)
+    rows_Cx1 = jnp.arange(ids_CxE1.shape[0])[:, None]
+    gradient_CxV = computed.exponentials_CxV.at[rows_Cx1, ids_CxE1].add(-entries_CxE1, mode="promise_in_bounds")
     gradient_CxV = gradient_CxV.astype(kernel_DxV.dtype)
     d_hidden_CxD = factor_Cx1 * jnp.dot(gradient_CxV, kernel_DxV.T, preferred_element_type=jnp.float32)
     d_hidden_CxD = d_hidden_CxD.astype(hidden_CxD.dtype)

@@ -176,11 +176,11 @@ def torch_step(case: Case, parameters: dict, learning_rate: float = 5e-4) -> Ste
         return functional.linear(norm(rest["final_norm"], x), head_VxD)
 
     placed = {name: torch.tensor(array, device=device) for name, array in batch(case).items()}
-    ids_NxS, next_N = placed["token_ids"].long(), placed["next_tokens"].long()
+    ids_NxE, next_N = placed["token_ids"].long(), placed["next_tokens"].long()
 
     def run() -> float:
         targets_NxV = torch.zeros(case.positions, model.vocab_size, device=device)
-        targets_NxV.scatter_(1, ids_NxS, placed["probabilities"])
+        targets_NxV.scatter_(1, ids_NxE, placed["probabilities"])
         with torch.autocast(device, dtype=dtype, enabled=case.dtype != "float32"):
             logits_NxV = logits(placed["memory_inputs"])
         log_NxV = functional.log_softmax(logits_NxV.float(), dim=-1)
@@ -226,26 +226,26 @@ def compared_row(name: str, case: Case, training: ml_collections.ConfigDict) -> 
         raise UserError(f"{name}: the first loss is {losses[0]} in JAX and {losses[1]} in PyTorch; expected the same")
     for step in steps:
         step.run()  # JAX's optimizer states get their final layout, PyTorch allocates what it needs
-    peaks_R, seconds_RxS = np.zeros(_ROUNDS), np.zeros((_ROUNDS, len(steps)))
+    peaks_R, seconds = np.zeros(_ROUNDS), np.zeros((_ROUNDS, len(steps)))
     for round_ in range(_ROUNDS):
         peaks_R[round_] = _peak(case.dtype)
         for number, step in enumerate(steps):
             start = time.perf_counter()
             step.run()
-            seconds_RxS[round_, number] = time.perf_counter() - start
+            seconds[round_, number] = time.perf_counter() - start
     if not absent and (torch := require("torch", extra="torch")).cuda.is_available():
         steps.clear()
         torch.cuda.empty_cache()  # otherwise JAX could not use that memory
-    rates_S = case.positions / np.median(seconds_RxS, axis=0)
-    utilizations_S = np.median(case.step_flops / seconds_RxS / peaks_R[:, None], axis=0)
+    rates = case.positions / np.median(seconds, axis=0)
+    utilizations = np.median(case.step_flops / seconds / peaks_R[:, None], axis=0)
     against = "the published peak" if chips.published(jax.devices()[0].device_kind) else "the matmul rate"
     detail = (
         f"{case.dtype}, {case.positions:,} positions, {case.model.blocks} blocks, vocabulary "
-        f"{case.model.vocab_size:,}, {case.entries} entries, AdamW; {rates_S[0]:,.0f} positions/s, "
-        f"{utilizations_S[0]:.0%} of {against}, {np.median(peaks_R) / 1e12:.3g} TFLOP/s; medians of {_ROUNDS}{absent}"
+        f"{case.model.vocab_size:,}, {case.entries} entries, AdamW; {rates[0]:,.0f} positions/s, "
+        f"{utilizations[0]:.0%} of {against}, {np.median(peaks_R) / 1e12:.3g} TFLOP/s; medians of {_ROUNDS}{absent}"
     )
     if absent:
-        return row(name, utilizations_S[0], f"of {against}", detail)
-    detail += f"; the reference's step {rates_S[1]:,.0f} positions/s, {utilizations_S[1]:.0%}"
-    ratio = np.median(seconds_RxS[:, 1] / seconds_RxS[:, 0])
+        return row(name, utilizations[0], f"of {against}", detail)
+    detail += f"; the reference's step {rates[1]:,.0f} positions/s, {utilizations[1]:.0%}"
+    ratio = np.median(seconds[:, 1] / seconds[:, 0])
     return row(name, ratio, "x PyTorch's rate", detail)
