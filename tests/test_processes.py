@@ -187,7 +187,8 @@ def test_a_notice_to_one_process_leads_to_one_checkpoint_of_all(reference, tmp_p
     workdir = seeded(reference, tmp_path, *DATA, "targets")
     codes, printed = launch(workdir, "train", Job(2), "preempted_in_step")
     assert codes == [EXIT_AGAIN] * 2
-    stopped = {line.split("at step ")[1].split()[0].rstrip(",") for line in "".join(printed).splitlines() if "preempted;" in line}
+    lines = "".join(printed).splitlines()
+    stopped = {line.split("at step ")[1].split(",")[0] for line in lines if "preempted;" in line}
     assert len(stopped) == 1  # both say the same step
     assert (workdir / "memory" / "checkpoints" / stopped.pop()).exists()
     assert launch(workdir, "train", Job(1, 8))[0] == [0]
