@@ -130,16 +130,15 @@ def rounded(parameters, dtype):
 @pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-6), ("bfloat16", 0.02)])
 def test_prefill_and_step_give_the_mixture_of_both_models(base, memory_parameters, dtype, apart):
     base, memory_parameters = rounded(base, dtype), rounded(memory_parameters, dtype)
-    models = dataclasses.replace(BOTH, dtype=dtype)
     parameters = prepare(Parameters(base, memory_parameters, 0.3), dtype)
     tokens_BxT = np.array([[0, 0, *PROMPTS[1][:4]], PROMPTS[1][:6]])
     prefill = jax.jit(decoding.prefill, static_argnums=(0, 4))
-    before, cache = prefill(models, parameters, tokens_BxT, np.array([2, 0]), 9)
+    before, cache = prefill(BOTH, parameters, tokens_BxT, np.array([2, 0]), 9)
     assert {array.dtype for array in cache.keys + cache.values} == {jnp.dtype(dtype)}
-    after, _ = jax.jit(decoding.step, static_argnums=0)(models, parameters, cache, np.array([7, 12]))
+    after, _ = jax.jit(decoding.step, static_argnums=0)(BOTH, parameters, cache, np.array([7, 12]))
     for row, (prompt, token) in enumerate(((PROMPTS[1][:4], 7), (PROMPTS[1][:6], 12))):
         for reading, tokens in ((before, prompt), (after, [*prompt, token])):
-            memory_log = decoding.memory_log_probabilities(models, parameters, reading)
+            memory_log = decoding.memory_log_probabilities(BOTH, parameters, reading)
             mixed = np.exp(decoding.mix(reading.base_log_BxV, memory_log, 0.3))
             expected = distribution(base, memory_parameters, 0.3, tokens)
             np.testing.assert_allclose(mixed[row], expected, rtol=1e-4, atol=apart)

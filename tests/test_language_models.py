@@ -143,7 +143,7 @@ def test_padded_prompts_and_64_cached_steps_equal_single_forward_passes(folders,
     parameters, config = load(folders(name))
     steps, padding_B = 64, np.array([5, 0, 11])
     tokens_BxT = tokens(name, 3, 16 + steps)
-    models, prepared = DecoderConfig(config, dtype=dtype), prepare(Parameters(parameters), dtype)
+    models, prepared = DecoderConfig(config), prepare(Parameters(parameters), dtype)
     prefill = jax.jit(decoding.prefill, static_argnums=(0, 4))
     reading, cache = prefill(models, prepared, tokens_BxT[:, :16], padding_B, 16 + steps)
     step, actual = jax.jit(decoding.step, static_argnums=0), [reading.base_log_BxV]

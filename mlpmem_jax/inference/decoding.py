@@ -23,15 +23,11 @@ from mlpmem_jax.models.memory import MemoryConfig
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Dimensions of a base LM and, optionally, of its memory, which reads the input of block `input_block`.
-
-    `dtype` is that of weights, cache and matrix products; softmax, norms and the residual stream are float32.
-    """
+    """Dimensions of a base LM and, optionally, of its memory, which reads the input of block `input_block`."""
 
     base: language_model.Config
     memory: MemoryConfig | None = None
     input_block: int = 0
-    dtype: str = "float32"
 
 
 class Parameters(NamedTuple):
@@ -70,7 +66,8 @@ def weights_dtype(compute_dtype: str) -> str:
 def prepare(parameters: Parameters, dtype: str = "float32") -> Parameters:
     """Prepares parameters for `prefill` and `step`: unstacks each block's arrays, so that steps read them in place.
 
-    Matrices and embeddings are stored in `dtype`, that of the DecoderConfig; in bfloat16 a step reads half the bytes.
+    Matrices and embeddings are stored in `dtype`, which is then that of the cache and of matrix products; softmax,
+    norms and the residual stream are float32. In bfloat16 a step reads half the bytes.
     """
 
     def stored(path, array):
@@ -146,9 +143,7 @@ def step(models: DecoderConfig, parameters: Parameters, cache: Cache, tokens_B: 
 
 def memory_log_probabilities(models: DecoderConfig, parameters: Parameters, reading: Reading) -> jax.Array:
     """log p_MLP, float32 [B, V]; minus infinity for tokens that are not in the memory's vocabulary."""
-    return memory.log_probabilities(
-        parameters.memory, models.memory, reading.memory_input_BxD, models.base.vocab_size, jnp.dtype(models.dtype)
-    )
+    return memory.log_probabilities(parameters.memory, models.memory, reading.memory_input_BxD, models.base.vocab_size)
 
 
 def mix(base_log_BxV: jax.Array, memory_log_BxV: jax.Array, weight: float | jax.Array) -> jax.Array:
@@ -173,7 +168,7 @@ def _read(
     """Runs the base LM over new positions; `attention_of(block)` returns a block's attention."""
     x_BxTxD = language_model.embed(base, models.base, tokens_BxT, positions_BxT)
     memory_input_BxD = None
-    build = functools.partial(language_model.build_block, models.base, jnp.dtype(models.dtype))
+    build = functools.partial(language_model.build_block, models.base, language_model.output_kernel(base).dtype)
     for index, block in enumerate(base["h"]):
         x_BxTxD, input_BxTxD = modules.bind(build, block)(x_BxTxD, attention_of(index))
         if index + 1 == models.input_block:

@@ -52,10 +52,10 @@ def rows(
     )
     both = initialize(jax.random.key(0))
     alone = Parameters(both.base)
-    with_memory = DecoderConfig(base, memory_model, base.blocks, dtype)
+    with_memory = DecoderConfig(base, memory_model, base.blocks)
     plain = Sampling(temperature=1.0)
     cases = {
-        "base alone": (DecoderConfig(base, dtype=dtype), alone, GREEDY),
+        "base alone": (DecoderConfig(base), alone, GREEDY),
         "base and memory, greedy": (with_memory, both, GREEDY),
         "base and memory, drawn at temperature 1": (with_memory, both, plain),
         f"base and memory, drawn at lambda {HIGH_WEIGHT}": (with_memory, both._replace(weight=HIGH_WEIGHT), plain),

@@ -52,15 +52,14 @@ def run(
     weight, block = find_weight(workdir, artifact), saved.input_block(artifact)
 
     tokenizer, prompts = read_tokenizer(tokens), encode_prompts(tokens, texts)
-    dtype = weights_dtype(config.datastore.compute_dtype)
-    both = prepare(Parameters(base, memory, weight.value), dtype)
+    both = prepare(Parameters(base, memory, weight.value), weights_dtype(config.datastore.compute_dtype))
     del base, memory
     columns = {}
     for title, models, parameters in (
-        ("base LM", DecoderConfig(base_model, dtype=dtype), Parameters(both.base)),
+        ("base LM", DecoderConfig(base_model), Parameters(both.base)),
         (
             f"base LM + memory (lambda {weight.value:.2f})",
-            DecoderConfig(base_model, memory_model, block, dtype),
+            DecoderConfig(base_model, memory_model, block),
             both,
         ),
     ):

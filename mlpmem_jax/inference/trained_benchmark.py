@@ -39,11 +39,10 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     base, base_config, _ = saved.load_language_model(workdir / "base", sharding)
     memory_parameters, memory_config, artifact = saved.load_memory(workdir / "memory", sharding)
     weight, block = find_weight(workdir, artifact).value, saved.input_block(artifact)
-    dtype = weights_dtype(config.datastore.compute_dtype)
-    both = prepare(Parameters(base, memory_parameters, weight), dtype)
+    both = prepare(Parameters(base, memory_parameters, weight), weights_dtype(config.datastore.compute_dtype))
     del base, memory_parameters
-    models, alone = DecoderConfig(base_config, memory_config, block, dtype), Parameters(both.base)
-    base_alone = DecoderConfig(base_config, dtype=dtype)
+    models, alone = DecoderConfig(base_config, memory_config, block), Parameters(both.base)
+    base_alone = DecoderConfig(base_config)
     length = config.base.context_length // 2
     count = min(_COUNT, base_config.context_length - length)
     stream = TokenStream(tokens, "test")

@@ -148,15 +148,12 @@ def output_kernel(parameters: dict) -> jax.Array:
     return parameters["lm_head"]["kernel"]
 
 
-def log_probabilities(
-    parameters: dict,
-    config: MemoryConfig,
-    inputs_BxD: jax.Array,
-    vocab_size: int,
-    compute_dtype: jax.typing.DTypeLike = jnp.float32,
-) -> jax.Array:
-    """log p_MLP, float32 [..., vocab_size]; minus infinity for tokens beyond the memory's vocabulary."""
-    logits_BxV = logits(parameters, config, inputs_BxD, compute_dtype=compute_dtype)
+def log_probabilities(parameters: dict, config: MemoryConfig, inputs_BxD: jax.Array, vocab_size: int) -> jax.Array:
+    """log p_MLP, float32 [..., vocab_size]; minus infinity for tokens beyond the memory's vocabulary.
+
+    Matrix products run in the dtype that the parameters have.
+    """
+    logits_BxV = logits(parameters, config, inputs_BxD, compute_dtype=output_kernel(parameters).dtype)
     log_BxV = jax.nn.log_softmax(logits_BxV[..., : config.vocab_size])
     unknown = [(0, 0)] * (log_BxV.ndim - 1) + [(0, vocab_size - config.vocab_size)]
     return jnp.pad(log_BxV, unknown, constant_values=-jnp.inf)
