@@ -222,6 +222,7 @@ PATHS = (
 """Keys whose value is a path, or a name that may be one."""
 
 _FILES, _HUB = ("files",), ("hub",)
+_ANY_TEXT = ("FIELD",)  # any text but the empty one; errors print this one
 USED_WITH: dict[str, tuple[str, tuple]] = {
     # Key: (the key that it depends on, the values of that key for which it has an effect).
     "corpus.packages": ("corpus.source", ("installed_docs",)),
@@ -230,6 +231,7 @@ USED_WITH: dict[str, tuple[str, tuple]] = {
     "corpus.subset": ("corpus.source", _HUB),
     "corpus.text_key": ("corpus.source", _FILES + _HUB),
     "corpus.group_key": ("corpus.source", _FILES + _HUB),
+    "corpus.group_part": ("corpus.group_key", _ANY_TEXT),
     "corpus.articles": ("corpus.source", _FILES + _HUB),
     "corpus.split_by_name": ("corpus.source", _FILES),
     "corpus.document_bytes": ("corpus.source", _FILES + _HUB),
@@ -320,9 +322,12 @@ def _unmet(config: ml_collections.ConfigDict, key: str) -> tuple[str, tuple] | N
     group, _, name = key.rpartition(".")
     if group == "base.training" and (not config.base.finetune_steps or name in _NOT_OF_FINETUNING):
         rules.insert(0, ("base.source", ("train",)))
-    if key == "corpus.group_part" and not config.corpus.group_key:
-        rules.append(("corpus.group_key", ("FIELD",)))
-    return next((rule for rule in rules if _value(config, rule[0]) not in rule[1]), None)
+    return next((rule for rule in rules if not _is_met(config, *rule)), None)
+
+
+def _is_met(config: ml_collections.ConfigDict, decider: str, values: tuple) -> bool:
+    value = _value(config, decider)
+    return bool(value) if values is _ANY_TEXT else value in values
 
 
 def _idle(config: ml_collections.ConfigDict, key: str, decider: str, values: tuple) -> ConfigError:

@@ -159,16 +159,15 @@ def held(workdir: str) -> Iterator[None]:
     Raises:
       UserError: another process works there; says which. Or the file system refuses locks.
     """
-    lock: _Lock | None = None
     try:
-        taken = _Lock(workdir)
-        taken.take()
-        lock = taken
+        lock = _Lock(workdir)
+        lock.take()
     except (ValueError, OSError) as error:  # read-only: finished artifacts can be used by many at once
         if _REFUSED in str(error):
             reason = str(error).rpartition(_REFUSED)[2].partition(" [")[0].strip(": ")
             raise no_locks(workdir, reason) from error
-    if lock is None:
+        lock = None
+    if lock is None:  # outside the handler, so that what fails in the context is reported by its own cause
         yield
         return
     finished = threading.Event()

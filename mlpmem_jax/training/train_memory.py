@@ -111,10 +111,7 @@ def _open_inputs(config: ml_collections.ConfigDict) -> _Inputs:
         start=open_artifact(start, "memory") if start else None,
     )
     inputs.datastore.check_made_from({"tokens": inputs.tokens, "base": inputs.base})
-    if inputs.targets.inputs["datastore/train"] != inputs.datastore.fingerprint:
-        raise ConfigError(
-            f"{inputs.targets.path}: was made from another datastore than {inputs.datastore.path}; run `targets` again"
-        )
+    inputs.targets.check_made_from({"datastore/train": inputs.datastore})
     return inputs
 
 
