@@ -109,7 +109,7 @@ def measure(train: Iterable[str], held_out: dict[str, Iterable[str]]) -> dict[st
 
     Args:
       train: documents of the training split.
-            held_out: documents of other splits, by name.
+      held_out: documents of other splits, by name.
 
     Returns:
       Shares by split, then by length of the run as a string: {"test": {"13": 0.02, "25": 0.001}}.

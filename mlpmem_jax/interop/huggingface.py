@@ -165,7 +165,7 @@ def save_language_model(
     give the same bytes.
 
     Args:
-            folder: a local folder, created if missing.
+      folder: a local folder, created if missing.
       parameters: tree of `language_model.init`, sharded or not.
       config: the model's dimensions.
       maximum_shard_bytes: bytes of tensors per file; larger models are written as several files with an index. A

@@ -138,7 +138,7 @@ def from_json(values: Mapping, input_width: int, vocabulary_multiple: int, sourc
     """Dimensions of the memory that a config.json describes.
 
     Args:
-            values: values of the config.json.
+      values: values of the config.json.
       input_width: width of the memory's input.
       vocabulary_multiple: the padded vocabulary must be a multiple of this.
       source: source of the values, for errors.

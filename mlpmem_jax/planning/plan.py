@@ -30,7 +30,7 @@ def run(
       config: the whole config.
       topology: one slice, e.g. "v5e:16x16".
       stage: one of `programs.STAGES`, or "all".
-            slices: number of slices, connected by the data-center network.
+      slices: number of slices, connected by the data-center network.
       positions: positions of the training split; 0 = those of the tokens in the workdir.
       json_file: file for the plan as JSON, if any.
 

@@ -65,7 +65,7 @@ def sparse_distributions(
       neighbor_tokens_QxK: the token that follows each neighbor, int; any value where a neighbor is missing.
       next_tokens_Q: the token that follows each query, int.
       temperature: T > 0, in units of squared distance.
-            minimum_probability: entries with at most this probability are dropped.
+      minimum_probability: entries with at most this probability are dropped.
       keep: maximum number of entries to keep, the most probable ones; 0 keeps all.
 
     Returns:

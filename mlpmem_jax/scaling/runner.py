@@ -59,7 +59,7 @@ def run(sweep: Sweep, workers: int) -> None:
 
     Args:
       sweep: a checked sweep.
-            workers: number of concurrent child processes; each gets an equal share of the CPU cores.
+      workers: number of concurrent child processes; each gets an equal share of the CPU cores.
 
     Raises:
       UserError: `workers` is out of range, the workdir is not on this machine, or points failed (the message names

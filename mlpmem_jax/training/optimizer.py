@@ -144,7 +144,7 @@ def averaged_over_devices(value_and_grad: Callable, sharding: Sharding) -> Calla
 
     Args:
       value_and_grad: (parameters, frozen, batch) -> tree of means over the rows of the batch.
-            sharding: parameters are replicated; the batch is sharded.
+      sharding: parameters are replicated; the batch is sharded.
 
     Returns:
       The same function for arrays on the mesh.
