@@ -5,7 +5,7 @@
 
 The model was tuned to follow instructions, so that any training on plain text lowers its perplexity. It is first
 trained on this text for one pass, that what a memory gains afterwards is not merely this. Validation and test are a
-tenth of the text each. A point of three passes takes 45 TFLOPs: two to four minutes on two CPU cores.
+tenth of the text each. A point of three passes takes 45 TFLOPs: five minutes at 150 GFLOP/s.
 """
 
 from configs import smollm2
