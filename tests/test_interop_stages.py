@@ -25,7 +25,7 @@ from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.evaluation import evaluate
 from mlpmem_jax.interop import arrow_import, base_model, export_model, import_model
 from mlpmem_jax.models import memory, saved
-from mlpmem_jax.training import train_memory
+from mlpmem_jax.training import controls, train_memory
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,20 @@ def test_training_starts_from_an_imported_memory(imported):
     config.memory.width = 32
     with pytest.raises(ConfigError, match=r"config\.training\.start: .* has width 24, the config asks for 32"):
         train_memory.train(config, "wider")
+
+
+def test_the_control_of_an_imported_base_takes_the_settings_of_the_memory(imported, tmp_path):
+    """And none of `base.training`, with which no model was trained here."""
+    workdir = epath.Path(imported[0].workdir)
+    config = imported[0].copy_and_resolve_references()
+    config.training.update({"steps": 1, "warmup_steps": 0, "seed": 5})
+    train_memory.train(config, "own")
+    for name, entry in {"base": "base", "tokens": "tokens", "memory": "own"}.items():
+        (tmp_path / name).symlink_to(workdir / entry)
+    config.workdir = str(tmp_path)
+    actual = controls.continued(config).config["training"]
+    assert (actual["optimizer"], actual["seed"]) == ("adamw", 6)
+    assert actual["learning_rate"] == [1e-5, 3e-5, 1e-4, 3e-4]
 
 
 def test_evaluation_scores_an_imported_memory(imported):

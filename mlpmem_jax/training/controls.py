@@ -31,7 +31,7 @@ def continued(config: ml_collections.ConfigDict) -> Artifact:
     if "training_flops" not in trained.summary:
         raise UserError(f"{trained.path}: was imported, so its training cost, which `continued` must match, is unknown")
     trained.check_made_from({"base": base})
-    is_imported = config.base.source != "train"
+    is_imported = base.is_imported or config.base.source != "train"
     settings = ml_collections.ConfigDict(config.training if is_imported else config.base.training)
     model, length = saved.language_model_config(base), config.base.context_length
     per_step = continued_training.flops_per_step(model, length, settings)
