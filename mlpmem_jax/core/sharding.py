@@ -106,7 +106,7 @@ class Sharding:
         return jax.tree.map(
             lambda axes, *array: self.named(*(self._dividing(axes, array[0].shape) if array else axes)),
             *trees,
-            is_leaf=lambda leaf: isinstance(leaf, tuple),
+            is_leaf=is_axes,
         )
 
     def _dividing(self, logical_axes: tuple[str | None, ...], shape: tuple[int, ...]) -> list[str | None]:
@@ -210,6 +210,11 @@ class Sharding:
 
 LOCAL = Sharding(None, dict.fromkeys(RULES))
 """The sharding of arrays on a single device, as inside `jax.shard_map`."""
+
+
+def is_axes(leaf) -> bool:
+    """Whether a node is a leaf of a tree of logical axes: `is_leaf` of functions that map over one."""
+    return isinstance(leaf, tuple)
 
 
 def local_rows(array: jax.Array) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mlpmem_jax.core.errors import ConfigError
-from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.core.sharding import Sharding, is_axes
 from mlpmem_jax.models import memory, modules
 from mlpmem_jax.models.memory import Block, MemoryConfig
 
@@ -59,7 +59,7 @@ def hidden(
     return jax.shard_map(
         functools.partial(_local_hidden, config, compute_dtype, remat, sharding, logical, sequence_axes),
         mesh=sharding.mesh,
-        in_specs=(_map_axes(spec, logical), stream),
+        in_specs=(jax.tree.map(spec, logical, is_leaf=is_axes), stream),
         out_specs=stream,
         check_vma=False,  # JAX cannot track replication through the sums of outputs over "mlp"
     )(parameters, inputs_BxD)
@@ -78,8 +78,8 @@ def _local_hidden(
 
     def gather_block(block: dict) -> dict:
         """A block's parameters, gathered along "embed"; only one of the summed outputs gets the bias."""
-        axes = _map_axes(lambda axes: axes[1:], logical["h"])  # axes of one block, without "layers"
-        block = _map_axes(gather, axes, block)
+        # Stacked parameters have a first axis "layers" that those of one block lack.
+        block = jax.tree.map(lambda axes, array: gather(axes[1:], array), logical["h"], block, is_leaf=is_axes)
         if config.family == "llama":
             return block
         output = block["mlp"]["c_proj"]
@@ -93,7 +93,7 @@ def _local_hidden(
 
     transform = parameters.get("embedding_transform")
     if transform is not None:
-        transform = _map_axes(gather, logical["embedding_transform"], transform)
+        transform = jax.tree.map(gather, logical["embedding_transform"], transform, is_leaf=is_axes)
     x_BxD = memory.transform_input(transform, config, inputs_BxD, compute_dtype)
     x_BxD = modules.run(
         call_block,
@@ -105,7 +105,3 @@ def _local_hidden(
         unroll=max(count for count in range(1, _MOST_UNROLLED + 1) if config.blocks % count == 0),
     )
     return memory.final_norm(parameters["final_norm"], config, x_BxD)
-
-
-def _map_axes(function, logical, *trees):
-    return jax.tree.map(function, logical, *trees, is_leaf=lambda leaf: isinstance(leaf, tuple))

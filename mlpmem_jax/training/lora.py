@@ -23,7 +23,7 @@ from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, o
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.core.sharding import Sharding, is_axes
 from mlpmem_jax.models import flops, language_model, saved
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.training import continued, loop, train_base
@@ -38,7 +38,7 @@ _RATES = (1e-4, 3e-4, 1e-3)  # peak learning rates to try
 def adapted(logical_axes: dict) -> dict[tuple[str, ...], tuple[str | None, ...]]:
     """{path of a kernel in the stacked blocks: its logical axes} for all adapted matrices."""
     result = {}
-    for path, axes in jax.tree_util.tree_leaves_with_path(logical_axes["h"], is_leaf=lambda x: isinstance(x, tuple)):
+    for path, axes in jax.tree_util.tree_leaves_with_path(logical_axes["h"], is_leaf=is_axes):
         names = tuple(entry.key for entry in path)
         if names[-1] == "kernel" and names[:2] not in _LEFT_OUT:
             result[names] = axes

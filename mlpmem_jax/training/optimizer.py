@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from optax.contrib import MuonDimensionNumbers, muon
 
 from mlpmem_jax.core.errors import ConfigError
-from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.core.sharding import Sharding, is_axes
 
 
 def schedule(settings: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
@@ -80,7 +80,7 @@ def _muon(settings: ml_collections.ConfigDict, total_steps: int, logical_axes) -
         adam_b1=settings.beta1,
         adam_b2=settings.beta2,
         adam_learning_rate=_schedule(settings, total_steps, settings.adam_learning_rate),
-        muon_weight_dimension_numbers=_map_axes(_muon_dimensions, logical_axes),
+        muon_weight_dimension_numbers=jax.tree.map(_muon_dimensions, logical_axes, is_leaf=is_axes),
     )
 
 
@@ -91,14 +91,8 @@ OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
 def _decayed(logical_axes):
     """Which parameters decay; decided by name, because biases of heads have as many axes as matrices."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, axes: path[-1].key not in ("bias", "scale"),
-        logical_axes,
-        is_leaf=lambda leaf: isinstance(leaf, tuple),
+        lambda path, axes: path[-1].key not in ("bias", "scale"), logical_axes, is_leaf=is_axes
     )
-
-
-def _map_axes(function: Callable, logical_axes):
-    return jax.tree.map(function, logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def _muon_dimensions(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
@@ -175,4 +169,4 @@ def shared_by_layers(updates, logical_axes, sharding: Sharding):
             return update
         return jax.lax.with_sharding_constraint(update, by_layers)
 
-    return jax.tree.map(share, logical_axes, updates, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return jax.tree.map(share, logical_axes, updates, is_leaf=is_axes)
