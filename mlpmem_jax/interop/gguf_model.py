@@ -53,7 +53,7 @@ def load_language_model(path: str, sharding: Sharding) -> tuple[dict, language_m
     """
     file = GGUFFile(path)
     config = read_config(file)
-    abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
+    abstract = language_model.abstract_parameters(config)
     stored = layouts("llama", abstract, config.blocks)
     _check_tensors(file, jax.tree.leaves(stored))
     placed = sharding.tree(language_model.logical_axes(config), abstract)

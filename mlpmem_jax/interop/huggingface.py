@@ -57,7 +57,7 @@ def load_language_model(
     config = huggingface_config.read_config(folder, part)
     family = language_model.family(config)
     files = _files_of_tensors(folder, f"{part}." if part else "", language_model.checkpoint(family).prefix)
-    abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
+    abstract = language_model.abstract_parameters(config)
     stored = layouts(family, abstract, config.blocks)
     _check_tensors(folder, files, jax.tree.leaves(stored), has_output="lm_head" in abstract)
     placed = sharding.tree(language_model.logical_axes(config), abstract)

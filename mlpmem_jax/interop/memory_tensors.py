@@ -47,10 +47,6 @@ def _is_linear(path: tuple, family: str) -> bool:
     return path[-1].key == "kernel" and not (family == "gpt2" and path[0].key == "h")
 
 
-def _abstract(config: MemoryConfig) -> dict:
-    return jax.eval_shape(functools.partial(memory.init, config), jax.random.key(0))
-
-
 def _tensor_shape(path: tuple, shape: tuple[int, ...], config: MemoryConfig) -> tuple[int, ...]:
     """Shape in PyTorch of one of our arrays, without the axis of blocks and the padding of the vocabulary."""
     if path[0].key == "lm_head":
@@ -62,7 +58,7 @@ def _tensor_shape(path: tuple, shape: tuple[int, ...], config: MemoryConfig) -> 
 def shapes(config: MemoryConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the PyTorch module."""
     expected = {}
-    for path, array in jax.tree_util.tree_leaves_with_path(_abstract(config)):
+    for path, array in jax.tree_util.tree_leaves_with_path(memory.abstract_parameters(config)):
         name = _name(path, config.family)
         blocks = range(config.blocks) if path[0].key == "h" else (0,)
         expected |= {name.format(block): _tensor_shape(path, array.shape, config) for block in blocks}
@@ -109,7 +105,7 @@ def load(tensors_by_name: Mapping[str, Tensor], config: MemoryConfig, sharding: 
         return jax.make_array_from_callback(abstract.shape, sharding, part)
 
     placed = sharding.tree(memory.logical_axes(config))
-    return jax.tree_util.tree_map_with_path(array, _abstract(config), placed)
+    return jax.tree_util.tree_map_with_path(array, memory.abstract_parameters(config), placed)
 
 
 def to_json(config: MemoryConfig, base: Mapping) -> dict:

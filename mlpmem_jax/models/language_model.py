@@ -119,6 +119,11 @@ def init(config: Config, key: jax.Array) -> dict:
     return _module(config).init(config, key)
 
 
+def abstract_parameters(config: Config) -> dict:
+    """The tree of `init` with the shape and dtype of each array, as jax.ShapeDtypeStruct."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
 def logical_axes(config: Config) -> dict:
     """The tree of `init` with the tuple of logical axis names of each array."""
     return _module(config).logical_axes(config)

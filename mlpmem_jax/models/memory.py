@@ -103,6 +103,11 @@ def init(config: MemoryConfig, key: jax.Array, output_kernel_DxV: jax.Array | No
     return parameters
 
 
+def abstract_parameters(config: MemoryConfig) -> dict:
+    """The tree of `init` with the shape and dtype of each array, as jax.ShapeDtypeStruct."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
 def logical_axes(config: MemoryConfig) -> dict:
     """The tree of `init` with the tuple of logical axis names of each array."""
     return modules.logical_axes(functools.partial(Memory, config, jnp.float32))

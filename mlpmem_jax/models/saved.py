@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 
@@ -59,7 +58,7 @@ def load_language_model(path, sharding: Sharding) -> tuple[dict, language_model.
     """
     artifact = open_artifact(path, "base")
     config = language_model_config(artifact)
-    abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
+    abstract = language_model.abstract_parameters(config)
     placed = sharding.tree(language_model.logical_axes(config), abstract)
     return stored.read(artifact, abstract, placed), config, artifact
 
@@ -72,7 +71,7 @@ def load_memory(path, sharding: Sharding) -> tuple[dict, MemoryConfig, Artifact]
     """
     artifact = open_artifact(path, "memory")
     config = MemoryConfig(**artifact.summary["model"])
-    abstract = jax.eval_shape(functools.partial(memory.init, config), jax.random.key(0))
+    abstract = memory.abstract_parameters(config)
     placed = sharding.tree(memory.logical_axes(config))
     return stored.read(artifact, abstract, placed), config, artifact
 

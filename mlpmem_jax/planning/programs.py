@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -230,7 +229,7 @@ def most_entries(config: ml_collections.ConfigDict, models: ModelDimensions) -> 
 
 
 def _abstract_parameters(config: language_model.Config, sharding: Sharding):
-    abstract = jax.eval_shape(functools.partial(language_model.init, config), jax.random.key(0))
+    abstract = language_model.abstract_parameters(config)
     placed = sharding.tree(language_model.logical_axes(config), abstract)
     return jax.tree.map(
         lambda array, named: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=named), abstract, placed

@@ -110,7 +110,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
         raise UserError(f"{memory.path}: was imported, so its training cost, which LoRA must match, is unknown")
     memory.check_made_from({"base": artifact})
     model, length = saved.language_model_config(artifact), config.base.context_length
-    abstract = jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0))
+    abstract = language_model.abstract_parameters(model)
     logical_axes = language_model.logical_axes(model)
     per_rank = parameters_per_rank(abstract, logical_axes)
     wanted = flops.memory_parameters(MemoryConfig(**memory.summary["model"]), output_projection=False)
@@ -180,7 +180,7 @@ def load_adapters(artifact: Artifact, sharding: Sharding) -> dict:
     """
     model = saved.language_model_config(artifact)
     logical_axes = language_model.logical_axes(model)
-    abstract = jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0))
+    abstract = language_model.abstract_parameters(model)
     rank = artifact.summary["rank"]
     adapters = jax.eval_shape(functools.partial(init, abstract, logical_axes, rank), jax.random.key(0))
     within = open_artifact(epath.Path(artifact.path) / ADAPTERS, ADAPTERS)

@@ -117,7 +117,7 @@ def memory_task(
       ConfigError: the mesh does not divide the memory.
     """
     settings, length = config.training, config.base.context_length
-    abstract = jax.eval_shape(functools.partial(memory.init, model), jax.random.key(0))
+    abstract = memory.abstract_parameters(model)
     sharding.check_divides(abstract, memory.logical_axes(model))  # the memory's programs use explicit collectives
     is_online = settings.mode == "online"
     base_flops = flops.language_model_forward(base, length, output_projection=False) if is_online else 0

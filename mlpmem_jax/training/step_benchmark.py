@@ -100,11 +100,10 @@ def jax_step(case: Case, training: ml_collections.ConfigDict) -> Step:
     """The compiled step of `training.loop` on the first device; `training` is the config group of that name."""
     sharding = Sharding(make_mesh(devices=jax.devices()[:1]))
     settings = settings_of(case, training)
-    initialize = functools.partial(memory.init, case.model)
     task = loop.TrainingTask(
         settings=settings,
-        initialize=functools.partial(initialize, jax.random.key(0)),
-        abstract_parameters=jax.eval_shape(initialize, jax.random.key(0)),
+        initialize=functools.partial(memory.init, case.model, jax.random.key(0)),
+        abstract_parameters=memory.abstract_parameters(case.model),
         logical_axes=memory.logical_axes(case.model),
         loss=MemoryLoss(case.model, settings),
         positions_per_sequence=1,

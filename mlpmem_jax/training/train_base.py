@@ -114,7 +114,6 @@ def train(
         return parameters
 
     frozen, merge, logical_axes = adapters or Adapters({}, own_parameters, language_model.logical_axes(model))
-    abstract = jax.eval_shape(functools.partial(language_model.init, model), jax.random.key(0))
     merged = jax.jit(merge)
 
     def validate(parameters) -> dict[str, float]:
@@ -126,7 +125,7 @@ def train(
     task = loop.TrainingTask(
         settings=settings,
         initialize=initialize,
-        abstract_parameters=jax.eval_shape(initialize) if adapters else abstract,
+        abstract_parameters=jax.eval_shape(initialize) if adapters else language_model.abstract_parameters(model),
         logical_axes=logical_axes,
         loss=LanguageModelLoss(model, settings, merge),
         positions_per_sequence=length,
