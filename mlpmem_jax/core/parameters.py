@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from mlpmem_jax.core import storage
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.errors import ArtifactError, UserError
+from mlpmem_jax.core.sharding import placed_shapes
 
 _FOLDER = "parameters"
 
@@ -78,13 +79,10 @@ def read(artifact: Artifact, abstract, shardings):
     Raises:
       ArtifactError: they are missing, have other shapes, or differ from what was sealed.
     """
-    wanted = jax.tree.map(
-        lambda array, placed: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed), abstract, shardings
-    )
     folder = storage.literal(artifact.path) / _FOLDER
     remedy = f"delete {artifact.path} and run its stage again"
     with reading(folder, remedy), ocp.StandardCheckpointer() as checkpointer:
-        parameters = checkpointer.restore(folder, wanted)
+        parameters = checkpointer.restore(folder, placed_shapes(abstract, shardings))
     if fingerprint(parameters) != artifact.summary["parameters_fingerprint"]:
         raise ArtifactError(f"{folder}: parameters are not those that were sealed; {remedy}")
     return parameters

@@ -217,6 +217,13 @@ def is_axes(leaf) -> bool:
     return isinstance(leaf, tuple)
 
 
+def placed_shapes(abstract, shardings):
+    """A tree of arrays or shapes as jax.ShapeDtypeStruct, with the shardings of another tree."""
+    return jax.tree.map(
+        lambda array, placed: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed), abstract, shardings
+    )
+
+
 def local_rows(array: jax.Array) -> np.ndarray:
     """This process's rows of an array that is sharded along axis 0 only, in order."""
     if jax.process_count() == 1:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.core.sharding import Sharding, placed_shapes
 from mlpmem_jax.interop import published
 from mlpmem_jax.models import flops, language_model, scoring
 from mlpmem_jax.models.gpt2 import GPT2Config
@@ -230,10 +230,7 @@ def most_entries(config: ml_collections.ConfigDict, models: ModelDimensions) -> 
 
 def _abstract_parameters(config: language_model.Config, sharding: Sharding):
     abstract = language_model.abstract_parameters(config)
-    placed = sharding.tree(language_model.logical_axes(config), abstract)
-    return jax.tree.map(
-        lambda array, named: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=named), abstract, placed
-    )
+    return placed_shapes(abstract, sharding.tree(language_model.logical_axes(config), abstract))
 
 
 def _sharded(tree, sharding: Sharding):

@@ -23,7 +23,7 @@ from mlpmem_jax.core.device_rates import peak_rate
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.core.mesh import compiler_options
 from mlpmem_jax.core.progress import progress, say
-from mlpmem_jax.core.sharding import LOCAL, Sharding
+from mlpmem_jax.core.sharding import LOCAL, Sharding, placed_shapes
 from mlpmem_jax.models.interpolation import NotANumber
 from mlpmem_jax.training import data, goodput, profile
 from mlpmem_jax.training.metrics import MetricsWriter
@@ -218,9 +218,7 @@ def step_program(task: TrainingTask, sharding: Sharding, steps: int) -> StepProg
             out_shardings=(shardings, None),
             compiler_options=compiler_options(sharding.mesh),
         ),
-        abstract_state=jax.tree.map(
-            lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), abstract, shardings
-        ),
+        abstract_state=placed_shapes(abstract, shardings),
     )
 
 
