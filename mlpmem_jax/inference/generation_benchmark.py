@@ -8,7 +8,6 @@ memory.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 
 import jax
@@ -17,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from mlpmem_jax.core import host
-from mlpmem_jax.core.benchmark_rows import row
+from mlpmem_jax.core.benchmark_rows import row, seconds_by_round
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare, weights_dtype
@@ -76,7 +75,7 @@ def rows(
         row("weights read by one matrix-vector product", _read_rate(both) / 1e9, "GB/s",
              f"[{memory_model.width}] x [{memory_model.width}, {memory_model.padded_vocab_size}]"),
     ]  # fmt: skip
-    first_seconds, next_seconds = _interleaved(first), _interleaved(following)
+    first_seconds, next_seconds = seconds_by_round(first, ROUNDS), seconds_by_round(following, ROUNDS)
     if _THEIRS in following:
         next_seconds[_THEIRS] = next_seconds[_THEIRS] - np.median(first_seconds[_THEIRS])  # their call includes both
     next_seconds = {name: seconds / (count - 1) for name, seconds in next_seconds.items()}
@@ -102,7 +101,7 @@ def _time_rows(title: str, seconds: dict[str, np.ndarray], detail: str) -> list[
 def _programs(
     models: DecoderConfig, parameters: Parameters, sampling: Sampling, prompt: int, count: int
 ) -> tuple[Callable, Callable]:
-    """Compiled calls that generate the first token and the following ones."""
+    """Calls that generate the first token and the following ones."""
     tokens_1xT = np.random.default_rng(0).integers(0, models.base.vocab_size, (1, prompt), dtype=np.int32)
     key, padding = jax.random.key(0), jnp.zeros(1, jnp.int32)
     first = functools.partial(
@@ -112,7 +111,6 @@ def _programs(
     following = functools.partial(
         following_tokens, models, parameters, cache, tokens_1, key, -1, count=count, sampling=sampling
     )
-    jax.block_until_ready(following())
     return first, following
 
 
@@ -139,21 +137,9 @@ def _their_programs(base: gpt2.GPT2Config, prompt: int, count: int) -> tuple[Cal
     return first, following
 
 
-def _interleaved(calls: dict[str, Callable]) -> dict[str, np.ndarray]:
-    """Seconds of each call in every round; each round runs all calls, so that other load affects them equally."""
-    seconds = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in seconds.items()}
-
-
 def _read_rate(parameters: Parameters) -> float:
     """Bytes per second of the largest matrix-vector product of a step."""
     kernel_DxV = memory.output_kernel(parameters.memory)
     product = jax.jit(lambda x_1xD, kernel_DxV: x_1xD @ kernel_DxV)
     call = functools.partial(product, jnp.ones((1, kernel_DxV.shape[0])), kernel_DxV)
-    jax.block_until_ready(call())
-    return kernel_DxV.nbytes / np.median(_interleaved({"product": call})["product"])
+    return kernel_DxV.nbytes / np.median(seconds_by_round({"product": call}, ROUNDS)["product"])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from mlpmem_jax.core import chips
-from mlpmem_jax.core.benchmark_rows import row
+from mlpmem_jax.core.benchmark_rows import row, seconds_by_round
 from mlpmem_jax.core.device_rates import peak_rate
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.retrieval import ring
@@ -49,13 +47,8 @@ def _row(keys: int, width: int, k: int) -> dict:
             (drawn_NxD, norms, asked_QxD, own_Qx2), (keys_NxD, norms_N, queries_QxD, excluded_Qx2), strict=True
         )
     ]
-    jax.block_until_ready(search(*placed))
-    seconds = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        jax.block_until_ready(search(*placed))
-        seconds.append(time.perf_counter() - start)
-    taken, products = statistics.median(seconds), 2 * keys * queries * width / peak
+    seconds_R = seconds_by_round({"search": lambda: search(*placed)}, _ROUNDS)["search"]
+    taken, products = float(np.median(seconds_R)), 2 * keys * queries * width / peak
     reading = 2 * keys * width / published.bandwidth if published else 0.0
     return row(
         f"exact search, {keys:,} keys of width {width}, k {k}",

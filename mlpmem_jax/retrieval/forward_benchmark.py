@@ -8,8 +8,7 @@ either, on as many threads as JAX has cores. Calls alternate, so that other load
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from mlpmem_jax.core import host
-from mlpmem_jax.core.benchmark_rows import row
+from mlpmem_jax.core.benchmark_rows import row, seconds_by_round
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.progress import say
@@ -67,7 +66,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
             calls = {"JAX": _our_pass(model, parameters, tokens_BxT)}
             if theirs is not None:
                 calls["PyTorch"] = _their_pass(torch, theirs, tokens_BxT)
-            seconds = _alternated(calls)
+            seconds = seconds_by_round(calls, ROUNDS)
             of_position = flops.language_model_forward(model, length, output_projection=False)
             for library, seconds_R in seconds.items():
                 rate = POSITIONS / float(np.median(seconds_R))
@@ -91,7 +90,7 @@ def _product_rows(torch) -> tuple[float, list[dict]]:
     if torch:
         calls["PyTorch"] = functools.partial(torch.matmul, torch.from_numpy(left_NxD), torch.from_numpy(right_DxO))
     operations = 2.0 * left_NxD.size * right_DxO.shape[1]
-    rates = {name: operations / float(np.min(seconds_R)) for name, seconds_R in _alternated(calls).items()}
+    rates = {name: operations / float(np.min(seconds_R)) for name, seconds_R in seconds_by_round(calls, ROUNDS).items()}
     detail = f"[{POSITIONS}, 768] x [768, 3072], float32, {host.cpu_count()} threads, best of {ROUNDS}"
     return max(rates.values()), [
         row(f"forward, a product in {name}", rate / 1e9, "GFLOP/s", detail) for name, rate in rates.items()
@@ -133,16 +132,3 @@ def _torch_model(transformers, model: language_model.Config):
     fields |= {"intermediate_size": model.feed_forward_width, "rms_norm_eps": model.norm_epsilon}
     fields |= {"rope_theta": model.rotary.theta}
     return transformers.LlamaModel(transformers.LlamaConfig(**fields)).eval()
-
-
-def _alternated(calls: Mapping[str, Callable[[], object]]) -> dict[str, np.ndarray]:
-    """Seconds of each call in every round [R]; each round runs all calls once, after a first call that compiles."""
-    for call in calls.values():
-        jax.block_until_ready(call())
-    seconds = {name: np.zeros(ROUNDS) for name in calls}
-    for round_ in range(ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name][round_] = time.perf_counter() - start
-    return seconds
