@@ -91,8 +91,8 @@ def test_gold_log_probabilities_are_those_of_the_parts(config, answers, name, si
 def test_texts_are_the_likeliest_tokens_of_the_mixture(config, side, weight):
     direct, workdir = Direct(config), systems.Workdir(config)
     prompts = [direct.tokenizer.encode(text).ids for text in ("Aldford is a town on", "Its 7 mills", "the")]
-    decoder = workdir.decoder("base", workdir.side(("memory", "knn")[side]))
-    actual = greedy.generate(decoder, decoder, weight, prompts, 5, lambda ids: False, "texts")
+    decoders = workdir.decoders(systems.SYSTEMS["base"], workdir.side(("memory", "knn")[side]))
+    actual = greedy.generate(*decoders, weight, prompts, 5, lambda ids: False, "texts")
     for prompt, text in zip(prompts, actual, strict=True):
         ids = list(prompt)
         for token in text:

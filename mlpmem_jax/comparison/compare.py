@@ -32,8 +32,6 @@ from mlpmem_jax.corpus.tokens import read_tokenizer
 from mlpmem_jax.evaluation import provenance
 from mlpmem_jax.training import controls, lora
 
-FOLDER = "comparison"
-
 
 def run(config: ml_collections.ConfigDict) -> dict:
     """Compares the systems of `config.comparison`.
@@ -59,7 +57,7 @@ def run(config: ml_collections.ConfigDict) -> dict:
     artifacts = {name: workdir.parts(SYSTEMS[name]) for name in chosen}
     texts = documents(workdir.tokens) if any(q.source for split in splits.values() for q in split["test"]) else []
 
-    folder, results, answers = workdir.path / FOLDER, {}, []
+    folder, results, answers = workdir.results, {}, []
     seconds = dict.fromkeys(chosen, 0.0)
     for name, task in chosen_tasks.items():
         say(f"== {name}: {task.title}")
@@ -133,7 +131,7 @@ class _TaskComparison:
     def __init__(self, workdir: Workdir, name: str, task: Task, chosen: list[str], artifacts, seconds: dict):
         self._workdir, self._name, self._task, self._chosen = workdir, name, task, chosen
         self._artifacts, self._seconds = artifacts, seconds
-        self._settings, self._folder = workdir.config.comparison, workdir.path / FOLDER
+        self._settings, self._folder = workdir.config.comparison, workdir.results
         self._tokenizer = read_tokenizer(workdir.tokens)
         self._scored: dict[tuple, dict[str, scores.Values]] = {}
 
@@ -249,32 +247,27 @@ class _TaskComparison:
 
     def _texts(self, name: str, encoded: scores.EncodedQuestions, chosen_N: np.ndarray) -> list[str]:
         system = SYSTEMS[name]
-        end = self._workdir.tokens.summary["end_of_text_id"]
-
-        def is_finished(ids: list[int]) -> bool:
-            return ids[-1] == end or any(stop in self._tokenizer.decode(ids) for stop in self._task.stop)
+        ending = greedy.Ending(self._tokenizer, self._workdir.tokens.summary["end_of_text_id"], self._task.stop)
 
         def compute() -> list[str]:
             side = self._workdir.side(system.side) if system.side else None
-            same = system.model == SIDE_MODEL
-            decoder = self._workdir.decoder(system.model, side if same else None)
-            other = None if side is None else decoder if same else self._workdir.decoder(SIDE_MODEL, side)
+            decoder, side_decoder = self._workdir.decoders(system, side)
             ids: list[list[int]] = [[]] * len(encoded.questions)
             for index in np.unique(chosen_N):
                 numbers = np.flatnonzero(chosen_N == index)
                 weight = float(weights.GRID[index])
                 generated = greedy.generate(
                     decoder,
-                    other if weight else None,
+                    side_decoder if weight else None,
                     weight,
                     [encoded.prompt_ids[number] for number in numbers],
                     self._task.max_new_tokens,
-                    is_finished,
+                    ending.is_reached,
                     f"{self._name}, {name}" + (f" (lambda {weight:.2f})" if side else ""),
                 )
                 for number, one in zip(numbers, generated, strict=True):
                     ids[number] = one
-            return [self._before_stop(self._tokenizer.decode([token for token in one if token != end])) for one in ids]
+            return [ending.text(one).strip() for one in ids]
 
         inputs = {role: artifact.fingerprint for role, artifact in self._artifacts[name].items()}
         inputs |= {"weights": ",".join(map(str, chosen_N)), "k": str(self._settings.k)}
@@ -282,11 +275,6 @@ class _TaskComparison:
         texts, seconds = scores.cached_texts(file, scores.fingerprint(encoded, inputs), compute)
         self._seconds[name] += seconds
         return texts
-
-    def _before_stop(self, text: str) -> str:
-        """The text up to the first stop string."""
-        ends = [text.index(stop) for stop in self._task.stop if stop in text]
-        return text[: min(ends, default=len(text))].strip()
 
     def _summary(self, results: dict, encoded: dict, has_validation: bool) -> dict:
         confidence = self._workdir.config.evaluation.confidence

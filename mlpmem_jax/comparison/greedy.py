@@ -5,12 +5,14 @@ Dimensions: B prompts, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
 from mlpmem_jax.comparison.reading import Model
 from mlpmem_jax.comparison.sides import Side
@@ -54,6 +56,24 @@ def _step(models, parameters, cache, tokens_B, sharding):
     return jax.lax.with_sharding_constraint(reading, sharding.named()), cache
 
 
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """Where a generated text ends: at the end-of-text token, or before the first of the strings `stops`."""
+
+    tokenizer: tokenizers.Tokenizer
+    end_token: int
+    stops: Sequence[str]
+
+    def is_reached(self, ids: list[int]) -> bool:
+        """Whether generated token ids, at least one, are a complete text."""
+        return ids[-1] == self.end_token or any(stop in self.tokenizer.decode(ids) for stop in self.stops)
+
+    def text(self, ids: list[int]) -> str:
+        """The text of generated token ids, up to its end."""
+        text = self.tokenizer.decode([token for token in ids if token != self.end_token])
+        return text[: min((text.index(stop) for stop in self.stops if stop in text), default=len(text))]
+
+
 def generate(
     decoder: Decoder,
     side_decoder: Decoder | None,
@@ -72,7 +92,7 @@ def generate(
       weight: lambda, the interpolation weight of the side.
       prompts: token ids, at least one each; each plus `count` tokens must fit the models' contexts.
       count: maximum number of tokens to add.
-      is_finished: returns whether a text is complete.
+      is_finished: returns whether a text is complete, such as `Ending.is_reached`.
       name: label for progress output.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -131,6 +151,6 @@ def _batch(mixture: Mixture, prompts, count, is_finished) -> list[list[int]]:
     return texts
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _argmax_of_mixture(base_log_BxV, side_log_BxV, weight) -> jax.Array:
     return jnp.argmax(decoding.mix(base_log_BxV, side_log_BxV, weight), axis=1)

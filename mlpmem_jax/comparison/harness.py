@@ -25,7 +25,6 @@ from mlpmem_jax.corpus.tokens import encode_prompts, read_tokenizer
 from mlpmem_jax.inference.weight import find_weight, read_report
 
 PREFIX = "lm_eval:"
-FOLDER = "comparison"
 _MOST_NEW_TOKENS = 256  # default for tasks that set no limit
 
 
@@ -56,18 +55,12 @@ class Answering:
 
     def write(self, prompts: Sequence[str], stops: Sequence[str], count: int) -> list[str]:
         """Greedy continuations of texts, up to but not including the first of `stops`."""
-
-        def is_finished(ids: list[int]) -> bool:
-            return ids[-1] == self.end or any(stop in self._tokenizer.decode(ids) for stop in stops)
-
+        ending = greedy.Ending(self._tokenizer, self.end, stops)
         decoder = greedy.Decoder(self._model, self._side, self._workdir.sharding)
         ids = [(self.encode(prompt) or [self.end])[-(self.context_length - count) :] for prompt in prompts]
         side = decoder if self._side and self._weight else None
-        texts = []
-        for new in greedy.generate(decoder, side, self._weight, ids, count, is_finished, self.name):
-            text = self._tokenizer.decode([token for token in new if token != self.end])
-            texts.append(text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))])
-        return texts
+        generated = greedy.generate(decoder, side, self._weight, ids, count, ending.is_reached, self.name)
+        return [ending.text(new) for new in generated]
 
 
 def _harness_model(answering: Answering):
@@ -176,7 +169,7 @@ def run(config: ml_collections.ConfigDict, names: str, wanted: str, limit: int |
         done = lm_eval.simple_evaluate(model=model, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0)
         results[name] = {"weight": weight, "results": done["results"]}
     if jax.process_index() == 0:
-        file = workdir.path / FOLDER / "lm_eval.json"
+        file = workdir.results / "lm_eval.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=1, default=str) + "\n")
         _show(results)

@@ -1,7 +1,7 @@
 """Scores of one task: log-probabilities of every language model and side on every question, computed once and cached.
 
-    WORKDIR/comparison/scores/TASK-MODEL[-rag].npz    log-probabilities of one model and its sides, for all rows
-    WORKDIR/comparison/texts/TASK-SYSTEM.json         generated texts of one system
+    WORKDIR/comparison/scores/TASK-SPLIT-MODEL[-rag].npz    log-probabilities of one model and its sides, for all rows
+    WORKDIR/comparison/texts/TASK-SYSTEM.json               generated texts of one system
 
 Each file stores a fingerprint of its inputs and is recomputed when that changes. So a comparison that was killed
 resumes where it stopped.

@@ -175,12 +175,10 @@ class _Timed:
         side = None
         if system.side:
             side = _neighbors_over(workdir, positions) if system.side == "knn" else workdir.side(system.side)
-        same = system.model == SIDE_MODEL
-        decoder = workdir.decoder(system.model, side if same else None)
-        other = None if side is None else decoder if same else workdir.decoder(SIDE_MODEL, side)
+        mixture = greedy.Mixture(*workdir.decoders(system, side), WEIGHT)
         retrieve = _with_passages(workdir, positions, count) if system.retrieves else None
         read = max(map(len, retrieve(prompts) if retrieve else prompts))
-        return cls(greedy.Mixture(decoder, other, WEIGHT), prompts, retrieve, count, read)
+        return cls(mixture, prompts, retrieve, count, read)
 
     def measure(self, batch: int) -> tuple[float, float]:
         """(seconds until every text has its first token, seconds per step after that)."""

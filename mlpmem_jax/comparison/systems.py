@@ -122,9 +122,16 @@ class Workdir:
         parameters, config, _ = saved.load_language_model(self.path / FOLDERS[name], self.sharding)
         return Model(parameters, config)
 
-    def decoder(self, name: str, side: Side | None) -> Decoder:
-        """The language model with a key of `FOLDERS`, for decoding."""
-        return Decoder(self.model(name), side, self.sharding)
+    def decoders(self, system: System, side: Side | None) -> tuple[Decoder, Decoder | None]:
+        """(decoder of the system's language model, that of the model whose hidden states the side reads).
+
+        They are the same object if it is the same model; the second is None without a side.
+        """
+        is_shared = system.model == SIDE_MODEL
+        decoder = Decoder(self.model(system.model), side if is_shared else None, self.sharding)
+        if side is None:
+            return decoder, None
+        return decoder, decoder if is_shared else Decoder(self.model(SIDE_MODEL), side, self.sharding)
 
     @functools.cache  # noqa: B019
     def side(self, name: str) -> Side:
