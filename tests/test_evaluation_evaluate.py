@@ -18,7 +18,7 @@ from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.evaluation import evaluate, provenance, report
 from mlpmem_jax.evaluation.inputs import open_inputs
-from mlpmem_jax.models import gpt2, memory, saved, scoring
+from mlpmem_jax.models import gpt2, language_model, memory, saved, scoring
 
 VOCABULARY, LENGTH, ENTRIES = 31, 8, 12
 LANGUAGE_MODEL = gpt2.GPT2Config(VOCABULARY, LENGTH, 16, 2, 2)
@@ -119,7 +119,7 @@ def world(tmp_path_factory):
     for split, count in SEQUENCES.items():
         tokens_SxT = streams[split][: count * LENGTH].reshape(count, LENGTH)
         next_SxT = streams[split][1 : count * LENGTH + 1].reshape(count, LENGTH)
-        base_SxTxV = log_softmax(gpt2.logits(base, LANGUAGE_MODEL, tokens_SxT))
+        base_SxTxV = log_softmax(language_model.logits(base, LANGUAGE_MODEL, tokens_SxT))
         inputs_SxTxD = generator.normal(size=(count, LENGTH, 16)).astype(np.float16)
         logits_SxTxV = memory.logits(trained, MEMORY, inputs_SxTxD.astype(np.float32))
         memory_SxTxV = log_softmax(np.asarray(logits_SxTxV)[..., :VOCABULARY])
@@ -281,7 +281,7 @@ def test_controls_of_this_memory_are_scored(world, tmp_path):
     assert metrics["controls_left_out"] == {}
     opened = open_inputs(config_of(workdir))
     tokens_SxT, next_SxT = opened.tokens("test", 0, SEQUENCES["test"])
-    rows_SxTxV = log_softmax(gpt2.logits(models["continued"], LANGUAGE_MODEL, tokens_SxT))
+    rows_SxTxV = log_softmax(language_model.logits(models["continued"], LANGUAGE_MODEL, tokens_SxT))
     picked_SxT = np.take_along_axis(rows_SxTxV, next_SxT[..., None], 2)[..., 0]
     actual = metrics["controls"]["continued"]["perplexity"]["test"]
     assert actual == pytest.approx(perplexity(np.exp(picked_SxT)), rel=1e-4)

@@ -6,7 +6,7 @@ import pytest
 
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import RULES, Sharding
-from mlpmem_jax.models import gpt2, memory, scoring
+from mlpmem_jax.models import gpt2, language_model, memory, scoring
 
 MEMORY = memory.MemoryConfig("gpt2", 37, 40, 12, 16, 2, 32)
 LANGUAGE_MODEL = gpt2.GPT2Config(vocab_size=36, context_length=8, width=16, blocks=2, heads=2)
@@ -52,7 +52,7 @@ def test_language_model_scores_and_distributions_agree_with_its_logits(sharding)
     parameters = fresh_models(jax.random.key(0))[1]
     tokens_SxT = np.random.default_rng(1).integers(36, size=(5, 8)).astype(np.int32)
     next_SxT = np.roll(tokens_SxT, -1, axis=1)
-    expected_SxTxV = log_softmax_oracle(gpt2.logits(parameters, LANGUAGE_MODEL, tokens_SxT))
+    expected_SxTxV = log_softmax_oracle(language_model.logits(parameters, LANGUAGE_MODEL, tokens_SxT))
     placed = jax.device_put(parameters, sharding.tree(gpt2.logical_axes(LANGUAGE_MODEL)))
     found_SxT = scoring.language_model_log_probabilities(
         placed, LANGUAGE_MODEL, tokens_SxT, next_SxT, sharding=sharding, chunk=4
@@ -92,7 +92,7 @@ def test_the_batch_is_sharded_as_the_config_says():
     inputs_6xD = generator.normal(size=(6, 12)).astype(np.float32)
     tokens_6xT = generator.integers(36, size=(6, 8)).astype(np.int32)
     memory_6xV = log_softmax_oracle(np.asarray(memory.logits(memory_parameters, MEMORY, inputs_6xD))[:, :37])
-    base_6xV = log_softmax_oracle(gpt2.logits(base, LANGUAGE_MODEL, tokens_6xT))[:, -1]
+    base_6xV = log_softmax_oracle(language_model.logits(base, LANGUAGE_MODEL, tokens_6xT))[:, -1]
     found_6 = scoring.memory_log_probabilities(
         memory_parameters, MEMORY, inputs_6xD, tokens_6xT[:, 0], sharding=sharding
     )

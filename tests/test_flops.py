@@ -96,7 +96,7 @@ def test_published_sizes_of_llama_and_mistral():
 def test_operations_are_those_of_the_traced_matrix_products():
     tokens = np.zeros((1, 32), np.int32)
     parameters = gpt2.init(BASE, jax.random.key(0))
-    traced = operations_of_products(lambda p: gpt2.logits(p, BASE, tokens), parameters)
+    traced = operations_of_products(lambda p: language_model.logits(p, BASE, tokens), parameters)
     # The program multiplies whole [T, T] blocks of attention; the count takes the causal half.
     masked_half = 2 * 32 * BASE.width * BASE.blocks * 32
     assert traced == 32 * gpt2.forward_flops(BASE, 32) + masked_half

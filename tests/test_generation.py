@@ -20,7 +20,7 @@ from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, Reading, ca
 from mlpmem_jax.inference.generate import draw, first_tokens, generate
 from mlpmem_jax.inference.sampling import GREEDY, Sampling
 from mlpmem_jax.interop import huggingface
-from mlpmem_jax.models import gpt2, memory
+from mlpmem_jax.models import gpt2, language_model, memory
 
 BASE = gpt2.GPT2Config(vocab_size=40, context_length=64, width=16, blocks=2, heads=2)
 MEMORY = memory.MemoryConfig("gpt2", 40, 48, 16, 24, 2, 48)
@@ -55,7 +55,7 @@ def whole_forward_pass(base, memory_parameters, tokens_1xT):
     """(logits of the base, logits of the memory) at every position."""
     _, block_inputs = gpt2.features(base, BASE, tokens_1xT, input_blocks=(BOTH.input_block,))
     memory_logits = memory_parameters and memory.logits(memory_parameters, MEMORY, block_inputs[BOTH.input_block])
-    return gpt2.logits(base, BASE, tokens_1xT), memory_logits
+    return language_model.logits(base, BASE, tokens_1xT), memory_logits
 
 
 def distribution(base, memory_parameters, weight, tokens):

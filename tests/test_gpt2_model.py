@@ -9,7 +9,7 @@ import pytest
 
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
-from mlpmem_jax.models import gpt2
+from mlpmem_jax.models import gpt2, language_model
 
 CONFIG = gpt2.GPT2Config(vocab_size=50, context_length=12, width=16, blocks=3, heads=4)
 
@@ -62,7 +62,7 @@ def tokens(sequences=2, length=9, seed=1):
 def test_hidden_states_block_inputs_and_logits_equal_the_equations():
     parameters, tokens_BxT = random_parameters(), tokens()
     final, block_inputs = gpt2.features(parameters, CONFIG, tokens_BxT, input_blocks=(3, 1))
-    logits = gpt2.logits(parameters, CONFIG, tokens_BxT)
+    logits = language_model.logits(parameters, CONFIG, tokens_BxT)
     assert list(block_inputs) == [3, 1]
     for row, sequence in enumerate(tokens_BxT):
         expected_final, expected_inputs, expected_logits = oracle(parameters, sequence)
@@ -76,7 +76,7 @@ def test_a_position_sees_itself_and_those_before_it_alone():
     parameters, tokens_BxT = random_parameters(), tokens()
     changed = tokens_BxT.copy()
     changed[:, 5] = (changed[:, 5] + 1) % CONFIG.vocab_size
-    before, after = (np.asarray(gpt2.logits(parameters, CONFIG, batch)) for batch in (tokens_BxT, changed))
+    before, after = (np.asarray(language_model.logits(parameters, CONFIG, batch)) for batch in (tokens_BxT, changed))
     np.testing.assert_array_equal(before[:, :5], after[:, :5])
     assert np.all(np.abs(before[:, 5:] - after[:, 5:]).max(-1) > 1e-3)
 

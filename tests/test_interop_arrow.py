@@ -24,7 +24,7 @@ from mlpmem_jax import cli
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.interop import arrow_export, arrow_import
-from mlpmem_jax.models import gpt2
+from mlpmem_jax.models import language_model
 
 SEQUENCES = 899 // LENGTH  # whole ones of the training split
 POSITIONS = SEQUENCES * LENGTH
@@ -116,7 +116,7 @@ def test_a_held_out_datastore_gets_what_the_base_says(work, tmp_path):
     arrow_import.run(config, "test", datastore_stream(tmp_path / "d.arrow", following))
     datastore = open_artifact(epath.Path(config.workdir) / "datastore" / "test", "datastore")
     tokens = streams["test"][: 3 * LENGTH].reshape(3, LENGTH)
-    logits = np.asarray(gpt2.logits(base, GPT2, tokens), np.float64)
+    logits = np.asarray(language_model.logits(base, GPT2, tokens), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = np.take_along_axis(log_p, following[: 3 * LENGTH].reshape(3, LENGTH, 1), -1)[..., 0]
     np.testing.assert_allclose(datastore.read("base_log_probabilities", 0, 3), expected, rtol=0, atol=1e-4)

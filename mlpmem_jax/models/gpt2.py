@@ -222,21 +222,7 @@ def output_kernel(parameters: dict) -> jax.Array:
 
 def vocabulary_logits(parameters: dict, hidden: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D] after the final norm."""
-    # Avoids transposing the embedding, which the compiler would copy in a loop over steps.
-    table_VxD = parameters["wte"]["embedding"]
-    return jnp.einsum("...d,vd->...v", hidden.astype(table_VxD.dtype), table_VxD, preferred_element_type=jnp.float32)
-
-
-def logits(
-    parameters: dict,
-    config: GPT2Config,
-    tokens_BxT: jax.Array,
-    *,
-    compute_dtype: jax.typing.DTypeLike = jnp.float32,
-) -> jax.Array:
-    """Logits of the next token at every position, float32 [B, T, V]."""
-    hidden_BxTxD, _ = features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
-    return transformer.project(hidden_BxTxD, output_kernel(parameters), compute_dtype)
+    return transformer.project_tied(hidden, parameters["wte"]["embedding"])
 
 
 def forward_flops(config: GPT2Config, length: int, *, output_projection: bool = True) -> int:

@@ -1,6 +1,6 @@
 """The interface of frozen language models of every family: functions of a config and its parameters.
 
-Each family is a module in FAMILIES with the functions below and
+Each family is a module in FAMILIES with the functions to which those below dispatch, and
 
     NAMES               its names, values of `model_type` in config.json; one module may serve several
     Config              a hashable dataclass of the dimensions, with the fields of `Config` here
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlpmem_jax.models import gpt2, llama
+from mlpmem_jax.models import gpt2, llama, transformer
 from mlpmem_jax.models.checkpoint import CheckpointNames
 from mlpmem_jax.models.config_json import ConfigJson, check_allowed
 
@@ -169,7 +169,8 @@ def logits(
     parameters: dict, config: Config, tokens_BxT: jax.Array, *, compute_dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
     """Logits of the next token at every position, float32 [B, T, V]."""
-    return _module(config).logits(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
+    hidden_BxTxD, _ = features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
+    return transformer.project(hidden_BxTxD, output_kernel(parameters), compute_dtype)
 
 
 def embed(parameters: dict, config: Config, tokens_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:

@@ -290,25 +290,11 @@ def output_kernel(parameters: dict) -> jax.Array:
     return parameters["embed_tokens"]["embedding"].T
 
 
-def logits(
-    parameters: dict,
-    config: LlamaConfig,
-    tokens_BxT: jax.Array,
-    *,
-    compute_dtype: jax.typing.DTypeLike = jnp.float32,
-) -> jax.Array:
-    """Logits of the next token at every position, float32 [B, T, V]."""
-    hidden_BxTxD, _ = features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
-    return transformer.project(hidden_BxTxD, output_kernel(parameters), compute_dtype)
-
-
 def vocabulary_logits(parameters: dict, hidden: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D] after the final norm."""
     if "lm_head" in parameters:
         return transformer.project(hidden, parameters["lm_head"]["kernel"], parameters["lm_head"]["kernel"].dtype)
-    # Avoids transposing the embedding, which the compiler would copy in a loop over steps.
-    table_VxD = parameters["embed_tokens"]["embedding"]
-    return jnp.einsum("...d,vd->...v", hidden.astype(table_VxD.dtype), table_VxD, preferred_element_type=jnp.float32)
+    return transformer.project_tied(hidden, parameters["embed_tokens"]["embedding"])
 
 
 def forward_flops(config: LlamaConfig, length: int, *, output_projection: bool = True) -> int:

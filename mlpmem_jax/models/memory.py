@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlpmem_jax.models import layers, modules
+from mlpmem_jax.models import layers, modules, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,6 @@ def logits(
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Next-token logits, float32 [..., padded vocabulary], with minus infinity at the padding."""
-    hidden_BxD = hidden(parameters, config, inputs_BxD, compute_dtype=compute_dtype).astype(compute_dtype)
-    kernel_DxV = output_kernel(parameters).astype(compute_dtype)
-    logits_BxV = jnp.dot(hidden_BxD, kernel_DxV, preferred_element_type=jnp.float32)
+    hidden_BxD = hidden(parameters, config, inputs_BxD, compute_dtype=compute_dtype)
+    logits_BxV = transformer.project(hidden_BxD, output_kernel(parameters), compute_dtype)
     return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits_BxV, -jnp.inf)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mlpmem_jax.core.sharding import Sharding
-from mlpmem_jax.models import language_model, memory, parallel_memory
+from mlpmem_jax.models import language_model, memory, parallel_memory, transformer
 from mlpmem_jax.models.memory import MemoryConfig
 
 LOGITS_AT_ONCE = 2**25
@@ -137,7 +137,7 @@ def next_token_log_probabilities(
 
     The next token's logit is selected by comparison and summed, which does not move a sharded vocabulary.
     """
-    logits = jnp.dot(hidden.astype(compute_dtype), kernel_DxV.astype(compute_dtype), preferred_element_type=jnp.float32)
+    logits = transformer.project(hidden, kernel_DxV, compute_dtype)
     logits = jax.lax.with_sharding_constraint(logits, logits_sharding)
     columns_V = jnp.arange(kernel_DxV.shape[1])
     logits = jnp.where(columns_V < vocab_size, logits, -jnp.inf)
@@ -188,8 +188,7 @@ def _language_model_hidden(parameters, tokens_BxT, *, config, compute_dtype, sha
 
 @functools.partial(jax.jit, static_argnames=("compute_dtype", "sharding"))
 def _language_model_rows(parameters, hidden_BxD, *, compute_dtype, sharding):
-    kernel_DxV = language_model.output_kernel(parameters).astype(compute_dtype)
-    logits_BxV = jnp.dot(hidden_BxD.astype(compute_dtype), kernel_DxV, preferred_element_type=jnp.float32)
+    logits_BxV = transformer.project(hidden_BxD, language_model.output_kernel(parameters), compute_dtype)
     return _replicated(jax.nn.softmax(logits_BxV), sharding)
 
 

@@ -1,4 +1,4 @@
-"""Shared by all families of decoder-only Transformers: attention, and running blocks while returning inputs of some.
+"""Shared by decoder-only Transformers: attention, running blocks while returning inputs of some, output projections.
 
 Dimensions: B sequences, T positions, A positions that are attended to, D width, H heads of queries, G heads of keys
 and values (a divisor of H), W width of a head, V vocabulary.
@@ -168,3 +168,12 @@ def project(hidden: jax.Array, kernel_DxV: jax.Array, compute_dtype: jax.typing.
     """Logits, float32 [..., V], of hidden states [..., D]; the product runs in `compute_dtype`."""
     kernel_DxV = kernel_DxV.astype(compute_dtype)
     return jnp.dot(hidden.astype(compute_dtype), kernel_DxV, preferred_element_type=jnp.float32)
+
+
+def project_tied(hidden: jax.Array, table_VxD: jax.Array) -> jax.Array:
+    """Logits, float32 [..., V], of hidden states [..., D], with the token embedding as output projection.
+
+    The product runs in the embedding's dtype.
+    """
+    # Avoids transposing the embedding, which the compiler would copy in a loop over steps.
+    return jnp.einsum("...d,vd->...v", hidden.astype(table_VxD.dtype), table_VxD, preferred_element_type=jnp.float32)
