@@ -22,7 +22,7 @@ from mlpmem_jax.inference import decoding
 from mlpmem_jax.inference.decoding import DecoderConfig, Parameters
 
 _BATCH = 16  # prompts decoded together
-_MULTIPLE = 64  # prompts are padded to multiples of this, so that few lengths are compiled
+_PROMPT_MULTIPLE = 64
 
 
 class Decoder:
@@ -118,12 +118,9 @@ class Mixture:
 
     def start(self, prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
         """Prefills the prompts and returns the next token of each, int [B]; reserves room for `count` new tokens."""
-        length = -(-max(map(len, prompts)) // _MULTIPLE) * _MULTIPLE
-        tokens_BxT = np.zeros((len(prompts), length), np.int32)
-        for row, prompt in zip(tokens_BxT, prompts, strict=True):
-            row[length - len(prompt) :] = prompt
-        padding_B = np.array([length - len(prompt) for prompt in prompts], np.int32)
-        return self._likeliest([each.start(tokens_BxT, padding_B, length + count) for each in self._decoders])
+        tokens_BxT, padding_B = decoding.left_padded(prompts, _PROMPT_MULTIPLE)
+        room = tokens_BxT.shape[1] + count
+        return self._likeliest([each.start(tokens_BxT, padding_B, room) for each in self._decoders])
 
     def step(self, tokens_B: np.ndarray) -> np.ndarray:
         """Appends a token to each text and returns the next ones, int [B]."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlpmem_jax.models import language_model, memory, modules, transformer
 from mlpmem_jax.models.memory import MemoryConfig
@@ -77,6 +78,18 @@ def prepare(parameters: Parameters, dtype: str = "float32") -> Parameters:
         models and jax.tree_util.tree_map_with_path(stored, modules.unstack(models)) for models in parameters[:2]
     )
     return Parameters(base, memory, parameters.weight)
+
+
+def left_padded(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as a batch for `prefill`: (tokens int32 [B, T], padding int32 [B]).
+
+    T is a multiple of `multiple`, so that few lengths are compiled.
+    """
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens_BxT = np.zeros((len(prompts), -(-lengths_B.max() // multiple) * multiple), np.int32)
+    for row, prompt in zip(tokens_BxT, prompts, strict=True):
+        row[len(row) - len(prompt) :] = prompt
+    return tokens_BxT, tokens_BxT.shape[1] - lengths_B
 
 
 def prefill(

@@ -20,6 +20,7 @@ from mlpmem_jax.inference.decoding import (
     Parameters,
     Reading,
     can_change_the_likeliest,
+    left_padded,
     memory_log_probabilities,
     mix,
     prefill,
@@ -27,7 +28,7 @@ from mlpmem_jax.inference.decoding import (
 )
 from mlpmem_jax.inference.sampling import GREEDY, Sampling, sample
 
-_PROMPT_MULTIPLE = 32  # prompts are padded to multiples of this, so that few lengths are compiled
+_PROMPT_MULTIPLE = 32
 
 
 def generate(
@@ -53,23 +54,16 @@ def generate(
     Raises:
       UserError: a prompt is empty, `count` is 0, or the text would exceed the base's context length.
     """
-    lengths_B = np.array([len(prompt) for prompt in prompts])
-    if not len(prompts) or lengths_B.min() < 1 or count < 1:
+    if not len(prompts) or not all(map(len, prompts)) or count < 1:
         raise UserError("generation needs at least one prompt, one token in each, and one token to add")
-    if lengths_B.max() + count > models.base.context_length:
+    if (longest := max(map(len, prompts))) + count > models.base.context_length:
         raise UserError(
-            f"a prompt of {lengths_B.max()} tokens and {count} new ones exceed the context of "
+            f"a prompt of {longest} tokens and {count} new ones exceed the context of "
             f"{models.base.context_length} tokens; shorten the prompt or ask for fewer"
         )
-    length = -(-lengths_B.max() // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
-    tokens_BxT = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in zip(tokens_BxT, prompts, strict=True):
-        row[length - len(prompt) :] = prompt
-    padding_B = jnp.asarray(length - lengths_B, jnp.int32)
-    key = jax.random.key(seed)
-    tokens_B, cache = first_tokens(
-        models, parameters, tokens_BxT, padding_B, key, room=length + count, sampling=sampling
-    )
+    tokens_BxT, padding_B = left_padded(prompts, _PROMPT_MULTIPLE)
+    key, room = jax.random.key(seed), tokens_BxT.shape[1] + count
+    tokens_B, cache = first_tokens(models, parameters, tokens_BxT, padding_B, key, room=room, sampling=sampling)
     new_BxT = following_tokens(models, parameters, cache, tokens_B, key, end_token, count=count, sampling=sampling)
     return [row[: np.argmax(row == end_token)] if end_token in row else row for row in np.asarray(new_BxT)]
 
