@@ -246,6 +246,7 @@ class ArtifactWriter:
 
     def __init__(self, path: str, manifest: dict):
         self.path = path
+        self.kind: str = manifest["kind"]
         self._manifest = manifest
         self._specs = {name: ArraySpec.from_json(fields) for name, fields in manifest["arrays"].items()}
         self._kvstore = ts.KvStore.open(_kvstore_spec(path)).result()

@@ -29,8 +29,7 @@ def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: 
         parameters, model = load(place, sharding)
     check_fits(f"config.{key}={source}", model, tokens, config.base.context_length)
     writer = ArtifactWriter.create(path, "base", settings, inputs, {})
-    saved.seal(writer, model, parameters, {"commit": commit} if commit else {})
-    return open_artifact(path, "base")
+    return saved.seal(writer, model, parameters, {"commit": commit} if commit else {})
 
 
 def run(config: ml_collections.ConfigDict) -> Artifact:

@@ -10,7 +10,6 @@ import json
 import pathlib
 from collections.abc import Mapping
 
-import jax
 import ml_collections
 from etils import epath
 
@@ -161,7 +160,6 @@ def _sealed(
         say(f"{kind}: imported already")
         return finished
     writer = ArtifactWriter.create(path, kind, made_by, inputs, {})
-    saved.seal(writer, model, parameters, summary)
-    count = sum(array.size for array in jax.tree.leaves(parameters))
-    say(f"import: {path}, {count:,} parameters")
-    return open_artifact(path, kind)
+    artifact = saved.seal(writer, model, parameters, summary)
+    say(f"import: {path}, {artifact.summary['parameter_count']:,} parameters")
+    return artifact

@@ -15,10 +15,8 @@ from mlpmem_jax.models import language_model, memory
 from mlpmem_jax.models.memory import MemoryConfig
 
 
-def seal(
-    writer: ArtifactWriter, model: language_model.Config | MemoryConfig, parameters, metrics: dict
-) -> Artifact | None:
-    """Writes the parameters and seals the artifact (every process must call this; the first one seals).
+def seal(writer: ArtifactWriter, model: language_model.Config | MemoryConfig, parameters, metrics: dict) -> Artifact:
+    """Writes the parameters, seals the artifact and opens it; every process must call this.
 
     Args:
       writer: writer of an artifact of kind "base" or "memory".
@@ -33,9 +31,10 @@ def seal(
         "parameter_count": sum(array.size for array in jax.tree.leaves(parameters)),
         **metrics,
     }
-    artifact = writer.seal(summary) if jax.process_index() == 0 else None
+    if jax.process_index() == 0:
+        writer.seal(summary)
     barrier(f"sealed {writer.path}")
-    return artifact
+    return open_artifact(writer.path, writer.kind)
 
 
 def language_model_config(artifact: Artifact) -> language_model.Config:
@@ -84,8 +83,7 @@ def input_block(memory: Artifact) -> int:
     """
     if "input_block" not in memory.summary:
         raise ArtifactError(
-            f"{memory.path}: was made by an earlier version and does not record which block of the base it "
-            "reads; delete it and "
-            "run `train` again"
+            f"{memory.path}: was made by an earlier version and does not record which block of the base it reads; "
+            "delete it and run `train` again"
         )
     return memory.summary["input_block"]

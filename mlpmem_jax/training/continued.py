@@ -155,9 +155,9 @@ def train_on(
         say(f"{name}: no step improved on the base's validation perplexity, so the base is kept")
         best, summary["step"], summary["perplexity"] = None, 0, before
         (best,) = load()
-    saved.seal(writer, model, best, summary)
+    sealed = saved.seal(writer, model, best, summary)
     remove_short_runs(writer.path)
-    return open_artifact(workdir / name, "base")
+    return sealed
 
 
 def at_best_rate(

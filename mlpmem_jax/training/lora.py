@@ -157,9 +157,9 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     metrics["training_flops"], metrics["perplexity"] = float(per_step) * metrics["steps"], after
     metrics["rank"], metrics["adapter_parameters"] = rank, rank * per_rank
     _seal_adapters(writer, adapters, kept, inputs)
-    saved.seal(writer, model, merged, metrics)
+    sealed = saved.seal(writer, model, merged, metrics)
     continued.remove_short_runs(writer.path)
-    return open_artifact(workdir / FOLDER, "base")
+    return sealed
 
 
 def _seal_adapters(writer: ArtifactWriter, adapters: dict, settings: dict, inputs: dict[str, str]) -> None:

@@ -161,5 +161,4 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     parameters, summary = train(
         config, config.base.training, model, initialize, name="base", folder=writer.path, group="base.training"
     )
-    saved.seal(writer, model, parameters, summary)
-    return open_artifact(path, "base")
+    return saved.seal(writer, model, parameters, summary)

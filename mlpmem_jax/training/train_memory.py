@@ -92,8 +92,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
     summary["input_block"] = block  # fixes the block that the memory reads, whatever a later config says
     summary["positions"] = int(summary["steps"] * config.training.batch_sequences * config.base.context_length)
     summary["training_flops"] = float(np.float64(summary["positions"]) * task.flops_per_position)
-    saved.seal(writer, start.model, parameters, summary)
-    return open_artifact(workdir / folder, "memory")
+    return saved.seal(writer, start.model, parameters, summary)
 
 
 def _open_inputs(config: ml_collections.ConfigDict) -> _Inputs:
