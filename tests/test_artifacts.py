@@ -47,7 +47,7 @@ def test_what_is_written_comes_back(tmp_path):
     np.testing.assert_array_equal(artifact.read("keys", 3, 9), rows[3:9])
     np.testing.assert_array_equal(artifact.read_ragged("ids", 2), content(2)["ids"][0])
     np.testing.assert_array_equal(artifact.read_ragged("ids", 2, 30, 100), content(2)["ids"][0, 30:100])
-    assert artifact.shard_extra(2) == {"entries": 2}
+    assert json.loads((tmp_path / "a" / "manifest.json").read_bytes())["shards"][2]["extra"] == {"entries": 2}
     assert artifact.summary == {"note": 0.5}
     assert artifact.read_file("tokenizer.json") == b"{}"
 

@@ -41,9 +41,9 @@ class Retriever(Protocol):
         """The `count` best passages of each query, best first."""
 
 
-def documents(tokens: Artifact, split: str = "train") -> list[str]:
-    """The documents of a split of a `tokens` artifact, decoded."""
-    tokenizer, stream = read_tokenizer(tokens), TokenStream(tokens, split)
+def documents(tokens: Artifact) -> list[str]:
+    """The documents of the training split of a `tokens` artifact, decoded."""
+    tokenizer, stream = read_tokenizer(tokens), TokenStream(tokens, "train")
     ends = stream.document_ends
     starts = np.concatenate([[0], ends[:-1]])
     texts: list[str] = []

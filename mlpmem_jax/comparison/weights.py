@@ -38,6 +38,6 @@ def tuned(values_ZxN: np.ndarray, tuning_values: np.ndarray | None, seed: int) -
     return np.where(first_N, best(values_ZxN, ~first_N), best(values_ZxN, first_N))
 
 
-def over_grid(measure: Callable[[int, float], float], count: int, grid: Sequence[float] = GRID) -> np.ndarray:
+def over_grid(measure: Callable[[int, float], float], count: int, grid: Sequence[float]) -> np.ndarray:
     """float [Z, N]: a metric of (question, weight) at every weight of the grid."""
     return np.array([[measure(question, weight) for question in range(count)] for weight in grid])

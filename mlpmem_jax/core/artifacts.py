@@ -156,10 +156,6 @@ class Artifact:
                     f"one, or delete {self.path} and run its stage again"
                 )
 
-    def shard_extra(self, shard: int) -> dict:
-        """The extra values that the writer stored with the shard."""
-        return self._shards[shard]["extra"]
-
     def shard_length(self, name: str, shard: int) -> int:
         """Number of entries in a shard of a ragged array."""
         return self._shards[shard]["arrays"][name]["shape"][-1]
@@ -338,7 +334,7 @@ class ArtifactWriter:
         """Writes one shard of every array and returns when it is durable.
 
         Args:
-                    index: index of the shard.
+          index: index of the shard.
           arrays: the rows of this shard, by array name; [1, entries] for a ragged array.
           extra: small JSON values to store with the shard.
 

@@ -33,8 +33,8 @@ class Scores:
     memory: np.ndarray
     knn: np.ndarray
     documents: np.ndarray
-    other_memories: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    other_models: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    other_memories: dict[str, np.ndarray]
+    other_models: dict[str, np.ndarray]
 
 
 def compare(validation: Scores, test: Scores, *, confidence: float) -> dict:

@@ -52,10 +52,10 @@ def read_queries(datastore: Artifact, first: int, stop: int) -> Queries:
     )
 
 
-def sample_queries(datastore: Artifact, count: int, seed: int = 0) -> Queries:
+def sample_queries(datastore: Artifact, count: int) -> Queries:
     """`count` positions sampled from the whole split without replacement; all of them if there are no more."""
     sequences, length = datastore.arrays["next_tokens"].shape
-    drawn_Q = np.random.default_rng(seed).choice(sequences * length, min(count, sequences * length), replace=False)
+    drawn_Q = np.random.default_rng(0).choice(sequences * length, min(count, sequences * length), replace=False)
     drawn_Q.sort()
 
     def drawn_from(sequence: int) -> Queries:

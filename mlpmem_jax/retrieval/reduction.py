@@ -60,17 +60,16 @@ class Projection:
         return cls(columns_DxO1[:, 0], np.ascontiguousarray(columns_DxO1[:, 1:]), float(np.load(content)))
 
 
-def fit(sample_NxD: np.ndarray, dimensions: int, seed: int = 0) -> Projection:
+def fit(sample_NxD: np.ndarray, dimensions: int) -> Projection:
     """Centers on the mean of a sample, projects on its principal components if O < D, and rotates at random.
 
     Args:
       sample_NxD: keys, float [N, D].
       dimensions: O, at most D.
-      seed: random seed of the rotation.
     """
     sample_NxD = sample_NxD.astype(np.float32)
     mean_D = sample_NxD.mean(axis=0, dtype=np.float64).astype(np.float32)
-    basis_DxO, kept = rotation(dimensions, seed), 1.0
+    basis_DxO, kept = rotation(dimensions), 1.0
     if dimensions < len(mean_D):
         centered_NxD = sample_NxD - mean_D
         variances_D, vectors_DxD = np.linalg.eigh((centered_NxD.T @ centered_NxD).astype(np.float64))  # ascending
@@ -79,9 +78,9 @@ def fit(sample_NxD: np.ndarray, dimensions: int, seed: int = 0) -> Projection:
     return Projection(mean_D, np.ascontiguousarray(basis_DxO, np.float32), float(kept))
 
 
-def rotation(dimensions: int, seed: int) -> np.ndarray:
-    """A random orthogonal matrix, float64 [O, O], uniform over all of them."""
-    gaussian_OxO = np.random.default_rng(seed).standard_normal((dimensions, dimensions))
+def rotation(dimensions: int) -> np.ndarray:
+    """A random orthogonal matrix, float64 [O, O], drawn uniformly from all of them; the same at every call."""
+    gaussian_OxO = np.random.default_rng(0).standard_normal((dimensions, dimensions))
     orthogonal_OxO, triangular_OxO = np.linalg.qr(gaussian_OxO)
     return orthogonal_OxO * np.sign(np.diag(triangular_OxO))
 

@@ -45,7 +45,7 @@ def _is_converted(dtype) -> bool:
 
 
 @functools.cache
-def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target: float = 1.0):
+def search_program(mesh: Mesh, num_keys: int, block: int, k: int, recall_target: float):
     """The jitted search over a mesh.
 
     Args:

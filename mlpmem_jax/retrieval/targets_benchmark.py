@@ -32,9 +32,9 @@ MINIMUM_PROBABILITY = 1e-8
 _TRAINED_ON_PER_LIST = 39  # training keys per list; FAISS warns if there are fewer
 
 
-def clustered_keys(count: int, width: int, seed: int = 0) -> np.ndarray:
+def clustered_keys(count: int, width: int) -> np.ndarray:
     """float32 [count, width]: three levels of nested clusters with Zipf-distributed sizes and a descending spectrum."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     spectrum_D = (np.arange(1, width + 1) ** -0.25).astype(np.float32)
     keys_NxD = random.standard_normal((count, width), dtype=np.float32)
     keys_NxD *= spectrum_D

@@ -37,7 +37,7 @@ def run(
         size over several budgets.
       confidence: confidence level of the intervals, between 0 and 1.
       samples: bootstrap replicates for the intervals.
-            seed: random seed of the replicates; the same points and seed give the same bytes.
+      seed: random seed of the replicates; the same points and seed give the same bytes.
 
     Returns:
       The contents of fit.json.
