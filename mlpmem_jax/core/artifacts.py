@@ -78,10 +78,6 @@ class ArraySpec:
         return cls(tuple(fields["shape"]), fields["dtype"], fields["rows_per_shard"], tuple(fields["read_chunk"]))
 
 
-def _kvstore_spec(path: str) -> dict | str:
-    return path + "/" if "://" in path else {"driver": "file", "path": path + "/"}
-
-
 def _open_array(path: str, name: str, spec: ArraySpec, create: bool) -> ts.TensorStore:
     shard_shape = (spec.rows_per_shard, *spec.shape[1:])
     # A zarr3 shard must be a whole number of inner chunks.
@@ -92,7 +88,7 @@ def _open_array(path: str, name: str, spec: ArraySpec, create: bool) -> ts.Tenso
     codecs.append({"name": "crc32c"})
     store = {
         "driver": "zarr3",
-        "kvstore": _kvstore_spec(f"{path}/{name}"),
+        "kvstore": storage.kvstore_spec(f"{path}/{name}"),
         "metadata": {  # what is written, and what an array that is opened must have: nothing else guards its metadata
             "shape": list(spec.shape),
             "data_type": spec.dtype,
@@ -245,7 +241,7 @@ class ArtifactWriter:
         self.kind: str = manifest["kind"]
         self._manifest = manifest
         self._specs = {name: ArraySpec.from_json(fields) for name, fields in manifest["arrays"].items()}
-        self._kvstore = ts.KvStore.open(_kvstore_spec(path)).result()
+        self._kvstore = ts.KvStore.open(storage.kvstore_spec(path)).result()
         self._stores: dict[str, ts.TensorStore] = {}
 
     @classmethod

@@ -94,7 +94,7 @@ def _ready_configs() -> Iterator[None]:
 def _read(file: str) -> tuple[bytes, str]:
     """The content of a config file, and its location."""
     ready = "configs/ and configs/sweeps/ of the package hold ready ones, e.g. --config=configs/quickstart.py"
-    if "://" in file:
+    if storage.is_remote(file):
         from etils import epath  # imports NumPy, which local configs do not need
 
         storage.prepare(file)

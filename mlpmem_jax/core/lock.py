@@ -22,6 +22,7 @@ from collections.abc import Iterator
 
 import tensorstore as ts
 
+from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.manifests import absolute
 from mlpmem_jax.core.progress import say
@@ -90,8 +91,7 @@ class _Lock:
 
     def __init__(self, workdir: str):
         self._path = absolute(workdir)
-        spec = f"{self._path}/" if "://" in self._path else {"driver": "file", "path": f"{self._path}/"}
-        self._store = ts.KvStore.open(spec).result()
+        self._store = ts.KvStore.open(storage.kvstore_spec(self._path)).result()
         self._holder = Holder.this_process()
         self._generation = b""
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
+from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import ArtifactError
 
 FORMAT = "mlpmem_jax artifact"
@@ -21,7 +22,7 @@ LINK = "link"
 def absolute(path) -> str:
     """The absolute path, as TensorStore's file driver needs it; URLs are unchanged."""
     path = str(path).rstrip("/")
-    return path if "://" in path else os.path.abspath(path)
+    return path if storage.is_remote(path) else os.path.abspath(path)
 
 
 def link(path, target) -> None:

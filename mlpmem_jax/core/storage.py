@@ -54,6 +54,16 @@ def prepare(*places: str) -> None:
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
 
 
+def is_remote(path) -> bool:
+    """Whether a path is a URL, of an object store, rather than on a file system."""
+    return "://" in str(path)
+
+
+def kvstore_spec(folder: str) -> dict | str:
+    """TensorStore's specification of a folder as a key-value store; local ones must be absolute."""
+    return f"{folder}/" if is_remote(folder) else {"driver": "file", "path": f"{folder}/"}
+
+
 def literal(path):
     """The path for libraries that search it by pattern, such that none of its characters is taken as a pattern.
 
@@ -63,7 +73,7 @@ def literal(path):
     from etils import epath
 
     path = epath.Path(path)
-    if "://" in str(path):  # object stores via fsspec; names of buckets and their folders rarely have brackets
+    if is_remote(path):  # object stores via fsspec; names of buckets and their folders rarely have brackets
         return path
 
     class Literal(type(path)):
@@ -86,7 +96,7 @@ def state_of(file) -> FileState:
 
     etils would also look up the owner's name, which fails for a user without one (a container's --user=12345).
     """
-    if "://" in str(file):
+    if is_remote(file):
         status = file.stat()
         return FileState(status.length, status.mtime)
     status = os.stat(file)

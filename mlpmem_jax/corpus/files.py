@@ -94,7 +94,7 @@ def _walk(folder: epath.Path, prefix: str, visited: set[str]) -> Iterator[tuple[
 
 def _real(path: epath.Path) -> str:
     name = os.fspath(path)
-    return name if "://" in name else os.path.realpath(name)
+    return name if storage.is_remote(name) else os.path.realpath(name)
 
 
 def _shown(path) -> str:

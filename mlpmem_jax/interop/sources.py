@@ -18,7 +18,7 @@ _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")  # the first existing 
 
 def _is_hub_name(source: str) -> bool:
     """Whether `source` can only be the name of a model on the Hugging Face hub, NAME or NAME@REVISION."""
-    is_path = "://" in source or source.startswith((".", "/")) or source.endswith(".gguf")
+    is_path = storage.is_remote(source) or source.startswith((".", "/")) or source.endswith(".gguf")
     return not is_path and source.count("/") <= 1 and not epath.Path(source).exists()
 
 
@@ -43,7 +43,7 @@ def local(source: str) -> Iterator[tuple[pathlib.Path, str]]:
     if _is_hub_name(source):
         folder = _snapshot(source)
         yield folder, folder.name
-    elif "://" not in source:
+    elif not storage.is_remote(source):
         yield pathlib.Path(source), ""
     else:
         place = epath.Path(source)

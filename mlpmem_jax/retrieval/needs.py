@@ -16,9 +16,9 @@ from jax.experimental import multihost_utils
 from mlpmem_jax.core import host
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.storage import is_remote
 from mlpmem_jax.retrieval import tiles
 from mlpmem_jax.retrieval.key_shards import Search
-from mlpmem_jax.retrieval.scratch import is_remote
 
 _RUNTIME_BYTES = 512 << 20  # Python, JAX, ScaNN and compiled programs
 _PROJECTION_BYTES = 40  # bytes per pair of dimensions, while the rotation is generated

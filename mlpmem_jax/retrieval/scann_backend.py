@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 
 from mlpmem_jax.core import native_output
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.storage import is_remote
 from mlpmem_jax.retrieval import exact_backend, neighbors, scann_index
 from mlpmem_jax.retrieval.backends import KeySource, Needs
 from mlpmem_jax.retrieval.scann_index import Options
-from mlpmem_jax.retrieval.scratch import is_remote, writing
+from mlpmem_jax.retrieval.scratch import writing
 
 # In multiples of the derived values.
 _LEAF_FACTORS = (0.125, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)

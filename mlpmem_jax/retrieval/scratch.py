@@ -47,8 +47,3 @@ def save_array(path: epath.Path, array: np.ndarray) -> None:
 def load_array(path: epath.Path) -> np.ndarray:
     """Reads what `save_array` wrote."""
     return np.load(io.BytesIO(path.read_bytes()))
-
-
-def is_remote(path: epath.Path) -> bool:
-    """Whether the path is in an object store."""
-    return "://" in str(path)

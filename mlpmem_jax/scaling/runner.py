@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from mlpmem_jax.core import child_process, lock
+from mlpmem_jax.core import child_process, lock, storage
 from mlpmem_jax.core.errors import Stopped, UserError
 from mlpmem_jax.core.progress import live, say
 from mlpmem_jax.scaling import collection, table
@@ -87,7 +87,7 @@ def _run_tasks(sweep: Sweep, tasks: list[SweepTask], states: dict[str, State], r
     cores = _cores()
     if not 1 <= workers <= len(cores):
         raise UserError(f"--workers={workers}: expected 1 to {len(cores)}, the cores of this machine")
-    if "://" in sweep.workdir:
+    if storage.is_remote(sweep.workdir):
         raise UserError(
             f"config.workdir: {sweep.workdir!r} is not a folder on this machine; set it to a local folder, or "
             "write jobs for other machines with --launch"

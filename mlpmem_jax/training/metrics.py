@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax
 from etils import epath
 
-from mlpmem_jax.core import json_lines
+from mlpmem_jax.core import json_lines, storage
 
 FILE = "metrics.jsonl"
 
@@ -29,7 +29,7 @@ class MetricsWriter:
         self._enabled, self._lines = jax.process_index() == 0, []
         if not self._enabled:
             return
-        self._file, self._is_local = epath.Path(folder) / FILE, "://" not in str(folder)
+        self._file, self._is_local = epath.Path(folder) / FILE, not storage.is_remote(folder)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "metrics")
         self._pending: collections.deque[concurrent.futures.Future] = collections.deque()
         content = self._file.read_bytes() if self._file.exists() else b""
