@@ -13,10 +13,9 @@ import ml_collections
 from mlpmem_jax.core.sharding import Sharding, placed_shapes
 from mlpmem_jax.interop import published
 from mlpmem_jax.models import flops, language_model, scoring
-from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval import datastore, key_shards, ring
-from mlpmem_jax.training import continued, data, loop, memory_task
+from mlpmem_jax.training import continued, data, loop, memory_task, train_base
 
 STAGES = ("train", "datastore", "neighbors")
 
@@ -70,17 +69,11 @@ def models_of(config: ml_collections.ConfigDict, tensor_shards: int) -> ModelDim
     if config.base.source != "train":
         base = published.dimensions(config.base.path)
     else:
-        base = GPT2Config(
-            config.tokenizer.vocab_size,
-            config.base.context_length,
-            config.base.width,
-            config.base.blocks,
-            config.base.heads,
-        )
+        base = train_base.dimensions(config, config.tokenizer.vocab_size)
     keys = published.dimensions(config.datastore.key_model) if config.datastore.key_model else base
-    dimensions = memory_task.dimensions(config, base.vocab_size, base.width, tensor_shards, base.norm_epsilon)
+    memory = memory_task.dimensions(config, base.vocab_size, base.width, tensor_shards, base.norm_epsilon)
     input_block = datastore.block_at_depth(base.blocks, config.datastore.input_depth)
-    return ModelDimensions(base, keys, dimensions, bool(config.datastore.key_model) or input_block != keys.blocks)
+    return ModelDimensions(base, keys, memory, bool(config.datastore.key_model) or input_block != keys.blocks)
 
 
 def steps_of(config: ml_collections.ConfigDict, positions: int) -> int:

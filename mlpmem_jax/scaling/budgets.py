@@ -14,11 +14,10 @@ import ml_collections
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.interop import published
 from mlpmem_jax.models import flops, language_model
-from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.retrieval import backends
 from mlpmem_jax.retrieval.key_shards import Search
-from mlpmem_jax.training import memory_task
+from mlpmem_jax.training import memory_task, train_base
 
 COUNTED = ("training", "training and targets")
 
@@ -27,13 +26,7 @@ def base_model(config: ml_collections.ConfigDict) -> language_model.Config:
     """Dimensions of the base that a config describes or names."""
     if config.base.source != "train":
         return _published(config.base.path, "base.path")
-    return GPT2Config(
-        vocab_size=config.tokenizer.vocab_size,
-        context_length=config.base.context_length,
-        width=config.base.width,
-        blocks=config.base.blocks,
-        heads=config.base.heads,
-    )
+    return train_base.dimensions(config, config.tokenizer.vocab_size)
 
 
 def _published(path: str, key: str) -> language_model.Config:

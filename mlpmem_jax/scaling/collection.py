@@ -69,7 +69,7 @@ def row(sweep: Sweep, point: Point) -> dict[str, str | float]:
     model, length = saved.language_model_config(base), point.config.base.context_length
     values = _augmented(point, base) if point.arm == "augmented" else _continued(point, base)
     base_steps = base.summary.get("steps")
-    per_step = 3 * flops.language_model_forward(model, length) * point.config.base.training.batch_sequences * length
+    per_step = continued.flops_per_step(model, length, point.config.base.training)
     counted = values["training_flops"]
     if sweep.counted == budgets.COUNTED[1]:
         counted += values["construction_flops"]

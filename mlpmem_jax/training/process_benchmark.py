@@ -22,8 +22,7 @@ from mlpmem_jax.core import distributed, host
 from mlpmem_jax.core.benchmark_rows import row
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.sharding import Sharding
-from mlpmem_jax.models.gpt2 import GPT2Config
-from mlpmem_jax.training import loop
+from mlpmem_jax.training import loop, train_base
 from mlpmem_jax.training.memory_task import dimensions, memory_task
 
 _ENTRIES = 64  # per target distribution
@@ -79,9 +78,7 @@ def _positions_per_second(config: ml_collections.ConfigDict) -> float:
     sharding = Sharding.of(config)
     part = sharding.batch_part
     model = dimensions(config, config.tokenizer.vocab_size, config.base.width, sharding.mesh.shape["tensor"])
-    base = GPT2Config(
-        model.vocab_size, config.base.context_length, config.base.width, config.base.blocks, config.base.heads
-    )
+    base = train_base.dimensions(config, model.vocab_size)
     config.training.warmup_steps = 1
     program = loop.step_program(memory_task(config, model, base, sharding), sharding, steps=1000)
     step, state = program.step, program.make_state()

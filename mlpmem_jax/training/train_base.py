@@ -135,6 +135,17 @@ def train(
     return loop.fit(task, loop.Run(name, folder, source, validate, frozen, start), sharding)
 
 
+def dimensions(config: ml_collections.ConfigDict, vocab_size: int) -> gpt2.GPT2Config:
+    """The dimensions of a base LM that is trained from scratch."""
+    return gpt2.GPT2Config(
+        vocab_size=vocab_size,
+        context_length=config.base.context_length,
+        width=config.base.width,
+        blocks=config.base.blocks,
+        heads=config.base.heads,
+    )
+
+
 def run(config: ml_collections.ConfigDict) -> Artifact:
     """Trains the base LM from scratch.
 
@@ -148,16 +159,9 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     if finished := find_finished(path, "base", settings, inputs):
         say("base: already finished")
         return finished
-    model = gpt2.GPT2Config(
-        vocab_size=tokens.summary["vocab_size"],
-        context_length=config.base.context_length,
-        width=config.base.width,
-        blocks=config.base.blocks,
-        heads=config.base.heads,
-    )
+    model = dimensions(config, tokens.summary["vocab_size"])
     writer = ArtifactWriter.create(path, "base", settings, inputs, {})
-    key = jax.random.key(config.base.training.seed)
-    initialize = functools.partial(gpt2.init, model, key)
+    initialize = functools.partial(gpt2.init, model, jax.random.key(config.base.training.seed))
     parameters, summary = train(
         config, config.base.training, model, initialize, name="base", folder=writer.path, group="base.training"
     )
