@@ -76,11 +76,6 @@ def models_of(config: ml_collections.ConfigDict, tensor_shards: int) -> ModelDim
     return ModelDimensions(base, keys, memory, bool(config.datastore.key_model) or input_block != keys.blocks)
 
 
-def steps_of(config: ml_collections.ConfigDict, positions: int) -> int:
-    """Optimizer steps of the memory's training on a split of `positions` positions."""
-    return loop.total_steps(config.training, positions // config.base.context_length)
-
-
 def base_positions(config: ml_collections.ConfigDict, positions: int) -> int:
     """Positions on which the base is trained or fine-tuned, for a split of `positions` positions.
 
@@ -116,11 +111,11 @@ def _train(config, models: ModelDimensions, sharding: Sharding, positions: int) 
     online = config.training.mode == "online"
     task = memory_task.memory_task(config, models.memory, models.base, sharding)
     frozen = _abstract_parameters(models.base, sharding) if online else {}
-    steps = steps_of(config, positions)
+    length = config.base.context_length
+    steps = loop.total_steps(config.training, positions // length)
     program = loop.step_program(task, sharding, steps)
     entries = data.padded_entries(most_entries(config, models))
     inputs = None if online else (models.base.width, config.datastore.dtype)
-    length = config.base.context_length
     batch = data.abstract_batch(config.training.batch_sequences, length, entries, models.memory.vocab_size, inputs)
     per_step = config.training.batch_sequences * length
     step = StageProgram(
@@ -176,14 +171,8 @@ def _datastore(config, models: ModelDimensions, sharding: Sharding, positions: i
             calls=calls,
         )
 
-    both = models.separate_inputs and not settings.key_model
-    base_blocks = (
-        (models.base.blocks, input_block)
-        if both
-        else (input_block,)
-        if models.separate_inputs
-        else (models.base.blocks,)
-    )
+    keys = () if settings.key_model else (models.base.blocks,)
+    base_blocks = (*keys, input_block) if models.separate_inputs else keys
     held_out = positions * (config.corpus.validation_fraction + config.corpus.test_fraction)
     programs = [
         forward("base", models.base, base_blocks, False, positions / rows),
