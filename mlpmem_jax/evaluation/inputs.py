@@ -12,9 +12,10 @@ from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.core.manifests import is_sealed
 from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.corpus.documents import SPLITS
 from mlpmem_jax.corpus.tokens import TokenStream, read_sequences
 from mlpmem_jax.models import saved
-from mlpmem_jax.retrieval.datastore import SPLITS
+from mlpmem_jax.retrieval.datastore import memory_inputs
 from mlpmem_jax.retrieval.targets_artifact import TargetsReader
 
 HELD_OUT = ("validation", "test")
@@ -62,8 +63,7 @@ class Inputs:
     def memory_inputs(self, split: str, first: int, count: int) -> np.ndarray:
         """Memory inputs [count, T, D]."""
         datastore = self.artifacts[f"datastore/{split}"]
-        name = "memory_inputs" if "memory_inputs" in datastore.arrays else "keys"
-        return datastore.read(name, first, first + count)
+        return datastore.read(memory_inputs(datastore), first, first + count)
 
     def tokens(self, split: str, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and next tokens, int32 [count, T]."""

@@ -21,11 +21,10 @@ from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.core.sharding import Sharding, local_rows
+from mlpmem_jax.corpus.documents import SPLITS
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.scoring import next_token_log_probabilities
-
-SPLITS = ("train", "validation", "test")
 
 
 def block_at_depth(blocks: int, depth: float) -> int:
@@ -185,10 +184,10 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: Lo
         )
     specs = _array_specs(models, sequences, length, per_shard, scored=split != "train")
     writer = ArtifactWriter.create(path, "datastore", settings, inputs, specs)
-    shards = writer.incomplete_shards()
+    sizes = {shard: min(per_shard, sequences - shard * per_shard) for shard in writer.incomplete_shards()}
     barrier(f"datastore {split} listed")
-    with progress(_positions(shards, sequences, per_shard, length), f"datastore/{split}", "positions") as bar:
-        _write_shards(config, models, stream, writer, shards, split, bar)
+    with progress(length * sum(sizes.values()), f"datastore/{split}", "positions") as bar:
+        _write_shards(config, models, stream, writer, sizes, split, bar)
     barrier(f"datastore {split} written")
     if jax.process_index() == 0:
         writer.seal(summary(sequences, length, models.key_config.width, models.input_block))
@@ -197,14 +196,13 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: Lo
 
 
 def _write_shards(
-    config, models: LoadedModels, stream: TokenStream, writer: ArtifactWriter, shards, split: str, bar
+    config, models: LoadedModels, stream: TokenStream, writer: ArtifactWriter, sizes: dict[int, int], split: str, bar
 ) -> None:
-    """Runs all forward passes of a split, on as many shards at once as the mesh has batch shards."""
+    """Runs the forward passes of shards of `sizes` sequences, as many shards at once as the mesh has batch shards."""
     length, per_shard = config.base.context_length, config.datastore.sequences_per_shard
-    sequences, part = num_sequences(stream, length), models.sharding.batch_part
+    shards, part = list(sizes), models.sharding.batch_part
     largest = config.datastore.batch_sequences // part.count
     multiple = models.sharding.shards("batch") // part.count
-    sizes = {shard: min(per_shard, sequences - shard * per_shard) for shard in shards}
     for first in range(0, len(shards), part.count):
         group = shards[first : first + part.count]
         # Every process runs every forward pass; those without a shard use a copy of another one.
@@ -221,13 +219,14 @@ def _write_shards(
             writer.write_shard(shard, {**arrays, "next_tokens": next_SxT, "documents": documents_SxT})
 
 
-def _positions(shards: list[int], sequences: int, per_shard: int, length: int) -> int:
-    return length * sum(min(per_shard, sequences - shard * per_shard) for shard in shards)
-
-
 def summary(sequences: int, length: int, width: int, input_block: int) -> dict[str, int]:
     """The summary in the manifest of a datastore; `input_block` is the block whose input the memory reads."""
     return {"sequences": sequences, "positions": sequences * length, "width": width, "input_block": input_block}
+
+
+def memory_inputs(datastore: Artifact) -> str:
+    """The name of the array with the memory's inputs: they are stored separately only if they are not the keys."""
+    return "memory_inputs" if "memory_inputs" in datastore.arrays else "keys"
 
 
 def rows_of_pass(count: int, largest: int, multiple: int) -> int:

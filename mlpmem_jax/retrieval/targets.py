@@ -23,8 +23,8 @@ from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
+from mlpmem_jax.corpus.documents import SPLITS
 from mlpmem_jax.retrieval import backends, needs, neighbors, temperature, tuning
-from mlpmem_jax.retrieval.datastore import SPLITS
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search
 from mlpmem_jax.retrieval.quality import Sample
 from mlpmem_jax.retrieval.queries import sample_queries

@@ -21,8 +21,8 @@ from etils import epath
 
 from mlpmem_jax.core import manifests
 from mlpmem_jax.core.config import as_config_file, plain_dict
+from mlpmem_jax.corpus.documents import SPLITS
 from mlpmem_jax.models import flops
-from mlpmem_jax.retrieval.datastore import SPLITS
 from mlpmem_jax.scaling import budgets
 from mlpmem_jax.scaling.sweep import Sweep
 from mlpmem_jax.training import continued, loop

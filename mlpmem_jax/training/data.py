@@ -9,6 +9,7 @@ import numpy as np
 from mlpmem_jax.core import host
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
+from mlpmem_jax.retrieval.datastore import memory_inputs
 from mlpmem_jax.retrieval.targets_artifact import TargetsReader, token_dtype
 
 _FEWEST_READERS = 4  # threads; reads mostly wait
@@ -40,7 +41,6 @@ class TargetSource:
 
     def __init__(self, datastore: Artifact, targets: Artifact, stream: TokenStream | None = None):
         self._datastore, self._targets, self._stream = datastore, TargetsReader(targets), stream
-        self._inputs = "memory_inputs" if "memory_inputs" in datastore.arrays else "keys"
         self._length = datastore.arrays["next_tokens"].shape[1]
         self.entries = padded_entries(self._targets.max_entries)
 
@@ -57,7 +57,7 @@ class TargetSource:
         probabilities_TxE[filled_TxE] = probabilities_M
         item = {"token_ids": token_ids_TxE, "probabilities": probabilities_TxE}
         if self._stream is None:
-            item["memory_inputs"] = self._datastore.read(self._inputs, index, index + 1)[0]
+            item["memory_inputs"] = self._datastore.read(memory_inputs(self._datastore), index, index + 1)[0]
             item["next_tokens"] = self._datastore.read("next_tokens", index, index + 1)[0]
         else:
             tokens, following, _ = read_sequences(self._stream, index, 1, self._length)

@@ -22,7 +22,7 @@ from mlpmem_jax.models import language_model, memory, saved
 from mlpmem_jax.models.interpolation import perplexity, tune_weight
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.models.scoring import memory_log_probabilities
-from mlpmem_jax.retrieval.datastore import block_at_depth
+from mlpmem_jax.retrieval.datastore import block_at_depth, memory_inputs
 from mlpmem_jax.training import data, loop
 from mlpmem_jax.training.memory_task import dimensions, memory_task
 
@@ -185,8 +185,7 @@ def _validation(
     held_out = open_artifact(epath.Path(config.workdir) / "datastore" / "validation", "datastore")
     sequences = held_out.arrays["next_tokens"].shape[0]
     count = min(config.training.evaluation_sequences or sequences, sequences)
-    name = "memory_inputs" if "memory_inputs" in held_out.arrays else "keys"
-    inputs_NxD = held_out.read(name, 0, count).reshape(-1, model.input_width)
+    inputs_NxD = held_out.read(memory_inputs(held_out), 0, count).reshape(-1, model.input_width)
     next_N = held_out.read("next_tokens", 0, count).reshape(-1)
     base_N = held_out.read("base_log_probabilities", 0, count).reshape(-1)
 
