@@ -142,13 +142,12 @@ def train_on(
         )
 
     before = perplexities(*load())  # measured first, so that two sets of parameters are never in memory together
-    search = {}
+    per_step, search = flops_per_step(model, length, settings), {}
     if rates:
-        settings, search = at_best_rate(settings, name, writer.path, rates, train)
-        search["rate_search_flops"] = float(flops_per_step(model, length, settings)) * search.pop("rate_search_steps")
+        settings, search = at_best_rate(settings, name, writer.path, rates, per_step, train)
     best, summary = train(settings, name, writer.path)
     summary |= search
-    summary["training_flops"] = float(flops_per_step(model, length, settings)) * summary["steps"]
+    summary["training_flops"] = float(per_step) * summary["steps"]
     summary["perplexity"] = perplexities(best)
     # More training may only harm a base that was trained on better text; then the base itself is the result.
     if before["validation"] <= summary["perplexity"]["validation"]:
@@ -161,7 +160,7 @@ def train_on(
 
 
 def at_best_rate(
-    settings: ml_collections.ConfigDict, name: str, folder: str, rates: tuple[float, ...], train
+    settings: ml_collections.ConfigDict, name: str, folder: str, rates: tuple[float, ...], per_step: int, train
 ) -> tuple[ml_collections.ConfigDict, dict]:
     """Finds the learning rate whose short run reaches the lowest validation perplexity.
 
@@ -170,10 +169,11 @@ def at_best_rate(
       name: label for progress output.
       folder: the artifact's folder; short runs go into a subfolder, until `remove_short_runs`.
       rates: the learning rates to choose from.
+      per_step: FLOPs of a step.
       train: (settings, name, folder) -> (parameters, summary).
 
     Returns:
-      The settings with that rate, and learning_rate, rate_search and rate_search_steps.
+      The settings with that rate, and learning_rate, rate_search and rate_search_flops, as in `train_on`.
     """
     settings, perplexity_at = ml_collections.ConfigDict(settings), {}
     short = ml_collections.ConfigDict(settings)
@@ -190,7 +190,7 @@ def at_best_rate(
     return settings, {
         "learning_rate": settings.learning_rate,
         "rate_search": {f"{rate:g}": perplexity for rate, perplexity in perplexity_at.items()},
-        "rate_search_steps": short.steps * len(rates),
+        "rate_search_flops": float(per_step) * (short.steps * len(rates)),
     }
 
 

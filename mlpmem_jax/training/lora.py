@@ -145,8 +145,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
         )
 
     before = continued.held_out_perplexities(frozen, model, tokens, length, sharding)
-    settings, search = continued.at_best_rate(settings, FOLDER, writer.path, _RATES, train)
-    search["rate_search_flops"] = float(per_step) * search.pop("rate_search_steps")
+    settings, search = continued.at_best_rate(settings, FOLDER, writer.path, _RATES, per_step, train)
     adapters, metrics = train(settings, FOLDER, writer.path)
     merged = jax.jit(merge)(frozen, adapters)
     after = continued.held_out_perplexities(merged, model, tokens, length, sharding)
