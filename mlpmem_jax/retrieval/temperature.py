@@ -11,7 +11,7 @@ import scipy.optimize
 from mlpmem_jax.models.interpolation import tune_weight
 from mlpmem_jax.retrieval.distribution import neighbor_weights
 
-_GRID = 2.0 ** np.arange(-8, 5)  # multiples of the median distance
+_OCTAVES = np.arange(-8.0, 5.0)  # of the grid: log2 of multiples of the median distance
 _TOLERANCE = 0.01  # in log2(temperature)
 _USEFUL_SHARE = 0.5  # of the best temperature's gain, in nats; below this the user is told
 
@@ -75,12 +75,11 @@ class HeldOut:
         def loss(log2_multiple: float) -> float:
             return math.log(self.mixture(float(median * 2.0**log2_multiple)).perplexity)
 
-        octaves = np.log2(_GRID)
-        losses = [loss(octave) for octave in octaves]
+        losses = [loss(octave) for octave in _OCTAVES]
         place = int(np.argmin(losses))
-        bounds = octaves[max(place - 1, 0)], octaves[min(place + 1, len(octaves) - 1)]
+        bounds = _OCTAVES[max(place - 1, 0)], _OCTAVES[min(place + 1, len(_OCTAVES) - 1)]
         refined = scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": _TOLERANCE})
-        octave = refined.x if refined.fun <= losses[place] else octaves[place]
+        octave = refined.x if refined.fun <= losses[place] else _OCTAVES[place]
         return self.mixture(float(median * 2.0**octave))
 
 
