@@ -12,7 +12,7 @@ from etils import epath
 
 from mlpmem_jax.comparison import markup, speed_page
 from mlpmem_jax.comparison.published import PUBLISHED
-from mlpmem_jax.evaluation.page import STYLE
+from mlpmem_jax.evaluation.page import document
 
 _STYLE = ".texts td, .texts th { text-align: left; white-space: normal; }"
 DISAGREEMENTS = 10  # questions shown
@@ -43,13 +43,7 @@ def page(comparison: dict | None, answers: Sequence[dict], speed: dict | None = 
     sections += [speed_page.section(speed)] if speed else []
     if comparison:
         sections += [_disagreements(answers, list(comparison["systems"])), _provenance(comparison)]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>MLP Memory: comparison</title>\n<style>{STYLE}{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
-    )
+    return document("MLP Memory: comparison", sections, _STYLE)
 
 
 def verdict(comparison: dict) -> str:

@@ -77,10 +77,15 @@ def page(metrics: dict) -> str:
         f'<div class="figures">{_targets_section(metrics)}{_stages_section(metrics)}</div>',
         _provenance_section(metrics),
     ]
+    return document(f"MLP Memory report: {source}", sections)
+
+
+def document(title: str, sections: Iterable[str], style: str = "") -> str:
+    """One HTML document of sections, which are HTML too; `style` is CSS in addition to STYLE."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>MLP Memory report: {html.escape(str(source))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
