@@ -51,7 +51,9 @@ def metrics_of(gain, controls=False, records=True):
         "controls_left_out": {},
         "breakdown": {**gains, "counted_tokens": 900},
         "overlap": {"validation": {"13": 0.01, "25": 0.0}, "test": {"13": 0.0234}},
-        "search_curve": [{"leaves_to_search": 16, "reorder": 2.504, "recall": 0.9, "positions_per_second": 10.0}],
+        "search_curve": [
+            {"leaves_to_search": 16, "reorder": 2.504, "bytes_read": 1000, "recall": 0.9, "total_variation": 0.125}
+        ],
         "sharpness": dict.fromkeys(names, shape.summary()),
         "targets": {"backend": "exact", "k": 8, "recall_at_k": 1.0, "temperature": 2.5},
         "counts": {
@@ -162,7 +164,7 @@ def test_page_names_controls_that_were_left_out_and_shows_overlap_search_and_dty
     text = page(metrics)
     assert "Left out, not a control of this memory: /w/controls/continued: was trained for another memory" in text
     assert "<td>2.34 %</td>" in text
-    assert "<td>16</td><td>2.5</td><td>0.9</td><td>10.0</td>" in text
+    assert "<td>16</td><td>2.5</td><td>1,000</td><td>0.9</td><td>0.125</td>" in text
     assert "scored in float32" in text
 
 

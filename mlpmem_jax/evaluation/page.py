@@ -338,18 +338,14 @@ def _search_table(curve: list[dict]) -> str:
     names = {
         "leaves_to_search": "leaves searched",
         "reorder": "candidates per neighbor",
-        "candidates": "candidates",
         "bytes_read": "bytes read",
         "recall": "recall",
         "total_variation": "total variation",
-        "positions_per_second": "positions/s",
     }
-    columns = {name: words for name, words in names.items() if any(name in row for row in curve)}
-    if not columns:
+    if not curve:
         return ""
-    lines = [
-        [wording.ABSENT if row.get(name) is None else wording.quantity(row[name]) for name in columns] for row in curve
-    ]
+    columns = {name: words for name, words in names.items() if name in curve[0]}
+    lines = [[wording.quantity(row[name]) for name in columns] for row in curve]
     return "<p>Search settings tried on a sample:</p>" + _table(columns.values(), lines)
 
 
