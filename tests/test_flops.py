@@ -70,14 +70,14 @@ def operations_of_products(function, *arguments):
 @pytest.mark.parametrize("tied", [False, True])
 def test_llama_counts_are_those_of_its_parameters_and_traced_matrix_products(tied):
     config = llama.LlamaConfig(120, 32, 24, 1, 4, 2, 8, 40, tied=tied)
-    assert flops.language_model_parameters(config) == size(llama.init, config)
-    without = flops.language_model_parameters(config, embeddings=False)
+    assert language_model.parameter_count(config) == size(llama.init, config)
+    without = language_model.parameter_count(config, embeddings=False)
     assert size(llama.init, config) - without == (1 if tied else 2) * 120 * 24
     tokens = np.zeros((1, 32), np.int32)
     parameters = llama.init(config, jax.random.key(0))
     traced = operations_of_products(lambda p: language_model.logits(p, config, tokens), parameters)
     masked_half = 2 * 32 * (4 * 8) * 32
-    assert traced == 32 * flops.language_model_forward(config, 32) + masked_half
+    assert traced == 32 * language_model.forward_flops(config, 32) + masked_half
 
 
 def test_a_sliding_window_counts_the_positions_that_it_sees():

@@ -16,7 +16,7 @@ from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus import gguf_tokenizer, tokenizer
 from mlpmem_jax.interop import gguf_model, published
-from mlpmem_jax.models import flops, language_model
+from mlpmem_jax.models import language_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -130,7 +130,7 @@ def test_logits_are_those_of_transformers(tmp_path, quantization, tied):
 
 def test_the_dimensions_of_a_published_file_are_known_before_it_is_fetched(tmp_path):
     config = published.dimensions(str(tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"))
-    assert flops.language_model_parameters(config) == 134_515_008  # of the model on huggingface.co
+    assert language_model.parameter_count(config) == 134_515_008  # of the model on huggingface.co
     with pytest.raises(UserError, match=r"Other\.gguf: no such file"):
         published.dimensions(str(tmp_path / "Other.gguf"))
 

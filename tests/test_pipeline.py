@@ -16,7 +16,7 @@ from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.inference import trained_benchmark
-from mlpmem_jax.models import flops, gpt2, saved
+from mlpmem_jax.models import gpt2, language_model, saved
 from mlpmem_jax.training import controls, data, train_memory
 
 NEIGHBORS = 5
@@ -123,7 +123,7 @@ def test_online_training_sees_what_offline_training_sees(workdir):
     np.testing.assert_allclose(losses["online"], losses["offline"], rtol=2e-3)
     # What `continued` is given to match includes the base's forward passes.
     base = saved.language_model_config(open_artifact(workdir / "base", "base"))
-    forward = flops.language_model_forward(base, config.base.context_length, output_projection=False)
+    forward = language_model.forward_flops(base, config.base.context_length, output_projection=False)
     more = summaries["online"]["training_flops"] - summaries["offline"]["training_flops"]
     assert more == pytest.approx(forward * summaries["online"]["positions"])
 

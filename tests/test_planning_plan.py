@@ -17,7 +17,7 @@ from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import published
-from mlpmem_jax.models import flops
+from mlpmem_jax.models import language_model
 from mlpmem_jax.planning import changes, compilation, cost, hlo, mesh_choice, planned, programs
 from mlpmem_jax.planning.roofline import Roofline
 from mlpmem_jax.training import data, train_benchmark
@@ -108,7 +108,7 @@ def test_a_base_that_is_trained_on_needs_no_datastore():
     config.training.epochs, config.datastore.key_model = 2.0, ""
     memory_config = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5)
     run = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5, arm="continued")
-    sequence = flops.language_model_forward(published.dimensions(config.base.path), 1024) * 1024
+    sequence = language_model.forward_flops(published.dimensions(config.base.path), 1024) * 1024
     assert run.training_flops == pytest.approx(3 * sequence * run.steps * config.training.batch_sequences)
     assert run.chip_hours == pytest.approx(run.training_flops / 0.5 / 197e12 / 3600)
     tokens = 2 * 100e6 * (1 + config.corpus.validation_fraction + config.corpus.test_fraction)
@@ -121,7 +121,7 @@ def test_the_price_of_a_run_holds_the_fine_tuning_of_its_base_and_the_choice_of_
     as_published = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5)
     config.base.finetune_steps = 800
     run = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5)
-    sequence = flops.language_model_forward(published.dimensions(config.base.path), 1024) * 1024
+    sequence = language_model.forward_flops(published.dimensions(config.base.path), 1024) * 1024
     steps = 800 + 4 * 100  # four rates for an eighth of the steps each
     more = 3 * sequence * steps * config.base.training.batch_sequences
     assert run.chip_hours - as_published.chip_hours == pytest.approx(more / 0.5 / 197e12 / 3600)

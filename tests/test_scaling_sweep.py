@@ -13,7 +13,7 @@ import pytest
 from configs import quickstart, smoke
 from configs.sweeps import point
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
-from mlpmem_jax.models import flops
+from mlpmem_jax.models import flops, language_model
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.scaling import budgets, launching, runner, sweep, tasks
 from mlpmem_jax.scaling.tasks import SweepTask
@@ -159,7 +159,7 @@ def test_quickstart_sizes_are_five_over_one_and_a_half_decades():
         of_arm = [each for each in actual.points if each.arm == arm]
         sizes = set()
         for each in of_arm:
-            parameters = flops.language_model_parameters(budgets.base_model(each.config))
+            parameters = language_model.parameter_count(budgets.base_model(each.config))
             if arm == "augmented":
                 parameters += flops.memory_parameters(budgets.memory_model(each.config))
             sizes.add(parameters)

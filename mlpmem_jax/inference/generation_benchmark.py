@@ -22,7 +22,7 @@ from mlpmem_jax.core.progress import say
 from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare, weights_dtype
 from mlpmem_jax.inference.generate import first_tokens, following_tokens
 from mlpmem_jax.inference.sampling import GREEDY, Sampling
-from mlpmem_jax.models import flops, gpt2, memory
+from mlpmem_jax.models import flops, gpt2, language_model, memory
 
 BASE = gpt2.GPT2Config(vocab_size=50257, context_length=1024, width=768, blocks=12, heads=12)
 MEMORY = memory.MemoryConfig("gpt2", 50257, 50304, input_width=768, width=768, blocks=18, feed_forward_width=3072)
@@ -68,7 +68,7 @@ def rows(
         first[_THEIRS], following[_THEIRS] = _their_programs(base, prompt, count)
     except UserError as error:
         say(f"generate: rows of transformers are left out: {error}")
-    weights = {"base": flops.language_model_parameters(base), "memory": flops.memory_parameters(memory_model)}
+    weights = {"base": language_model.parameter_count(base), "memory": flops.memory_parameters(memory_model)}
     result = [
         row("weights of the memory over those of the base", weights["memory"] / weights["base"], "ratio",
              "1 + this bounds the ratio of a greedy step that is limited by reading weights"),

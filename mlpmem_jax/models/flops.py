@@ -1,4 +1,4 @@
-"""Floating-point operations and parameter counts from a model's dimensions.
+"""Floating-point operations and parameter counts from a memory's dimensions; `language_model` has those of the base.
 
 A matrix product [m, k] x [k, n] counts 2 m n k; norms, activations and embedding lookups are not counted. Without the
 output projection these are the paper's formulas of FLOPs per token ("MLP Memory", arXiv 2508.01832). A backward pass
@@ -7,18 +7,7 @@ costs twice its forward pass.
 
 from __future__ import annotations
 
-from mlpmem_jax.models import language_model
 from mlpmem_jax.models.memory import MemoryConfig
-
-
-def language_model_forward(config: language_model.Config, length: int, *, output_projection: bool = True) -> int:
-    """FLOPs per position of a forward pass over sequences of `length` positions; see `language_model.forward_flops`."""
-    return language_model.forward_flops(config, length, output_projection=output_projection)
-
-
-def language_model_parameters(config: language_model.Config, *, embeddings: bool = True) -> int:
-    """Number of parameters; without `embeddings`, those of the blocks and the final norm."""
-    return language_model.parameter_count(config, embeddings=embeddings)
 
 
 def memory_forward(config: MemoryConfig, *, output_projection: bool = True) -> int:

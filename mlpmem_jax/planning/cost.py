@@ -9,7 +9,7 @@ import numpy as np
 
 from mlpmem_jax.core.accelerators import resolve
 from mlpmem_jax.core.chips import CHIPS
-from mlpmem_jax.models import flops
+from mlpmem_jax.models import flops, language_model
 from mlpmem_jax.planning import programs
 from mlpmem_jax.retrieval import backends, needs
 from mlpmem_jax.retrieval.key_shards import Search
@@ -52,8 +52,8 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
     position = 2 * widths + 8  # 16-bit arrays, and the next token and the document as int32
     most = programs.most_entries(config, models)
     entries = min(most, MEAN_ENTRIES * config.targets.k / 1024)
-    base = flops.language_model_parameters(models.base)
-    keys = flops.language_model_parameters(models.keys) if settings.key_model else 0
+    base = language_model.parameter_count(models.base)
+    keys = language_model.parameter_count(models.keys) if settings.key_model else 0
     parameters = flops.memory_parameters(models.memory)
     local_batch = max(1, config.training.batch_sequences // hosts)
     sequence = length * (2 * models.base.width + 8 * most + 4)
@@ -112,22 +112,22 @@ def estimate(
     stored = {artifact.name: artifact.storage for artifact in artifacts(config, positions, tpu.hosts * slices)}
     if arm == "continued":
         settings = continued.settings_of(config)
-        per_position = 3 * flops.language_model_forward(models.base, length)
+        per_position = 3 * language_model.forward_flops(models.base, length)
         forward = 0
-        parameters = flops.language_model_parameters(models.base)
+        parameters = language_model.parameter_count(models.base)
         stored = {"tokens": stored["tokens"], "base": 4.0 * parameters, "continued": _TRAINED_BYTES * parameters}
     else:
         settings = config.training
         per_position = 3 * flops.memory_forward(models.memory)
-        forward = flops.language_model_forward(models.base, length, output_projection=False)
+        forward = language_model.forward_flops(models.base, length, output_projection=False)
         if settings.mode == "online":
             per_position += forward
         if config.datastore.key_model:
-            forward += flops.language_model_forward(models.keys, length, output_projection=False)
+            forward += language_model.forward_flops(models.keys, length, output_projection=False)
     steps = loop.total_steps(settings, positions // length)
     training = float(steps) * settings.batch_sequences * length * per_position
     total = training + float(positions) * forward
-    total += 3.0 * programs.base_positions(config, positions) * flops.language_model_forward(models.base, length)
+    total += 3.0 * programs.base_positions(config, positions) * language_model.forward_flops(models.base, length)
     return RunCost(
         chip_hours=total / (CHIPS[tpu.family].flops * utilization) / 3600,
         storage=sum(stored.values()),

@@ -166,7 +166,7 @@ def _datastore(config, models: ModelDimensions, sharding: Sharding, positions: i
                 "sharding": sharding,
                 "scored": held_out,
             },
-            flops=flops.language_model_forward(model, length, output_projection=held_out) * rows,
+            flops=language_model.forward_flops(model, length, output_projection=held_out) * rows,
             positions=rows,
             calls=calls,
         )

@@ -21,7 +21,7 @@ from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
-from mlpmem_jax.models import flops, language_model
+from mlpmem_jax.models import language_model
 from mlpmem_jax.models.gpt2 import GPT2Config
 from mlpmem_jax.models.llama import LlamaConfig
 from mlpmem_jax.models.rotary import Rotary
@@ -67,7 +67,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
             if theirs is not None:
                 calls["PyTorch"] = _their_pass(torch, theirs, tokens_BxT)
             seconds = seconds_by_round(calls, ROUNDS)
-            of_position = flops.language_model_forward(model, length, output_projection=False)
+            of_position = language_model.forward_flops(model, length, output_projection=False)
             for library, seconds_R in seconds.items():
                 rate = POSITIONS / float(np.median(seconds_R))
                 detail = f"{rate * of_position / best:.2f} of the best product's rate; median of {ROUNDS}"

@@ -48,7 +48,7 @@ def memory_model(config: ml_collections.ConfigDict) -> MemoryConfig:
 def per_position(arm: str, config: ml_collections.ConfigDict) -> int:
     """FLOPs per position of a training step of the model that the arm trains."""
     if arm == "continued":
-        return 3 * flops.language_model_forward(base_model(config), config.base.context_length)
+        return 3 * language_model.forward_flops(base_model(config), config.base.context_length)
     return 3 * flops.memory_forward(memory_model(config))
 
 
@@ -104,7 +104,7 @@ def construction(
       targets: the settings config.targets.
     """
     models = [base] if key_model is None else [base, key_model]
-    forward = sum(flops.language_model_forward(model, length, output_projection=False) for model in models)
+    forward = sum(language_model.forward_flops(model, length, output_projection=False) for model in models)
     return float(positions) * forward + _search(models[-1].width, positions, backend, targets)
 
 

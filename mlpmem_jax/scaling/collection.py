@@ -12,7 +12,7 @@ from etils import epath
 from mlpmem_jax.core import stage_costs
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
 from mlpmem_jax.core.errors import ArtifactError
-from mlpmem_jax.models import flops, saved
+from mlpmem_jax.models import flops, language_model, saved
 from mlpmem_jax.models.memory import MemoryConfig
 from mlpmem_jax.scaling import budgets
 from mlpmem_jax.scaling.points import COLUMNS, FILE
@@ -131,7 +131,7 @@ def _construction(point: Point, base: Artifact, trained_positions: int) -> float
     positions, backend = datastore.summary["positions"], targets.config["backend"]
     total = budgets.construction(model, key_model, length, positions, backend, targets.config)
     if point.config.training.mode == "online":  # the base runs again in every step
-        total += float(trained_positions) * flops.language_model_forward(model, length, output_projection=False)
+        total += float(trained_positions) * language_model.forward_flops(model, length, output_projection=False)
     return total
 
 

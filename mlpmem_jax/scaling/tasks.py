@@ -22,7 +22,7 @@ from etils import epath
 from mlpmem_jax.core import manifests
 from mlpmem_jax.core.config import as_config_file, plain_dict
 from mlpmem_jax.corpus.documents import SPLITS
-from mlpmem_jax.models import flops
+from mlpmem_jax.models import language_model
 from mlpmem_jax.scaling import budgets
 from mlpmem_jax.scaling.sweep import Sweep
 from mlpmem_jax.training import continued, loop
@@ -128,7 +128,7 @@ def _flops(verb: str, config: ml_collections.ConfigDict) -> float:
     if verb != "base" or config.base.source != "train":
         return 0.0
     positions = config.base.training.steps * config.base.training.batch_sequences * config.base.context_length
-    return 3.0 * flops.language_model_forward(budgets.base_model(config), config.base.context_length) * positions
+    return 3.0 * language_model.forward_flops(budgets.base_model(config), config.base.context_length) * positions
 
 
 def _with_paths(tasks: list[SweepTask]) -> list[SweepTask]:

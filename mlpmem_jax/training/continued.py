@@ -15,7 +15,7 @@ from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, o
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
-from mlpmem_jax.models import flops, language_model, saved
+from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.interpolation import perplexity
 from mlpmem_jax.models.scoring import language_model_log_probabilities
 from mlpmem_jax.training import loop, train_base
@@ -78,7 +78,7 @@ def _short_steps(steps: int) -> int:
 
 def flops_per_step(model: language_model.Config, length: int, settings: ml_collections.ConfigDict) -> int:
     """Training FLOPs of one optimizer step on sequences of `length` positions."""
-    return 3 * flops.language_model_forward(model, length) * settings.batch_sequences * length
+    return 3 * language_model.forward_flops(model, length) * settings.batch_sequences * length
 
 
 def train_on(

@@ -120,7 +120,7 @@ def memory_task(
     abstract = memory.abstract_parameters(model)
     sharding.check_divides(abstract, memory.logical_axes(model))  # the memory's programs use explicit collectives
     is_online = settings.mode == "online"
-    base_flops = flops.language_model_forward(base, length, output_projection=False) if is_online else 0
+    base_flops = language_model.forward_flops(base, length, output_projection=False) if is_online else 0
     return loop.TrainingTask(
         settings=settings,
         initialize=initialize or functools.partial(memory.init, model, jax.random.key(settings.seed)),

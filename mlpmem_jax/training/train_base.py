@@ -18,7 +18,7 @@ from mlpmem_jax.core.config import plain_dict
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
-from mlpmem_jax.models import flops, gpt2, language_model, saved
+from mlpmem_jax.models import gpt2, language_model, saved
 from mlpmem_jax.models.interpolation import perplexity
 from mlpmem_jax.models.scoring import language_model_log_probabilities
 from mlpmem_jax.training import data, loop
@@ -129,7 +129,7 @@ def train(
         logical_axes=logical_axes,
         loss=LanguageModelLoss(model, settings, merge),
         positions_per_sequence=length,
-        flops_per_position=3 * flops.language_model_forward(model, length),
+        flops_per_position=3 * language_model.forward_flops(model, length),
     )
     source = data.TokenSource(TokenStream(tokens, "train"), length)
     return loop.fit(task, loop.Run(name, folder, source, validate, frozen, start), sharding)
