@@ -35,13 +35,10 @@ class ConfigJson:
         """An error about this file."""
         return UserError(f"{self.file}: {text}")
 
-    def check_allowed(self, key: str, allowed: tuple) -> None:
-        """Checks that an optional key has one of the implemented values, of which the first is the default.
-
-        Raises:
-          UserError: it has another value.
-        """
-        check_allowed(self, key, self.values.get(key, allowed[0]), allowed)
+    def check_allowed(self, name: str, value, allowed: tuple) -> None:
+        """Raises UserError if the value is not one of the implemented ones; `name` is its key in messages."""
+        if value not in allowed:
+            raise self.error(f"{name} is {value!r}; only {' or '.join(map(repr, allowed))} can be imported")
 
     def sizes(self, keys: tuple[str, ...]) -> list[int]:
         """The positive whole numbers under required keys.
@@ -80,9 +77,3 @@ class ConfigJson:
         """Raises UserError if the divisor, the value of key `part`, does not divide that of key `whole`."""
         if dividend % divisor:
             raise self.error(f"{part}, {divisor}, does not divide {whole}, {dividend}")
-
-
-def check_allowed(source: ConfigJson, name: str, value, allowed: tuple) -> None:
-    """Raises UserError if the value is not one of the implemented ones; `name` is its key in messages."""
-    if value not in allowed:
-        raise source.error(f"{name} is {value!r}; only {' or '.join(map(repr, allowed))} can be imported")

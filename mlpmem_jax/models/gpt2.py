@@ -74,7 +74,7 @@ def from_fields(fields: Mapping) -> GPT2Config:
 def from_json(source: ConfigJson) -> GPT2Config:
     """The config that a Hugging Face config.json describes."""
     for key, allowed in _IMPLEMENTED.items():
-        source.check_allowed(key, allowed)
+        source.check_allowed(key, source.values.get(key, allowed[0]), allowed)
     vocab_size, context_length, width, blocks, heads = source.sizes(_SIZES)
     source.check_divides("n_head", heads, "n_embd", width)
     if source.optional("n_inner", 4 * width) != 4 * width:

@@ -27,7 +27,7 @@ from flax import nnx
 
 from mlpmem_jax.models import gpt2, llama, transformer
 from mlpmem_jax.models.checkpoint import CheckpointNames
-from mlpmem_jax.models.config_json import ConfigJson, check_allowed
+from mlpmem_jax.models.config_json import ConfigJson
 
 FAMILIES: tuple[ModuleType, ...] = (gpt2, llama)
 _BY_NAME = {name: module for module in FAMILIES for name in module.NAMES}
@@ -87,7 +87,7 @@ def from_json(source: ConfigJson) -> Config:
     Raises:
       UserError: it describes a model that this package does not implement.
     """
-    check_allowed(source, "model_type", source.family, tuple(_BY_NAME))
+    source.check_allowed("model_type", source.family, tuple(_BY_NAME))
     return _BY_NAME[source.family].from_json(source)
 
 

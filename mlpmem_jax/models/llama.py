@@ -40,7 +40,7 @@ _SIZES = (  # keys of config.json
     "num_attention_heads",
     "intermediate_size",
 )
-_IMPLEMENTED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
+_IMPLEMENTED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}  # as in `gpt2`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def from_json(source: ConfigJson) -> LlamaConfig:
     """The config that a Hugging Face config.json describes."""
     family, values = source.family, source.values
     for key, allowed in _IMPLEMENTED.items():
-        source.check_allowed(key, allowed)
+        source.check_allowed(key, source.values.get(key, allowed[0]), allowed)
     vocab_size, positions, width, blocks, heads, feed_forward_width = source.sizes(_SIZES)
     if values.get("head_dim") is None:
         source.check_divides("num_attention_heads", heads, "hidden_size", width)

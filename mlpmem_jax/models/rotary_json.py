@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mlpmem_jax.models import rotary
-from mlpmem_jax.models.config_json import NUMBER, ConfigJson, check_allowed
+from mlpmem_jax.models.config_json import NUMBER, ConfigJson
 from mlpmem_jax.models.rotary import Rotary
 
 _FIELDS = {  # key in config.json -> field of Rotary
@@ -43,9 +43,9 @@ def from_json(source: ConfigJson, positions: int) -> Rotary:
     theta = source.optional("rope_theta", 10_000.0, NUMBER)
     values = {"rope_theta": theta, **source.optional(group, {}, (dict,))}
     kind = values.get("rope_type") or values.get("type") or "default"
-    check_allowed(source, f"{group}.rope_type", kind, rotary.TYPES)
+    source.check_allowed(f"{group}.rope_type", kind, rotary.TYPES)
     partial = values.get("partial_rotary_factor") or source.values.get("partial_rotary_factor")
-    check_allowed(source, "partial_rotary_factor", partial, (None, 1.0))
+    source.check_allowed("partial_rotary_factor", partial, (None, 1.0))
     original = values.setdefault("original_max_position_embeddings", positions)
     for key in _FIELDS:
         ConfigJson(source.file, values).optional(key, None, (bool,) if key == "truncate" else NUMBER)
