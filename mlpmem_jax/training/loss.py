@@ -20,7 +20,7 @@ from mlpmem_jax.models.layers import transposed_product
 
 
 class _Targets(NamedTuple):
-    """The targets of each position, and its weight in the mean."""
+    """The targets of each position, and its weight in the mean: 0 where a chunk is padded."""
 
     token_ids_NxE: jax.Array
     probabilities_NxE: jax.Array
@@ -58,7 +58,6 @@ def sparse_cross_entropy(
     vocab_size: int,
     chunk: int,
     sharding: Sharding = LOCAL,
-    weights_N: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """alpha * KL(p_kNN || p_MLP) + (1 - alpha) * CE(next token), averaged over positions: the paper's training loss.
 
@@ -79,7 +78,6 @@ def sparse_cross_entropy(
       vocab_size: number of real tokens.
       chunk: maximum positions per device whose logits are in memory together.
       sharding: sharding of the arrays; by default they are on one device.
-      weights_N: float, not negative; weights of the mean. None weights all positions equally.
 
     Returns:
       The loss (float32 scalar), and {"kl", "cross_entropy"}: means over positions, in nats.
@@ -91,11 +89,7 @@ def sparse_cross_entropy(
     if padding := -kernel_DxV.shape[1] % sharding.shards("vocab"):
         kernel_DxV = jnp.pad(kernel_DxV, ((0, 0), (0, padding)))
     settings = _checked(alpha, vocab_size, chunk, sharding, hidden_NxD.shape[0], kernel_DxV.shape)
-    if weights_N is None:
-        weights_N = jnp.full(hidden_NxD.shape[0], 1 / hidden_NxD.shape[0], jnp.float32)
-    else:
-        total = weights_N.sum(dtype=jnp.float32)
-        weights_N = weights_N.astype(jnp.float32) / jnp.where(total > 0, total, 1)
+    weights_N = jnp.full(hidden_NxD.shape[0], 1 / hidden_NxD.shape[0], jnp.float32)
     targets = _Targets(token_ids_NxE, probabilities_NxE, next_tokens_N, weights_N)
     return _loss(settings, hidden_NxD, kernel_DxV, targets)
 
