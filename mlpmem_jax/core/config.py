@@ -457,6 +457,11 @@ def mesh_rules(config: ml_collections.ConfigDict) -> dict[str, str | tuple[str, 
     return rules
 
 
+def as_axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in a rule of that table, or in an entry of a PartitionSpec."""
+    return (rule,) if isinstance(rule, str) else tuple(rule or ())
+
+
 def plain_dict(group: ml_collections.ConfigDict) -> dict:
     """A group as JSON-serializable dictionaries, as stored in manifests."""
     return json.loads(group.to_json_best_effort())

@@ -9,7 +9,7 @@ import math
 import ml_collections
 
 from mlpmem_jax.core import published
-from mlpmem_jax.core.config import mesh_rules
+from mlpmem_jax.core.config import as_axes, mesh_rules
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.manifests import located, read_manifest
 
@@ -38,7 +38,7 @@ def check_devices(config: ml_collections.ConfigDict, devices: int, processes: in
       ConfigError: names every batch or dimension that is not, or sharding rules that training does not support.
     """
     sizes, rules = mesh_sizes(config, devices), mesh_rules(config)
-    axes = {name: (rule,) if isinstance(rule, str) else rule or () for name, rule in rules.items()}
+    axes = {name: as_axes(rule) for name, rule in rules.items()}
     shards = {name: math.prod(sizes[axis] for axis in mesh_axes) for name, mesh_axes in axes.items()}
     _check_rules(axes, devices)
     groups = {"datastore": config.datastore, "training": config.training}
@@ -97,9 +97,8 @@ def check_models(config: ml_collections.ConfigDict, devices: int) -> None:
     if config.base.source != "huggingface" or (base := published.find(config.base.path)) is None:
         return
     name = f"config.base.path={config.base.path}"
-    rule = mesh_rules(config)["embed"] or ()
     sizes = mesh_sizes(config, devices)
-    shards = math.prod(sizes[axis] for axis in ((rule,) if isinstance(rule, str) else rule))
+    shards = math.prod(sizes[axis] for axis in as_axes(mesh_rules(config)["embed"]))
     if config.memory.width != base["width"] and base["width"] % shards:
         raise ConfigError(
             f"{name}: the memory reads its width, {base['width']}, which cannot be divided into {shards} equal shards; "

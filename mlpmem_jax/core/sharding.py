@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlpmem_jax.core.config import mesh_rules
+from mlpmem_jax.core.config import as_axes, mesh_rules
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.mesh import AXES, make_mesh
 
@@ -112,7 +112,7 @@ class Sharding:
     def _dividing(self, logical_axes: tuple[str | None, ...], shape: tuple[int, ...]) -> list[str | None]:
         """The logical axes, with None for those whose size is not divisible by their shards."""
         return [
-            axis if axis is not None and size % self.size(_as_tuple(self.rules[axis])) == 0 else None
+            axis if axis is not None and size % self.size(as_axes(self.rules[axis])) == 0 else None
             for axis, size in zip(logical_axes, shape, strict=True)
         ]
 
@@ -129,7 +129,7 @@ class Sharding:
         placed = jax.tree.leaves(self.tree(logical_axes))
         for (path, array), sharding in zip(jax.tree_util.tree_leaves_with_path(abstract), placed, strict=True):
             for size, axes in zip(array.shape, sharding.spec, strict=False):
-                axes = _as_tuple(axes)
+                axes = as_axes(axes)
                 if size % (shards := self.size(axes)):
                     name = "/".join(entry.key for entry in path)
                     raise ConfigError(
@@ -146,7 +146,7 @@ class Sharding:
 
     def axes(self, logical_axis: str) -> tuple[str, ...]:
         """The mesh axes that shard a logical axis; empty on a single device, where collectives over () do nothing."""
-        return () if self.is_local else _as_tuple(self.rules[logical_axis])
+        return () if self.is_local else as_axes(self.rules[logical_axis])
 
     def size(self, mesh_axes: tuple[str, ...]) -> int:
         """The number of shards over some mesh axes."""
@@ -230,8 +230,3 @@ def local_rows(array: jax.Array) -> np.ndarray:
         return np.asarray(array)
     shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
-
-
-def _as_tuple(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes in a rule or an entry of a PartitionSpec."""
-    return (rule,) if isinstance(rule, str) else tuple(rule or ())
