@@ -13,6 +13,9 @@ import numpy as np
 LENGTHS = (13, 25)
 """Words per run: 13 as in GPT-3's contamination test (arXiv:2005.14165, appendix C); 25 is hardly ever chance."""
 
+MUCH = 0.1
+"""Share of words in 13-word runs of training text above which users are told; unrelated articles have 0.01 to 0.05."""
+
 END = 0
 """Separates documents, and replaces words that no held-out text has: no run crosses it."""
 

@@ -30,7 +30,6 @@ _TRAINING_BYTES = 64 * 2**20  # text on which a tokenizer is trained
 _WORD_CHARACTERS = 256  # longer words are split for training a tokenizer
 _LONG_WORD = re.compile(rf"\S{{{_WORD_CHARACTERS}}}|\s{{{_WORD_CHARACTERS}}}")
 _OVERLAP_BYTES = {"train": 2**30, "validation": 2**22, "test": 2**22}  # maximum text for comparing splits
-_MUCH_OVERLAP = 0.1  # share of held-out words in 13-word runs of training text; unrelated articles have 0.01 to 0.05
 
 
 def open_source(corpus: ml_collections.ConfigDict) -> documents.Source:
@@ -179,9 +178,9 @@ def _overlap(parts, partition: documents.Partition) -> dict[str, dict[str, float
         "overlap, words inside runs of 13 (25) words that also occur in the training split: "
         + ", ".join(f"{split} {share['13']:.2%} ({share['25']:.2%})" for split, share in shares.items())
     )
-    if max(share["13"] for share in shares.values()) > _MUCH_OVERLAP:
+    if max(share["13"] for share in shares.values()) > overlap.MUCH:
         say(
-            f"warning: more than {_MUCH_OVERLAP:.0%} of a held-out split repeats training text, so metrics on it "
+            f"warning: more than {overlap.MUCH:.0%} of a held-out split repeats training text, so metrics on it "
             "partly measure copying: group related text (config.corpus.group_key), or remove repeated text"
         )
     return shares

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlpmem_jax.corpus import overlap
 from mlpmem_jax.evaluation.figures import LABELS
 from mlpmem_jax.evaluation.intervals import FEW_CLUSTERS
 
@@ -12,9 +13,6 @@ _CONTROLS = {
     "continued": "the base trained further with the memory's training compute",
     "ce_only": "the same memory trained without kNN targets",
 }
-
-
-_MUCH_OVERLAP = 0.1  # share of words in 13-word runs shared with training text; unrelated texts share less
 
 
 def verdict(metrics: dict) -> list[str]:
@@ -45,7 +43,7 @@ def verdict(metrics: dict) -> list[str]:
     if (clusters := metrics["interval"]["clusters"]) < FEW_CLUSTERS:
         kind = metrics["interval"]["cluster"]
         sentences.append(f"The test split has only {clusters} {kind}s, too few for informative intervals.")
-    if (repeated := metrics["overlap"].get("test", {}).get("13", 0.0)) > _MUCH_OVERLAP:
+    if (repeated := metrics["overlap"].get("test", {}).get("13", 0.0)) > overlap.MUCH:
         sentences.append(
             f"{percent(repeated)} of the test split's words are in 13-word runs that also occur in the training text: "
             "part of the gain is copying."
