@@ -59,8 +59,7 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
         ) from error
     if not files:
         raise UserError(
-            f"config.corpus.path: {_shown(root)} is not, and does not contain, a readable file; "
-            f"expected {known} "
+            f"config.corpus.path: {_shown(root)} is not, and does not contain, a readable file; expected {known} "
             f"(.json with the field {corpus.text_key!r})"
         )
     notes = []

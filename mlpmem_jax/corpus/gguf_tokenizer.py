@@ -40,10 +40,9 @@ def load(path: str) -> tuple[tokenizers.Tokenizer, str]:
     split = file.values.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or split not in _WORDS:
         raise UserError(
-            f"{path}: its tokenizer is of the kind {kind!r} with the pre-tokenizer {split!r}; only the "
-            f"kind 'gpt2' with the pre-tokenizers {', '.join(map(repr, _WORDS))} is supported. Set "
-            "config.tokenizer.source to 'file' and "
-            "config.tokenizer.path to the tokenizer.json that belongs to the model"
+            f"{path}: its tokenizer is of the kind {kind!r} with the pre-tokenizer {split!r}; only the kind 'gpt2' "
+            f"with the pre-tokenizers {', '.join(map(repr, _WORDS))} is supported. Set config.tokenizer.source to "
+            "'file' and config.tokenizer.path to the tokenizer.json that belongs to the model"
         )
     tokens = file.value("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges")]

@@ -61,8 +61,7 @@ def page(metrics: dict) -> str:
     size = {name: wording.magnitude(count) for name, count in counts["parameters"].items()}
     about = (
         f"MLP Memory on {source}: {counts['tokens']['train']:,} training tokens, base LM of {size['base']} parameters"
-        f"{_finetuned(metrics['training_runs']['base'])}, "
-        f"memory of {size['memory']}"
+        f"{_finetuned(metrics['training_runs']['base'])}, memory of {size['memory']}"
     )
     first, *others = wording.verdict(metrics)
     sections = [

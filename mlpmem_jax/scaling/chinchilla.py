@@ -102,8 +102,8 @@ class _Points:
         """log L of the runs under the law, [..., R]."""
         return self._linearized(search)[0]
 
-    def _huber(self, search: np.ndarray, observed: np.ndarray, counted: np.ndarray | float = 1.0) -> np.ndarray:
-        """Sum over runs of Huber losses, in units of delta squared."""
+    def _huber(self, search: np.ndarray, observed: np.ndarray, counted: np.ndarray) -> np.ndarray:
+        """Sum over the counted runs of Huber losses, in units of delta squared."""
         residuals = (self.log_losses(search) - observed) / DELTA
         return np.sum(counted * scipy.special.huber(1.0, residuals), axis=-1)
 

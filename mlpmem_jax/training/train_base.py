@@ -107,7 +107,8 @@ def train(
     tokens = open_artifact(epath.Path(config.workdir) / "tokens", "tokens")
     length = config.base.context_length
     held_out = TokenStream(tokens, "validation")
-    count = min(num_sequences(held_out, length), settings.evaluation_sequences or num_sequences(held_out, length))
+    available = num_sequences(held_out, length)
+    count = min(available, settings.evaluation_sequences or available)
     validation_tokens, validation_next, _ = read_sequences(held_out, 0, count, length)
 
     def own_parameters(frozen, parameters):

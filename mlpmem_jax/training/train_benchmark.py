@@ -61,8 +61,7 @@ def _train_step_row(config: ml_collections.ConfigDict, case: Case) -> tuple[dict
         statistics.median(shares),
         "of the matmul rate",
         f"float32, {case.positions} positions in {case.micro_batches} micro-batches, 4 blocks, vocabulary "
-        f"{VOCABULARY}, {ENTRIES} entries; "
-        f"{rate:,.0f} positions/s, "
+        f"{VOCABULARY}, {ENTRIES} entries; {rate:,.0f} positions/s, "
         f"{case.step_flops / statistics.median(seconds) / 1e9:.0f} of "
         f"{statistics.median(rates) / 1e9:.0f} GFLOP/s, medians of 5; the optimizer's FLOPs are not counted",
     )
