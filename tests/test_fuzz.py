@@ -270,8 +270,8 @@ def test_damaged_artifacts_are_told_or_read_as_they_were_written(generator, work
 
 
 def test_damaged_checkpoints_are_told_or_restored_as_they_were_saved(generator, tmp_path):
-    make = initial_state(lambda: {"kernel": np.arange(600, dtype=np.float32).reshape(30, 20)}, optax.adam(1e-3))
-    state = jax.tree.map(jax.numpy.asarray, make())
+    parameters = {"kernel": np.arange(600, dtype=np.float32).reshape(30, 20)}
+    state = jax.tree.map(jax.numpy.asarray, initial_state(parameters, optax.adam(1e-3)))
     checkpoints = Checkpoints(tmp_path)
     for step in (4, 8):
         checkpoints.save(step, {**state, "step": jax.numpy.int32(step)}, 8 * step, {"perplexity": 10.0 + step})

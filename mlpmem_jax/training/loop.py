@@ -207,11 +207,11 @@ class StepProgram(NamedTuple):
 def step_program(task: TrainingTask, sharding: Sharding, steps: int) -> StepProgram:
     """The program of one optimizer step of a run of `steps`."""
     optimizer = make_optimizer(task.settings, steps, task.logical_axes)
-    abstract = jax.eval_shape(initial_state(lambda parameters: parameters, optimizer), task.abstract_parameters)
+    abstract = jax.eval_shape(functools.partial(initial_state, optimizer=optimizer), task.abstract_parameters)
     parameter_shardings = sharding.tree(task.logical_axes, abstract["parameters"])
     shardings = state_shardings(sharding, abstract, parameter_shardings)
     return StepProgram(
-        make_state=jax.jit(initial_state(task.initialize, optimizer), out_shardings=shardings),
+        make_state=jax.jit(lambda *start: initial_state(task.initialize(*start), optimizer), out_shardings=shardings),
         step=jax.jit(
             train_step(task, optimizer, parameter_shardings, sharding),
             donate_argnums=0,

@@ -52,15 +52,9 @@ def _fingerprint(state, next_sequence: int) -> str:
     return hashlib.sha256(f"{stored.fingerprint(state)} {next_sequence}".encode()).hexdigest()
 
 
-def initial_state(initialize, optimizer: optax.GradientTransformation):
-    """A function that creates the state from the arguments of `initialize`; jit it with `state_shardings` as
-    out_shardings."""
-
-    def make(*start):
-        parameters = initialize(*start)
-        return {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.zeros((), jnp.int32)}
-
-    return make
+def initial_state(parameters, optimizer: optax.GradientTransformation) -> dict:
+    """The state of a training that starts from these parameters; jit it with `state_shardings` as out_shardings."""
+    return {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.zeros((), jnp.int32)}
 
 
 class Checkpoints:
