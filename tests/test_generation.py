@@ -53,7 +53,7 @@ def softmax(logits):
 @jax.jit
 def whole_forward_pass(base, memory_parameters, tokens_1xT):
     """(logits of the base, logits of the memory) at every position."""
-    _, block_inputs = gpt2.features(base, BASE, tokens_1xT, input_blocks=(BOTH.input_block,))
+    _, block_inputs = language_model.features(base, BASE, tokens_1xT, input_blocks=(BOTH.input_block,))
     memory_logits = memory_parameters and memory.logits(memory_parameters, MEMORY, block_inputs[BOTH.input_block])
     return language_model.logits(base, BASE, tokens_1xT), memory_logits
 

@@ -61,7 +61,7 @@ def tokens(sequences=2, length=9, seed=1):
 
 def test_hidden_states_block_inputs_and_logits_equal_the_equations():
     parameters, tokens_BxT = random_parameters(), tokens()
-    final, block_inputs = gpt2.features(parameters, CONFIG, tokens_BxT, input_blocks=(3, 1))
+    final, block_inputs = language_model.features(parameters, CONFIG, tokens_BxT, input_blocks=(3, 1))
     logits = language_model.logits(parameters, CONFIG, tokens_BxT)
     assert list(block_inputs) == [3, 1]
     for row, sequence in enumerate(tokens_BxT):
@@ -85,7 +85,9 @@ def test_remat_changes_no_gradient():
     parameters, tokens_BxT = random_parameters(), tokens()
 
     def loss(parameters, remat):
-        return jnp.sum(gpt2.features(parameters, CONFIG, tokens_BxT, input_blocks=(2,), remat=remat)[0][..., 0] ** 2)
+        return jnp.sum(
+            language_model.features(parameters, CONFIG, tokens_BxT, input_blocks=(2,), remat=remat)[0][..., 0] ** 2
+        )
 
     kept, again = (jax.jit(jax.grad(loss), static_argnums=1)(parameters, remat) for remat in (False, True))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), kept, again)
@@ -93,8 +95,8 @@ def test_remat_changes_no_gradient():
 
 def test_bfloat16_stays_near_float32_and_returns_float32():
     parameters = gpt2.init(CONFIG, jax.random.key(0))
-    exact = gpt2.features(parameters, CONFIG, tokens())[0]
-    rounded = gpt2.features(parameters, CONFIG, tokens(), compute_dtype=jnp.bfloat16)[0]
+    exact = language_model.features(parameters, CONFIG, tokens())[0]
+    rounded = language_model.features(parameters, CONFIG, tokens(), compute_dtype=jnp.bfloat16)[0]
     assert rounded.dtype == jnp.float32
     difference = np.abs(exact - rounded).max()
     assert 0 < difference < 0.1
@@ -129,7 +131,7 @@ def test_every_array_has_logical_axes_and_a_mesh_changes_no_hidden_state(sizes):
     parameters, tokens_BxT = random_parameters(), tokens(sequences=8)
     divided = jax.device_put(parameters, placed)
     features = jax.jit(
-        functools.partial(gpt2.features, config=CONFIG, input_blocks=(2,)), static_argnames="activations"
+        functools.partial(language_model.features, config=CONFIG, input_blocks=(2,)), static_argnames="activations"
     )
     expected, expected_inputs = features(parameters, tokens_BxT=tokens_BxT)
     batch = Sharding(mesh).named("batch", None, None)
@@ -148,6 +150,6 @@ def test_a_vocabulary_is_cut_where_a_mesh_divides_it():
 def test_an_input_block_outside_the_model_and_a_sequence_too_long_are_refused():
     parameters = random_parameters()
     with pytest.raises(ValueError, match="input_blocks"):
-        gpt2.features(parameters, CONFIG, tokens(), input_blocks=(4,))
+        language_model.features(parameters, CONFIG, tokens(), input_blocks=(4,))
     with pytest.raises(ValueError, match="context length"):
-        gpt2.features(parameters, CONFIG, tokens(length=13))
+        language_model.features(parameters, CONFIG, tokens(length=13))

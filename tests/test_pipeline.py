@@ -16,7 +16,7 @@ from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream
 from mlpmem_jax.inference import trained_benchmark
-from mlpmem_jax.models import gpt2, language_model, saved
+from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.training import controls, data, train_memory
 
 NEIGHBORS = 5
@@ -60,7 +60,7 @@ def test_values_are_the_corpus_shifted_by_one(workdir, split):
     base, model, _ = saved.load_language_model(workdir / "base", Sharding(mesh))
     changed = tokens[:length].copy()
     changed[9:] = (changed[9:] + 1) % model.vocab_size  # only what comes after position 8 differs
-    _, block_inputs = gpt2.features(base, model, jnp.asarray(changed)[None], input_blocks=(2, 3))
+    _, block_inputs = language_model.features(base, model, jnp.asarray(changed)[None], input_blocks=(2, 3))
     keys, inputs = (datastore.read(name, 0, 1)[0].astype(np.float32) for name in ("keys", "memory_inputs"))
     for stored, block in ((keys, 3), (inputs, 2)):  # depth 0.7 of three blocks is block 2
         np.testing.assert_allclose(stored[:9], block_inputs[block][0, :9], atol=5e-3)

@@ -163,33 +163,6 @@ def logical_axes(config: GPT2Config) -> dict:
     return modules.logical_axes(functools.partial(GPT2, config, jnp.float32))
 
 
-def features(
-    parameters: dict,
-    config: GPT2Config,
-    tokens_BxT: jax.Array,
-    *,
-    input_blocks: tuple[int, ...] = (),
-    compute_dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: bool = False,
-    activations: jax.sharding.Sharding | None = None,
-) -> tuple[jax.Array, dict[int, jax.Array]]:
-    """Hidden states after the final norm, float32 [B, T, D], and inputs of blocks: see `language_model.features`."""
-    length = tokens_BxT.shape[1]
-    transformer.check(config, input_blocks, length)
-    x_BxTxD = transformer.look_up(parameters["wte"]["embedding"], tokens_BxT, activations)
-    x_BxTxD, block_inputs = transformer.run_blocks(
-        functools.partial(Block, config, compute_dtype),
-        parameters["h"],
-        x_BxTxD + parameters["wpe"]["embedding"][:length],
-        transformer.causal_attention,
-        count=config.blocks,
-        input_blocks=input_blocks,
-        remat=remat,
-        activations=activations,
-    )
-    return final_norm(parameters, config, x_BxTxD), block_inputs
-
-
 def rotation(config: GPT2Config, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """The identity: positions are part of the embedding."""
     del config, positions_BxT
@@ -202,11 +175,17 @@ def window(config: GPT2Config) -> int:
     return 0
 
 
-def embed(parameters: dict, config: GPT2Config, tokens_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+def embed(
+    parameters: dict,
+    config: GPT2Config,
+    tokens_BxT: jax.Array,
+    positions: jax.Array | slice,
+    activations: jax.sharding.Sharding | None = None,
+) -> jax.Array:
     """The input of the first block, float32 [B, T, D]."""
     del config
-    token_BxTxD = parameters["wte"]["embedding"][tokens_BxT].astype(jnp.float32)
-    return token_BxTxD + parameters["wpe"]["embedding"][positions_BxT]
+    token_BxTxD = transformer.look_up(parameters["wte"]["embedding"], tokens_BxT, activations)
+    return token_BxTxD.astype(jnp.float32) + parameters["wpe"]["embedding"][positions]
 
 
 def final_norm(parameters: dict, config: GPT2Config, x_BxTxD: jax.Array) -> jax.Array:

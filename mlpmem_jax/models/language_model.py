@@ -17,6 +17,7 @@ Dimensions: B sequences, T positions, D width, H heads, W width of a head, V voc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Protocol
@@ -149,15 +150,20 @@ def features(
     Raises:
       ValueError: one of `input_blocks` is not in the model, or T exceeds the context length.
     """
-    return _module(config).features(
-        parameters,
-        config,
-        tokens_BxT,
+    length = tokens_BxT.shape[1]
+    transformer.check(config, input_blocks, length)
+    rotate, visible = rotation(config, jnp.arange(length)[None]), window(config)
+    x_BxTxD, block_inputs = transformer.run_blocks(
+        functools.partial(build_block, config, compute_dtype),
+        parameters["h"],
+        embed(parameters, config, tokens_BxT, slice(length), activations),
+        lambda query, key, value: transformer.causal_attention(rotate(query), rotate(key), value, visible),
+        count=config.blocks,
         input_blocks=input_blocks,
-        compute_dtype=compute_dtype,
         remat=remat,
         activations=activations,
     )
+    return final_norm(parameters, config, x_BxTxD), block_inputs
 
 
 def output_kernel(parameters: dict) -> jax.Array:
@@ -173,9 +179,18 @@ def logits(
     return transformer.project(hidden_BxTxD, output_kernel(parameters), compute_dtype)
 
 
-def embed(parameters: dict, config: Config, tokens_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:
-    """The input of the first block, float32 [B, T, D], at any positions below the context length."""
-    return _module(config).embed(parameters, config, tokens_BxT, positions_BxT)
+def embed(
+    parameters: dict,
+    config: Config,
+    tokens_BxT: jax.Array,
+    positions: jax.Array | slice,
+    activations: jax.sharding.Sharding | None = None,
+) -> jax.Array:
+    """The input of the first block, float32 [B, T, D], at any positions below the context length.
+
+    `positions` are int [B, T], or a slice of T positions for all sequences; `activations` is as in `features`.
+    """
+    return _module(config).embed(parameters, config, tokens_BxT, positions, activations)
 
 
 def build_block(config: Config, compute_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> nnx.Module:

@@ -232,35 +232,6 @@ def logical_axes(config: LlamaConfig) -> dict:
     return modules.logical_axes(functools.partial(Llama, config, jnp.float32))
 
 
-def features(
-    parameters: dict,
-    config: LlamaConfig,
-    tokens_BxT: jax.Array,
-    *,
-    input_blocks: tuple[int, ...] = (),
-    compute_dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: bool = False,
-    activations: jax.sharding.Sharding | None = None,
-) -> tuple[jax.Array, dict[int, jax.Array]]:
-    """Hidden states after the final norm, float32 [B, T, D], and inputs of blocks: see `language_model.features`."""
-    length = tokens_BxT.shape[1]
-    transformer.check(config, input_blocks, length)
-    rotate = rotation(config, jnp.arange(length)[None])
-    x_BxTxD, block_inputs = transformer.run_blocks(
-        functools.partial(Block, config, compute_dtype),
-        parameters["h"],
-        transformer.look_up(parameters["embed_tokens"]["embedding"], tokens_BxT, activations),
-        lambda query, key, value: transformer.causal_attention(
-            rotate(query), rotate(key), value, config.sliding_window
-        ),
-        count=config.blocks,
-        input_blocks=input_blocks,
-        remat=remat,
-        activations=activations,
-    )
-    return final_norm(parameters, config, x_BxTxD), block_inputs
-
-
 def rotation(config: LlamaConfig, positions_BxT: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """A function that rotates queries and keys [B, H, T, W] by position."""
     return rotary.rotation(config.rotary, config.head_width, positions_BxT)
@@ -271,10 +242,16 @@ def window(config: LlamaConfig) -> int:
     return config.sliding_window
 
 
-def embed(parameters: dict, config: LlamaConfig, tokens_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+def embed(
+    parameters: dict,
+    config: LlamaConfig,
+    tokens_BxT: jax.Array,
+    positions: jax.Array | slice,
+    activations: jax.sharding.Sharding | None = None,
+) -> jax.Array:
     """The input of the first block, float32 [B, T, D]; positions enter through attention."""
-    del config, positions_BxT
-    return parameters["embed_tokens"]["embedding"][tokens_BxT].astype(jnp.float32)
+    del config, positions
+    return transformer.look_up(parameters["embed_tokens"]["embedding"], tokens_BxT, activations).astype(jnp.float32)
 
 
 def final_norm(parameters: dict, config: LlamaConfig, x_BxTxD: jax.Array) -> jax.Array:
