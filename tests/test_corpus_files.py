@@ -80,11 +80,40 @@ def test_folders_are_read_in_the_order_of_relative_paths(tmp_path):
     assert read_all(tmp_path) == ["a/deep/er.rst", "a/z.md", "b/1.txt", "c.txt"]
 
 
-def test_several_zstd_frames_are_one_text(tmp_path):
-    (tmp_path / "a.txt.zst").write_bytes(
-        zstandard.compress(b"one ") + zstandard.compress(b"") + zstandard.compress(b"two")
-    )
+@pytest.mark.parametrize("compression", [".gz", ".zst", ".bz2", ".xz"])
+def test_several_frames_are_one_text(tmp_path, compression):
+    compress = COMPRESS[compression]
+    padding = bytes(8) if compression == ".xz" else b""
+    content = compress(b"one ") + compress(b"") + padding + compress(b"two") + padding
+    (tmp_path / f"a.txt{compression}").write_bytes(content)
     assert read_all(tmp_path) == ["one two"]
+
+
+def test_pipes_are_left_out(tmp_path):
+    """Opening one would wait for whoever writes to it."""
+    (tmp_path / "a.txt").write_text("one")
+    os.mkfifo(tmp_path / "b.txt")
+    source = files.open_source(corpus_of(tmp_path))
+    assert [text for part in source.parts() for text, _ in part.read()] == ["one"]
+    assert "pipes and devices: 1 (b.txt)" in source.notes[0]
+    with pytest.raises(UserError, match=r"b\.txt is not, and does not contain, a readable file"):
+        files.open_source(corpus_of(tmp_path / "b.txt"))
+    assert files.origin(epath.Path(tmp_path)) == files.origin(epath.Path(tmp_path))
+
+
+def test_parquet_that_arrow_does_not_implement_is_named(tmp_path, monkeypatch):
+    def refused(*arguments, **options):
+        raise pyarrow.lib.ArrowNotImplementedError("Nested data conversions not implemented")
+
+    (tmp_path / "a.parquet").write_bytes(content_of("parquet"))
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", refused)
+    with pytest.raises(UserError, match=r"a\.parquet: could not be read: Nested data conversions not implemented"):
+        read_all(tmp_path)
+
+
+def test_a_stray_nul_is_text(tmp_path):
+    (tmp_path / "a.txt").write_text("some\0text\n\0\n")
+    assert read_all(tmp_path) == ["some\0text\n\0\n"]
 
 
 @given(
@@ -132,6 +161,12 @@ def test_the_inputs_change_with_the_files(tmp_path):
         ("not.txt.gz", b"not compressed", ["could not be read"]),
         ("cut.txt.zst", zstandard.compress(random.Random(0).randbytes(500_000).hex().encode())[:-99], ["ended before"]),
         ("not.txt.zst", b"not compressed", ["could not be read"]),
+        ("wide.txt", "Ünïcode\nplain text\n".encode("utf-16"), ["UTF-8", "0xff"]),
+        ("wide.txt", "plain text\nof a file\n".encode("utf-16-le"), ["UTF-8", "NUL", "line 1"]),
+        ("second.txt.bz2", bz2.compress(b"one ") + b"BZh9" + bz2.compress(b"two")[8:], ["could not be read"]),
+        ("second.txt.xz", lzma.compress(b"one ") + b"x" + lzma.compress(b"two"), ["could not be read"]),
+        ("cut.txt.bz2", bz2.compress(b"one ") + bz2.compress(b"two")[:-4], ["ended before"]),
+        ("second.txt.gz", gzip.compress(b"one ") + b"x", ["could not be read"]),
         ("bad.jsonl", b'{"text": "fine"}\n{"text": \n', ["line 2", "not valid JSON"]),
         ("key.jsonl", b'{"body": "fine"}\n', ["line 1", "'text'", "body", "config.corpus.text_key"]),
         ("list.jsonl", b"[1, 2]\n", ["line 1", "list"]),

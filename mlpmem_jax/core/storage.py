@@ -30,6 +30,18 @@ _END_BYTES = 2**16
 _COPIED_BYTES = 2**24
 
 
+def check_url(place: str, prefix: str = "") -> None:
+    """Checks that a path or URL is of a known kind.
+
+    Raises:
+      UserError: it is another kind of URL; the message begins with the prefix.
+    """
+    scheme, separator, _ = place.partition("://")
+    if separator and scheme not in ("file", *_FILE_SYSTEMS):
+        known = ", ".join(f"{name}://" for name in _FILE_SYSTEMS)
+        raise UserError(f"{prefix}{place}: expected a path, or a URL that begins with {known}")
+
+
 def prepare(*places: str) -> None:
     """Prepares access to buckets among `places`, which are paths or URLs. Call it before opening anything.
 
@@ -37,12 +49,10 @@ def prepare(*places: str) -> None:
       UserError: a required package is not installed, or the kind of URL is unknown.
     """
     for place in places:
+        check_url(place)
         scheme, separator, _ = place.partition("://")
         if not separator or scheme == "file":
             continue
-        if scheme not in _FILE_SYSTEMS:
-            known = ", ".join(f"{name}://" for name in _FILE_SYSTEMS)
-            raise UserError(f"{place}: expected a path, or a URL that begins with {known}")
         name, package, extra = _FILE_SYSTEMS[scheme]
         try:
             require(package, extra)
@@ -101,6 +111,11 @@ def state_of(file) -> FileState:
         return FileState(status.length, status.mtime)
     status = os.stat(file)
     return FileState(status.st_size, int(status.st_mtime))
+
+
+def is_file(path) -> bool:
+    """Whether an epath.Path is a file with content; etils also counts pipes, which would be waited for, and devices."""
+    return path.is_file() if "://" in str(path) else os.path.isfile(path)
 
 
 def folder_bytes(folder) -> int:

@@ -7,7 +7,8 @@ import gzip
 import io
 import lzma
 import zlib
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -22,21 +23,29 @@ def decompress(raw: BinaryIO, suffix: str) -> BinaryIO:
     """The decompressed content of an open file; `suffix` determines the compression, if any."""
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
-    if suffix == ".bz2":
-        return bz2.BZ2File(raw)
-    if suffix == ".xz":
-        return lzma.LZMAFile(raw)
-    if suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(raw), _READ_BYTES)
+    if suffix in _DECOMPRESSORS:
+        return io.BufferedReader(_Reader(raw, _DECOMPRESSORS[suffix]), _READ_BYTES)
     return raw
 
 
-class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of a .zst file; unlike zstandard's own reader, it detects a truncated file."""
+_DECOMPRESSORS = {
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lzma.LZMADecompressor,
+    # The default rejects files written by `zstd --long=28` and above.
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
+}
 
-    def __init__(self, raw: BinaryIO):
-        self._raw, self._decompressed, self._compressed = raw, b"", b""
-        self._frame = None
+
+class _Reader(io.RawIOBase):
+    """Decompressed bytes of a file of one or more compressed frames.
+
+    The libraries' own readers end without an error where a file was truncated (zstandard) or where a frame after the
+    first one is damaged (bz2, lzma).
+    """
+
+    def __init__(self, raw: BinaryIO, decompressor: Callable[[], Any]):
+        self._raw, self._decompressor = raw, decompressor
+        self._decompressed, self._compressed, self._frame = b"", b"", None
 
     def readable(self) -> bool:
         return True
@@ -49,8 +58,10 @@ class _ZstdReader(io.RawIOBase):
                     raise EOFError("compressed file ended before the end of its last frame")
                 return 0
             if self._frame is None or self._frame.eof:
-                # The default rejects files written by `zstd --long=28` and above.
-                self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+                self._compressed = b""
+                if not (chunk := chunk.lstrip(b"\0")):  # padding between frames
+                    continue
+                self._frame = self._decompressor()
             self._decompressed = self._frame.decompress(chunk)
             self._compressed = self._frame.unused_data
         count = min(len(buffer), len(self._decompressed))

@@ -48,7 +48,7 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
         if not root.exists():
             raise UserError(f"config.corpus.path: {root} does not exist; expected a file or folder of {known}")
         names = dict(_walk(root, "", {_real(root)})) if root.is_dir() else {root.name: root}
-        files = {name: names[name] for name in sorted(names) if _kind(names[name]) and names[name].exists()}
+        files = {name: names[name] for name in sorted(names) if _kind(names[name]) and storage.is_file(names[name])}
         if root.is_dir():
             files = {name: file for name, file in files.items() if _suffix(file) != ".json" or _has_rows(file, rows)}
         inputs = {"files": storage.checksum(files)}
@@ -65,7 +65,8 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
     notes = []
     if omitted := [_shown(name) for name in sorted(names) if name not in files]:
         notes.append(
-            "skipped files with other extensions, .json files without the text field and broken links: "
+            "skipped files with other extensions, .json files that are invalid or have no text field, broken links, "
+            "pipes and devices: "
             f"{len(omitted):,} ({', '.join(omitted[:5])}{', ...' if len(omitted) > 5 else ''})"
         )
     parts = [
@@ -143,7 +144,9 @@ def _split_of(name: str) -> str:
 
 def origin(folder: epath.Path) -> str:
     """A checksum over all files below a folder, whether they are read for text or not."""
-    return storage.checksum({name: file for name, file in sorted(_walk(folder, "", {_real(folder)})) if file.exists()})
+    return storage.checksum(
+        {name: file for name, file in sorted(_walk(folder, "", {_real(folder)})) if storage.is_file(file)}
+    )
 
 
 def read_documents(
@@ -173,11 +176,22 @@ def read_documents(
                 yield rows.document(row, where)
             return
         # Limits the size, because a file without line ends must not be read into memory as a whole.
-        lines = iter(lambda: text.readline(4 * document_bytes), "")
+        lines = _without_nul(iter(lambda: text.readline(4 * document_bytes), ""), file)
         if articles:
             yield from map(Document, wikitext_articles(lines, _shown(file)))
         else:
             yield from (Document(chunk, name) for chunk in chunk_lines(lines, document_bytes) if chunk.strip())
+
+
+def _without_nul(lines: Iterator[str], file: epath.Path) -> Iterator[str]:
+    """The lines of a text file; refuses UTF-16, which is valid UTF-8 if it has no byte order mark and only ASCII."""
+    for number, line in enumerate(lines, 1):
+        if line.count("\0") > max(2, len(line) // 4):
+            raise UserError(
+                f"{_shown(file)}: expected UTF-8 text, found NUL characters in line {number}; it is UTF-16 or "
+                "not text: convert it, or remove the file from config.corpus.path"
+            )
+        yield line
 
 
 def _json_rows(file: epath.Path, text: io.TextIOWrapper) -> Iterator[tuple[str, object]]:
@@ -213,7 +227,7 @@ def _parse_json(content: str, where: str) -> object:
 
 
 def _read_parquet(file: epath.Path, stream: BinaryIO, rows: RowReader) -> Iterator[Document]:
-    parquet = require("pyarrow.parquet", extra="hub")
+    arrow, parquet = require("pyarrow", extra="hub"), require("pyarrow.parquet", extra="hub")
     # Parquet is read from the end, which a decompressing stream does not support.
     is_compressed = file.suffix.lower() in compression.COMPRESSED
     table = parquet.ParquetFile(io.BytesIO(stream.read()) if is_compressed else stream)
@@ -226,10 +240,13 @@ def _read_parquet(file: epath.Path, stream: BinaryIO, rows: RowReader) -> Iterat
                 f"{_shown(file)}: expected one column {column!r}, found {names}; set config.corpus.text_key, group_key"
             )
     number = 0
-    for batch in table.iter_batches(batch_size=1024, columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield rows.document(row, f"{_shown(file)}: row {number}")
+    try:
+        for batch in table.iter_batches(batch_size=1024, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield rows.document(row, f"{_shown(file)}: row {number}")
+    except arrow.ArrowException as error:  # for example an encoding that is not implemented
+        raise ValueError(str(error)) from error
 
 
 @contextlib.contextmanager
