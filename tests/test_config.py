@@ -36,6 +36,17 @@ def test_every_config_is_sound(name):
         ("corpus.validation_fraction", 0.97, r"leave nothing to train on"),
         ("base.heads", 3, r"config.base.heads: 3 does not divide config.base.width, 64"),
         ("base.source", "huggingface", r"config.base.path: is needed"),
+        (
+            "base",
+            {"source": "gguf", "path": "m.gguf"},
+            r"config.tokenizer.source: 'train' makes a new tokenizer, whose",
+        ),
+        (
+            "corpus",
+            {"source": "files", "path": "runs"},
+            r"config.workdir: runs/default is in the folder of .*path, runs",
+        ),
+        ("corpus", {"source": "hub", "name": "a/b,."}, r"config.workdir: runs/default is in the folder of .*name, \."),
         ("tokenizer.vocab_size", 100, r"config.tokenizer.vocab_size: expected 257 or more"),
         ("training.epochs", 0, r"config.training: steps and epochs are both 0"),
         ("training.accumulation_steps", 3, r"3 does not divide"),
@@ -55,8 +66,30 @@ def test_every_config_is_sound(name):
 def test_bad_values_are_named(key, value, message):
     config = default.get_config()
     with config.ignore_type():
-        config.update_from_flattened_dict({key: value})
+        config.update({key: value} if isinstance(value, dict) else {})
+        config.update_from_flattened_dict({} if isinstance(value, dict) else {key: value})
     with pytest.raises(ConfigError, match=message):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "workdir"),
+    [("text", "texts/run"), ("text", "text/.runs/a"), ("gs://b/text", "gs://b/text2"), ("a", "b")],
+)
+def test_a_workdir_that_the_corpus_does_not_contain(corpus, workdir):
+    config = default.get_config()
+    config.workdir = workdir
+    config.corpus.update({"source": "files", "path": corpus})
+    check_config(config)
+
+
+def test_a_link_does_not_hide_that_the_workdir_is_in_the_corpus(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "link").symlink_to("text")
+    config = default.get_config()
+    config.workdir = str(tmp_path / "link" / "run")
+    config.corpus.update({"source": "files", "path": str(tmp_path / "text")})
+    with pytest.raises(ConfigError, match=r"config\.workdir: .* is in the folder of config\.corpus\.path"):
         check_config(config)
 
 
@@ -158,6 +191,7 @@ def test_what_is_set_and_has_no_effect_is_refused(overrides, message):
 
 def test_what_fine_tuning_reads_has_an_effect():
     words = ["base.source=huggingface", "base.path=gpt2", "base.finetune_steps=9", "base.training.batch_sequences=24"]
+    words += ["tokenizer.source=file", "tokenizer.path=t.json"]
     config = config_files.read("configs/smoke.py", [f"--config.{word}" for word in words])
     assert config.base.training.batch_sequences == 24
 

@@ -79,6 +79,7 @@ def test_an_imported_base_needs_no_batch_that_divides(tmp_path):
         "    config.base.training.batch_sequences = 7\n    return config\n"
     )
     imported = ["--config.base.source=huggingface", "--config.base.path=gpt2"]
+    imported += ["--config.tokenizer.source=hub", "--config.tokenizer.path=gpt2"]
     job.read_config(str(tmp_path / "config.py"), imported, stage="run", devices=16, processes=4)
     with pytest.raises(ConfigError, match=r"config.base.training.batch_sequences"):
         job.read_config(str(tmp_path / "config.py"), [], stage="run", devices=16, processes=4)
@@ -88,6 +89,11 @@ def test_an_imported_base_needs_no_batch_that_divides(tmp_path):
     ("changes", "overrides", "message"),
     [
         ({}, [], r"config.workdir: 'runs/default' would be lost"),
+        (
+            {},
+            ["--config.workdir=az://b/r"],
+            "config.workdir: az://b/r: expected a path, or a URL that begins with gs://",
+        ),
         ({"name": "My_job"}, ["--config.workdir=gs://b/r"], "--name=My_job: expected lowercase letters"),
         ({"name": "a" * 41}, ["--config.workdir=gs://b/r"], "at most 40 characters"),
         ({"slices": 0}, ["--config.workdir=gs://b/r"], "--slices=0: expected 1 or more"),

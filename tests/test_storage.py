@@ -44,13 +44,16 @@ def test_listings_of_a_bucket_are_never_kept(monkeypatch):
     assert not Bucket().dircache.use_listings_cache
 
 
+TOKENIZER = ["--config.tokenizer.source=file", "--config.tokenizer.path=tokenizer.json"]
+
+
 @pytest.mark.parametrize(
     ("key", "source"),
     [
         ("workdir", []),
         ("corpus.path", ["--config.corpus.source=files"]),
         ("tokenizer.path", ["--config.tokenizer.source=file"]),
-        ("base.path", ["--config.base.source=huggingface"]),
+        ("base.path", ["--config.base.source=huggingface", *TOKENIZER]),
         ("datastore.key_model", []),
         ("training.start", []),
     ],

@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_collections
 
+from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import ConfigError
 
 Check = tuple[type | tuple[type, ...], Callable[[Any], bool], str]
@@ -360,7 +361,9 @@ def settle(config: ml_collections.ConfigDict, before: ml_collections.ConfigDict,
         if key in _NAMES and rule[0] in overridden:
             _set(config, key, "")
     for key in PATHS:
-        _set(config, key, expand_home(_value(config, key)))
+        path = _value(config, key)
+        storage.check_url(path, f"config.{key}: ")
+        _set(config, key, expand_home(path))
 
 
 def expand_home(path: str) -> str:
@@ -397,6 +400,15 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(
                 f"config.{name}: is needed with config.{group}.source={config[group].source!r}, but empty"
             )
+    if base.source != "train" and tokenizer.source == "train":
+        raise ConfigError(
+            f"config.tokenizer.source: 'train' makes a new tokenizer, whose token ids mean nothing to the model that "
+            f"config.base.source={base.source!r} imports; use the model's own: set config.tokenizer.source to 'file', "
+            "'hub' or 'gguf', and config.tokenizer.path"
+        )
+    for key in ("corpus.path", "corpus.name"):
+        for folder in _value(config, key).split(","):
+            _check_outside(config.workdir, key, folder)
     if corpus.validation_fraction + corpus.test_fraction >= 1:
         raise ConfigError("config.corpus: validation_fraction + test_fraction leave nothing to train on")
     if base.width % base.heads:
@@ -435,6 +447,22 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.memory.output_from_base: needs config.memory.width ({config.memory.width}) equal to the base's "
             f"width ({base.width})"
+        )
+
+
+def _check_outside(workdir: str, key: str, corpus: str) -> None:
+    """Refuses a working directory in the folder of the corpus, which would contain the artifacts made from it."""
+    if "://" in workdir or "://" in corpus:
+        path, folder = (os.path.normpath(name) for name in (workdir, corpus))
+    else:
+        path, folder = os.path.realpath(workdir), os.path.realpath(corpus)
+    if not corpus or (path != folder and not path.startswith(f"{folder.rstrip('/')}/")):
+        return
+    below = os.path.relpath(path, folder)
+    if below == "." or not any(part.startswith(".") for part in below.split("/")):  # hidden folders are not read
+        raise ConfigError(
+            f"config.workdir: {workdir} is in the folder of config.{key}, {corpus}, so that its files would be read as "
+            "text of the corpus; choose a folder elsewhere"
         )
 
 
