@@ -155,6 +155,7 @@ def test_generation_refuses_a_memory_of_another_base(config, tmp_path):
     ("changes", "context_length", "message"),
     [
         ({"vocab_size": 299}, 16, "config.base.path=X: has a vocabulary of 299, but the tokenizer has ids up to 299"),
+        ({"vocab_size": 400}, 16, "config.base.path=X: has a vocabulary of 400, but the tokenizer has ids up to 299"),
         ({"context_length": 15}, 16, "config.base.context_length: 16 is longer than the 15 positions of config.base"),
     ],
 )

@@ -158,6 +158,14 @@ def test_a_text_without_a_token_for_it_is_one_clear_error():
         tokenizer.encode(built, ["a b"])
 
 
+def test_the_token_of_unknown_text_is_known(trained):
+    assert tokenizer.unknown_token(trained) is None
+    assert tokenizer.unknown_token(words(names=("a", "[UNK]"))) == ("[UNK]", 1)
+    assert tokenizer.unknown_token(words(names=("a",))) is None
+    pieces = tokenizers.models.Unigram([("a", -1.0), ("<unk>", -9.0)], unk_id=1, byte_fallback=False)
+    assert tokenizer.unknown_token(tokenizers.Tokenizer(pieces)) == ("<unk>", 1)
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
 def test_no_character_grows_more_in_a_normal_form_than_there_is_room_for(form):
     built = words()

@@ -287,6 +287,25 @@ def test_text_edited_in_place_is_noticed(corpus):
         tokens.run(config)
 
 
+def test_a_tokenizer_that_does_not_know_the_text_is_told(corpus, tmp_path, monkeypatch):
+    config, texts = corpus
+    known = sorted({word for text in texts for word in text.split()})
+    for name, vocabulary in (("all", known), ("few", known[:2])):
+        model = tokenizers.models.WordLevel(
+            {word: place for place, word in enumerate(["</s>", "[UNK]", *vocabulary])}, unk_token="[UNK]"
+        )
+        built = tokenizers.Tokenizer(model)
+        built.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        built.save(str(tmp_path / f"{name}.json"))
+        config.tokenizer.update({"source": "file", "path": str(tmp_path / f"{name}.json")})
+        config.workdir = str(tmp_path / f"run_{name}")
+        said = []
+        monkeypatch.setattr(tokens, "say", said.append)
+        tokens.run(config)
+        told = [line for line in said if "of the tokens of the validation split are '[UNK]'" in line]
+        assert len(told) == (name == "few"), said
+
+
 def test_the_overlap_of_splits_is_measured_and_a_large_one_told(corpus, tmp_path, monkeypatch):
     config, _ = corpus
     folder = tmp_path / "overlapping"

@@ -12,6 +12,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.corpus import gguf_tokenizer
 
@@ -59,7 +60,7 @@ def load(config: ml_collections.ConfigDict) -> tuple[tokenizers.Tokenizer, str]:
     elif config.source == "file":
         file = epath.Path(config.path).expanduser()
         file = file / _FILE if file.is_dir() else file
-        if not file.exists():
+        if not storage.is_file(file):
             raise UserError(f"config.tokenizer.path: {file} does not exist; expected a tokenizer.json or its folder")
         content, name, own_end = file.read_bytes(), str(file), _end_beside(file)
     else:
@@ -87,7 +88,7 @@ def _end_beside(file: epath.Path) -> str:
     """The `eos_token` in the tokenizer_config.json next to a tokenizer.json; "" if there is none."""
     settings = file.parent / _SETTINGS
     try:
-        token = json.loads(settings.read_text()).get("eos_token") if settings.exists() else None
+        token = json.loads(settings.read_bytes()).get("eos_token") if settings.exists() else None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{settings}: expected the settings of a tokenizer, could not read them: {error}") from error
     token = token.get("content") if isinstance(token, dict) else token
@@ -160,6 +161,16 @@ def vocab_size(tokenizer: tokenizers.Tokenizer, end_of_text: str) -> int:
     added = tokenizer.get_added_tokens_decoder()
     unused = {place for place, token in added.items() if token.special} - own - framing
     return 1 + max(set(tokenizer.get_vocab(with_added_tokens=True).values()) - unused)
+
+
+def unknown_token(tokenizer: tokenizers.Tokenizer) -> tuple[str, int] | None:
+    """(text, id) of the token that stands for all characters that the tokenizer does not know; None if it has none."""
+    model = json.loads(tokenizer.to_str())["model"]
+    token = model.get("unk_token")
+    if model.get("unk_id") is not None:
+        token = tokenizer.id_to_token(model["unk_id"])
+    place = tokenizer.token_to_id(token) if token else None
+    return None if place is None else (token, place)
 
 
 def growth(tokenizer: tokenizers.Tokenizer) -> int:

@@ -30,6 +30,8 @@ _TRAINING_BYTES = 64 * 2**20  # text on which a tokenizer is trained
 _WORD_CHARACTERS = 256  # longer words are split for training a tokenizer
 _LONG_WORD = re.compile(rf"\S{{{_WORD_CHARACTERS}}}|\s{{{_WORD_CHARACTERS}}}")
 _OVERLAP_BYTES = {"train": 2**30, "validation": 2**22, "test": 2**22}  # maximum text for comparing splits
+_CHECKED_TOKENS = 2**20
+_MUCH_UNKNOWN = 0.01  # share of unknown tokens
 
 
 def open_source(corpus: ml_collections.ConfigDict) -> documents.Source:
@@ -65,6 +67,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
         say(f"{path}: already finished")
     lengths = {split: TokenStream(artifact, split).length for split in SPLITS}
     say("tokens: " + ", ".join(f"{split} {length:,}" for split, length in lengths.items()))
+    _note_unknown(artifact)
     for split, length in lengths.items():
         if length <= config.base.context_length:
             raise UserError(
@@ -72,6 +75,19 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
                 f"{config.base.context_length}; provide more text, a larger fraction, or a shorter context"
             )
     return artifact
+
+
+def _note_unknown(artifact: Artifact) -> None:
+    """Warns if the tokenizer does not know the text: unknown tokens are easy to predict, and say nothing."""
+    if (unknown := tokenizer.unknown_token(read_tokenizer(artifact))) is None:
+        return
+    stream = TokenStream(artifact, "validation")
+    share = np.mean(stream.read(0, min(stream.length, _CHECKED_TOKENS)) == unknown[1])
+    if share > _MUCH_UNKNOWN:
+        say(
+            f"warning: {share:.0%} of the tokens of the validation split are {unknown[0]!r}, which stands for all text "
+            "that the tokenizer does not know; perplexities on them mean nothing: use a tokenizer made for this text"
+        )
 
 
 def _build(

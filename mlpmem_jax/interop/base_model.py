@@ -14,6 +14,7 @@ from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.training import continued, train_base
 
 PRETRAINED = "pretrained"
+_MOST_PADDING = 1.25  # rows of a vocabulary per id of its tokenizer; published models have up to 1.03
 
 
 def _imported(config: ml_collections.ConfigDict, source: str, folder: str, key: str, load) -> Artifact:
@@ -55,12 +56,14 @@ def check_fits(source, model: language_model.Config, tokens: Artifact, context_l
     """Checks that a language model can read the tokens in sequences of `context_length` positions.
 
     Raises:
-      ConfigError: its vocabulary is smaller than the tokenizer's, or its context shorter; names `source`.
+      ConfigError: its vocabulary is smaller than the tokenizer's or much larger, or its context shorter; names
+        `source`.
     """
-    if model.vocab_size < tokens.summary["vocab_size"]:
+    ids = tokens.summary["vocab_size"]
+    if model.vocab_size < ids or model.vocab_size > _MOST_PADDING * ids:
         raise ConfigError(
-            f"{source}: has a vocabulary of {model.vocab_size}, but the tokenizer has ids up to "
-            f"{tokens.summary['vocab_size'] - 1}; use the tokenizer that belongs to this model"
+            f"{source}: has a vocabulary of {model.vocab_size}, but the tokenizer has ids up to {ids - 1}; use the "
+            "tokenizer that belongs to this model"
         )
     if model.context_length < context_length:
         raise ConfigError(

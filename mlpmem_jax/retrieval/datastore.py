@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.scoring import next_token_log_probabilities
 
+_CHECKED_POSITIONS = 2**20  # of the base's scores
 
 def block_at_depth(blocks: int, depth: float) -> int:
     """The block, counted from 1, at a relative depth; a depth of 0.7 of 36 blocks is the paper's block 25."""
@@ -192,7 +194,21 @@ def _build_split(config: ml_collections.ConfigDict, tokens: Artifact, models: Lo
     if jax.process_index() == 0:
         writer.seal(summary(sequences, length, models.key_config.width, models.input_block))
     barrier(f"datastore {split} sealed")
-    return open_artifact(path, "datastore")
+    artifact = open_artifact(path, "datastore")
+    if split != "train":
+        _note_bad_base(artifact, min(sequences, -(-_CHECKED_POSITIONS // length)), tokens.summary["vocab_size"], split)
+    return artifact
+
+
+def _note_bad_base(artifact: Artifact, sequences: int, vocab_size: int, split: str) -> None:
+    """Warns if the base predicts the text worse than by guessing."""
+    loss = -float(artifact.read("base_log_probabilities", 0, sequences).mean())
+    if loss > math.log(vocab_size):
+        say(
+            f"warning: the base's loss on the {split} split, {loss:.2f} nats per token, is above the "
+            f"{math.log(vocab_size):.2f} of guessing among the tokenizer's {vocab_size:,} tokens: the base is "
+            "untrained, or its tokenizer is another one (config.tokenizer.path)"
+        )
 
 
 def _write_shards(
