@@ -17,6 +17,7 @@ from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus import gguf_tokenizer, tokenizer
 from mlpmem_jax.interop import gguf_model, published
 from mlpmem_jax.models import language_model
+from mlpmem_jax.models.rotary import Rotary
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,10 +40,21 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(path, quantization="F32", tied=True, pre="smollm", changed=None, left_out=(), tokens=True, bos=False):
-    """A small random model; `changed` replaces metadata or tensors by name."""
+def write(
+    path,
+    quantization="F32",
+    tied=True,
+    pre="smollm",
+    changed=None,
+    left_out=(),
+    tokens=True,
+    bos=False,
+    metadata=None,
+    endianess=gguf.GGUFEndian.LITTLE,
+):
+    """A small random model; `changed` replaces tensors and what else is named here, `metadata` sets keys."""
     rng, words, changed = np.random.default_rng(0), vocabulary(), changed or {}
-    writer = gguf.GGUFWriter(str(path), changed.get("architecture", "llama"))
+    writer = gguf.GGUFWriter(str(path), changed.get("architecture", "llama"), endianess=endianess)
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(BLOCKS)
@@ -62,6 +74,9 @@ def write(path, quantization="F32", tied=True, pre="smollm", changed=None, left_
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
         writer.add_add_bos_token(bos)
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for name, value in (metadata or {}).items():
+        add[type(value)](name, value)
     key_value_width = WIDTH // HEADS * KEY_VALUE_HEADS
     shapes = {"token_embd": (len(words), WIDTH), "output_norm": (WIDTH,)}
     if not tied:
@@ -187,11 +202,47 @@ NARROW, NOT_FINITE = np.zeros((8, 64), np.float32), np.full(64, np.nan, np.float
         ({"left_out": ("blk.1.ffn_up",)}, r"tensor 'blk.1.ffn_up.weight' of shape \(96, 64\) is missing"),
         ({"changed": {"blk.0.attn_v": NARROW}}, r"'blk.0.attn_v.weight' is \(8, 64\); the metadata"),
         ({"changed": {"blk.1.ffn_norm": NOT_FINITE}}, "'blk.1.ffn_norm.weight' has values that are not"),
+        ({"endianess": gguf.GGUFEndian.BIG}, "its byte order is not that of this machine"),
+        ({"metadata": {"split.count": 3}}, "is one of 3 parts of a model; join them with"),
+        ({"metadata": {"llama.block_count": "2"}}, "llama.block_count is '2'; expected a whole number above 0"),
+        ({"metadata": {"llama.attention.head_count_kv": [2, 4]}}, r"head_count_kv is '\[2, 4\]'; expected a whole"),
+        ({"metadata": {"llama.attention.head_count": 0}}, "head_count is '0'; expected a whole number above 0"),
+        ({"metadata": {"llama.attention.head_count_kv": 3}}, "head_count_kv, 3, does not divide head_count, 4"),
+        ({"metadata": {"llama.rope.freq_base": float("nan")}}, "freq_base is 'nan'; expected a number above 0"),
     ],
 )
 def test_a_model_that_cannot_be_imported_is_one_clear_error(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         gguf_model.load_language_model(str(write(tmp_path / "model.gguf", **changes)), one_device())
+
+
+@pytest.mark.parametrize(
+    ("metadata", "factor"),
+    [
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scaling.factor": 4.0}, 4.0),  # the type that llama.cpp takes where none is named
+        ({"llama.rope.scale_linear": 4.0}, 4.0),  # the key of old files
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+        ({"llama.rope.scaling.factor": 0.0}, None),
+    ],
+)
+def test_scaled_positions_are_those_of_llama_cpp(tmp_path, metadata, factor):
+    expected = Rotary(type="linear", factor=factor) if factor else Rotary()
+    assert gguf_model.read_config(GGUFFile(write(tmp_path / "model.gguf", metadata=metadata))).rotary == expected
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"tokenizer.ggml.eos_token_id": 10**6},
+        {"tokenizer.ggml.merges": ["in"]},
+        {"tokenizer.ggml.token_type": [1, 1]},
+        {"tokenizer.ggml.tokens": ["a", "b"]},
+    ],
+)
+def test_a_damaged_tokenizer_is_one_clear_error(tmp_path, metadata):
+    with pytest.raises(UserError, match=r"model\.gguf: its tokenizer is damaged"):
+        gguf_tokenizer.load(str(write(tmp_path / "model.gguf", metadata=metadata)))
 
 
 @pytest.mark.parametrize("keep", [0, 3, 200, 3000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 
 import numpy as np
@@ -16,7 +17,7 @@ class GGUFFile:
         """Reads the header.
 
         Raises:
-          UserError: the file does not exist, is damaged, or is not a GGUF file.
+          UserError: the file does not exist, is damaged, big-endian, or not a GGUF file.
         """
         self.path = pathlib.Path(path).expanduser()
         if not self.path.is_file():
@@ -30,6 +31,8 @@ class GGUFFile:
             raise UserError(
                 f"{path}: expected a GGUF file, found something else, or a damaged one ({error})"
             ) from error
+        if reader.byte_order == "S":  # the package would dequantize its swapped bytes to wrong numbers
+            raise UserError(f"{path}: its byte order is not that of this machine; use a file in the other one")
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def value(self, name: str, default=None):
@@ -38,6 +41,18 @@ class GGUFFile:
         if value is None:
             raise UserError(f"{self.path}: has no {name}; this is not a complete llama.cpp model")
         return value
+
+    def number(self, name: str, default: float | None = None, kind: type = int):
+        """The positive number with a name: a whole one, or with kind `float` any.
+
+        Raises:
+          UserError: it is missing and there is no default, or is something else.
+        """
+        value = self.value(name, default)
+        if type(value) not in (int, kind) or not 0 < value < math.inf:
+            expected = "a whole number" if kind is int else "a number"
+            raise UserError(f"{self.path}: {name} is {str(value)[:50]!r}; expected {expected} above 0")
+        return kind(value)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor in PyTorch's order: rows first."""

@@ -44,6 +44,18 @@ def load(path: str) -> tuple[tokenizers.Tokenizer, str]:
             f"with the pre-tokenizers {', '.join(map(repr, _WORDS))} is supported. Set config.tokenizer.source to "
             "'file' and config.tokenizer.path to the tokenizer.json that belongs to the model"
         )
+    try:
+        return _byte_level(file, split)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception for lists that contradict each other
+        raise UserError(
+            f"{path}: its tokenizer is damaged ({error}); use another file, or the model's tokenizer.json "
+            "(config.tokenizer.source='file')"
+        ) from error
+
+
+def _byte_level(file: GGUFFile, split: str) -> tuple[tokenizers.Tokenizer, str]:
     tokens = file.value("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges")]
     vocabulary = {token: place for place, token in enumerate(tokens)}

@@ -74,33 +74,44 @@ def read_config(file: GGUFFile) -> LlamaConfig:
         raise UserError(f"{file.path}: general.architecture is {architecture!r}; only 'llama' can be imported")
     if file.value("llama.expert_count", 0):
         raise UserError(f"{file.path}: llama.expert_count is not 0; mixtures of experts cannot be imported")
-    scaling = file.value("llama.rope.scaling.type", "none")
+    if (parts := file.value("split.count", 1)) not in (0, 1):
+        raise UserError(
+            f"{file.path}: is one of {parts} parts of a model; join them with llama.cpp's `llama-gguf-split --merge`"
+        )
+    scaling = file.value("llama.rope.scaling.type", "linear")  # llama.cpp's default
     if scaling not in ("none", "linear") or "rope_freqs.weight" in file.tensors:
-        kind = scaling if scaling != "none" else "rope_freqs.weight"
+        kind = "rope_freqs.weight" if scaling in ("none", "linear") else scaling
         raise UserError(
             f"{file.path}: rotary embeddings are scaled by {kind!r}, which only Hugging Face folders support; "
             "set config.base.source to 'huggingface'"
         )
-    width, heads = int(file.value("llama.embedding_length")), int(file.value("llama.attention.head_count"))
-    head_width = int(file.value("llama.attention.key_length", width // heads))
-    if int(file.value("llama.rope.dimension_count", head_width)) != head_width:
+    width, heads = file.number("llama.embedding_length"), file.number("llama.attention.head_count")
+    key_value_heads = file.number("llama.attention.head_count_kv", heads)
+    head_width = file.number("llama.attention.key_length", width // heads)
+    if heads % key_value_heads or head_width % 2:
+        raise UserError(
+            f"{file.path}: llama.attention.head_count_kv, {key_value_heads}, does not divide head_count, {heads}, "
+            f"or the width of a head, {head_width}, is odd"
+        )
+    if file.number("llama.rope.dimension_count", head_width) != head_width:
         raise UserError(f"{file.path}: llama.rope.dimension_count is not the width of a head, {head_width}")
     rotary = {"type": "default"}
-    if scaling == "linear":
-        rotary = {"type": "linear", "factor": float(file.value("llama.rope.scaling.factor"))}
+    factors = [name for name in ("llama.rope.scaling.factor", "llama.rope.scale_linear") if file.values.get(name)]
+    if scaling == "linear" and factors:  # the second is the old name; 0 is none
+        rotary = {"type": "linear", "factor": file.number(factors[0], kind=float)}
     return LlamaConfig(
         vocab_size=file.shape("token_embd.weight")[0] if "token_embd.weight" in file.tensors else 0,
-        context_length=int(file.value("llama.context_length")),
+        context_length=file.number("llama.context_length"),
         width=width,
-        blocks=int(file.value("llama.block_count")),
+        blocks=file.number("llama.block_count"),
         heads=heads,
-        key_value_heads=int(file.value("llama.attention.head_count_kv", heads)),
+        key_value_heads=key_value_heads,
         head_width=head_width,
-        feed_forward_width=int(file.value("llama.feed_forward_length")),
-        norm_epsilon=float(file.value("llama.attention.layer_norm_rms_epsilon")),
+        feed_forward_width=file.number("llama.feed_forward_length"),
+        norm_epsilon=file.number("llama.attention.layer_norm_rms_epsilon", kind=float),
         sliding_window=0,
         tied="output.weight" not in file.tensors,
-        rotary=Rotary(theta=float(file.value("llama.rope.freq_base", 10_000.0)), **rotary),
+        rotary=Rotary(theta=file.number("llama.rope.freq_base", 10_000.0, float), **rotary),
         family="llama",
     )
 

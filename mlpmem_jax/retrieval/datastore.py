@@ -29,6 +29,7 @@ from mlpmem_jax.models.scoring import next_token_log_probabilities
 
 _CHECKED_POSITIONS = 2**20  # of the base's scores
 
+
 def block_at_depth(blocks: int, depth: float) -> int:
     """The block, counted from 1, at a relative depth; a depth of 0.7 of 36 blocks is the paper's block 25."""
     return max(1, round(depth * blocks))
