@@ -227,6 +227,11 @@ def test_a_wrong_tensor_of_a_llama_is_named(tmp_path, change, named):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"rope_scaling\.low_freq_factor is None"),
         ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": "8"}}, "original_max"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
+            r"rope_parameters has groups for kinds of layers \(full_attention, sliding_attention\)",
+        ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "weights are quantized .* quant_method 'gptq'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"num_key_value_heads": 3}, "num_key_value_heads, 3, does not divide"),

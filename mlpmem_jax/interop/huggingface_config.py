@@ -24,6 +24,12 @@ def read_config(folder: pathlib.Path | epath.Path, part: str = "") -> language_m
         values = dict(values.get(f"{part}_config") if part else values)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{file}: expected the config of a Hugging Face model: {error}") from error
+    if quantized := values.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UserError(
+            f"{file}: the weights are quantized (quantization_config, quant_method {method!r}); expected "
+            "floating-point weights: use the model that was quantized, or a GGUF file"
+        )
     return language_model.from_json(ConfigJson(str(file), values))
 
 

@@ -42,6 +42,10 @@ def from_json(source: ConfigJson, positions: int) -> Rotary:
     group = "rope_scaling" if source.values.get("rope_scaling") else "rope_parameters"
     theta = source.optional("rope_theta", 10_000.0, NUMBER)
     values = {"rope_theta": theta, **source.optional(group, {}, (dict,))}
+    if nested := [key for key, value in values.items() if isinstance(value, dict)]:
+        raise source.error(
+            f"{group} has groups for kinds of layers ({', '.join(nested)}); only one for all is supported"
+        )
     kind = values.get("rope_type") or values.get("type") or "default"
     source.check_allowed(f"{group}.rope_type", kind, rotary.TYPES)
     partial = values.get("partial_rotary_factor") or source.values.get("partial_rotary_factor")
