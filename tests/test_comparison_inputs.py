@@ -150,7 +150,9 @@ def test_words_that_no_token_stands_for_are_refused(task, question, message):
 
 def write_task_files(folder, name, rows):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    if name.endswith(".csv"):
+    if isinstance(rows, str):
+        (folder / name).write_text(rows)
+    elif name.endswith(".csv"):
         with (folder / name).open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
@@ -159,6 +161,7 @@ def write_task_files(folder, name, rows):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+ORACLE = "nq/nq-open-oracle.jsonl"
 TRUTHFUL = {"Question": "q?", "Best Answer": "a", "Correct Answers": "b", "Incorrect Answers": "c"}
 
 
@@ -169,6 +172,35 @@ TRUTHFUL = {"Question": "q?", "Best Answer": "a", "Correct Answers": "b", "Incor
         ("hotpotqa", "hotpotqa/dev.json", [{"question": " ", "answer": "a"}], "dev.json: row 1 has no question"),
         ("hotpotqa", "hotpotqa/dev.json", [{"question": "q"}], "dev.json: row 1 has no answer"),
         ("hotpotqa", "hotpotqa/dev.json", [], "dev.json: has no rows"),
+        ("hotpotqa", "hotpotqa/dev.json", [{"question": None, "answer": "a"}], "row 1 has no question"),
+        (
+            "hotpotqa",
+            "hotpotqa/dev.json",
+            [{"question": 5, "answer": "a"}],
+            "row 1: expected text at 'question', found a",
+        ),
+        (
+            "hotpotqa",
+            "hotpotqa/dev.json",
+            [{"question": "q\ud83d", "answer": "a"}],
+            "row 1 has half of a surrogate pair",
+        ),
+        (
+            "hotpotqa",
+            "hotpotqa/dev.json",
+            [{"question": "q", "answer": {"value": "a", "aliases": ["b"]}}],
+            "row 1: expected answers as text or a list of texts, found {'value'",
+        ),
+        ("hotpotqa", "hotpotqa/dev.json", [{"question": "q", "answer": [1945]}], r"a list of texts, found \[1945\]"),
+        ("passages", ORACLE, [{"question": "q", "answers": ["a"], "ctxs": []}], "row 1: expected 'ctxs' to be a list"),
+        ("passages", ORACLE, [{"question": "q", "answers": ["a"], "ctxs": [{"text": ""}]}], "first entry has a 'text'"),
+        ("rt", "pmi/rt/test.jsonl", [{"input": None, "output": "positive"}], "row 1 has no input"),
+        (
+            "truthfulqa",
+            "truthfulqa/TruthfulQA.csv",
+            "Question,Best Answer,Correct Answers,Incorrect Answers\nq?,a",
+            "row 1",
+        ),
         ("rt", "pmi/rt/test.jsonl", [{"input": "a", "output": "neutral"}], "row 1 has the label 'neutral'; expected"),
         ("truthfulqa", "truthfulqa/TruthfulQA.csv", [TRUTHFUL], "row 1: the best answer is not a correct one"),
     ],
@@ -177,6 +209,29 @@ def test_rows_that_cannot_be_asked_are_refused(tmp_path, task, file, rows, messa
     write_task_files(tmp_path, file, rows)
     with pytest.raises(UserError, match=message):
         tasks.find(task).load(tmp_path)
+
+
+def test_a_table_that_begins_with_a_byte_order_mark_is_read(tmp_path):
+    row = TRUTHFUL | {"Correct Answers": "a"}
+    write_task_files(tmp_path, "truthfulqa/TruthfulQA.csv", [row])
+    file = tmp_path / "truthfulqa" / "TruthfulQA.csv"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert [question.query for question in tasks.find("truthfulqa").load(tmp_path)["test"]] == ["q?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.toml", 'title = "A"\n', "has no 'source'"),
+        ("a.toml", "title = A", "cannot be read .TOMLDecodeError"),
+        ("a.py", "x = 1", "has no TASK"),
+        ("a.py", "import nothing_of_this_name", "cannot be read .ModuleNotFoundError"),
+    ],
+)
+def test_a_file_that_is_no_task_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}'?: {message}"):
+        tasks.find(str(tmp_path / name))
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 
 import jax
 import ml_collections
@@ -21,7 +22,7 @@ from etils import epath
 
 from mlpmem_jax.comparison import greedy, hub, metrics, page, scores, systems, tasks, weights
 from mlpmem_jax.comparison.costs import cost
-from mlpmem_jax.comparison.passages import documents
+from mlpmem_jax.comparison.passages import check_retriever, documents
 from mlpmem_jax.comparison.question import Question, Task
 from mlpmem_jax.comparison.reading import read
 from mlpmem_jax.comparison.systems import SIDE_MODEL, SYSTEMS, System, Workdir
@@ -52,6 +53,8 @@ def run(config: ml_collections.ConfigDict) -> dict:
         for task in chosen_tasks.values():
             hub.fetch(data, task.hub)
     splits = {name: task.load(data) for name, task in chosen_tasks.items()}  # before any compute
+    if any(SYSTEMS[name].retrieves for name in chosen):
+        check_retriever(settings.retriever)
     workdir = Workdir(config)
     _train_missing(config, chosen)
     artifacts = {name: workdir.parts(SYSTEMS[name]) for name in chosen}
@@ -133,6 +136,7 @@ class _TaskComparison:
         self._artifacts, self._seconds = artifacts, seconds
         self._settings, self._folder = workdir.config.comparison, workdir.results
         self._tokenizer = read_tokenizer(workdir.tokens)
+        self._file_name = re.sub(r"[^\w.+-]", "_", name)  # the name may be the path of a file
         self._scored: dict[tuple, dict[str, scores.Values]] = {}
 
     def run(self, questions: list[Question], tuning: list[Question]) -> tuple[dict, list[dict]]:
@@ -189,7 +193,7 @@ class _TaskComparison:
                        in self._artifacts[name].items()
                        if SYSTEMS[name].model == model or SYSTEMS[name].side in sides}  # fmt: skip
             inputs |= {"k": str(self._settings.k), "sides": ",".join(sides)}
-            file = self._folder / "scores" / f"{self._name}-{split}-{model}{'-rag' if retrieves else ''}.npz"
+            file = self._folder / "scores" / f"{self._file_name}-{split}-{model}{'-rag' if retrieves else ''}.npz"
 
             def compute() -> dict[str, scores.Values]:
                 read_sides = {side: self._workdir.side(side) for side in sides}
@@ -271,7 +275,7 @@ class _TaskComparison:
 
         inputs = {role: artifact.fingerprint for role, artifact in self._artifacts[name].items()}
         inputs |= {"weights": ",".join(map(str, chosen_N)), "k": str(self._settings.k)}
-        file = self._folder / "texts" / f"{self._name}-{name}.json"
+        file = self._folder / "texts" / f"{self._file_name}-{name}.json"
         texts, seconds = scores.cached_texts(file, scores.fingerprint(encoded, inputs), compute)
         self._seconds[name] += seconds
         return texts
@@ -320,6 +324,6 @@ def paired_interval(differences_N: np.ndarray, confidence: float, seed: int) -> 
 def _write(folder: epath.Path, comparison: dict, answers: list[dict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
-    (folder / "answers.jsonl").write_text(lines)
+    (folder / "answers.jsonl").write_bytes(lines.encode())
     (folder / "compare.json").write_text(json.dumps(comparison, indent=1) + "\n")
     page.write(folder)

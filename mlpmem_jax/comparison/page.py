@@ -22,7 +22,7 @@ FEWEST = 10  # fewest questions for which a bootstrap interval is shown
 def write(folder: epath.Path) -> None:
     """Writes index.html from those of compare.json (with answers.jsonl) and speed.json that are in the folder."""
     comparison, speed = (_read(folder / f"{name}.json") for name in ("compare", "speed"))
-    lines = (folder / "answers.jsonl").read_text().splitlines() if comparison else []
+    lines = (folder / "answers.jsonl").read_bytes().splitlines() if comparison else []
     (folder / "index.html").write_text(page(comparison, [json.loads(line) for line in lines], speed))
 
 

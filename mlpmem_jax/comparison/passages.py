@@ -123,6 +123,20 @@ def _text_bytes(texts: list[str]) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
+def check_retriever(name: str) -> None:
+    """Checks that a retriever can be opened, before anything is trained or encoded.
+
+    Raises:
+      UserError: its package or its folder is missing.
+    """
+    if name == "bm25":
+        require("bm25s", extra="rag")
+        return
+    require("sentence_transformers", extra="dense")
+    if not pathlib.Path(name).is_dir():
+        raise UserError(f"config.comparison.retriever: {name} holds no sentence encoder: it is no folder")
+
+
 def open_retriever(
     name: str, tokens: Artifact, words: int, settings: Mapping, mesh: Mesh, index_folder: epath.Path
 ) -> Retriever:

@@ -25,16 +25,17 @@ def read_text(file: pathlib.Path) -> str:
                         "config.comparison.data is the folder of task files (docs/evaluation.md)")  # fmt: skip
     try:
         with existing.open("rb") as raw:
-            return compression.decompress(raw, existing.suffix).read().decode()
+            return compression.decompress(raw, existing.suffix).read().decode("utf-8-sig")
     except (*compression.ERRORS, UnicodeDecodeError) as error:
         raise UserError(f"{existing}: could not be read: {error}") from error
 
 
-def read_rows(file: pathlib.Path, fields: Sequence[str]) -> list[dict]:
-    """The rows of a file; each must have all of `fields`.
+def read_rows(file: pathlib.Path, texts: Sequence[str], others: Sequence[str] = ()) -> list[dict]:
+    """The rows of a file; each must have the fields `texts`, which are text, and `others`, which are anything but null.
 
     Raises:
-      UserError: the file is missing or damaged, or a row (which the message names) lacks a field.
+      UserError: the file is missing or damaged, or a row (which the message names) lacks a field or has an unsuitable
+        one.
     """
     text = read_text(file)
     try:
@@ -47,9 +48,22 @@ def read_rows(file: pathlib.Path, fields: Sequence[str]) -> list[dict]:
     except (json.JSONDecodeError, csv.Error) as error:
         raise UserError(f"{file}: expected rows of JSON or CSV: {error}") from error
     for number, row in enumerate(rows, start=1):
-        lacking = [field for field in fields if not isinstance(row, dict) or field not in row]
-        if lacking:
+        fields = row if isinstance(row, dict) else {}
+        if lacking := [field for field in (*texts, *others) if fields.get(field) is None]:
             raise UserError(f"{file}: row {number} has no {', '.join(lacking)}")
+        if wrong := [field for field in texts if not isinstance(fields[field], str)]:
+            found = type(fields[wrong[0]]).__name__
+            raise UserError(f"{file}: row {number}: expected text at {wrong[0]!r}, found a {found}")
+        if not _is_unicode(json.dumps(row, ensure_ascii=False)):
+            raise UserError(f"{file}: row {number} has half of a surrogate pair (\\ud800 to \\udfff), which is no text")
     if not rows:
         raise UserError(f"{file}: has no rows")
     return rows
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -15,9 +15,11 @@ def question(file: pathlib.Path, number: int, text: str, answers: str | Sequence
     Raises:
       UserError: the row, which the message names, has no question or no answer.
     """
-    accepted = [answers] if isinstance(answers, str) else list(answers or ())
-    accepted = [answer.strip() for answer in accepted if isinstance(answer, str) and answer.strip()]
-    if not isinstance(text, str) or not text.strip() or not accepted:
+    accepted = [answers] if isinstance(answers, str) else answers
+    if not isinstance(accepted, list) or not all(isinstance(answer, str) for answer in accepted):
+        raise UserError(f"{file}: row {number}: expected answers as text or a list of texts, found {answers!r:.80}")
+    accepted = [answer.strip() for answer in accepted if answer.strip()]
+    if not text.strip() or not accepted:
         raise UserError(f"{file}: row {number} has no {'question' if accepted else 'answers'}")
     return Question(
         id=str(number),

@@ -1,6 +1,7 @@
 """Tasks, described by TOML files, that choose a label by words that stand for it.
 
 title = "RTE"
+source = "prompts of knnlm-limits"
 file = "pmi/rte/val.jsonl"
 fields = ["premise", "hypothesis"]           # fields of a row, for the prompt
 prompt = " {premise}\\nquestion: {hypothesis} true or false?\\nanswer:"
@@ -27,10 +28,18 @@ from mlpmem_jax.comparison.question import Question, Task
 from mlpmem_jax.comparison.tasks import _files
 from mlpmem_jax.core.errors import UserError
 
+_REQUIRED = ("title", "source", "file", "fields", "prompt", "domain", "label", "labels")
+
 
 def read(file: pathlib.Path) -> Task:
-    """The task that a file describes."""
+    """The task that a file describes.
+
+    Raises:
+      UserError: the file lacks a key.
+    """
     described = _described(file)
+    if missing := [key for key in _REQUIRED if key not in described]:
+        raise UserError(f"{file}: has no {missing[0]!r}; docs/extending.md shows a whole task")
     hub = {described["file"]: DataSet(**described["hub"])} if "hub" in described else {}
     return Task(
         title=described["title"],
@@ -58,7 +67,7 @@ def _described(file: pathlib.Path) -> dict:
 
 def _load(described: dict, folder: pathlib.Path) -> dict[str, list[Question]]:
     file = folder / described["file"]
-    rows = _files.read_rows(file, [*described["fields"], described["label"]])
+    rows = _files.read_rows(file, [], [*described["fields"], described["label"]])
     words = _label_words(described, folder)
     labels = [group if isinstance(group, list) else [group] for group in described["labels"]]
     questions = []

@@ -9,7 +9,7 @@ from mlpmem_jax.comparison.tasks import _files, _open, nq
 
 def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
     file = folder / "halueval" / "qa_one-turn_data.json"
-    rows = _files.read_rows(file, ["knowledge", "question", "right_answer"])
+    rows = _files.read_rows(file, ["knowledge", "question"], ["right_answer"])
     return {
         "test": [
             _open.question(file, number, row["question"], row["right_answer"], row["knowledge"])

@@ -10,7 +10,7 @@ from mlpmem_jax.comparison.tasks import _files, _open, nq
 
 def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
     file = folder / "hotpotqa" / "dev.json"
-    rows = _files.read_rows(file, ["question", "answer"])
+    rows = _files.read_rows(file, ["question"], ["answer"])
     return {
         "test": [
             _open.question(file, number, _open.with_question_mark(row["question"]), row["answer"])

@@ -12,7 +12,7 @@ def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
     splits = {}
     for split in ("test", "validation"):
         file = folder / "nq" / f"{split}.jsonl"
-        rows = _files.read_rows(file, ["question", "answer"])
+        rows = _files.read_rows(file, ["question"], ["answer"])
         # The reference leaves out the row whose answer is a lone parenthesis.
         splits[split] = [
             _open.question(file, number, _open.with_question_mark(row["question"]), row["answer"])

@@ -12,7 +12,7 @@ def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
     splits = {}
     for split in ("test", "validation"):
         file = folder / "triviaqa" / f"{split}.jsonl"
-        rows = _files.read_rows(file, ["question", "answer"])
+        rows = _files.read_rows(file, ["question"], ["answer"])
         splits[split] = [
             _open.question(file, number, row["question"], row["answer"]) for number, row in enumerate(rows, start=1)
         ]

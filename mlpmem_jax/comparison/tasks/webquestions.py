@@ -12,7 +12,7 @@ def _load(folder: pathlib.Path) -> dict[str, list[Question]]:
     splits = {}
     for split in ("test", "validation"):
         file = folder / "webqs" / f"{split}.json"
-        rows = _files.read_rows(file, ["qText", "answers"])
+        rows = _files.read_rows(file, ["qText"], ["answers"])
         splits[split] = [
             _open.question(file, number, row["qText"], row["answers"]) for number, row in enumerate(rows, start=1)
         ]
