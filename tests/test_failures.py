@@ -2,6 +2,8 @@
 
 import errno
 import io
+import os
+import signal
 import sys
 
 import pytest
@@ -60,6 +62,11 @@ def raised(error, cause=None):
             "this machine has not enough memory",
         ),
         (
+            ValueError("invalid truth value 'abc' for environment 'JAX_ENABLE_X64'"),
+            2,
+            "error: JAX refuses an environment variable: invalid truth value 'abc'",
+        ),
+        (
             ZeroDivisionError("division by zero"),
             1,
             "mlpmem run: error: this is a bug of mlpmem_jax: please open an issue",
@@ -78,6 +85,20 @@ def test_the_last_line_and_the_exit_code(error, code, line, capsys, monkeypatch)
         assert lines[0].startswith("Traceback")
         assert "Python 3." in lines[-1]
         assert "jax 0." in lines[-1]
+
+
+def test_output_that_nobody_reads_is_no_bug(capfd, monkeypatch):
+    """What `| head -1` leaves in the buffer would otherwise fail when Python exits."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(os.dup(1), "w") as kept, open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as stopped, failures.reported("mlpmem run"):
+            print("a line")
+        os.dup2(kept.fileno(), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write)
+    assert stopped.value.code == 128 + signal.SIGPIPE
+    assert capfd.readouterr().err == ""
 
 
 class Raising:

@@ -106,6 +106,9 @@ def test_points_that_cannot_be_fitted(sweep_file, rows, header, words):
 def test_files_that_are_not_points(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         points.read(tmp_path / "absent.csv")
+    (tmp_path / "long.csv").write_text("arm,parameters,tokens,flops,perplexity,seed\n" + "x" * 200_000)
+    with pytest.raises(UserError, match=r"long\.csv: expected CSV: field larger than"):
+        points.read(tmp_path / "long.csv")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="UTF-8"):
         points.read(tmp_path / "binary.csv")

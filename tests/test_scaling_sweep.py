@@ -98,7 +98,15 @@ def test_construction_counts_forward_passes_and_the_search():
         ('[point("a", "augmented", 1e12, overrides={"base.widht": 3})]', {}, "'a'.*no such key; did you mean"),
         ('[point("a", "augmented", 1e12, overrides={"base.width": "x"})]', {}, "point 'a'"),
         ('[point("a", "augmented", 1e12, overrides={"base.heads": 5})]', {}, "point 'a': config.base.heads: 5"),
-        ("[]", {}, "expected at least one point"),
+        ("[]", {}, "expected a list of at least one point"),
+        ("5", {}, "points: expected a list of at least one point, found 5"),
+        ("[5]", {}, "point 1: expected the keys name, .* found 5"),
+        ('[{1: 2, "name": "a"}]', {}, "point 1: expected the keys name, .* found 1, name"),
+        (
+            '[point("a", "augmented", 1e12)]',
+            {"counted": "training and targets", "positions": 1e6},
+            r"positions: expected the number of training positions.* found 1000000\.0",
+        ),
         ('[point("a", "augmented", 1e12)]', {"counted": "everything"}, "counted: expected 'training' or"),
         ('[point("a", "augmented", 1e12)]', {"counted": "training and targets"}, "positions: expected the number"),
         (

@@ -62,6 +62,8 @@ def reported(program: str) -> Iterator[None]:
     sys.unraisablehook = _print_unraisable  # permanently: abandoned reads may end after this context
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe is no error
     except KeyboardInterrupt:
         _end(program, f"stopped by Ctrl-C. {_KEPT}", INTERRUPTED)
     except BrokenPipeError:  # the reader of the output has closed it
@@ -125,6 +127,8 @@ def outside_cause(error: BaseException) -> str | None:
             return f"this machine has not enough memory ({_first_line(each)}); {_SMALLER}"
         if "Unable to initialize backend" in str(each):
             return f"JAX finds no such accelerator: {_first_line(each)}; unset JAX_PLATFORMS, or install what it names"
+        if "for JAX flag" in str(each) or "for environment 'JAX_" in str(each):
+            return f"JAX refuses an environment variable: {_first_line(each)}; correct or unset it"
         if isinstance(each, OSError) and each.errno in _ADVICE and each.filename is not None:
             return f"{_printable(each.filename)}: {os.strerror(each.errno)}; {_ADVICE[each.errno]}"
         for number in _UNMISTAKABLE:

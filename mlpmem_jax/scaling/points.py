@@ -122,7 +122,10 @@ def read(points_csv, against: str = "parameters") -> PointSet:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 ({error}); expected CSV") from error
-    rows = _rows(str(path), text)
+    try:
+        rows = _rows(str(path), text)
+    except csv.Error as error:  # a cell of more than 128 kB, for example
+        raise UserError(f"{path}: expected CSV: {error}") from error
     corpora = {}
     for line, row in rows:
         corpora.setdefault(row["corpus"], line)

@@ -86,13 +86,16 @@ def read(file: str, overrides: Sequence[str] = ()) -> Sweep:
         allowed = " or ".join(map(repr, budgets.COUNTED))
         raise ConfigError(f"{file}: counted: expected {allowed}, found {fields_by_key['counted']!r}")
     counts_targets = fields_by_key["counted"] == budgets.COUNTED[1]
-    if counts_targets and not fields_by_key["positions"]:
+    positions = fields_by_key["positions"]
+    if counts_targets and (type(positions) is not int or positions < 1):
         raise ConfigError(
             f"{file}: positions: expected the number of training positions, from which the cost of the targets "
-            f"({fields_by_key['counted']!r}) is computed, found 0"
+            f"({fields_by_key['counted']!r}) is computed, found {positions!r}"
         )
-    if not fields_by_key["points"]:
-        raise ConfigError(f"{file}: points: expected at least one point, found none")
+    if not isinstance(fields_by_key["points"], list | tuple) or not fields_by_key["points"]:
+        raise ConfigError(
+            f"{file}: points: expected a list of at least one point, found {fields_by_key['points']!r:.80}"
+        )
     points, names = [], set()
     for number, fields in enumerate(fields_by_key["points"], start=1):
         _check_fields(f"{file}: point {number}", fields)
@@ -100,7 +103,7 @@ def read(file: str, overrides: Sequence[str] = ()) -> Sweep:
             raise ConfigError(f"{file}: two points have the name {fields['name']!r}; give each its own name")
         names.add(fields["name"])
         try:
-            points.append(_resolved(base, fields, fields_by_key["positions"] if counts_targets else 0))
+            points.append(_resolved(base, fields, positions if counts_targets else 0))
         except (UserError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise ConfigError(f"{file}: point {fields['name']!r}: {error}") from error
     for point in points[1:]:
@@ -117,8 +120,9 @@ def _load(file: str) -> dict:
 
 
 def _check_fields(where: str, fields: Mapping) -> None:
-    if sorted(fields) != sorted(_POINT_KEYS):
-        raise ConfigError(f"{where}: expected the keys {', '.join(_POINT_KEYS)}, found {', '.join(sorted(fields))}")
+    if not isinstance(fields, Mapping) or {*fields} != {*_POINT_KEYS}:
+        found = ", ".join(map(str, fields)) if isinstance(fields, Mapping) else repr(fields)
+        raise ConfigError(f"{where}: expected the keys {', '.join(_POINT_KEYS)}, found {found}")
     name, budget = fields["name"], fields["flops"]
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         raise ConfigError(
