@@ -97,3 +97,14 @@ def test_bfloat16_passes_say_which_dtype_to_take(config):
         settings.compute_dtype = "bfloat16"
     with pytest.raises(UserError, match=r"base_log_probabilities .*bfloat16.*compute_dtype to float32"):
         datastore._check_finite(arrays, "datastore/test, shard 0", settings)
+
+
+def test_a_base_that_is_worse_than_guessing_is_reported(config, monkeypatch):
+    said = []
+    monkeypatch.setattr(datastore, "say", said.append)
+    shutil.rmtree(f"{config.workdir}/datastore", ignore_errors=True)
+    artifact = datastore.run(config)["test"]  # its parameters are random
+    assert sum("the base's loss on the test split" in line for line in said) == 1
+    said.clear()
+    datastore._note_bad_base(artifact, 1, 10**6, "test")  # better than guessing among so many tokens
+    assert not said
