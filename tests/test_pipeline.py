@@ -103,11 +103,11 @@ def test_targets_are_p_knn(workdir, split):
     np.testing.assert_allclose(actual, expected[np.arange(len(positions)), labels], atol=2e-4)
 
     source = data.TargetSource(datastore, targets)
-    for position, row in zip(positions, expected, strict=True):
-        item = source[position // length]
+    batch = source[positions // length]
+    assert batch["token_ids"].dtype == np.uint16  # as stored: half the bytes of int32 and float32
+    for index, (place, row) in enumerate(zip(positions % length, expected, strict=True)):
         dense = np.zeros(300)
-        np.add.at(dense, item["token_ids"][position % length], item["probabilities"][position % length])
-        assert item["token_ids"].dtype == np.uint16  # as stored: half the bytes of int32 and float32
+        np.add.at(dense, batch["token_ids"][index, place], batch["probabilities"][index, place])
         np.testing.assert_allclose(dense, row, atol=1e-3)
 
 

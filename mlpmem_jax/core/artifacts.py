@@ -23,7 +23,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
@@ -181,6 +181,17 @@ class Artifact:
         except ValueError as error:
             raise self._corrupt(name, error) from error
 
+    def read_rows(self, name: str, rows_R: np.ndarray) -> np.ndarray:
+        """Rows of axis 0 in any order, all read at the same time.
+
+        Raises:
+          ArtifactError: the stored bytes do not match their checksum, or are missing.
+        """
+        try:
+            return self._store(name)[rows_R].read().result()
+        except ValueError as error:
+            raise self._corrupt(name, error) from error
+
     def read_ragged(self, name: str, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Entries start to stop of one shard of a ragged array.
 
@@ -188,9 +199,18 @@ class Artifact:
           ArtifactError: the stored bytes do not match their checksum, or are missing.
         """
         length = self.shard_length(name, shard)
-        stop = length if stop is None else min(stop, length)
+        return self.read_ranges(name, [(shard, start, length if stop is None else min(stop, length))])[0]
+
+    def read_ranges(self, name: str, ranges: Iterable[tuple[int, int, int]]) -> list[np.ndarray]:
+        """The entries of each range (shard, start, stop) of a ragged array, all read at the same time.
+
+        Raises:
+          ArtifactError: the stored bytes do not match their checksum, or are missing.
+        """
+        store = self._store(name)
         try:
-            return self._store(name)[shard, start:stop].read().result()
+            reads = [store[shard, start:stop].read() for shard, start, stop in ranges]
+            return [read.result() for read in reads]
         except ValueError as error:
             raise self._corrupt(name, error) from error
 

@@ -298,17 +298,24 @@ class TokenStream:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop, int32 [stop - start]."""
         self._check_range(start, stop)
-        tokens = np.empty(stop - start, np.int32)
-        first, last = np.searchsorted(self._shard_ends, [start, stop - 1], side="right") if stop > start else (0, -1)
-        for shard in range(first, last + 1):
-            end = int(self._shard_ends[shard])
-            begin = int(self._shard_ends[shard - 1]) if shard else 0
-            low, high = max(start, begin), min(stop, end)
-            if high > low:
-                tokens[low - start : high - start] = self._artifact.read_ragged(
-                    self._split, shard, low - begin, high - begin
-                )
-        return tokens
+        return self.read_at(np.array([start]), stop - start)[0]
+
+    def read_at(self, starts_S: np.ndarray, count: int) -> np.ndarray:
+        """The `count` tokens from each start, int32 [S, count], all read at the same time."""
+        tokens_M = np.empty(len(starts_S) * count, np.int32)
+        ranges, places = [], []
+        for row, start in enumerate(starts_S.tolist()):
+            done = 0
+            while done < count:
+                shard = int(np.searchsorted(self._shard_ends, start + done, side="right"))
+                begin = int(self._shard_ends[shard - 1]) if shard else 0
+                stop = min(start + count, int(self._shard_ends[shard]))
+                ranges.append((shard, start + done - begin, stop - begin))
+                places.append(slice(row * count + done, row * count + stop - start))
+                done = stop - start
+        for place, tokens in zip(places, self._artifact.read_ranges(self._split, ranges), strict=True):
+            tokens_M[place] = tokens
+        return tokens_M.reshape(len(starts_S), count)
 
     def document_ids(self, start: int, stop: int) -> np.ndarray:
         """The text of the split to which each of the tokens start to stop belongs, int32 [stop - start], nondecreasing.

@@ -114,6 +114,22 @@ class TargetsReader:
         token_ids_M = self.artifact.read_ragged("token_ids", shard, begin, end)
         return offsets_N1, token_ids_M, self.artifact.read_ragged("probabilities", shard, begin, end)
 
+    def read_sequences(self, sequences_S: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The distributions of whole sequences in any order, all read at the same time.
+
+        Returns:
+          (number of entries of each position int32 [S, T], token ids [M], probabilities float16 [M]), the entries of
+          all positions in order.
+
+        Raises:
+          ArtifactError: the stored bytes do not match their checksum.
+        """
+        offsets_SxT1 = self.artifact.read_rows("offsets", sequences_S)
+        shards_S = sequences_S // self.sequences_per_shard
+        ranges = list(zip(shards_S.tolist(), offsets_SxT1[:, 0].tolist(), offsets_SxT1[:, -1].tolist(), strict=True))
+        entries = (np.concatenate(self.artifact.read_ranges(name, ranges)) for name in ("token_ids", "probabilities"))
+        return np.diff(offsets_SxT1), *entries
+
     def label_probabilities(self, first: int, stop: int) -> np.ndarray:
         """p_kNN(next token) of the sequences `first` to `stop`, float32 [S, T]."""
         return self.artifact.read("label_probabilities", first, stop)

@@ -6,19 +6,18 @@ import grain
 import jax
 import numpy as np
 
-from mlpmem_jax.core import host
 from mlpmem_jax.core.artifacts import Artifact
-from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
+from mlpmem_jax.corpus.tokens import TokenStream, num_sequences
 from mlpmem_jax.retrieval.datastore import memory_inputs
 from mlpmem_jax.retrieval.targets_artifact import TargetsReader, token_dtype
 
-_FEWEST_READERS = 4  # threads; reads mostly wait
-_READ_AHEAD = 8  # sequences per thread
+_READ_AHEAD_BYTES = 1 << 28
+_READERS = 2, 16  # threads, which read one batch each; reads mostly wait
 _ENTRY_MULTIPLE = 8  # padded entries per position: a multiple of the widest vector register
 
 
 class TokenSource:
-    """Sequences for training the language model itself: tokens [T] and next tokens [T], int32."""
+    """Sequences for training the language model itself: tokens [S, T] and next tokens [S, T], int32."""
 
     def __init__(self, stream: TokenStream, length: int):
         self._stream, self._length = stream, length
@@ -26,43 +25,39 @@ class TokenSource:
     def __len__(self) -> int:
         return num_sequences(self._stream, self._length)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        tokens, following, _ = read_sequences(self._stream, int(index), 1, self._length)
-        return {"tokens": tokens[0], "next_tokens": following[0]}
+    def __getitem__(self, sequences_S: np.ndarray) -> dict[str, np.ndarray]:
+        tokens_SxT1 = self._stream.read_at(sequences_S * self._length, self._length + 1)
+        return {"tokens": tokens_SxT1[:, :-1], "next_tokens": tokens_SxT1[:, 1:]}
 
 
 class TargetSource:
     """Sequences for training the memory.
 
-    Each has `next_tokens` [T] int32, the sparse target distribution as `token_ids` [T, E] uint16 or int32 and
-    `probabilities` [T, E] float16, as stored (padded with zeros; E = `entries`), and either `memory_inputs`
-    [T, D] from the datastore (offline) or `tokens` [T] int32 for the base LM (online).
+    They have `next_tokens` [S, T] int32, the sparse target distributions as `token_ids` [S, T, E] uint16 or int32 and
+    `probabilities` [S, T, E] float16, as stored (padded with zeros; E = `entries`), and either `memory_inputs`
+    [S, T, D] from the datastore (offline) or `tokens` [S, T] int32 for the base LM (online).
     """
 
     def __init__(self, datastore: Artifact, targets: Artifact, stream: TokenStream | None = None):
-        self._datastore, self._targets, self._stream = datastore, TargetsReader(targets), stream
-        self._length = datastore.arrays["next_tokens"].shape[1]
+        self._datastore, self._targets = datastore, TargetsReader(targets)
+        self._tokens = None if stream is None else TokenSource(stream, self._targets.length)
         self.entries = padded_entries(self._targets.max_entries)
 
     def __len__(self) -> int:
-        return self._datastore.arrays["next_tokens"].shape[0]
+        return self._targets.num_sequences
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        index = int(index)
-        offsets_T1, token_ids_M, probabilities_M = self._targets.read(index, index + 1)
-        filled_TxE = np.arange(self.entries) < np.diff(offsets_T1)[:, None]
-        token_ids_TxE = np.zeros((self._length, self.entries), token_ids_M.dtype)
-        probabilities_TxE = np.zeros((self._length, self.entries), probabilities_M.dtype)
-        token_ids_TxE[filled_TxE] = token_ids_M
-        probabilities_TxE[filled_TxE] = probabilities_M
-        item = {"token_ids": token_ids_TxE, "probabilities": probabilities_TxE}
-        if self._stream is None:
-            item["memory_inputs"] = self._datastore.read(memory_inputs(self._datastore), index, index + 1)[0]
-            item["next_tokens"] = self._datastore.read("next_tokens", index, index + 1)[0]
-        else:
-            tokens, following, _ = read_sequences(self._stream, index, 1, self._length)
-            item.update(tokens=tokens[0], next_tokens=following[0])
-        return item
+    def __getitem__(self, sequences_S: np.ndarray) -> dict[str, np.ndarray]:
+        counts_SxT, token_ids_M, probabilities_M = self._targets.read_sequences(sequences_S)
+        is_filled_SxTxE = np.arange(self.entries) < counts_SxT[..., None]
+        batch = {}
+        for name, entries_M in (("token_ids", token_ids_M), ("probabilities", probabilities_M)):
+            batch[name] = np.zeros(is_filled_SxTxE.shape, entries_M.dtype)
+            batch[name][is_filled_SxTxE] = entries_M
+        if self._tokens is not None:
+            return batch | self._tokens[sequences_S]
+        for name, stored in (("memory_inputs", memory_inputs(self._datastore)), ("next_tokens", "next_tokens")):
+            batch[name] = self._datastore.read_rows(stored, sequences_S)
+        return batch
 
 
 def padded_entries(most: int) -> int:
@@ -96,12 +91,14 @@ def batches(source, batch_sequences: int, seed: int, part: int = 0, parts: int =
     shuffled differently.
 
     Args:
-      source: random-access sequences, trees of arrays.
+      source: sequences; an array of their numbers [S] gives a dictionary of arrays [S, ...].
       batch_sequences: sequences in one global batch.
       seed: random seed of the order.
       part, parts: which part of how many, from `core.sharding.Sharding.batch_part` of this process.
     """
-    mine = grain.MapDataset.source(source).shuffle(seed=seed).repeat(None)[part::parts]
-    readers = max(_FEWEST_READERS, host.cpu_count())
-    options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=_READ_AHEAD * readers)
-    return iter(mine.to_iter_dataset(options).batch(batch_sequences // parts, drop_remainder=True))
+    count = batch_sequences // parts
+    mine = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat(None)[part::parts]
+    bytes_of_batch = count * sum(array.nbytes for array in source[np.zeros(1, np.int64)].values())
+    readers = int(np.clip(_READ_AHEAD_BYTES // bytes_of_batch, *_READERS))
+    options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=readers)
+    return iter(mine.batch(count).map(source.__getitem__).to_iter_dataset(options))

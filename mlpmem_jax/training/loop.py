@@ -250,7 +250,7 @@ def fit(task: TrainingTask, run: Run, sharding: Sharding) -> tuple[Any, dict[str
 
     part = sharding.batch_part
     batches = data.batches(run.source, settings.batch_sequences, settings.seed, part.index, part.count)
-    batches.set_state({"next_index": next_sequence // part.count})
+    batches.set_state({"next_index": next_sequence // settings.batch_sequences})
     positions_per_step = settings.batch_sequences * task.positions_per_sequence
     peak = peak_rate(settings.compute_dtype) * jax.device_count()
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
