@@ -3,10 +3,9 @@
 Each line of the file is {"text", "source", "path"}; parts of one book, path "book#0007", stay in one split.
 To use another file: --config.corpus.path=FILE. `make smollm2-model` downloads the model.
 
-Estimated cost: 12 MB of text are about 2.5 million training positions. A step of the memory costs
-3 x 2 x (4 x 3 x 576 x 1536 + 576 x 49,152) = 234 MFLOP per position. 70 epochs are 175 million positions, 4.1e16 FLOP:
-two to five minutes at 14 to 35 % of the peak, since most of a step is passes over logits. The products of the search,
-2 x 2.5M^2 x 576 = 7e15 FLOP, take half a minute, and the selection of neighbors up to a few minutes more.
+12 MB of text are 2.4 million training positions. A step of the memory costs 3 x 2 x (4 x 3 x 576 x 1536 + 576 x 49,152)
+= 234 MFLOP per position; 10 epochs are 24 million positions, 5.7e15 FLOP. The products of the search cost
+2 x 2.4M^2 x 576 = 7e15 FLOP, the selection of neighbors several times as long. docs/accelerator.md has measured times.
 """
 
 from configs import smollm2
@@ -26,11 +25,11 @@ def get_config():
     config.targets.backend = "exact"
     config.targets.key_shard_rows = 8_000_000
     training = config.training
-    training.epochs = 70.0
+    training.epochs = 10.0
     training.batch_sequences = 64
     training.warmup_steps = 200
     training.compute_dtype = "bfloat16"
     training.loss_chunk = 4096
-    training.evaluate_every = 1000
-    training.checkpoint_every = 2000
+    training.evaluate_every = 100
+    training.checkpoint_every = 500
     return config

@@ -2,7 +2,6 @@
 
     tests       compares its numbers with the CPU's (tests/test_accelerator.py, in a checkout)
     benchmark   rates at the paper's sizes, next to the reference's step in PyTorch
-    search      exact search again, with XLA's other implementation of top-k
     library     configs/library_h100.py: a memory for SmolLM2-135M
     sweep       configs/sweeps/library_sizes.py, and laws fitted to its points
 
@@ -13,7 +12,6 @@ library and sweep resume. `--smoke` runs everything on the CPU at small sizes.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -25,14 +23,11 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import packaging.version
-
 from mlpmem_jax.core import config_files
 from mlpmem_jax.core.installation import READY
 
 ROOT = pathlib.Path(__file__).parents[1]
 _GRACE_SECONDS = 20.0  # from SIGTERM to SIGKILL: a training writes a checkpoint
-_RAFT_FOR_STABLE = (0, 11, 1)  # the first jaxlib with this option instead of the older one, which it does not know
 _MLPMEM = (sys.executable, "-m", "mlpmem_jax.cli")
 
 _SMALL_CORPUS = {
@@ -109,17 +104,6 @@ def steps(output: pathlib.Path, workdir: pathlib.Path, smoke: bool) -> list[Step
             {},
         ),
         Step(
-            "search",
-            120,
-            (
-                (
-                    *("env", f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')} {_other_selection()}"),
-                    *(*_MLPMEM, "benchmark", config, "--rows=exact", f"--json={output / 'search.json'}"),
-                ),
-            ),
-            {},
-        ),
-        Step(
             "library",
             900,
             ((*_MLPMEM, "run", config, *_overrides(library, _SMALL_LIBRARY if smoke else {})),),
@@ -139,13 +123,6 @@ def steps(output: pathlib.Path, workdir: pathlib.Path, smoke: bool) -> list[Step
             },
         ),
     ]
-
-
-def _other_selection() -> str:
-    """The option of XLA, as the installed jaxlib calls it, that selects the k largest with RAFT's kernels on GPUs."""
-    release = packaging.version.Version(importlib.metadata.version("jaxlib")).release
-    is_stable = release >= _RAFT_FOR_STABLE
-    return f"--xla_gpu_experimental_{'enable_raft_for_stable_topk' if is_stable else 'use_raft_select_k'}=true"
 
 
 def _overrides(workdir: pathlib.Path, values: dict) -> list[str]:

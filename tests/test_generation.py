@@ -278,3 +278,12 @@ def test_tokens_that_the_memory_does_not_know_keep_the_share_of_the_base(base):
     mixed = np.exp(decoding.mix(reading.base_log_BxV, memory_log, 0.25))
     assert mixed.sum() == pytest.approx(1, rel=1e-5)
     np.testing.assert_allclose(mixed[0, 30:], 0.75 / 40, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "blocks", "expected"), [("cpu", 30, 1), ("gpu", 1, 1), ("gpu", 30, drafting.MOST_DRAFTS)]
+)
+def test_only_a_base_with_a_large_memory_drafts_and_not_on_a_cpu(monkeypatch, backend, blocks, expected):
+    monkeypatch.setattr(drafting.jax, "default_backend", lambda: backend)
+    large_or_small = dataclasses.replace(MEMORY, blocks=blocks, width=8)
+    assert drafting.most_drafts(dataclasses.replace(BOTH, memory=large_or_small)) == expected

@@ -83,13 +83,13 @@ def test_every_config_of_a_run_is_valid(tmp_path, monkeypatch, smoke):
             elif "mlpmem_jax.cli" in command and "fit" not in command:
                 config_files.read(words[0].removeprefix("--config="), words[1:])
                 read.append(step.name)
-    assert read == ["benchmark", "search", "library", "sweep"]
+    assert read == ["benchmark", "library", "sweep"]
 
 
 def test_unknown_steps_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         accelerator.main(["--steps=tests,banchmark"])
-    assert "no step 'banchmark'; there are tests, benchmark, search, library, sweep" in capsys.readouterr().err
+    assert "no step 'banchmark'; there are tests, benchmark, library, sweep" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -99,5 +99,5 @@ def test_a_smoke_run_is_whole(tmp_path, tmp_path_factory):
     assert ended.value.code == 0, (tmp_path / "log.txt").read_text()[-4000:]
     assert all(step["outcome"] == "ok" for step in json.loads((tmp_path / "summary.json").read_text()))
     assert not [entry for entry in tmp_path.iterdir() if entry.is_dir()]
-    for name in ("benchmark.json", "search.json", "library.json", "points.csv", "fit.json", "fit.png"):
+    for name in ("benchmark.json", "library.json", "points.csv", "fit.json", "fit.png"):
         assert (tmp_path / name).stat().st_size, name

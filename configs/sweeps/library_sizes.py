@@ -8,7 +8,7 @@ configs/library_h100.py. As in the paper the memory is about as large as its bas
 over the corpus, keeping the best on validation, and each arm then gets the compute of 20 passes of the size's memory.
 
 Estimated cost on an H100: all trainings 6e16 FLOP, four minutes at a quarter of the peak; the searches of
-five sizes over 2.2 million keys about ten; starting and compiling 25 tasks about six. A larger corpus,
+five sizes over 2.2 million keys about five; starting and compiling 25 tasks about six. A larger corpus,
 --config.corpus.max_bytes=N, costs the square of that in the searches.
 """
 

@@ -27,16 +27,20 @@ from mlpmem_jax.inference.decoding import (
     mix,
     step,
 )
+from mlpmem_jax.models import flops, language_model
 
 MOST_DRAFTS = 8
 
 
-def most_drafts() -> int:
-    """The number of drafts per verification that pays off on the present devices.
+def most_drafts(models: DecoderConfig) -> int:
+    """The number of drafts per verification that pays off for these models on the present devices.
 
-    On CPUs, XLA multiplies a matrix by a few rows no faster than row by row, so there the memory runs in every step.
+    Drafts save passes of the memory, and cost steps of the base where they are wrong, so they pay off only if the
+    memory is at least as large as its base. On CPUs, XLA multiplies a matrix by a few rows no faster than row by row.
+    In both other cases the memory runs in every step that it could change.
     """
-    return 1 if jax.default_backend() == "cpu" else MOST_DRAFTS
+    is_large = flops.memory_parameters(models.memory) >= language_model.parameter_count(models.base)
+    return MOST_DRAFTS if is_large and jax.default_backend() != "cpu" else 1
 
 
 class Drafted(NamedTuple):

@@ -82,7 +82,7 @@ def following_tokens(models, parameters, cache, tokens_B, key, end_token, *, cou
     After a sequence's `end_token` come copies of it; the loop stops when all sequences have ended.
     """
     if models.memory is not None and sampling == GREEDY:
-        most = drafting.most_drafts()
+        most = drafting.most_drafts(models)
         return drafting.greedy_tokens(models, parameters, cache, tokens_B, end_token, count=count, most=most).tokens_BxT
     tokens_BxT = jnp.full((tokens_B.shape[0], count), end_token, jnp.int32).at[:, 0].set(tokens_B)
 
