@@ -16,8 +16,8 @@ EXTRAS = {
     "gguf": ["gguf>=0.17,<1"],
     # The compiler for TPUs, for `mlpmem plan` on machines without one. Versions that jax 0.10 and 0.11 were seen with.
     "plan": ["libtpu>=0.0.40,<0.1"],
-    # The reference's way of searching, for `mlpmem benchmark`.
-    "bench": ["faiss-cpu>=1.10,<2"],
+    # The reference's way of searching and weights in int8, for `mlpmem benchmark`.
+    "bench": ["faiss-cpu>=1.10,<2", "torchao>=0.17,<0.19"],
     # Retrieval by words, for `mlpmem compare`; and by a sentence encoder.
     "rag": ["bm25s>=0.3,<0.4"],
     "dense": ["sentence-transformers>=5,<7"],

@@ -29,8 +29,9 @@ PARTS = {
     "exact": "mlpmem_jax.retrieval.exact_benchmark",
     "accelerator": "mlpmem_jax.accelerator_benchmark",
     "scoring": "mlpmem_jax.comparison.scoring_benchmark",
+    "weights": "mlpmem_jax.interop.weights_benchmark",
 }
-_ON_REQUEST = ("exact", "accelerator")
+_ON_REQUEST = ("exact", "accelerator", "weights")
 
 
 def run(config: ml_collections.ConfigDict, parts: list[str], json_file: str | None) -> list[dict]:

@@ -15,7 +15,7 @@ from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.corpus.tokens import encode_prompts
 from mlpmem_jax.inference.decoding import DecoderConfig, Parameters, prepare
 from mlpmem_jax.inference.generate import generate
-from mlpmem_jax.interop import export_model
+from mlpmem_jax.interop import export_model, verification, weights_benchmark
 from mlpmem_jax.models import memory
 
 TOKENS = np.random.default_rng(3).integers(1, VOCABULARY, (2, 24))
@@ -218,3 +218,20 @@ def test_a_folder_with_something_in_it_is_left_alone(projected, tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path.name}: is not empty"):
         export_model.transformers_folder(workdir.config, str(tmp_path))
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("exported", ["llama-projected"], indirect=True)
+def test_fewer_bits_per_weight_change_perplexities_by_their_rounding(exported):
+    """int8 has the weights that rounding each output channel to 255 steps gives; perplexities are those of NumPy."""
+    workdir, folder, model = exported
+    exact = model.memory.lm_head.weight.detach().double()
+    rounded = weights_benchmark._with_weights(folder, "int8")
+    scale = exact.abs().amax(1, keepdim=True) / 127.5
+    assert (rounded.memory.lm_head.weight.dequantize().double() - exact).abs().le(scale + exact.abs() / 128).all()
+    sizes = [weights_benchmark._bytes(kind.memory.lm_head.weight) for kind in (model, rounded)]
+    assert exact.numel() < sizes[1] < sizes[0] / 2
+    following = np.roll(TOKENS, -1, axis=1)
+    expected = np.exp(-np.take_along_axis(workdir.log_mixture(TOKENS, WEIGHT), following[..., None], 2).mean())
+    for tolerance, kind in ((1e-5, "float32"), (0.02, "bfloat16"), (0.05, "int8")):
+        perplexity = verification.perplexities(weights_benchmark._with_weights(folder, kind), TOKENS, following)
+        assert perplexity["augmented"] == pytest.approx(expected, rel=tolerance)

@@ -19,17 +19,16 @@ RELATIVE_TOLERANCE = 1e-4
 _LOGITS_AT_ONCE = 2**25
 
 
-def perplexities(folder: pathlib.Path, tokens_SxT: np.ndarray, next_SxT: np.ndarray) -> dict[str, float]:
-    """Perplexity of base, memory and their mixture, computed by the model of `folder` in PyTorch.
+def perplexities(model, tokens_SxT: np.ndarray, next_SxT: np.ndarray) -> dict[str, float]:
+    """Perplexity of base, memory and their mixture, computed in PyTorch.
 
     Args:
-      folder: written by `export_model.transformers_folder`.
+      model: an exported model, loaded by transformers; its interpolation weight is restored.
       tokens_SxT: sequences, int.
       next_SxT: the token after each, int.
     """
-    torch, transformers = require("torch", extra="torch"), require("transformers", extra="torch")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    weights = {"base": 0.0, "memory": 1.0, "augmented": model.config.interpolation_weight}
+    torch, tuned = require("torch", extra="torch"), model.config.interpolation_weight
+    weights = {"base": 0.0, "memory": 1.0, "augmented": tuned}
     length = tokens_SxT.shape[1]
     batch = max(1, _LOGITS_AT_ONCE // (length * model.config.base_config.vocab_size))
     result = {}
@@ -44,7 +43,22 @@ def perplexities(folder: pathlib.Path, tokens_SxT: np.ndarray, next_SxT: np.ndar
                 total += float(logits.gather(-1, following[..., None]).double().sum())
                 bar.advance(following.numel())
             result[name] = math.exp(-total / tokens_SxT.size)
+    model.config.interpolation_weight = tuned
     return result
+
+
+def load(folder: pathlib.Path, dtype: str = "float32"):
+    """The model of a folder that `export_model.transformers_folder` wrote, with weights of a floating-point dtype."""
+    torch, transformers = require("torch", extra="torch"), require("transformers", extra="torch")
+    options = {"trust_remote_code": True, "dtype": getattr(torch, dtype)}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def test_sequences(config: ml_collections.ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and next tokens [S, T] of the test split of `config.workdir`."""
+    stream = TokenStream(open_artifact(epath.Path(config.workdir) / "tokens", "tokens"), "test")
+    length = config.base.context_length
+    return read_sequences(stream, 0, num_sequences(stream, length), length)[:2]
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, float]:
@@ -57,9 +71,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, fl
     if not file.exists():
         raise UserError(f"--verify: {file} does not exist; run `mlpmem evaluate` first")
     expected = json.loads(file.read_text())["perplexity"]["test"]
-    stream = TokenStream(open_artifact(epath.Path(config.workdir) / "tokens", "tokens"), "test")
-    length = config.base.context_length
-    measured = perplexities(folder, *read_sequences(stream, 0, num_sequences(stream, length), length)[:2])
+    measured = perplexities(load(folder), *test_sequences(config))
     differences = {name: measured[name] / expected[name] - 1 for name in measured}
     for name, value in measured.items():
         say(
