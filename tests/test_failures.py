@@ -3,13 +3,16 @@
 import errno
 import io
 import os
+import pathlib
+import resource
 import signal
+import subprocess
 import sys
 
 import pytest
 
 from mlpmem_jax import cli
-from mlpmem_jax.core import failures
+from mlpmem_jax.core import failures, stage_costs
 from mlpmem_jax.core.errors import ArtifactError, Stopped
 
 
@@ -37,6 +40,12 @@ def raised(error, cause=None):
             OSError(errno.EROFS, "no", b"/r\xe9"),
             2,
             r"error: /r\udce9: Read-only file system; choose a writable location",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "mlpmem run: error: No space left on device; free some"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            2,
+            "error: No usable temporary directory found in ['/tmp']; it is missing",
         ),
         (NotADirectoryError(errno.ENOTDIR, "no", "/a/b"), 2, "error: /a/b: Not a directory; a file is in the way"),
         (
@@ -99,6 +108,57 @@ def test_output_that_nobody_reads_is_no_bug(capfd, monkeypatch):
         os.dup2(os.open(os.devnull, os.O_WRONLY), write)
     assert stopped.value.code == 128 + signal.SIGPIPE
     assert capfd.readouterr().err == ""
+
+
+CLOSED = """
+import os
+from mlpmem_jax.core import failures
+
+failures.print_anything()
+with failures.reported("mlpmem run"), open("data", "wb") as file:
+    file.write(b"data")
+    file.flush()
+    os.write(1, b"said by C++")
+    os.write(2, b"said by C++")
+    print("said")
+    raise failures.UserError("wrong")
+"""
+
+
+def test_closed_output_does_not_end_in_a_file(tmp_path):
+    """A shell's `>&-` frees the number of standard output for the next file."""
+    source = f"cd {tmp_path}; exec {sys.executable} -c '{CLOSED}' <&- >&- 2>&-"
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    done = subprocess.run(["bash", "-c", source], env=environment, check=False)
+    assert done.returncode == 2
+    assert (tmp_path / "data").read_bytes() == b"data"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_output_on_a_full_disk_keeps_the_exit_code():
+    """Python itself exits with 120 if it cannot write the rest of the output."""
+    source = 'from mlpmem_jax.core import failures\nwith failures.reported("mlpmem run"):\n    print("said")'
+    root = pathlib.Path(__file__).parents[1]
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", source]
+        done = subprocess.run(command, cwd=root, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mlpmem run: error: No space left on device; free some space")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_costs_survive_a_full_disk(tmp_path):
+    with stage_costs.measured(str(tmp_path), "base"):
+        pass
+    before = (tmp_path / "stages.jsonl").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), hard))
+    try:
+        with stage_costs.measured(str(tmp_path), "datastore"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "stages.jsonl").read_bytes() == before
 
 
 class Raising:

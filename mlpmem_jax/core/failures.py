@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 from mlpmem_jax.core.errors import UserError
 
@@ -42,7 +43,14 @@ _UNMISTAKABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EN
 
 
 def print_anything() -> None:
-    """Makes standard output and error accept any text: characters outside the terminal's encoding are escaped."""
+    """Makes standard output and error accept any text: characters outside the terminal's encoding are escaped.
+
+    Streams that the caller has closed (`>&-`) discard everything. Left closed, their numbers would go to the next files
+    that are opened, and what C++ libraries print would end up in those.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), "r+"))  # noqa: SIM115  the lowest free number
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -62,13 +70,11 @@ def reported(program: str) -> Iterator[None]:
     sys.unraisablehook = _print_unraisable  # permanently: abandoned reads may end after this context
     try:
         yield
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a closed pipe is no error
+        sys.stdout.flush()
     except KeyboardInterrupt:
         _end(program, f"stopped by Ctrl-C. {_KEPT}", INTERRUPTED)
     except BrokenPipeError:  # the reader of the output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(128 + signal.SIGPIPE)
+        _exit(128 + signal.SIGPIPE)
     except UserError as error:
         _end(program, str(error), error.exit_code)
     except Exception as error:
@@ -88,9 +94,18 @@ def _print_unraisable(event) -> None:
         sys.__unraisablehook__(event)
 
 
-def _end(program: str, text: str, code: int) -> None:
-    with contextlib.suppress(BrokenPipeError):
+def _end(program: str, text: str, code: int) -> NoReturn:
+    with contextlib.suppress(OSError):
         print(f"{program}: error: {text}", file=sys.stderr)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Exits with the code even if standard output cannot be written, after which Python itself would exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
 
@@ -129,8 +144,10 @@ def outside_cause(error: BaseException) -> str | None:
             return f"JAX finds no such accelerator: {_first_line(each)}; unset JAX_PLATFORMS, or install what it names"
         if "for JAX flag" in str(each) or "for environment 'JAX_" in str(each):
             return f"JAX refuses an environment variable: {_first_line(each)}; correct or unset it"
-        if isinstance(each, OSError) and each.errno in _ADVICE and each.filename is not None:
-            return f"{_printable(each.filename)}: {os.strerror(each.errno)}; {_ADVICE[each.errno]}"
+        if isinstance(each, OSError) and each.errno in _ADVICE:
+            named = each.filename is not None
+            text = f"{_printable(each.filename)}: {os.strerror(each.errno)}" if named else each.strerror
+            return f"{text}; {_ADVICE[each.errno]}"
         for number in _UNMISTAKABLE:
             if os.strerror(number) in str(each):
                 line, reason = _first_line(each), os.strerror(number)

@@ -36,8 +36,10 @@ def measured(workdir: str, stage: str) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 file = epath.Path(workdir) / _FILE
                 file.parent.mkdir(parents=True, exist_ok=True)
-                before = file.read_text() if file.exists() else ""
-                file.write_text(before + json.dumps(record) + "\n")
+                before = file.read_bytes() if file.exists() else b""
+                partial = file.with_suffix(".partial")
+                partial.write_bytes(before + json.dumps(record).encode() + b"\n")
+                partial.replace(file)
 
 
 def totals(workdir) -> dict[str, dict]:
