@@ -332,6 +332,15 @@ def test_what_is_left_out_is_named_and_counted(tmp_path):
         read_all(tmp_path / "infos.json")
 
 
+def test_names_that_end_in_a_tilde_are_names(tmp_path):
+    for name in ("a.txt", "PROGRA~/b.txt", "c.txt~"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    source = files.open_source(corpus_of(tmp_path))
+    assert [text for part in source.parts() for text, _ in part.read()] == ["PROGRA~/b.txt", "a.txt"]
+    assert source.notes[0].endswith(": 1 (c.txt~)")
+
+
 def test_links_are_followed_and_every_file_is_read_once(tmp_path):
     corpus = tmp_path / "corpus"
     (corpus / "folder").mkdir(parents=True)
@@ -380,14 +389,14 @@ def test_a_change_of_equal_size_changes_the_inputs(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "locked").mkdir()
-    iterdir = type(epath.Path(tmp_path)).iterdir
+    listdir = os.listdir
 
     def refused(path):
-        if path.name == "locked":
+        if os.path.basename(path) == "locked":
             raise PermissionError(13, "Permission denied", str(path))
-        return iterdir(path)
+        return listdir(path)
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "iterdir", refused)
+    monkeypatch.setattr(os, "listdir", refused)
     with pytest.raises(UserError, match=r"config\.corpus\.path: .*locked cannot be read: Permission denied"):
         files.open_source(corpus_of(tmp_path))
 

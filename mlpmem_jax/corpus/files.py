@@ -82,7 +82,9 @@ def open_source(corpus: ml_collections.ConfigDict) -> Source:
 
 def _walk(folder: epath.Path, prefix: str, visited: set[str]) -> Iterator[tuple[str, epath.Path]]:
     """Files below a folder, with their relative names; folders that links reach again are skipped."""
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+    # Not iterdir of etils, which omits names that end in "~".
+    entries = folder.iterdir() if storage.is_remote(folder) else map(folder.joinpath, os.listdir(folder))
+    for entry in sorted(entries, key=lambda entry: entry.name):
         if entry.name.startswith(".") or (real := _real(entry)) in visited:
             continue
         visited.add(real)
