@@ -109,6 +109,30 @@ def test_missing_and_foreign_folders(tmp_path):
         open_artifact(tmp_path / "other", "datastore")
 
 
+def test_the_parent_of_a_link_is_that_of_its_target(tmp_path):
+    """As for the operating system; the report, the checkpoints and the arrays of a run are in one folder."""
+    (tmp_path / "disk" / "here").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "here")
+    write(tmp_path / "link" / ".." / "a")
+    assert (tmp_path / "disk" / "a" / "keys" / "zarr.json").exists()
+    assert open_artifact(str(tmp_path / "link" / ".." / "a"), "datastore").summary == {"note": 0.5}
+
+
+def test_inputs_may_be_moved(tmp_path):
+    """Their content identifies them, wherever another machine has it."""
+    config, inputs = {"corpus": {"path": "/a/text", "seed": 1}, "tokenizer": {"path": ""}}, {"files": "f"}
+    ArtifactWriter.create(tmp_path / "a", "tokens", config, inputs, {}).seal({})
+    config["corpus"]["path"] = "/b/text"
+    assert find_finished(tmp_path / "a", "tokens", config, inputs).kind == "tokens"
+    with pytest.raises(ArtifactError, match=r"another config: inputs\.files: 'f' there, 'g' now\."):
+        find_finished(tmp_path / "a", "tokens", config, {"files": "g"})
+    with pytest.raises(ArtifactError, match=r"config\.corpus\.path: '/a/text' there, '/b/text' now"):
+        find_finished(tmp_path / "a", "tokens", config, {})
+    config["corpus"]["seed"] = 2
+    with pytest.raises(ArtifactError, match=r"another config: config\.corpus\.seed: 1 there, 2 now\."):
+        find_finished(tmp_path / "a", "tokens", config, inputs)
+
+
 def test_another_config_or_input_is_refused_by_name(tmp_path):
     write(tmp_path / "a")
     with pytest.raises(ArtifactError, match=r"config.seed: 1 there, 2 now"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from etils import epath
 
@@ -17,12 +18,22 @@ FORMAT = "mlpmem_jax artifact"
 VERSION = 1
 MANIFEST = "manifest.json"
 LINK = "link"
+_LOCATIONS = {
+    # Name of an input, with a checksum of its content -> the key of its path in the config of an artifact made from it.
+    "files": ("corpus", "path"),
+    "tokenizer": ("tokenizer", "path"),
+    "weights": ("path",),
+    "key_model": ("key_model",),
+}
 
 
 def absolute(path) -> str:
-    """The absolute path, as TensorStore's file driver needs it; URLs are unchanged."""
+    """The absolute path, as TensorStore's file driver needs it; URLs are unchanged.
+
+    Links are resolved: after one, ".." is the parent of its target, for everything that opens the path itself.
+    """
     path = str(path).rstrip("/")
-    return path if storage.is_remote(path) else os.path.abspath(path)
+    return path if storage.is_remote(path) else os.path.realpath(path)
 
 
 def link(path, target) -> None:
@@ -116,15 +127,25 @@ def _differences(stored, expected, prefix="") -> list[str]:
     return [] if stored == expected else [f"{prefix[:-1]}: {stored!r} there, {expected!r} now"]
 
 
+def _without_locations(origin: Mapping, identified: Container[str]) -> dict:
+    """An origin without the paths of inputs that are identified by a checksum of their content: they may be moved."""
+    origin = json.loads(json.dumps(origin))
+    for name, (*groups, key) in _LOCATIONS.items():
+        if name in identified:
+            functools.reduce(lambda group, name: group.get(name, {}), groups, origin["config"]).pop(key, None)
+    return origin
+
+
 def check_same_origin(path: str, manifest: Mapping, kind: str, config: Mapping, inputs: Mapping) -> None:
     """Checks that the artifact at `path` is of this kind and was built with this config from these inputs.
 
     Raises:
       ArtifactError: it was not; names the differences.
     """
-    expected = json.loads(json.dumps({"kind": kind, "config": config, "inputs": inputs}))
+    expected = {"kind": kind, "config": config, "inputs": inputs}
     stored = {key: manifest[key] for key in expected}
-    if lines := _differences(stored, expected):
+    identified = {*stored["inputs"]} & {*inputs}
+    if lines := _differences(*(_without_locations(origin, identified) for origin in (stored, expected))):
         raise ArtifactError(
             f"{path}: was made by another config: {'; '.join(lines[:6])}{' ...' if len(lines) > 6 else ''}. "
             "Choose another config.workdir, restore these values, or delete that folder to make it again"
