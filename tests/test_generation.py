@@ -251,7 +251,18 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens():
             assert set(np.flatnonzero(np.isfinite(actual))) == set(order[:count])
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": 1e-60},  # 0 in float32
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1e-60},
+        {"top_p": 1.5},
+    ],
+)
 def test_sampling_out_of_range_is_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         dataclasses.replace(Sampling(), **wrong)

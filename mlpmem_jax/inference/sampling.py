@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from mlpmem_jax.core.errors import UserError
 
+_LEAST = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How a token is sampled. Temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens.
+
+    Smaller values than `_LEAST` are refused: in float32 they may be 0, which leaves no distribution.
 
     Raises:
       UserError: a value is out of its range.
@@ -24,9 +29,9 @@ class Sampling:
 
     def __post_init__(self):
         for name, allowed, words in (
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", self.temperature == 0 or _LEAST <= self.temperature < math.inf, f"0, or {_LEAST} or more"),
             ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
+            ("top_p", _LEAST <= self.top_p <= 1, f"{_LEAST} to 1"),
         ):
             if not allowed:
                 raise UserError(f"{name} is {getattr(self, name)}; expected {words}")
