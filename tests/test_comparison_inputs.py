@@ -234,6 +234,16 @@ def test_a_file_that_is_no_task_is_refused(tmp_path, name, content, message):
         tasks.find(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"{", b"[]", b"{}"])
+def test_damaged_results_are_computed_again(tmp_path, content):
+    values, texts = {"model": [np.array([[-1.0]])]}, ["a"]
+    for name, cached, computed in (("a.npz", scores.cached_scores, values), ("a.json", scores.cached_texts, texts)):
+        file = epath.Path(tmp_path / name)
+        file.write_bytes(content)
+        assert cached(file, "made of this", lambda computed=computed: computed)[0] is computed
+        assert cached(file, "made of this", lambda: None)[0] == computed
+
+
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted():
     task = Task("t", None, "{text}", metrics.open_answer, "exact match", "gold log-probability", max_new_tokens=4)
     questions = [Question(str(n), "", {"text": text}, (" y",)) for n, text in enumerate(("abcdefghijkl", "abc"))]

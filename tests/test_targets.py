@@ -6,9 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
+from etils import epath
 from retrieval_data import (
     PER_SHARD,
     VOCABULARY,
@@ -311,6 +313,14 @@ def test_two_processes_search_one_mesh_of_devices(tmp_path):
             assert set(row) <= set(truth)
             for token, probability in truth.items():
                 assert row.get(token, 0) == pytest.approx(probability, rel=2e-3, abs=1e-4)
+
+
+def test_searched_tiles_are_found_under_any_name(tmp_path):
+    folder = epath.Path(tmp_path) / "x[y]"
+    folder.mkdir()
+    for name in ("000002.0001.npy", "000002.0001.unfinished", "000003.0000.npy"):
+        (folder / name).write_text("")
+    assert Split.searched(types.SimpleNamespace(_scratch=folder)) == {2: 2, 3: 1}
 
 
 def test_scann_that_cannot_be_imported_is_told(monkeypatch):

@@ -9,12 +9,15 @@ resumes where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -30,6 +33,9 @@ from mlpmem_jax.retrieval.scratch import write_whole
 
 Values = list[np.ndarray]
 """Log-probabilities [P, J] of every row."""
+
+_DAMAGED = (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What reading a truncated or changed file raises."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,9 +192,9 @@ def fingerprint(encoded: EncodedQuestions, inputs: Mapping[str, str]) -> str:
 def cached_scores(
     file: epath.Path, inputs: str, compute: Callable[[], dict[str, Values]]
 ) -> tuple[dict[str, Values], float]:
-    """(result of `compute`, the seconds it took), loaded from the file if its inputs are unchanged."""
+    """(result of `compute`, the seconds it took), loaded from the file if it is whole and its inputs are unchanged."""
     if file.exists():
-        with np.load(io.BytesIO(file.read_bytes())) as kept:
+        with contextlib.suppress(*_DAMAGED), np.load(io.BytesIO(file.read_bytes())) as kept:
             if str(kept["made_of"]) == inputs:
                 sources = json.loads(str(kept["sources"]))
                 return {source: _unpacked(kept, source) for source in sources}, float(kept["seconds"])
@@ -217,11 +223,12 @@ def _unpacked(kept, source: str) -> Values:
 
 
 def cached_texts(file: epath.Path, inputs: str, compute: Callable[[], list[str]]) -> tuple[list[str], float]:
-    """(result of `compute`, the seconds it took), loaded from the file if its inputs are unchanged."""
+    """(result of `compute`, the seconds it took), loaded from the file if it is whole and its inputs are unchanged."""
     if file.exists():
-        kept = json.loads(file.read_text())
-        if kept["made_of"] == inputs:
-            return kept["texts"], kept["seconds"]
+        with contextlib.suppress(*_DAMAGED):
+            kept = json.loads(file.read_bytes())
+            if kept["made_of"] == inputs:
+                return kept["texts"], kept["seconds"]
     start = time.perf_counter()
     texts = compute()
     seconds = time.perf_counter() - start

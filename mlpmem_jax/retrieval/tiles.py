@@ -106,7 +106,9 @@ class Split:
     def searched(self) -> dict[int, int]:
         """For each query shard with a stored tile, the number of key shards searched so far."""
         counts: dict[int, int] = {}
-        for file in self._scratch.glob("*.npy") if self._scratch.exists() else ():
+        for file in self._scratch.iterdir() if self._scratch.exists() else ():
+            if file.suffix != ".npy":
+                continue
             shard, key_shard = (int(part) for part in file.stem.split("."))
             counts[shard] = max(counts.get(shard, 0), key_shard + 1)
         return counts
