@@ -1,6 +1,7 @@
 """Exported folders in PyTorch and transformers against JAX: logits, loss, generation, and where the memory runs."""
 
 import ast
+import contextlib
 import json
 import pathlib
 
@@ -210,6 +211,18 @@ def test_the_modeling_file_needs_torch_and_transformers_alone():
         if isinstance(node, ast.ImportFrom):
             roots.add(node.module.split(".")[0])
     assert roots == {"math", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("output", [".", "new/folder"])
+def test_an_empty_folder_is_filled_in_place(output, tmp_path, monkeypatch):
+    """It may be the current one or a mounted volume, which cannot be replaced; a killed export leaves nothing."""
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(KeyboardInterrupt), export_model.output_folder(output) as folder:
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+    with export_model.output_folder(output) as folder:
+        (folder / "config.json").write_text("{}")
+    assert [file.name for file in (tmp_path / output).iterdir()] == ["config.json"]
 
 
 def test_a_folder_with_something_in_it_is_left_alone(projected, tmp_path):

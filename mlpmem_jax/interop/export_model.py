@@ -31,6 +31,7 @@ from mlpmem_jax.models import saved
 from mlpmem_jax.models.memory import MemoryConfig
 
 MODULE = "modeling_mlp_memory"
+_PARTIAL = ".partial"
 BASE_PREFIX, MEMORY_PREFIX = "base.", "memory."
 _REFERENCE_CLASSES = {"gpt2": "GPT2MLPModel", "llama": "LlamaMLPModel", "mistral": "MistralMLPModel"}
 
@@ -125,18 +126,23 @@ def _check_reference_has_it(model: MemoryConfig, artifact: Artifact) -> None:
 
 @contextlib.contextmanager
 def output_folder(output: str) -> Iterator[pathlib.Path]:
-    """Yields a folder to fill, which is renamed to its final name once complete."""
+    """Yields a folder to fill, whose files are moved into the output folder once complete.
+
+    It is inside the output folder, which may exist and be empty, such as "." or a mounted volume.
+    """
     final = pathlib.Path(output)
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+    partial = final / _PARTIAL
+    if final.exists() and (not final.is_dir() or any(entry != partial for entry in final.iterdir())):
         raise UserError(f"--output={output}: is not empty; delete it, or name another folder")
-    partial = final.with_name(f"{final.name}.partial")
     if jax.process_index() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier("export begun")
     yield partial
     if jax.process_index() == 0:
-        partial.replace(final)
+        for file in partial.iterdir():
+            file.replace(final / file.name)
+        partial.rmdir()
         say(f"export: {final}")
     barrier("export written")
 
