@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import ml_collections
 
 from mlpmem_jax import stages
 from mlpmem_jax.core import accelerators, config_files, failures, preflight
-from mlpmem_jax.core.config import as_config_file
+from mlpmem_jax.core.config import INPUTS, as_config_file, value_of
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 
 USER_ERROR = UserError.exit_code
@@ -111,6 +112,8 @@ def read_tpu_job(
     for option, least in (("slices", 1), ("max_restarts", 0)):
         if getattr(options, option) < least:
             raise UserError(f"--{option}={getattr(options, option)}: expected {least} or more")
+    if not re.fullmatch(r"\S+", options.image):
+        raise UserError(f"--image={options.image}: expected the name of a container image")
     tpu = accelerators.resolve(options.accelerator)
     hosts = tpu.hosts * options.slices
     config = read_config(
@@ -126,6 +129,10 @@ def read_tpu_job(
             f"config.workdir: {config.workdir!r} would be lost with the machines that wrote it; use a place that all "
             "hosts share and that outlives them, e.g. --config.workdir=gs://BUCKET/RUN"
         )
+    for key in INPUTS:
+        place = value_of(config, key)
+        if place.startswith(("/", ".")) or ("://" not in place and os.path.exists(place)):
+            print(f"warning: config.{key}: {place} is a local path; the hosts need it in their image", file=sys.stderr)
     return tpu, config
 
 

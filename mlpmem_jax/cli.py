@@ -13,7 +13,8 @@ from absl import logging
 
 from mlpmem_jax import stages
 from mlpmem_jax.core import child_process, config_files, failures, preflight, storage
-from mlpmem_jax.core.config_files import path_option
+from mlpmem_jax.core.config import INPUTS, value_of
+from mlpmem_jax.core.config_files import local_path_option, path_option
 from mlpmem_jax.core.errors import UserError
 
 _OTHER = {
@@ -28,6 +29,13 @@ _OTHER = {
     "import": "read a memory from PyTorch, or targets and datastores from Arrow streams",
     "plan": "memory, time and cost on TPU slices, compiled without having them (extra: plan)",
 }
+_ENVIRONMENT = {
+    "JAX_ENABLE_X64": "0",
+    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+    "JAX_NUMPY_RANK_PROMOTION": "allow",
+    "MPLBACKEND": "agg",
+}
+"""How the code needs its libraries; the environment may be set up for another program."""
 _READING = ("generate", "benchmark", "export")
 """Verbs that do not modify the working directory."""
 _SWEEP = "train many models over size, compute and arm -> points.csv; rerunning resumes"
@@ -117,12 +125,17 @@ def _parser() -> argparse.ArgumentParser:
         if name == "export":
             verb.add_argument("--format", required=True, choices=FORMATS, help=FORMATS_HELP)
             verb.add_argument(
-                "--output", required=True, type=path_option, metavar="PATH", help="folder or file to create"
+                "--output", required=True, type=local_path_option, metavar="PATH", help="folder or file to create"
             )
             verb.add_argument("--verify", action="store_true", help="score the test split in PyTorch and compare")
         if name == "import":
             verb.add_argument(
-                "--from", dest="source", required=True, type=path_option, metavar="PATH", help="folder or Arrow stream"
+                "--from",
+                dest="source",
+                required=True,
+                type=local_path_option,
+                metavar="PATH",
+                help="folder or Arrow stream",
             )
         if name in ("export", "import"):
             verb.add_argument(
@@ -268,8 +281,12 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
 
 
 def _plan(config: ml_collections.ConfigDict, options: argparse.Namespace) -> None:
+    from etils import epath
+
     from mlpmem_jax.planning import mesh_choice, plan
 
+    if options.json:
+        epath.Path(options.json).parent.mkdir(parents=True, exist_ok=True)  # before minutes of compilation
     given = {"slices": options.slices, "positions": options.positions, "json_file": options.json}
     if options.meshes:
         mesh_choice.run(config, options.topology, **given)
@@ -301,8 +318,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
                 *(f"--config.comparison.{name}={value}" for name, value in given.items() if value is not None),
             ]
         config = config_files.read(options.config, overrides)
-        places = [config.corpus.path, config.tokenizer.path, config.base.path, config.datastore.key_model]
-        storage.prepare(config.workdir, *places, config.training.start)
+        storage.prepare(config.workdir, *(value_of(config, key) for key in INPUTS))
         _with_config(options, config)
 
 
@@ -313,6 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, overrides = _parser().parse_known_args(arguments)
     if options.quiet:
         os.environ["MLPMEM_QUIET"] = "1"
+    os.environ.update(_ENVIRONMENT)
     _leave_absent_tpus_alone(options.verb)
     with failures.reported(f"mlpmem {options.verb}"):
         _run(options, overrides)

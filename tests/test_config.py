@@ -1,6 +1,7 @@
 """Configs: every file of configs/ is sound, and what is wrong is refused by name before any compute."""
 
 import importlib
+import os
 import pathlib
 import re
 import subprocess
@@ -14,8 +15,8 @@ from etils import epath
 from configs import default
 from mlpmem_jax import cli
 from mlpmem_jax.core import config_files, storage
-from mlpmem_jax.core.config import PATHS, USED_WITH, _value, check_config, expand_home, first_unknown
-from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.config import PATHS, USED_WITH, check_config, expand_home, first_unknown, value_of
+from mlpmem_jax.core.errors import ConfigError, UserError
 
 FILES = sorted(file.stem for file in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -57,6 +58,9 @@ def test_every_config_is_sound(name):
         ("training.seed", 2**32, r"config.training.seed: expected a whole number from 0 to 2\*\*32 - 1"),
         ("memory.width", 2**70, r"config.memory.width: expected a whole number"),
         ("training.learning_rate", float("inf"), r"config.training.learning_rate: expected a number, .* found inf"),
+        ("training.steps", 2**31, r"config.training.steps: expected a whole number from 0 to 2\*\*31 - 1"),
+        ("training.epochs", 1e300, r"config.training.epochs: expected a number from 0 to 1e6"),
+        ("training.beta2", 1.0, r"config.training.beta2: expected a number from 0 to below 1"),
         ("training.steps", 30, r"config.training.warmup_steps: 50 steps of warmup leave none of the 30"),
         ("targets.temperature", 1e-40, r"config.targets.temperature: expected a number from 1e-6"),
         ("targets.minimum_probability", 1.0, r"may drop every one of config.targets.k = 64 .* less than 0.0156"),
@@ -182,11 +186,19 @@ def test_a_bad_config_costs_no_start_of_the_accelerator_runtime(tmp_path):
             ["training.optimizer=adamw", "training.adam_learning_rate=0.1"],
             r"adam_learning_rate: 0.1 has no effect with config.training.optimizer='adamw'; .* or set .* to 'muon'",
         ),
+        (["comparison.systems=base,memory", "comparison.k=9"], r"comparison.k: 9 has no effect .*; .* to 'knn_lm'"),
+        (["comparison.systems=base,knn_lm", "comparison.retriever=DIR"], r"retriever: .* 'rag' or 'memory\+rag'"),
     ],
 )
 def test_what_is_set_and_has_no_effect_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         config_files.read("configs/smoke.py", [f"--config.{word}" for word in overrides])
+
+
+def test_what_one_of_several_systems_reads_has_an_effect():
+    words = ["--config.comparison.systems=base,memory+rag,knn_lm", "--config.comparison.k=9"]
+    config = config_files.read("configs/smoke.py", [*words, "--config.comparison.passages=2"])
+    assert (config.comparison.k, config.comparison.passages) == (9, 2)
 
 
 def test_what_fine_tuning_reads_has_an_effect():
@@ -228,7 +240,7 @@ def test_home_is_home_in_every_path(monkeypatch):
         "datastore.key_model": "~/k", "comparison.data": "~/d", "comparison.retriever": "~/e",
     }  # fmt: skip
     config = config_files.read("configs/default.py", [f"--config.{key}={value}" for key, value in overrides.items()])
-    actual = {key: _value(config, key) for key, value in overrides.items() if value.startswith("~")}
+    actual = {key: value_of(config, key) for key, value in overrides.items() if value.startswith("~")}
     assert actual == {key: "/home/ada" + value[1:] for key, value in overrides.items() if value.startswith("~")}
     assert set(actual) == set(PATHS)
     words = ["export", "--config=~/c.py", "--format=reference", "--output=~/out"]
@@ -236,6 +248,27 @@ def test_home_is_home_in_every_path(monkeypatch):
     assert (options.config, options.output) == ("/home/ada/c.py", "/home/ada/out")
     with pytest.raises(ConfigError, match="~nobody_of_this_name is not the home of a user"):
         expand_home("~nobody_of_this_name/x")
+
+
+def test_a_file_url_is_a_path():
+    assert config_files.read("configs/smoke.py", ["--config.workdir=file:///runs/x"]).workdir == "/runs/x"
+    with pytest.raises(UserError, match=r"config\.workdir: file://host/x: expected a path, or a URL"):
+        config_files.read("configs/smoke.py", ["--config.workdir=file://host/x"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export", "--format=transformers", "--output=gs://bucket/x"],
+        ["import", "--from=gs://bucket/x"],
+        ["compare", "--config.comparison.data=gs://bucket/x"],
+    ],
+)
+def test_a_bucket_is_not_taken_for_a_folder_here(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*words, "--config=configs/smoke.py"])
+    assert stopped.value.code == 2
+    assert "gs://bucket/x: expected a path on this machine" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -258,6 +291,13 @@ def test_numbers_of_options_are_checked_before_any_compute(words, message, capsy
         cli.main([*words, "--config=configs/smoke.py"])
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_an_environment_for_another_program_does_not_change_the_arithmetic(monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")  # float64 where the code leaves the type to JAX
+    with pytest.raises(SystemExit):
+        cli.main(["tokens", "--config=configs/smoke.py", "--config.targets.k=0"])
+    assert os.environ["JAX_ENABLE_X64"] == "0"
 
 
 def test_a_value_may_stand_after_a_space():

@@ -32,7 +32,7 @@ from configs import default, llama2_7b, mistral_7b, quickstart, smoke, wikitext1
 from mlpmem_jax import stages
 from mlpmem_jax.core import config_files, preflight
 from mlpmem_jax.core.artifacts import open_artifact
-from mlpmem_jax.core.config import SCHEMA, _value, as_config_file, check_config
+from mlpmem_jax.core.config import SCHEMA, as_config_file, check_config, value_of
 from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
@@ -158,7 +158,7 @@ def test_configs_are_refused_in_one_line_or_work(generator, workdir):
                 key = key.replace(generator.choice(key), generator.choice([".", "", "x"]), 1)
             value = any_value(generator)
             if generator.random() < 0.6 and key in LEAVES:
-                value = likely_value(generator, _value(given, key))
+                value = likely_value(generator, value_of(given, key))
             words.append(f"--config.{key}={value}")
         if generator.random() < 0.3:
             words.append(f"--config.workdir={workdir}")

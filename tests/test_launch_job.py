@@ -44,6 +44,7 @@ def options(**changes) -> argparse.Namespace:
         "name": "a",
         "accelerator": "v5litepod-16",
         "max_restarts": 1,
+        "image": "I",
     }
     return argparse.Namespace(**(given | changes))
 
@@ -97,6 +98,7 @@ def test_an_imported_base_needs_no_batch_that_divides(tmp_path):
         ({"name": "My_job"}, ["--config.workdir=gs://b/r"], "--name=My_job: expected lowercase letters"),
         ({"name": "a" * 41}, ["--config.workdir=gs://b/r"], "at most 40 characters"),
         ({"slices": 0}, ["--config.workdir=gs://b/r"], "--slices=0: expected 1 or more"),
+        ({"image": ""}, ["--config.workdir=gs://b/r"], "--image=: expected the name of a container image"),
         ({"accelerator": "v5e-17"}, ["--config.workdir=gs://b/r"], "no such slice"),
         ({"config": "nowhere.py"}, [], "no such file"),
     ],
@@ -104,6 +106,14 @@ def test_an_imported_base_needs_no_batch_that_divides(tmp_path):
 def test_jobs_that_cannot_work_on_tpu_slices_are_refused(changes, overrides, message):
     with pytest.raises(UserError, match=message):
         job.read_tpu_job(options(**changes), overrides, longest_name=40)
+
+
+def test_what_only_this_machine_has_is_pointed_out(tmp_path, capsys):
+    words = [f"--config.{name}" for name in ("workdir=gs://b/r", "corpus.source=files", f"corpus.path={tmp_path}")]
+    job.read_tpu_job(options(), words, longest_name=40)
+    assert f"warning: config.corpus.path: {tmp_path} is a local path" in capsys.readouterr().err
+    job.read_tpu_job(options(), [*words[:2], "--config.corpus.path=gs://b/text"], longest_name=40)
+    assert capsys.readouterr().err == ""
 
 
 @settings(deadline=None, max_examples=30)

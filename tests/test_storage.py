@@ -20,7 +20,7 @@ def test_a_bucket_without_its_package(monkeypatch, place, package, extra):
         storage.prepare("runs/mine", place)
 
 
-@pytest.mark.parametrize("place", ["runs/mine", "/tmp/runs", "", "file:///tmp/runs"])
+@pytest.mark.parametrize("place", ["runs/mine", "/tmp/runs", ""])
 def test_local_places_need_nothing(monkeypatch, place):
     monkeypatch.setattr(fsspec.config, "conf", {})
     storage.prepare(place)

@@ -56,9 +56,11 @@ _TEXT: Check = (str, lambda value: True, "a text")
 _BOOLEAN: Check = (bool, lambda value: True, "True or False")
 _COUNT: Check = (int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more")
 _POSITIVE: Check = (int, lambda value: 0 < value < 2**63, "a whole number, 1 or more")
+_STEP_COUNT: Check = (int, lambda value: 0 <= value < 2**31, "a whole number from 0 to 2**31 - 1")  # counted in int32
 _SEED: Check = (int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
 _NON_NEGATIVE: Check = ((int, float), lambda value: value >= 0, "a number, 0 or more")
 _FRACTION: Check = ((int, float), lambda value: 0 <= value <= 1, "a number from 0 to 1")
+_BELOW_ONE: Check = ((int, float), lambda value: 0 <= value < 1, "a number from 0 to below 1")
 _OPEN_FRACTION: Check = ((int, float), lambda value: 0 < value < 1, "a number between 0 and 1")
 _MESH_SIZE: Check = (int, lambda value: value > 0 or value == -1, "a whole number, 1 or more, or -1 for all the rest")
 _MESH_AXES: Check = (
@@ -78,8 +80,8 @@ _TEMPERATURE: Check = (
 )
 
 _OPTIMIZATION: dict[str, Check] = {
-    "steps": _COUNT,
-    "epochs": _NON_NEGATIVE,
+    "steps": _STEP_COUNT,
+    "epochs": ((int, float), lambda value: 0 <= value <= 1e6, "a number from 0 to 1e6"),
     "batch_sequences": _POSITIVE,
     "accumulation_steps": _POSITIVE,
     "optimizer": _one_of(*OPTIMIZERS),
@@ -88,8 +90,8 @@ _OPTIMIZATION: dict[str, Check] = {
     "schedule": _one_of("linear", "cosine", "constant"),
     "warmup_steps": _COUNT,
     "weight_decay": _NON_NEGATIVE,
-    "beta1": _FRACTION,
-    "beta2": _FRACTION,
+    "beta1": _BELOW_ONE,
+    "beta2": _BELOW_ONE,
     "clip_norm": _NON_NEGATIVE,
     "compute_dtype": _one_of("float32", "bfloat16"),
     "remat": _BOOLEAN,
@@ -133,7 +135,7 @@ SCHEMA: dict[str, Any] = {
     "base": {
         "source": _one_of("train", "huggingface", "gguf"),
         "path": _TEXT,
-        "finetune_steps": _COUNT,
+        "finetune_steps": _STEP_COUNT,
         "context_length": _POSITIVE,
         "width": _POSITIVE,
         "blocks": _POSITIVE,
@@ -210,22 +212,16 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-PATHS = (
-    "workdir",
-    "corpus.path",
-    "tokenizer.path",
-    "base.path",
-    "datastore.key_model",
-    "training.start",
-    "comparison.data",
-    "comparison.retriever",
-)
+INPUTS = ("corpus.path", "tokenizer.path", "base.path", "datastore.key_model", "training.start")
+"""Keys of what the stages read from outside the working directory: a path, or a name that may be one."""
+_LOCAL = ("comparison.data", "comparison.retriever")
+PATHS = ("workdir", *INPUTS, *_LOCAL)
 """Keys whose value is a path, or a name that may be one."""
 
-_FILES, _HUB = ("files",), ("hub",)
+_FILES, _HUB, _RETRIEVING = ("files",), ("hub",), ("rag", "memory+rag")
 _ANY_TEXT = ("FIELD",)  # any text but the empty one; errors print this one
 USED_WITH: dict[str, tuple[str, tuple]] = {
-    # Key: (the key that it depends on, the values of that key for which it has an effect).
+    # Key: (the key that it depends on, the values of that key, or entries of a list, for which it has an effect).
     "corpus.packages": ("corpus.source", ("installed_docs",)),
     "corpus.path": ("corpus.source", _FILES),
     "corpus.name": ("corpus.source", _HUB),
@@ -253,6 +249,10 @@ USED_WITH: dict[str, tuple[str, tuple]] = {
     "memory.output_from_base": ("training.start", ("",)),
     "training.epochs": ("training.steps", (0,)),
     "training.adam_learning_rate": ("training.optimizer", ("muon",)),
+    "comparison.retriever": ("comparison.systems", _RETRIEVING),
+    "comparison.passages": ("comparison.systems", _RETRIEVING),
+    "comparison.passage_words": ("comparison.systems", _RETRIEVING),
+    "comparison.k": ("comparison.systems", ("knn_lm",)),
 }
 _NOT_OF_FINETUNING = ("steps", "epochs", "optimizer", "learning_rate", "adam_learning_rate")
 """Keys of base.training that do not apply to fine-tuning an imported base, which sets its own values."""
@@ -305,7 +305,7 @@ def _check_tree(config: Mapping, schema: Mapping, prefix: str) -> None:
             raise ConfigError(f"{name}: expected {words}, found {value!r}")
 
 
-def _value(config: ml_collections.ConfigDict, key: str):
+def value_of(config: ml_collections.ConfigDict, key: str):
     """The value of "group.key"; None if the config has no such key."""
     for part in key.split("."):
         config = config.get(part) if isinstance(config, ml_collections.ConfigDict) else None
@@ -327,14 +327,17 @@ def _unmet(config: ml_collections.ConfigDict, key: str) -> tuple[str, tuple] | N
 
 
 def _is_met(config: ml_collections.ConfigDict, decider: str, values: tuple) -> bool:
-    value = _value(config, decider)
-    return bool(value) if values is _ANY_TEXT else value in values
+    value = value_of(config, decider)
+    if values is _ANY_TEXT:
+        return bool(value)
+    return any(entry in values for entry in (value.split(",") if isinstance(value, str) else [value]))
 
 
 def _idle(config: ml_collections.ConfigDict, key: str, decider: str, values: tuple) -> ConfigError:
+    value, deciding = value_of(config, key), value_of(config, decider)
     return ConfigError(
-        f"config.{key}: {_value(config, key)!r} has no effect with config.{decider}={_value(config, decider)!r}; leave "
-        f"it out, or set config.{decider} to {' or '.join(map(repr, values))}"
+        f"config.{key}: {value!r} has no effect with config.{decider}={deciding!r}; leave it out, or set "
+        f"config.{decider} to {' or '.join(map(repr, values))}"
     )
 
 
@@ -356,23 +359,24 @@ def settle(config: ml_collections.ConfigDict, before: ml_collections.ConfigDict,
     for key in (*overridden, *_NAMES):
         if not (rule := _unmet(config, key)):
             continue
-        if key in overridden and _value(config, key) != _value(before, key):
+        if key in overridden and value_of(config, key) != value_of(before, key):
             raise _idle(config, key, *rule)
         if key in _NAMES and rule[0] in overridden:
             _set(config, key, "")
     for key in PATHS:
-        path = _value(config, key)
-        storage.check_url(path, f"config.{key}: ")
-        _set(config, key, expand_home(path))
+        path = expand_home(value_of(config, key))
+        check = storage.check_local if key in _LOCAL else storage.check_url
+        check(path, f"config.{key}: ")
+        _set(config, key, path)
 
 
 def expand_home(path: str) -> str:
-    """The path, with ~ or ~NAME at its start replaced by that user's home.
+    """The path, with ~ or ~NAME at its start replaced by that user's home, and without file://.
 
     Raises:
       ConfigError: that user has no home here.
     """
-    expanded = os.path.expanduser(path)
+    expanded = os.path.expanduser(path.removeprefix("file://") if path.startswith("file:///") else path)
     if expanded.startswith("~"):
         raise ConfigError(f"{path}: {path.split('/')[0]} is not the home of a user here; write out the path")
     return expanded
@@ -386,7 +390,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     """
     _check_tree(config, SCHEMA, "")
     for key in _NAMES:
-        if _value(config, key) and (rule := _unmet(config, key)):
+        if value_of(config, key) and (rule := _unmet(config, key)):
             raise _idle(config, key, *rule)
     corpus, tokenizer, base, training = config.corpus, config.tokenizer, config.base, config.training
     for name, source, needed in (
@@ -407,7 +411,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             "'hub' or 'gguf', and config.tokenizer.path"
         )
     for key in ("corpus.path", "corpus.name"):
-        for folder in _value(config, key).split(","):
+        for folder in value_of(config, key).split(","):
             _check_outside(config.workdir, key, folder)
     if corpus.validation_fraction + corpus.test_fraction >= 1:
         raise ConfigError("config.corpus: validation_fraction + test_fraction leave nothing to train on")

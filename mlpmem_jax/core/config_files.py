@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from mlpmem_jax.core import storage
 from mlpmem_jax.core.config import check_config, expand_home, first_unknown, settle
-from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.installation import READY
 
 _IS_OTHER = {
@@ -30,11 +30,21 @@ _IS_OTHER = {
 
 
 def path_option(text: str) -> str:
-    """The argparse type of options that name a file or folder: expands ~."""
+    """The argparse type of options that name a file or folder, possibly in a bucket: expands ~."""
+    return _checked(text, storage.check_url)
+
+
+def local_path_option(text: str) -> str:
+    """The argparse type of options that name a file or folder on this machine: expands ~."""
+    return _checked(text, storage.check_local)
+
+
+def _checked(text: str, check: Callable[[str], None]) -> str:
     try:
-        return expand_home(text)
-    except ConfigError as error:
+        check(path := expand_home(text))
+    except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
 def read(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:

@@ -37,9 +37,19 @@ def check_url(place: str, prefix: str = "") -> None:
       UserError: it is another kind of URL; the message begins with the prefix.
     """
     scheme, separator, _ = place.partition("://")
-    if separator and scheme not in ("file", *_FILE_SYSTEMS):
+    if separator and scheme not in _FILE_SYSTEMS:
         known = ", ".join(f"{name}://" for name in _FILE_SYSTEMS)
         raise UserError(f"{prefix}{place}: expected a path, or a URL that begins with {known}")
+
+
+def check_local(place: str, prefix: str = "") -> None:
+    """Checks that a path, which is read or written without `etils`, is not a URL.
+
+    Raises:
+      UserError: it is one; the message begins with the prefix.
+    """
+    if is_remote(place):
+        raise UserError(f"{prefix}{place}: expected a path on this machine; copy from or to the bucket separately")
 
 
 def prepare(*places: str) -> None:
@@ -51,7 +61,7 @@ def prepare(*places: str) -> None:
     for place in places:
         check_url(place)
         scheme, separator, _ = place.partition("://")
-        if not separator or scheme == "file":
+        if not separator:
             continue
         name, package, extra = _FILE_SYSTEMS[scheme]
         try:
