@@ -374,7 +374,7 @@ class ArtifactWriter:
                     region = self._stores[name][start : start + len(rows)]
                     region = region[:, : rows.shape[1]] if rows.ndim == 2 else region
                     pending.append(region.write(rows))
-                digest = hashlib.sha256(rows.tobytes()).hexdigest()
+                digest = hashlib.sha256(rows.reshape(-1).view(np.uint8)).hexdigest()
                 records[name] = {"checksum": digest, "shape": list(rows.shape)}
             for future in pending:
                 future.result()

@@ -6,6 +6,7 @@ The key of position t is the input of the last block's feed-forward layer there;
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -215,25 +216,40 @@ def _note_bad_base(artifact: Artifact, sequences: int, vocab_size: int, split: s
 def _write_shards(
     config, models: LoadedModels, stream: TokenStream, writer: ArtifactWriter, sizes: dict[int, int], split: str, bar
 ) -> None:
-    """Runs the forward passes of shards of `sizes` sequences, as many shards at once as the mesh has batch shards."""
+    """Runs the forward passes of shards of `sizes` sequences, as many shards at once as the mesh has batch shards.
+
+    A thread checks and writes a shard while the next one is computed.
+    """
     length, per_shard = config.base.context_length, config.datastore.sequences_per_shard
     shards, part = list(sizes), models.sharding.batch_part
     largest = config.datastore.batch_sequences // part.count
     multiple = models.sharding.shards("batch") // part.count
-    for first in range(0, len(shards), part.count):
-        group = shards[first : first + part.count]
-        # Every process runs every forward pass; those without a shard use a copy of another one.
-        shard = group[min(part.index, len(group) - 1)]
-        tokens_SxT, next_SxT, documents_SxT = read_sequences(stream, shard * per_shard, sizes[shard], length)
-        longest = max(sizes[member] for member in group)
-        rows, outputs = rows_of_pass(longest, largest, multiple), []
-        for offset in range(0, longest, rows):
-            outputs.append(models.outputs(*_padded(tokens_SxT, next_SxT, offset, rows), split != "train"))
-            _check_finite(outputs[-1], f"datastore/{split}, shard {shard}", config.datastore)
-            bar.advance(length * sum(min(max(sizes[member] - offset, 0), rows) for member in group))
-        if part.index < len(group) and part.leads:
+
+    def finish(shard: int, outputs: list[dict], read: dict, writes: bool) -> None:
+        for output in outputs:
+            _check_finite(output, f"datastore/{split}, shard {shard}", config.datastore)
+        if writes:
             arrays = {name: np.concatenate([output[name] for output in outputs])[: sizes[shard]] for name in outputs[0]}
-            writer.write_shard(shard, {**arrays, "next_tokens": next_SxT, "documents": documents_SxT})
+            writer.write_shard(shard, {**arrays, **read})
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        finishing = None
+        for first in range(0, len(shards), part.count):
+            group = shards[first : first + part.count]
+            # Every process runs every forward pass; those without a shard use a copy of another one.
+            shard = group[min(part.index, len(group) - 1)]
+            tokens_SxT, next_SxT, documents_SxT = read_sequences(stream, shard * per_shard, sizes[shard], length)
+            longest = max(sizes[member] for member in group)
+            rows, outputs = rows_of_pass(longest, largest, multiple), []
+            for offset in range(0, longest, rows):
+                outputs.append(models.outputs(*_padded(tokens_SxT, next_SxT, offset, rows), split != "train"))
+                bar.advance(length * sum(min(max(sizes[member] - offset, 0), rows) for member in group))
+            if finishing is not None:
+                finishing.result()
+            read, writes = {"next_tokens": next_SxT, "documents": documents_SxT}, part.index < len(group) and part.leads
+            finishing = thread.submit(finish, shard, outputs, read, writes)
+        if finishing is not None:
+            finishing.result()
 
 
 def summary(sequences: int, length: int, width: int, input_block: int) -> dict[str, int]:
