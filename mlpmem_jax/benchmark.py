@@ -20,6 +20,7 @@ from mlpmem_jax.core.progress import say
 PARTS = {
     "train": "mlpmem_jax.training.train_benchmark",
     "generate": "mlpmem_jax.inference.generation_benchmark",
+    "batches": "mlpmem_jax.inference.batch_benchmark",
     "drafts": "mlpmem_jax.inference.trained_benchmark",
     "forward": "mlpmem_jax.retrieval.forward_benchmark",
     "targets": "mlpmem_jax.retrieval.targets_benchmark",
@@ -31,7 +32,7 @@ PARTS = {
     "scoring": "mlpmem_jax.comparison.scoring_benchmark",
     "weights": "mlpmem_jax.interop.weights_benchmark",
 }
-_ON_REQUEST = ("exact", "accelerator", "weights")
+_ON_REQUEST = ("batches", "exact", "accelerator", "weights")
 
 
 def run(config: ml_collections.ConfigDict, parts: list[str], json_file: str | None) -> list[dict]:

@@ -60,7 +60,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     best, measured = _product_rows(torch)
     for name, model in MODELS.items():
         parameters = language_model.init(model, jax.random.key(0))
-        theirs = _torch_model(transformers, model) if torch else None
+        theirs = causal_model(transformers, model).base_model if torch else None
         for length in LENGTHS:
             tokens_BxT = np.random.default_rng(0).integers(0, model.vocab_size, (POSITIONS // length, length))
             calls = {"JAX": _our_pass(model, parameters, tokens_BxT)}
@@ -119,16 +119,7 @@ def _their_pass(torch, model, tokens_BxT: np.ndarray) -> Callable[[], object]:
     return lambda: model(tokens, use_cache=False).last_hidden_state.half()
 
 
-def _torch_model(transformers, model: language_model.Config):
-    """A transformers model with the same dimensions, without an output projection."""
-    fields = {"vocab_size": model.vocab_size, "attn_implementation": "sdpa"}
-    if isinstance(model, GPT2Config):
-        fields |= {"n_positions": model.context_length, "n_embd": model.width}
-        fields |= {"n_layer": model.blocks, "n_head": model.heads}
-        return transformers.GPT2Model(transformers.GPT2Config(**fields)).eval()
-    fields |= {"max_position_embeddings": model.context_length, "hidden_size": model.width}
-    fields |= {"num_hidden_layers": model.blocks, "num_attention_heads": model.heads}
-    fields |= {"num_key_value_heads": model.key_value_heads, "head_dim": model.head_width}
-    fields |= {"intermediate_size": model.feed_forward_width, "rms_norm_eps": model.norm_epsilon}
-    fields |= {"rope_theta": model.rotary.theta}
-    return transformers.LlamaModel(transformers.LlamaConfig(**fields)).eval()
+def causal_model(transformers, model: language_model.Config):
+    """A language model of transformers with these dimensions and random weights."""
+    config = transformers.AutoConfig.for_model(**language_model.to_json(model))
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
