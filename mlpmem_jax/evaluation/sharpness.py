@@ -57,13 +57,13 @@ def tokens_for_mass(probabilities_NxE: np.ndarray) -> np.ndarray:
     Shares are of the row's own total: a distribution stored in float16 does not sum to one exactly. A row of
     zeros needs no tokens.
     """
-    descending_NxE = -np.sort(-np.asarray(probabilities_NxE), axis=1)
-    cumulated_NxE = np.cumsum(descending_NxE, axis=1, dtype=np.float64)
+    # Negated, so that the largest come first; the shares are positive again.
+    cumulated_NxE = np.cumsum(np.sort(-np.asarray(probabilities_NxE), axis=1), axis=1, dtype=np.float64)
     totals_Nx1 = cumulated_NxE[:, -1:]
-    shares_NxE = cumulated_NxE / np.where(totals_Nx1 > 0, totals_Nx1, 1.0)
+    shares_NxE = cumulated_NxE / np.where(totals_Nx1 < 0, totals_Nx1, 1.0)
     # The last share is 1 up to rounding, so the count is limited to the tokens that the row has.
-    counts_Nx4 = np.stack([(shares_NxE < mass - 1e-12).sum(axis=1) + 1 for mass in MASSES], axis=1)
-    return np.where(totals_Nx1 > 0, np.minimum(counts_Nx4, descending_NxE.shape[1]), 0)
+    counts_Nx4 = np.stack([np.searchsorted(shares_E, np.array(MASSES) - 1e-12) + 1 for shares_E in shares_NxE])
+    return np.where(totals_Nx1 < 0, np.minimum(counts_Nx4, shares_NxE.shape[1]), 0)
 
 
 def rows_of_ragged(values_M: np.ndarray, offsets_N1: np.ndarray) -> np.ndarray:
