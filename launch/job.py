@@ -74,6 +74,18 @@ def run(
         sys.exit(launch(options, config_files.joined(overrides)))
 
 
+def check_words(options: argparse.Namespace, *names: str) -> None:
+    """Checks that options, unless they are absent, are single words: others would end up as several, or as none.
+
+    Raises:
+      UserError: names the option.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not re.fullmatch(r"\S+", value):
+            raise UserError(f"--{name}={value}: expected a word without spaces")
+
+
 def read_config(
     file: str, overrides: list[str], *, stage: str, devices: int, processes: int, slices: int = 1
 ) -> ml_collections.ConfigDict:
@@ -112,8 +124,7 @@ def read_tpu_job(
     for option, least in (("slices", 1), ("max_restarts", 0)):
         if getattr(options, option) < least:
             raise UserError(f"--{option}={getattr(options, option)}: expected {least} or more")
-    if not re.fullmatch(r"\S+", options.image):
-        raise UserError(f"--image={options.image}: expected the name of a container image")
+    check_words(options, "image", "service_account")
     tpu = accelerators.resolve(options.accelerator)
     hosts = tpu.hosts * options.slices
     config = read_config(

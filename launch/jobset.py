@@ -158,6 +158,7 @@ _Dumper.add_representer(str, _text)
 
 
 def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
+    job.check_words(options, "namespace")
     tpu, config = job.read_tpu_job(options, overrides, longest_name=63 - _LONGEST_POD_SUFFIX)
     if options.slices > 1 and tpu.hosts == 1:
         raise UserError(

@@ -61,8 +61,8 @@ def script(options: argparse.Namespace, overrides: list[str]) -> str:
         "signal": f"TERM@{_WARNING_SECONDS}",
     }
     lines = [f"#SBATCH --{key}={value}" for key, value in directives.items() if value is not None]
-    if not re.fullmatch(r"[\w.-]+", options.name):
-        raise UserError(f"--name={options.name}: expected letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"\w[\w.-]*", options.name):
+        raise UserError(f"--name={options.name}: expected letters, digits, '.', '_' and '-', first a letter or digit")
     words = [f"{options.venv}/bin/mlpmem", options.stage, f"--config={options.config}", *overrides]
     return _SCRIPT.format(
         directives="\n".join([*lines, "#SBATCH --requeue"]),
@@ -78,6 +78,7 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     for option, least in (("nodes", 1), ("gpus_per_node", 1), ("cpus_per_gpu", 1), ("max_restarts", 0)):
         if getattr(options, option) < least:
             raise UserError(f"--{option}={getattr(options, option)}: expected {least} or more")
+    job.check_words(options, "mem", "time", "partition", "account")
     gpus = options.nodes * options.gpus_per_node
     job.read_config(options.config, overrides, stage=options.stage, devices=gpus, processes=gpus)
     text = script(options, overrides)

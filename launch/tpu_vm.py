@@ -66,6 +66,7 @@ def command(options: argparse.Namespace, tpu: accelerators.Slice) -> list[str]:
 
 
 def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
+    job.check_words(options, "zone", "project")
     tpu, config = job.read_tpu_job(options, overrides, _LONGEST_NAME)
     words, script = command(options, tpu), startup_script(options, job.config_file(config, options.config, overrides))
     if options.dry_run:

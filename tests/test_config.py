@@ -55,6 +55,7 @@ def test_every_config_is_sound(name):
         ("memory.output_from_base", True, r"config.memory.output_from_base: needs"),
         ("mesh.rules.vocab", "model", r"config.mesh.rules.vocab: expected mesh axes"),
         ("workdir", "", r"config.workdir: expected a path"),
+        ("workdir", "caf\udce9", r"config.workdir: expected a path in UTF-8 \(LC_ALL=C.UTF-8\), found 'caf\\udce9'"),
         ("training.seed", 2**32, r"config.training.seed: expected a whole number from 0 to 2\*\*32 - 1"),
         ("memory.width", 2**70, r"config.memory.width: expected a whole number"),
         ("training.learning_rate", float("inf"), r"config.training.learning_rate: expected a number, .* found inf"),

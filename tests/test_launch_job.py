@@ -45,6 +45,7 @@ def options(**changes) -> argparse.Namespace:
         "accelerator": "v5litepod-16",
         "max_restarts": 1,
         "image": "I",
+        "service_account": None,
     }
     return argparse.Namespace(**(given | changes))
 
@@ -98,7 +99,7 @@ def test_an_imported_base_needs_no_batch_that_divides(tmp_path):
         ({"name": "My_job"}, ["--config.workdir=gs://b/r"], "--name=My_job: expected lowercase letters"),
         ({"name": "a" * 41}, ["--config.workdir=gs://b/r"], "at most 40 characters"),
         ({"slices": 0}, ["--config.workdir=gs://b/r"], "--slices=0: expected 1 or more"),
-        ({"image": ""}, ["--config.workdir=gs://b/r"], "--image=: expected the name of a container image"),
+        ({"image": ""}, ["--config.workdir=gs://b/r"], "--image=: expected a word without spaces"),
         ({"accelerator": "v5e-17"}, ["--config.workdir=gs://b/r"], "no such slice"),
         ({"config": "nowhere.py"}, [], "no such file"),
     ],

@@ -97,3 +97,10 @@ def test_impossible_sizes_are_refused(capsys):
         with pytest.raises(SystemExit, match="2"):
             slurm.main([*BASE, wrong, "--dry_run"])
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["--name=-x", "--partition=a b", "--account=", "--time=1:00\ntrue"])
+def test_words_that_would_not_stay_words_are_refused(capsys, wrong):
+    with pytest.raises(SystemExit, match="2"):
+        slurm.main([*BASE, wrong, "--dry_run"])
+    assert f"error: {wrong}: expected" in capsys.readouterr().err

@@ -288,7 +288,10 @@ class ArtifactWriter:
         manifest = read_manifest(path)
         if manifest is None:
             if any(MANIFEST not in name for name in names):
-                raise ArtifactError(f"{path}: is not empty and has no {MANIFEST}; choose another config.workdir")
+                raise ArtifactError(
+                    f"{path}: is not empty and has no {MANIFEST}; restore or delete it if it was an artifact, else "
+                    "choose another config.workdir"
+                )
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,

@@ -44,6 +44,11 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
+def _is_utf_8(text: str) -> bool:
+    """Whether TensorStore can encode a text: not if it is of other bytes, or if the locale is ASCII."""
+    return text.encode(errors="replace").decode() == text
+
+
 def profiled_steps(text: str) -> range:
     """The steps of a `profile_steps` "A:B", including both ends; empty for "" and invalid values."""
     first, _, last = text.partition(":")
@@ -104,7 +109,7 @@ _OPTIMIZATION: dict[str, Check] = {
 }
 
 SCHEMA: dict[str, Any] = {
-    "workdir": (str, lambda value: value != "", "a path"),
+    "workdir": (str, lambda value: value != "" and _is_utf_8(value), "a path in UTF-8 (LC_ALL=C.UTF-8)"),
     "corpus": {
         "source": _one_of("installed_docs", "files", "hub"),
         "packages": _TEXT,
