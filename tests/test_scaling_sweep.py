@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import ml_collections
 import pytest
 
 from configs import quickstart, smoke
@@ -210,6 +211,14 @@ def test_units_come_after_what_they_need_and_link_to_it(tmp_path):
     large = [task for task in actual if task.verb == "base" and task.config.base.width == 32]
     small = [task for task in actual if task.verb == "base" and task.config.base.width == 16]
     assert large[0].path_flops > small[0].path_flops
+
+
+def test_a_damaged_report_is_not_finished(tmp_path):
+    (tmp_path / "report").mkdir()
+    task = SweepTask("a", "run", ml_collections.ConfigDict({"workdir": str(tmp_path)}), (), {}, 0.0)
+    for content, finished in (("{", False), ("[]", False), (json.dumps({"config": {"workdir": str(tmp_path)}}), True)):
+        (tmp_path / "report" / "metrics.json").write_text(content)
+        assert task.is_finished() == finished
 
 
 # Running: children are stand-ins that write a mark into their workdir, or fail.

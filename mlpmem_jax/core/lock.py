@@ -125,7 +125,7 @@ class _Lock:
         if (holder is not None and holder.is_dead is False) or not self.write(generation):
             raise UserError(
                 f"{self._path}: {self.read()[0] or 'another process'}, works there; wait for it, stop it, or choose "
-                "another config.workdir"
+                f"another config.workdir (if this is a copy of the folder where it works, delete {FILE})"
             )
 
     def keep(self, finished: threading.Event) -> None:

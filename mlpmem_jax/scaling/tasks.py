@@ -73,7 +73,10 @@ class SweepTask:
             report = workdir / "report" / "metrics.json"
             if not report.exists():
                 return False
-            return json.loads(report.read_text())["config"] == plain_dict(self.config)
+            try:
+                return json.loads(report.read_bytes())["config"] == plain_dict(self.config)
+            except (ValueError, KeyError, TypeError):  # damaged: it is evaluated again
+                return False
         if self.verb == "continued":
             manifest = manifests.read_manifest(str(workdir / continued.FOLDER))
             kept = loop.origin(continued.settings_of(self.config))
