@@ -24,13 +24,17 @@ _SCRIPT = """\
 export MLPMEM_DISTRIBUTED=1
 # A process whose GPU cannot be opened must fail, not train on its CPU.
 export JAX_PLATFORMS=cuda
+# A job that waits or restarts must use the config that was checked when it was submitted.
+config="$PWD/{name}-$SLURM_JOB_ID.config.py"
+cat > "$config" <<'END_OF_CONFIG'
+{config_file}END_OF_CONFIG
 # srun exits with the highest exit code of all processes, including those that it kills after the first failure. So a
 # process that exits with {user_error}, a user error, records that in a file, because a restart would fail again.
 export MLPMEM_USER_ERROR="{name}-$SLURM_JOB_ID.user_error"
 status=0
 srun --label --kill-on-bad-exit=1 --cpus-per-task={cpus} bash -c \
     'trap : TERM; "$@"; code=$?; [ "$code" -ne {user_error} ] || touch "$MLPMEM_USER_ERROR"; exit "$code"' bash \
-    {command} || status=$?
+    {command} "--config=$config" || status=$?
 if [ -e "$MLPMEM_USER_ERROR" ]; then
     rm "$MLPMEM_USER_ERROR"
     exit {user_error}
@@ -43,7 +47,7 @@ exit "$status"
 """
 
 
-def script(options: argparse.Namespace, overrides: list[str]) -> str:
+def script(options: argparse.Namespace, config_file: str) -> str:
     """The batch script. Every process sees all GPUs of its node and JAX assigns it the one of its local rank, so GPUs
     are requested per node: SLURM's own binding (--gpus-per-task) would hide the GPU that JAX selects."""
     directives = {
@@ -63,12 +67,12 @@ def script(options: argparse.Namespace, overrides: list[str]) -> str:
     lines = [f"#SBATCH --{key}={value}" for key, value in directives.items() if value is not None]
     if not re.fullmatch(r"\w[\w.-]*", options.name):
         raise UserError(f"--name={options.name}: expected letters, digits, '.', '_' and '-', first a letter or digit")
-    words = [f"{options.venv}/bin/mlpmem", options.stage, f"--config={options.config}", *overrides]
     return _SCRIPT.format(
         directives="\n".join([*lines, "#SBATCH --requeue"]),
         name=options.name,
         cpus=options.cpus_per_gpu,
-        command=shlex.join(words),
+        config_file=config_file,
+        command=shlex.join([f"{options.venv}/bin/mlpmem", options.stage]),
         user_error=job.USER_ERROR,
         max_restarts=options.max_restarts,
     )
@@ -80,8 +84,8 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
             raise UserError(f"--{option}={getattr(options, option)}: expected {least} or more")
     job.check_words(options, "mem", "time", "partition", "account")
     gpus = options.nodes * options.gpus_per_node
-    job.read_config(options.config, overrides, stage=options.stage, devices=gpus, processes=gpus)
-    text = script(options, overrides)
+    config = job.read_config(options.config, overrides, stage=options.stage, devices=gpus, processes=gpus)
+    text = script(options, job.config_file(config, options.config, overrides))
     print(f"{gpus} GPUs on {options.nodes} nodes: sbatch", file=sys.stderr)
     if options.dry_run:
         print(text, end="")

@@ -146,7 +146,9 @@ def test_home_is_home_in_every_path_of_launchers(monkeypatch, tmp_path, capsys):
     shutil.copy(CONFIG, tmp_path / "c.py")
     with pytest.raises(SystemExit, match="0"):
         slurm.main(["--config=~/c.py", "--venv=~/venv", "--nodes=1", "--gpus_per_node=8", "--time=1:00", "--dry_run"])
-    assert f"    {tmp_path}/venv/bin/mlpmem run --config={tmp_path}/c.py" in capsys.readouterr().out
+    script = capsys.readouterr().out
+    assert f'    {tmp_path}/venv/bin/mlpmem run "--config=$config"' in script
+    assert f"from --config={tmp_path}/c.py" in script
     with pytest.raises(SystemExit, match="2"):
         job.parser("test", "", "").parse_args(["--config=~nobody_of_this_name/c.py"])
     assert "is not the home of a user" in capsys.readouterr().err

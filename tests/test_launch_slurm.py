@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from launch import slurm
+from mlpmem_jax.core import config_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = ["--nodes=2", "--gpus_per_node=8", "--time=12:00:00", f"--config={ROOT}/configs/default.py"]
@@ -74,9 +75,10 @@ def test_failures_are_requeued_until_the_limit_but_user_errors_are_not(
     assert done.returncode == status
     assert not list(tmp_path.glob("*.user_error"))
     assert "--cpus-per-task=3" in (tmp_path / "options").read_text().splitlines()
-    assert (tmp_path / "words").read_text().splitlines() == [
-        *("run", f"--config={ROOT}/configs/default.py", "--config.workdir=/a b")
-    ]
+    config = tmp_path / "mlpmem-17.config.py"  # whatever became of the file that was submitted
+    assert (tmp_path / "words").read_text().splitlines() == ["run", f"--config={config}"]
+    given = [f"{ROOT}/configs/default.py", ["--config.workdir=/a b"]]
+    assert config_files.read(str(config), []) == config_files.read(*given)
     assert (tmp_path / "scontrol.words").exists() == requeued
     if requeued:
         assert (tmp_path / "scontrol.words").read_text().split() == ["requeue", "17"]
