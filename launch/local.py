@@ -43,9 +43,12 @@ def free_port() -> int:
 
 
 def _copy_lines(index: int, process: subprocess.Popen, lock: threading.Lock) -> None:
-    for line in process.stdout:
+    for line in process.stdout:  # to its end, because a process whose output is not read would stop at some line
         with lock:
-            print(f"[{index}] {line.rstrip()}", flush=True)
+            try:
+                print(f"[{index}] {line.rstrip()}", flush=True)
+            except BrokenPipeError:  # the reader of the job's output has closed it, which ends the job
+                process.terminate()
 
 
 def _stop(processes: list[subprocess.Popen], grace_seconds: float) -> None:

@@ -112,3 +112,23 @@ def test_a_config_that_does_not_fit_starts_nothing(capsys):
     with pytest.raises(SystemExit, match="2"):
         local.main([f"--config={ROOT}/configs/smoke.py", "--processes=3", "--devices=1"])
     assert "config.datastore.batch_sequences: expected a multiple of 3" in capsys.readouterr().err
+
+
+def test_a_job_whose_output_nobody_reads_ends():
+    """A process whose lines are not read would wait at one of them forever."""
+    child = [sys.executable, "-S", "-c", "while True: print('x' * 1000)"]
+    script = (
+        "from launch import job, local\n"
+        f"job.run(job.parser('a', '', ''), lambda *_: local.run_processes({child}, [{{}}, {{}}]), ['--config=c'])"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        launcher.stdout.readline()
+        launcher.stdout.close()
+        try:
+            assert launcher.wait(timeout=20) == 128 + signal.SIGTERM
+        finally:
+            launcher.terminate()
+        said = launcher.stderr.read().splitlines()
+    assert len(said) == 1
+    assert said[0].endswith("was killed by SIGTERM; the others are stopped")
