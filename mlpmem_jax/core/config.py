@@ -44,9 +44,10 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
-def _is_utf_8(text: str) -> bool:
-    """Whether TensorStore can encode a text: not if it is of other bytes, or if the locale is ASCII."""
-    return text.encode(errors="replace").decode() == text
+def _is_plain(path: str) -> bool:
+    """Whether TensorStore can use a path as it is: it encodes UTF-8, which fails for other bytes and in an ASCII locale,
+    and takes backslashes for slashes."""
+    return "\\" not in path and path.encode(errors="replace").decode() == path
 
 
 def profiled_steps(text: str) -> range:
@@ -109,7 +110,7 @@ _OPTIMIZATION: dict[str, Check] = {
 }
 
 SCHEMA: dict[str, Any] = {
-    "workdir": (str, lambda value: value != "" and _is_utf_8(value), "a path in UTF-8 (LC_ALL=C.UTF-8)"),
+    "workdir": (str, lambda value: value != "" and _is_plain(value), "a path in UTF-8 (LC_ALL=C.UTF-8), without '\\'"),
     "corpus": {
         "source": _one_of("installed_docs", "files", "hub"),
         "packages": _TEXT,
