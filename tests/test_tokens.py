@@ -226,6 +226,17 @@ def test_changed_text_is_noticed(corpus):
         tokens.run(config)
 
 
+def test_text_that_changes_while_it_is_read_is_noticed(corpus, monkeypatch):
+    def changing(parts, partition):
+        pathlib.Path(config.corpus.path, "000.txt").write_text("other text")
+        return {}
+
+    config, _ = corpus
+    monkeypatch.setattr(tokens, "_overlap", changing)
+    with pytest.raises(UserError, match=r"was changed while it was read; delete .*tokens and run again"):
+        tokens.run(config)
+
+
 def test_a_given_tokenizer_is_used(corpus, tmp_path):
     config, texts = corpus
     tokenizer.train(texts[:5], 270).save(str(tmp_path / "tokenizer.json"))

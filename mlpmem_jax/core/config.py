@@ -45,8 +45,8 @@ def _is_pattern(text: str) -> bool:
 
 
 def _is_plain(path: str) -> bool:
-    """Whether TensorStore can use a path as it is: it encodes UTF-8, which fails for other bytes and in an ASCII locale,
-    and takes backslashes for slashes."""
+    """Whether TensorStore can use a path as it is: it takes backslashes for slashes, and encodes as UTF-8, which fails
+    for other bytes and in an ASCII locale."""
     return "\\" not in path and path.encode(errors="replace").decode() == path
 
 

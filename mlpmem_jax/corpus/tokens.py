@@ -127,6 +127,8 @@ def _build(
             "overlap": _overlap(parts, partition),
             "revisions": {part.data_set: part.revision for part in parts if part.revision},
         }
+        if open_source(config.corpus).inputs != source.inputs:  # still being copied, for example
+            raise UserError(f"config.corpus: was changed while it was read; delete {path} and run again")
         writer.seal(summary, files=(TOKENIZER_FILE,))
     mesh.barrier("tokens sealed")
     return open_artifact(path, KIND)
