@@ -22,7 +22,7 @@ from workdirs import write_datastore
 
 from mlpmem_jax import cli
 from mlpmem_jax.core.artifacts import open_artifact
-from mlpmem_jax.core.errors import ConfigError, UserError
+from mlpmem_jax.core.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.interop import arrow_export, arrow_import
 from mlpmem_jax.models import language_model
 
@@ -98,6 +98,17 @@ def test_streams_export_to_the_same_bytes_after_an_import(work, tmp_path):
             if round_ == "1":
                 cli_run(again, ["import", f"--from={out}", "--config=unused"])
         assert (tmp_path / f"{kind}1.arrow").read_bytes() == (tmp_path / f"{kind}2.arrow").read_bytes()
+
+
+def test_another_stream_of_the_same_name_and_size_is_not_taken_for_the_first(work, tmp_path):
+    config, streams, _ = work
+    following = streams["train"][1:]
+    keys = keys_of(len(following))
+    first = arrow_import.run(config, "train", datastore_stream(tmp_path / "d.arrow", following, keys))
+    again = arrow_import.run(config, "train", datastore_stream(tmp_path / "d.arrow", following, keys))
+    assert again.fingerprint == first.fingerprint
+    with pytest.raises(ArtifactError, match=r"config\.imported\.checksum: .* there, .* now"):
+        arrow_import.run(config, "train", datastore_stream(tmp_path / "d.arrow", following, -keys))
 
 
 def cli_run(config, words):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from etils import epath
 
+from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
 
@@ -34,7 +35,8 @@ class Stream:
             expected = " or ".join(f"{', '.join(columns)} ({kind})" for kind, columns in _COLUMNS.items())
             raise UserError(f"{source}: has the columns {', '.join(sorted(names))}; expected {expected}")
         self.kind = kinds[0]
-        self.origin = {"imported": {"file": pathlib.Path(source).name, "bytes": self._file.size()}}
+        file = epath.Path(source)
+        self.origin = {"imported": {"file": file.name, "checksum": storage.checksum({file.name: file})}}
 
     def error(self, row: int, text: str) -> UserError:
         return UserError(f"{self.source}: row {row}: {text}")
