@@ -18,7 +18,7 @@ from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import RULES, Sharding
 from mlpmem_jax.models import memory
 from mlpmem_jax.models.interpolation import perplexity
-from mlpmem_jax.training import loop, state
+from mlpmem_jax.training import data, loop, state
 from mlpmem_jax.training.loss import sparse_cross_entropy
 
 LENGTH, WIDTH, VOCABULARY, ENTRIES = 8, 16, 50, 4
@@ -306,6 +306,25 @@ def test_what_is_not_finite_is_never_saved(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         fit(tmp_path, mesh, task=training, **others)
     assert state.Checkpoints(tmp_path).latest_step() is None
+
+
+class Numbers:
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, sequences_S):
+        return {"number": sequences_S}
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)])
+def test_the_order_is_that_of_one_process_that_takes_one_at_a_time(batch, parts):
+    one = data.batches(Numbers(), 1, seed=3)
+    order = [int(next(one)["number"][0]) for _ in range(20)]
+    assert sorted(order[:7]) == sorted(order[7:14]) == list(range(7))
+    iterators = [data.batches(Numbers(), batch, 3, part, parts) for part in range(parts)]
+    for start in range(0, 20, batch):
+        taken = [next(iterator)["number"] for iterator in iterators]
+        assert np.stack(taken, axis=1).ravel().tolist() == order[start : start + batch]
 
 
 def test_batches_that_do_not_divide_and_splits_that_are_too_small_are_refused():

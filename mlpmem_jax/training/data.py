@@ -101,4 +101,4 @@ def batches(source, batch_sequences: int, seed: int, part: int = 0, parts: int =
     bytes_of_batch = count * sum(array.nbytes for array in source[np.zeros(1, np.int64)].values())
     readers = int(np.clip(_READ_AHEAD_BYTES // bytes_of_batch, *_READERS))
     options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=readers)
-    return iter(mine.batch(count).map(source.__getitem__).to_iter_dataset(options))
+    return iter(mine.batch(count, drop_remainder=True).map(source.__getitem__).to_iter_dataset(options))
