@@ -193,6 +193,12 @@ def test_other_questions_are_scored_anew(config, compared, monkeypatch):
     other.comparison.update({"tasks": "rt", "systems": "base", "limit": 3})
     assert compare.run(other)["tasks"]["rt"]["questions"] == 3
     assert read
+    other.comparison.systems = "base,knn_lm"
+    compare.run(other)
+    read.clear()
+    other.targets.k -= 1  # comparison.k is 0, which means this one
+    compare.run(other)
+    assert read
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,22 @@ def test_a_file_that_is_no_task_is_refused(tmp_path, name, content, message):
         tasks.find(str(tmp_path / name))
 
 
+def test_the_index_of_another_encoder_in_the_same_folder_is_another(tmp_path, monkeypatch):
+    class Encoder:
+        def __init__(self, folder, device):
+            self.random = np.random.default_rng(len(next(epath.Path(folder).iterdir()).read_text()))
+
+        def encode(self, texts, **options):
+            return self.random.normal(size=(len(texts), 4)).astype(np.float32)
+
+    monkeypatch.setattr(passages, "require", lambda *names, **extra: types.SimpleNamespace(SentenceTransformer=Encoder))
+    folders = []
+    for weights in ("a", "a", "ab"):
+        (tmp_path / "weights").write_text(weights)
+        folders.append(passages.Dense(["a", "b"], str(tmp_path), {}, None, tmp_path)._open.keywords["folder"])
+    assert folders[0] == folders[1] != folders[2]
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"{", b"[]", b"{}"])
 def test_damaged_results_are_computed_again(tmp_path, content):
     values, texts = {"model": [np.array([[-1.0]])]}, ["a"]

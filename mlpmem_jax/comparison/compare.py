@@ -192,7 +192,7 @@ class _TaskComparison:
             inputs = {f"{name} {role}": artifact.fingerprint for name in self._chosen for role, artifact
                        in self._artifacts[name].items()
                        if SYSTEMS[name].model == model or SYSTEMS[name].side in sides}  # fmt: skip
-            inputs |= {"k": str(self._settings.k), "sides": ",".join(sides)}
+            inputs |= {"search": self._workdir.search_settings, "sides": ",".join(sides)}
             file = self._folder / "scores" / f"{self._file_name}-{split}-{model}{'-rag' if retrieves else ''}.npz"
 
             def compute() -> dict[str, scores.Values]:
@@ -274,7 +274,7 @@ class _TaskComparison:
             return [ending.text(one).strip() for one in ids]
 
         inputs = {role: artifact.fingerprint for role, artifact in self._artifacts[name].items()}
-        inputs |= {"weights": ",".join(map(str, chosen_N)), "k": str(self._settings.k)}
+        inputs |= {"weights": ",".join(map(str, chosen_N)), "search": self._workdir.search_settings}
         file = self._folder / "texts" / f"{self._file_name}-{name}.json"
         texts, seconds = scores.cached_texts(file, scores.fingerprint(encoded, inputs), compute)
         self._seconds[name] += seconds

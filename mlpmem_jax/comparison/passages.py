@@ -97,7 +97,7 @@ class Dense:
         except (OSError, ValueError) as error:
             raise UserError(f"config.comparison.retriever: {folder} holds no sentence encoder: {error}") from error
         self._passages, vectors_NxD = passages, self._encoded(passages, "passages")
-        kept = index_folder / f"passages_{fingerprint(folder, passages, settings)}"
+        kept = index_folder / f"passages_{fingerprint(vectors_NxD.tobytes(), settings)}"
         self._open = functools.partial(open_index, source_of(vectors_NxD), settings, mesh=mesh, folder=kept)
         self._index = None
         weights = sum(file.stat().st_size for file in pathlib.Path(folder).rglob("*") if file.is_file())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 
 import ml_collections
 import numpy as np
@@ -19,6 +20,7 @@ from mlpmem_jax.comparison.reading import Model
 from mlpmem_jax.comparison.searching import open_key_index
 from mlpmem_jax.comparison.sides import MemorySide, NeighborsSide, Side
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
+from mlpmem_jax.core.config import plain_dict
 from mlpmem_jax.core.errors import ArtifactError, ConfigError
 from mlpmem_jax.core.manifests import is_sealed
 from mlpmem_jax.core.sharding import Sharding
@@ -146,6 +148,11 @@ class Workdir:
     def k(self) -> int:
         """The number of neighbors of kNN-LM."""
         return self.config.comparison.k or self.config.targets.k
+
+    @property
+    def search_settings(self) -> str:
+        """The settings of kNN-LM's search, which its scores depend on."""
+        return json.dumps({**plain_dict(self.config.targets), "k": self.k}, sort_keys=True)
 
     def neighbors(self, index, next_tokens_N: np.ndarray) -> NeighborsSide:
         """kNN search over an index of keys, with the config's settings.
