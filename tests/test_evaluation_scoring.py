@@ -7,6 +7,7 @@ import pytest
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import RULES, Sharding
 from mlpmem_jax.models import gpt2, language_model, memory, scoring
+from mlpmem_jax.planning import hlo
 
 MEMORY = memory.MemoryConfig("gpt2", 37, 40, 12, 16, 2, 32)
 LANGUAGE_MODEL = gpt2.GPT2Config(vocab_size=36, context_length=8, width=16, blocks=2, heads=2)
@@ -106,3 +107,23 @@ def test_the_batch_is_sharded_as_the_config_says():
     found_6xV = scoring.language_model_distributions(base, hidden_6xTxD[:, -1], sharding=sharding)
     np.testing.assert_allclose(found_6xV, np.exp(base_6xV), rtol=1e-3, atol=1e-6)
     assert scoring.chunk_positions(scoring.LOGITS_AT_ONCE, sharding) == 4
+
+
+def test_scoring_a_sharded_language_model_moves_its_parameters_and_not_the_batch():
+    """Collectives grow with the batch only by the scores, which every process gets."""
+    sharding = Sharding(make_mesh(1, 4, 1, devices=jax.devices()[:4]))
+    axes, abstract = gpt2.logical_axes(LANGUAGE_MODEL), language_model.abstract_parameters(LANGUAGE_MODEL)
+    parameters = jax.tree.map(
+        lambda array, placed: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed),
+        abstract,
+        sharding.tree(axes, abstract),
+    )
+
+    def sent(sequences: int) -> float:
+        tokens = jax.ShapeDtypeStruct((sequences, 8), np.int32, sharding=sharding.rows(2))
+        program = scoring._language_model_chunk.lower(
+            parameters, tokens, tokens, config=LANGUAGE_MODEL, compute_dtype=np.dtype("float32"), sharding=sharding
+        )
+        return sum(collective.sent for collective in hlo.parse(program.compile().as_text()).collectives)
+
+    assert 0 < sent(48) - sent(8) <= 40 * 8 * 4

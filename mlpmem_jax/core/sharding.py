@@ -137,6 +137,14 @@ class Sharding:
                         f"of {name} (shape {array.shape}); choose sizes that they divide, or other config.mesh.rules"
                     )
 
+    @property
+    def activations(self) -> NamedSharding | None:
+        """The NamedSharding of hidden states [B, T, D]; None on a single device.
+
+        Without this constraint the compiler may replicate the batch, and move hidden states rather than parameters.
+        """
+        return None if self.is_local else self.rows(3)
+
     # Programs with explicit collectives (`jax.shard_map`).
 
     @property

@@ -169,7 +169,9 @@ def _memory_rows(parameters, inputs_BxD, *, config, compute_dtype, sharding):
 
 @functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "sharding"))
 def _language_model_chunk(parameters, tokens_BxT, next_BxT, *, config, compute_dtype, sharding):
-    hidden_BxTxD, _ = language_model.features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
+    hidden_BxTxD, _ = language_model.features(
+        parameters, config, tokens_BxT, compute_dtype=compute_dtype, activations=sharding.activations
+    )
     return next_token_log_probabilities(
         hidden_BxTxD,
         language_model.output_kernel(parameters),
@@ -182,7 +184,9 @@ def _language_model_chunk(parameters, tokens_BxT, next_BxT, *, config, compute_d
 
 @functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "sharding"))
 def _language_model_hidden(parameters, tokens_BxT, *, config, compute_dtype, sharding):
-    hidden_BxTxD, _ = language_model.features(parameters, config, tokens_BxT, compute_dtype=compute_dtype)
+    hidden_BxTxD, _ = language_model.features(
+        parameters, config, tokens_BxT, compute_dtype=compute_dtype, activations=sharding.activations
+    )
     return _replicated(hidden_BxTxD, sharding)
 
 

@@ -42,11 +42,16 @@ def forward(parameters, tokens_BxT, next_BxT, *, config, input_blocks, dtype, co
 
     Both are sharded along the batch only, so that each process writes whole rows.
     """
-    activations = sharding.named("batch", None, None)
     final, states = language_model.features(
-        parameters, config, tokens_BxT, input_blocks=input_blocks, compute_dtype=compute_dtype, activations=activations
+        parameters,
+        config,
+        tokens_BxT,
+        input_blocks=input_blocks,
+        compute_dtype=compute_dtype,
+        activations=sharding.activations,
     )
-    outputs = [jax.lax.with_sharding_constraint(states[block].astype(dtype), activations) for block in input_blocks]
+    rows = sharding.rows(3)
+    outputs = [jax.lax.with_sharding_constraint(states[block].astype(dtype), rows) for block in input_blocks]
     if not scored:
         return outputs, None
     log_probabilities = next_token_log_probabilities(
