@@ -1,5 +1,6 @@
 import concurrent.futures
 import itertools
+import os
 import pathlib
 import random
 import re
@@ -14,6 +15,7 @@ import tokenizers
 from workdirs import bytes_by_file
 
 from configs import default
+from mlpmem_jax.core import storage
 from mlpmem_jax.core.errors import ArtifactError, UserError
 from mlpmem_jax.corpus import documents, tokenizer, tokens
 from mlpmem_jax.corpus.documents import SPLITS
@@ -223,6 +225,15 @@ def test_changed_text_is_noticed(corpus):
     tokens.run(config)
     (pathlib.Path(config.corpus.path) / "more.txt").write_text("more")
     with pytest.raises(ArtifactError, match="files"):
+        tokens.run(config)
+
+
+def test_copies_of_large_files_without_their_times_are_explained(corpus, monkeypatch):
+    config, _ = corpus
+    monkeypatch.setattr(storage, "_HASHED_BYTES", 0)
+    tokens.run(config)
+    os.utime(pathlib.Path(config.corpus.path) / "000.txt", (1, 1))
+    with pytest.raises(ArtifactError, match=r"Copies of large files need the times of the originals \(cp -p, rsync"):
         tokens.run(config)
 
 

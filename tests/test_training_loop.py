@@ -335,3 +335,5 @@ def test_batches_that_do_not_divide_and_splits_that_are_too_small_are_refused():
         loop.check_batch(settings, Sharding(mesh), "training")
     with pytest.raises(ConfigError, match="the training split has only 11"):
         loop.total_steps(settings, 11)
+    with pytest.raises(ConfigError, match=r"1.0 epochs of \d+ sequences amount to 2\*\*31 steps or more"):
+        loop.total_steps(settings, 10**12)

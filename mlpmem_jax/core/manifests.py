@@ -146,7 +146,9 @@ def check_same_origin(path: str, manifest: Mapping, kind: str, config: Mapping, 
     stored = {key: manifest[key] for key in expected}
     identified = {*stored["inputs"]} & {*inputs}
     if lines := _differences(*(_without_locations(origin, identified) for origin in (stored, expected))):
+        by_time = any("times, " in line for line in lines)
         raise ArtifactError(
             f"{path}: was made by another config: {'; '.join(lines[:6])}{' ...' if len(lines) > 6 else ''}. "
+            f"{'Copies of large files need the times of the originals (cp -p, rsync -a). ' if by_time else ''}"
             "Choose another config.workdir, restore these values, or delete that folder to make it again"
         )

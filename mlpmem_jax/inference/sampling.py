@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from mlpmem_jax.core.errors import UserError
 
-_LEAST = 1e-6
+_LEAST, _MOST = 1e-6, 1e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How a token is sampled. Temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens.
 
-    Smaller values than `_LEAST` are refused: in float32 they may be 0, which leaves no distribution.
+    Values beyond the bounds are refused: in float32 they may be 0 or infinite, which leaves no distribution.
 
     Raises:
       UserError: a value is out of its range.
@@ -29,7 +28,7 @@ class Sampling:
 
     def __post_init__(self):
         for name, allowed, words in (
-            ("temperature", self.temperature == 0 or _LEAST <= self.temperature < math.inf, f"0, or {_LEAST} or more"),
+            ("temperature", self.temperature == 0 or _LEAST <= self.temperature <= _MOST, f"0, or {_LEAST} to {_MOST}"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", _LEAST <= self.top_p <= 1, f"{_LEAST} to 1"),
         ):

@@ -106,7 +106,7 @@ def total_steps(settings: ml_collections.ConfigDict, sequences: int) -> int:
     """The number of optimizer steps for the settings and a split of `sequences` sequences.
 
     Raises:
-      ConfigError: the split has less than one batch, or the epochs amount to less than one step.
+      ConfigError: the split has less than one batch, or the epochs amount to less than one step or too many.
     """
     if sequences < settings.batch_sequences:
         raise ConfigError(
@@ -116,6 +116,8 @@ def total_steps(settings: ml_collections.ConfigDict, sequences: int) -> int:
     steps = settings.steps or round(settings.epochs * sequences / settings.batch_sequences)
     if steps < 1:
         raise ConfigError(f"epochs: {settings.epochs} epochs of {sequences} sequences amount to less than one step")
+    if steps >= 2**31:  # they are counted in int32
+        raise ConfigError(f"epochs: {settings.epochs} epochs of {sequences} sequences amount to 2**31 steps or more")
     return steps
 
 
