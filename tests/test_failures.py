@@ -159,6 +159,8 @@ def test_costs_survive_a_full_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "stages.jsonl").read_bytes() == before
+    (tmp_path / "stages.jsonl").write_bytes(b'{"stage": "targets"}\n\xff\n[]\n' + before)
+    assert list(stage_costs.totals(tmp_path)["seconds"]) == ["base"]
 
 
 class Raising:

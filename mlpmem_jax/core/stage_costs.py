@@ -46,6 +46,8 @@ def totals(workdir) -> dict[str, dict]:
     """{'seconds': {stage: sum}, 'peak_rss_bytes': {stage: maximum}} over all runs of each stage."""
     seconds, peaks = {}, {}
     for record in json_lines.read(epath.Path(workdir) / _FILE):
+        if not record.keys() >= {"stage", "seconds", "peak_rss_bytes"}:  # edited
+            continue
         stage = record["stage"]
         seconds[stage] = seconds.get(stage, 0.0) + record["seconds"]
         peaks[stage] = max(peaks.get(stage, 0), record["peak_rss_bytes"])
