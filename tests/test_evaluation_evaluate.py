@@ -398,7 +398,8 @@ def test_curves_are_thinned_but_keep_every_validation_and_the_last_record(tmp_pa
     lines[77]["validation/perplexity"] = 3.0
     (tmp_path / "memory").mkdir()
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "memory" / "metrics.jsonl").write_text(text + '{"step": 2000, "lo')
+    edited = '{"loss": 1.0}\n{"step": 7, "loss": null}\n{"step": "a"}\n'
+    (tmp_path / "memory" / "metrics.jsonl").write_text(edited + text + '{"step": 2000, "lo')
     curve = provenance.training_curves(tmp_path)["memory"]
     assert len(curve) <= provenance.CURVE_RECORDS + 1
     assert {0, 77, 1999} - {record["step"] for record in curve} <= {0}

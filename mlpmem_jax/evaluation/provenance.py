@@ -31,7 +31,12 @@ _TRAINED = ("base", "memory")
 def training_curves(workdir) -> dict[str, list[dict]]:
     """Records of the base's and the memory's training, thinned evenly, with all validations kept."""
     curves = {name: json_lines.read(epath.Path(workdir) / name / "metrics.jsonl") for name in _TRAINED}
-    return {name: _thinned(curve) for name, curve in curves.items()}
+    return {name: _thinned([record for record in curve if _is_whole(record)]) for name, curve in curves.items()}
+
+
+def _is_whole(record: dict) -> bool:
+    """Whether a record, which may have been edited, is as `MetricsWriter` writes it."""
+    return "step" in record and all(isinstance(value, int | float) for value in record.values())
 
 
 def _thinned(curve: list[dict]) -> list[dict]:
