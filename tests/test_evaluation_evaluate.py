@@ -356,9 +356,7 @@ def test_inputs_that_were_made_anew_since_are_refused(world, tmp_path, remade):
     manifest = json.loads(file.read_text())
     manifest["summary"]["remade"] = True
     file.write_bytes(manifests.encode({**manifest, "fingerprint": manifests.fingerprint(manifest)}))
-    with pytest.raises(
-        ArtifactError, match=rf"{workdir}/\S+: was made from another \w+ than the one at {workdir / remade}"
-    ):
+    with pytest.raises(ArtifactError, match=rf"/\S+: was made from another \w+ than the one at {workdir / remade}"):
         evaluate.run(config_of(workdir))
     assert not (workdir / "report").exists()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -46,12 +47,12 @@ class Source:
     def __len__(self):
         return len(self.inputs)
 
-    def __getitem__(self, index):
+    def __getitem__(self, sequences_S):
         return {
-            "memory_inputs": self.inputs[index],
-            "token_ids": self.ids[index],
-            "probabilities": self.probabilities[index],
-            "next_tokens": self.ids[index, :, 0],
+            "memory_inputs": self.inputs[sequences_S],
+            "token_ids": self.ids[sequences_S],
+            "probabilities": self.probabilities[sequences_S],
+            "next_tokens": self.ids[sequences_S, :, 0],
         }
 
 
@@ -167,17 +168,15 @@ def test_accumulation_changes_nothing(tmp_path):
 class Terminating(Source):
     """Sends a signal to the process while the seventh batch is read."""
 
-    reads = 0
-
     def __init__(self, signum):
         super().__init__()
         self.signum = signum
+        self.reads = itertools.count(1)  # several threads read
 
-    def __getitem__(self, index):
-        self.reads += 1
-        if self.reads == 16 * 7:
+    def __getitem__(self, sequences_S):
+        if next(self.reads) == 7:
             os.kill(os.getpid(), self.signum)
-        return super().__getitem__(index)
+        return super().__getitem__(sequences_S)
 
 
 def interrupted(folder, first_mesh, second_mesh, signum=signal.SIGTERM):
@@ -258,20 +257,17 @@ def test_the_best_validation_is_kept(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_no_number_stops_with_the_step_named(tmp_path):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    source = Source()
-    order = []
 
     class Poisoned(Source):
-        def __getitem__(self, index):
-            item = dict(super().__getitem__(index))
-            order.append(index)
-            if index == 0:
-                item["memory_inputs"] = item["memory_inputs"] * np.float16(np.nan)
-            return item
+        def __getitem__(self, sequences_S):
+            batch = dict(super().__getitem__(sequences_S))
+            batch["memory_inputs"][sequences_S == 0] = np.nan
+            return batch
 
+    source = Poisoned()
     assert len(source) == 64  # four batches of 16 an epoch: sequence 0 is in one of the first four steps
     with pytest.raises(UserError, match=r"the loss is nan at step [1-4];"):
-        fit(tmp_path, mesh, task=task(), source=Poisoned())
+        fit(tmp_path, mesh, task=task(), source=source)
 
 
 @jax.custom_vjp
