@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 
+from mlpmem_jax.core import failures
 from mlpmem_jax.core.errors import UserError
 
 from . import job
@@ -48,6 +49,7 @@ def _copy_lines(index: int, process: subprocess.Popen, lock: threading.Lock) -> 
             try:
                 print(f"[{index}] {line.rstrip()}", flush=True)
             except BrokenPipeError:  # the reader of the job's output has closed it, which ends the job
+                failures.discard_output()
                 process.terminate()
 
 

@@ -235,9 +235,14 @@ def test_an_imported_base_is_fine_tuned_before_its_keys_are_taken(config, base, 
     assert after < 0.9 * before
     monkeypatch.setattr(continued.train_base, "train", lambda *_, **__: pytest.fail("trained again"))
     stages.run("base", own)
-    own.base.finetune_steps = 9
-    with pytest.raises(ArtifactError, match=r"config.training.steps: 8 there, 9 now"):
-        stages.run("base", own)
+    for key, value, changed in (
+        ("finetune_steps", 9, "training.steps: 8"),
+        ("context_length", 12, "context_length: 16"),
+    ):
+        other = own.copy_and_resolve_references()
+        other.base[key] = value
+        with pytest.raises(ArtifactError, match=rf"config.{changed} there, {value} now"):
+            stages.run("base", other)
 
 
 def test_what_saves_memory_or_time_may_change_when_a_training_resumes(config):

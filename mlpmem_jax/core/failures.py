@@ -105,8 +105,13 @@ def _exit(code: int) -> NoReturn:
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard_output()
     sys.exit(code)
+
+
+def discard_output() -> None:
+    """Discards standard output from now on, including what could not be written yet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def bug() -> str:

@@ -113,7 +113,8 @@ def train_on(
     sharding = Sharding.of(config)
     artifact = open_artifact(workdir / source, "base")
     model, length = saved.language_model_config(artifact), config.base.context_length
-    kept, inputs = {"training": loop.origin(settings)}, {source: artifact.fingerprint, **inputs}
+    kept = {"training": loop.origin(settings), "context_length": length}
+    inputs = {source: artifact.fingerprint, **inputs}
     if rates:
         kept["training"]["learning_rate"] = list(rates)
     if finished := find_finished(workdir / name, "base", kept, inputs):

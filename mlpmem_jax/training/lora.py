@@ -119,7 +119,8 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     per_step = continued.flops_per_step(model, length, config.training)
     steps = max(1, round(memory.summary["training_flops"] / per_step))
     settings = continued.small_steps(continued.settings_of(config), steps)
-    kept = {"training": {**loop.origin(settings), "learning_rate": list(_RATES)}, "rank": rank, "scale": SCALE}
+    training = {**loop.origin(settings), "learning_rate": list(_RATES)}
+    kept = {"training": training, "context_length": length, "rank": rank, "scale": SCALE}
     inputs = {"base": artifact.fingerprint, "memory": memory.fingerprint}
     if finished := find_finished(workdir / FOLDER, "base", kept, inputs):
         continued.remove_short_runs(finished.path)
