@@ -7,7 +7,7 @@ import pytest
 from configs import smoke
 from mlpmem_jax.comparison.systems import SYSTEMS, Workdir
 from mlpmem_jax.core.artifacts import ArtifactWriter
-from mlpmem_jax.core.errors import ArtifactError
+from mlpmem_jax.core.errors import ArtifactError, UserError
 from mlpmem_jax.training import controls, lora, train_memory
 
 MADE_FROM = {
@@ -73,6 +73,15 @@ def test_the_memory_does_without_a_datastore_that_was_deleted(config):
 def test_nothing_is_trained_beside_a_memory_of_another_base(config, train):
     make_anew(config, "base")
     with pytest.raises(ArtifactError, match="memory: was made from another base"):
+        train(config)
+
+
+@pytest.mark.parametrize("train", [controls.continued, lora.run])
+def test_nothing_is_trained_beside_a_memory_of_unknown_cost(config, train):
+    shutil.rmtree(f"{config.workdir}/memory")
+    made_from = {"base": Workdir(config).artifact("base", "base").fingerprint}
+    ArtifactWriter.create(f"{config.workdir}/memory", "memory", {"imported": {}}, made_from, {}).seal({})
+    with pytest.raises(UserError, match="memory: was imported, so its training cost"):
         train(config)
 
 

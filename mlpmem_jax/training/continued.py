@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
+from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
@@ -74,6 +75,19 @@ def steps_with_rate_search(steps: int) -> int:
 
 def _short_steps(steps: int) -> int:
     return max(1, round(_SHORT_RUN * steps))
+
+
+def flops_of_memory(memory: Artifact, base: Artifact) -> float:
+    """Training FLOPs of a memory, which training without one is compared at.
+
+    Raises:
+      ArtifactError: the memory was made from another base.
+      UserError: the memory was imported, so that its training cost is unknown.
+    """
+    memory.check_made_from({"base": base})
+    if "training_flops" not in memory.summary:
+        raise UserError(f"{memory.path}: was imported, so its training cost, which the comparison needs, is unknown")
+    return memory.summary["training_flops"]
 
 
 def flops_per_step(model: language_model.Config, length: int, settings: ml_collections.ConfigDict) -> int:

@@ -11,7 +11,6 @@ from etils import epath
 
 from mlpmem_jax.core import stage_costs
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
-from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.models import saved
 from mlpmem_jax.training import continued as continued_training
@@ -28,14 +27,12 @@ def continued(config: ml_collections.ConfigDict) -> Artifact:
     """
     workdir = epath.Path(config.workdir)
     trained, base = open_artifact(workdir / "memory", "memory"), open_artifact(workdir / "base", "base")
-    if "training_flops" not in trained.summary:
-        raise UserError(f"{trained.path}: was imported, so its training cost, which `continued` must match, is unknown")
-    trained.check_made_from({"base": base})
+    training_flops = continued_training.flops_of_memory(trained, base)
     is_imported = base.is_imported or config.base.source != "train"
     settings = ml_collections.ConfigDict(config.training if is_imported else config.base.training)
     model, length = saved.language_model_config(base), config.base.context_length
     per_step = continued_training.flops_per_step(model, length, settings)
-    steps = max(1, round(trained.summary["training_flops"] / per_step))
+    steps = max(1, round(training_flops / per_step))
     group, rates = "base.training", ()
     if is_imported:
         settings = continued_training.small_steps(continued_training.settings_of(config), steps)

@@ -20,7 +20,6 @@ from etils import epath
 
 from mlpmem_jax.core import parameters as stored
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
-from mlpmem_jax.core.errors import UserError
 from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding, is_axes
@@ -106,9 +105,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     workdir, sharding = epath.Path(config.workdir), Sharding.of(config)
     memory, artifact = open_artifact(workdir / "memory", "memory"), open_artifact(workdir / "base", "base")
     tokens = open_artifact(workdir / "tokens", "tokens")
-    if "training_flops" not in memory.summary:
-        raise UserError(f"{memory.path}: was imported, so its training cost, which LoRA must match, is unknown")
-    memory.check_made_from({"base": artifact})
+    training_flops = continued.flops_of_memory(memory, artifact)
     model, length = saved.language_model_config(artifact), config.base.context_length
     abstract = language_model.abstract_parameters(model)
     logical_axes = language_model.logical_axes(model)
@@ -117,7 +114,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     rank = max(1, round(wanted / per_rank))
 
     per_step = continued.flops_per_step(model, length, config.training)
-    steps = max(1, round(memory.summary["training_flops"] / per_step))
+    steps = max(1, round(training_flops / per_step))
     settings = continued.small_steps(continued.settings_of(config), steps)
     training = {**loop.origin(settings), "learning_rate": list(_RATES)}
     kept = {"training": training, "context_length": length, "rank": rank, "scale": SCALE}
