@@ -304,6 +304,22 @@ def test_many_vectors_are_searched_to_the_recall_that_is_asked_for(tmp_path, mon
         np.testing.assert_array_equal(ids_QxK, expected)
 
 
+@pytest.mark.parametrize("sooner", ["exact", "index"])
+def test_single_queries_are_timed_with_the_search_that_answers_sooner(tmp_path, monkeypatch, sooner):
+    vectors_NxD, queries_QxD = made_vectors(40)
+
+    def seconds(index, k, queries_QxD):
+        is_exact = index._effort is None
+        index.search(queries_QxD[:1], k)
+        return 1.0 if is_exact == (sooner == "exact") else 2.0
+
+    monkeypatch.setattr(searching, "_seconds_per_query", seconds)
+    settings = {"backend": "scann", "recall": 0.9, "training_sample": 6000}
+    source, mesh = searching.source_of(vectors_NxD), make_mesh(devices=jax.devices()[:1])
+    index = searching.open_fastest(source, settings, 5, mesh, epath.Path(tmp_path) / "index", queries_QxD)
+    assert (index._effort is None) == (sooner == "exact")
+
+
 @pytest.mark.parametrize("backend", ["scann", "exact"])
 def test_a_large_datastore_is_searched_as_targets_are_made(tmp_path, monkeypatch, backend):
     monkeypatch.setattr(searching, "EXACT", 5000)

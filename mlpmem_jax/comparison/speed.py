@@ -23,7 +23,7 @@ import rich.table
 
 from mlpmem_jax.comparison import greedy, page, speed_page, systems
 from mlpmem_jax.comparison.passages import Retriever, documents, make_retriever, split
-from mlpmem_jax.comparison.searching import EXACT, fingerprint, open_index
+from mlpmem_jax.comparison.searching import EXACT, fingerprint, open_fastest
 from mlpmem_jax.comparison.systems import SIDE_MODEL, SYSTEMS, Workdir
 from mlpmem_jax.core import host
 from mlpmem_jax.core.errors import ArtifactError, UserError
@@ -233,7 +233,7 @@ def _neighbors_over(workdir: Workdir, positions: int):
     source = _more_keys(keys_NxD, positions)
     settings, k = workdir.config.targets, min(workdir.k, positions)
     folder = workdir.indices / f"speed_{fingerprint(datastore.fingerprint, positions, settings)}"
-    index = open_index(source, settings, k, workdir.sharding.mesh, folder, source.read(0, min(positions, 256)))
+    index = open_fastest(source, settings, k, workdir.sharding.mesh, folder, source.read(0, min(positions, 256)))
     return workdir.neighbors(index, np.resize(next_tokens_N, positions))
 
 
@@ -258,9 +258,11 @@ def _more_keys(keys_NxD: np.ndarray, count: int) -> KeySource:
 
 
 def _check_memory(workdir: Workdir, positions: int, keys_NxD: np.ndarray) -> None:
-    backend = exact_backend.Backend if positions <= EXACT else backends.chosen(workdir.config.targets.backend)[1]
-    search = backend.create(workdir.config.targets, workdir.k, workdir.sharding.mesh)
-    needed = keys_NxD.nbytes + search.needs(positions, keys_NxD.shape[1], keys_NxD.dtype.itemsize, 1).memory
+    settings = workdir.config.targets
+    compared = [backends.chosen(settings.backend)[1], *([exact_backend.Backend] if positions <= EXACT else [])]
+    shape = positions, keys_NxD.shape[1], keys_NxD.dtype.itemsize
+    searches = [backend.create(settings, workdir.k, workdir.sharding.mesh) for backend in compared]
+    needed = keys_NxD.nbytes + sum(search.needs(*shape, processes=1).memory for search in searches)
     if needed > host.memory_bytes():
         raise _TooLargeError(
             f"its index needs {needed / 2**30:.1f} GiB of memory, this machine has {host.memory_bytes() / 2**30:.1f}"
