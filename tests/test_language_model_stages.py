@@ -22,6 +22,7 @@ from mlpmem_jax.interop.base_model import check_fits
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.llama import LlamaConfig
 from mlpmem_jax.models.rotary import Rotary
+from mlpmem_jax.scaling import tasks
 from mlpmem_jax.training import continued, controls, train_memory
 
 MISTRAL = LlamaConfig(
@@ -187,6 +188,20 @@ def test_a_base_that_was_imported_is_trained_on_at_the_best_of_small_rates(confi
     assert not pathlib.Path(control.path, "rates").exists()
     assert controls.continued(own).fingerprint == control.fingerprint  # and nothing is tried again
     assert not pathlib.Path(control.path, "rates").exists()
+
+
+def test_a_sweep_continues_an_imported_base_at_the_best_of_small_rates(config, monkeypatch):
+    monkeypatch.setattr(continued, "RATES", (0.001, 0.003))
+    own = config.copy_and_resolve_references()
+    own.training.update({"steps": 8, "learning_rate": 0.5, "evaluate_every": 8, "optimizer": "muon"})
+    trained = continued.run(own)
+    assert trained.summary["rate_search"].keys() == {"0.001", "0.003"}
+    assert trained.summary["learning_rate"] in continued.RATES
+    assert trained.config["training"]["optimizer"] == "adamw"
+    task = tasks.SweepTask("of-mistral-continued", "continued", own, (), {}, 0.0)
+    assert task.is_finished()
+    own.base.context_length -= 1
+    assert not task.is_finished()
 
 
 def test_a_base_that_training_only_harms_is_its_own_control(config, base, monkeypatch):

@@ -65,6 +65,5 @@ def get_sweep():
     points += [variant_point(PASSES, {key: value}) for key, values in OTHERS.items() for value in values]
     points += [variant_point(LONGER_PASSES, change) for change in ({}, WITHOUT_TARGETS)]
     compute = budget(PASSES, REFERENCE["memory.blocks"])
-    overrides = {"training.learning_rate": 1e-4}  # a memory's rate is too high for parameters that were trained before
-    points.append(point(f"of-{PASSES}-passes-continued", "continued", compute, overrides=overrides))
+    points.append(point(f"of-{PASSES}-passes-continued", "continued", compute))
     return {"config": config, "counted": "training", "positions": 0, "points": points}

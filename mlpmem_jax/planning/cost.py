@@ -125,8 +125,10 @@ def estimate(
         if config.datastore.key_model:
             forward += language_model.forward_flops(models.keys, length, output_projection=False)
     steps = loop.total_steps(settings, positions // length)
-    training = float(steps) * settings.batch_sequences * length * per_position
-    total = training + float(positions) * forward
+    per_step = float(settings.batch_sequences * length * per_position)
+    training, total = steps * per_step, float(positions) * forward
+    is_searched = arm == "continued" and config.base.source != "train"  # for the best learning rate
+    total += per_step * (continued.steps_with_rate_search(steps) if is_searched else steps)
     total += 3.0 * programs.base_positions(config, positions) * language_model.forward_flops(models.base, length)
     return RunCost(
         chip_hours=total / (CHIPS[tpu.family].flops * utilization) / 3600,

@@ -115,6 +115,7 @@ def _continued(point: Point, base: Artifact) -> dict[str, float | str]:
         "training_flops": trained.summary["training_flops"],
         "construction_flops": 0.0,
         "steps": steps,
+        "learning_rate": trained.summary.get("learning_rate", point.config.training.learning_rate),
         "base_perplexity": "",
         "validation_perplexity": trained.summary["perplexity"]["validation"],
         "interpolation_weight": "",

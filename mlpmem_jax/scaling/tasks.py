@@ -25,7 +25,7 @@ from mlpmem_jax.corpus.documents import SPLITS
 from mlpmem_jax.models import language_model
 from mlpmem_jax.scaling import budgets
 from mlpmem_jax.scaling.sweep import Sweep
-from mlpmem_jax.training import continued, loop
+from mlpmem_jax.training import continued
 
 SHARED = ("tokens", "base", "datastore", "targets")
 _VERBS = {"augmented": "run", "continued": "continued"}
@@ -79,8 +79,8 @@ class SweepTask:
                 return False
         if self.verb == "continued":
             manifest = manifests.read_manifest(str(workdir / continued.FOLDER))
-            kept = loop.origin(continued.settings_of(self.config))
-            return manifest is not None and manifest["sealed"] and manifest["config"] == {"training": kept}
+            origin = json.loads(json.dumps(continued.origin(self.config, *continued.of_arm(self.config))))
+            return manifest is not None and manifest["sealed"] and manifest["config"] == origin
         products = (manifests.read_manifest(str(workdir / folder)) for folder in _products(self.verb, self.config))
         return all(manifest is not None and manifest["sealed"] for manifest in products)
 

@@ -31,12 +31,33 @@ _SEQUENCES_AT_ONCE = 1024
 
 
 def run(config: ml_collections.ConfigDict) -> Artifact:
-    """Continues training the base of `config.workdir` with the settings `config.training`, and scores it.
+    """Continues training the base of `config.workdir` for as long as `config.training` says, and scores it.
 
     Raises:
       UserError: the base is not finished, or does not match the config.
     """
-    return train_on(config, settings_of(config), FOLDER, {}, "training")
+    settings, rates = of_arm(config)
+    if rates and not settings.steps:
+        stream = TokenStream(open_artifact(epath.Path(config.workdir) / "tokens", "tokens"), "train")
+        steps = loop.total_steps(settings, num_sequences(stream, config.base.context_length))
+        settings = small_steps(settings, steps)
+    return train_on(config, settings, FOLDER, {}, "training", rates=rates)
+
+
+def of_arm(config: ml_collections.ConfigDict) -> tuple[ml_collections.ConfigDict, tuple[float, ...]]:
+    """The settings of a sweep's arm `continued`, and the learning rates it chooses from, if any.
+
+    A base that was trained here continues with `config.training`. For an imported one the rate of a memory is too high;
+    it takes the best of a few small ones, with AdamW, as controls do.
+    """
+    settings = settings_of(config)
+    return (settings, ()) if config.base.source == "train" else (small_steps(settings, settings.steps), RATES)
+
+
+def origin(config: ml_collections.ConfigDict, settings: ml_collections.ConfigDict, rates: tuple[float, ...]) -> dict:
+    """What the result of `train_on` depends on, apart from artifacts, for its manifest."""
+    training = loop.origin(settings) | ({"learning_rate": list(rates)} if rates else {})
+    return {"training": training, "context_length": config.base.context_length}
 
 
 def settings_of(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -127,10 +148,7 @@ def train_on(
     sharding = Sharding.of(config)
     artifact = open_artifact(workdir / source, "base")
     model, length = saved.language_model_config(artifact), config.base.context_length
-    kept = {"training": loop.origin(settings), "context_length": length}
-    inputs = {source: artifact.fingerprint, **inputs}
-    if rates:
-        kept["training"]["learning_rate"] = list(rates)
+    kept, inputs = origin(config, settings, rates), {source: artifact.fingerprint, **inputs}
     if finished := find_finished(workdir / name, "base", kept, inputs):
         remove_short_runs(finished.path)
         say(f"{name}: already finished")

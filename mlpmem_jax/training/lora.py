@@ -25,7 +25,7 @@ from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding, is_axes
 from mlpmem_jax.models import flops, language_model, saved
 from mlpmem_jax.models.memory import MemoryConfig
-from mlpmem_jax.training import continued, loop, train_base
+from mlpmem_jax.training import continued, train_base
 
 FOLDER = "lora"
 ADAPTERS = "adapters"
@@ -116,8 +116,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     per_step = continued.flops_per_step(model, length, config.training)
     steps = max(1, round(training_flops / per_step))
     settings = continued.small_steps(continued.settings_of(config), steps)
-    training = {**loop.origin(settings), "learning_rate": list(_RATES)}
-    kept = {"training": training, "context_length": length, "rank": rank, "scale": SCALE}
+    kept = {**continued.origin(config, settings, _RATES), "rank": rank, "scale": SCALE}
     inputs = {"base": artifact.fingerprint, "memory": memory.fingerprint}
     if finished := find_finished(workdir / FOLDER, "base", kept, inputs):
         continued.remove_short_runs(finished.path)
