@@ -2,13 +2,27 @@
 
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
 import scipy.special
 from comparison_data import small_run, write_data
 
-from mlpmem_jax.comparison import compare, greedy, packing, reading, scores, searching, speed, systems, tasks, weights
+from configs import smoke
+from mlpmem_jax.comparison import (
+    compare,
+    costs,
+    greedy,
+    packing,
+    reading,
+    scores,
+    searching,
+    speed,
+    systems,
+    tasks,
+    weights,
+)
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.corpus.tokens import read_tokenizer
@@ -122,10 +136,51 @@ def test_every_system_answers_every_task(config, compared, answers):
     assert rag["measures"]["gold log-probability"] != base["measures"]["gold log-probability"]
     page = pathlib.Path(config.workdir, "comparison/index.html").read_text()
     assert all(systems.SYSTEMS[name].title in page for name in systems.SYSTEMS)
-    costs = compared["systems"]
-    assert costs["base"]["training_flops"] == 0 < costs["lora"]["training_flops"]
-    assert costs["memory"]["training_flops"] == pytest.approx(costs["cpt"]["training_flops"], rel=0.5)
-    assert costs["knn_lm"]["bytes"] > costs["base"]["bytes"]
+    cost_of = compared["systems"]
+    assert cost_of["base"]["training_flops"] == 0 < cost_of["lora"]["training_flops"]
+    assert cost_of["memory"]["training_flops"] == pytest.approx(cost_of["cpt"]["training_flops"], rel=0.5)
+    assert cost_of["knn_lm"]["bytes"] > cost_of["base"]["bytes"]
+    parameters = {name: cost["parameters"] for name, cost in cost_of.items()}
+    assert parameters["cpt"] == parameters["base"] == parameters["knn_lm"] < parameters["memory"]
+    assert parameters["cpt+memory"] == parameters["cpt"] + parameters["memory"]  # the memory reads the base's states
+    assert (
+        cost_of["cpt+memory"]["bytes"] > cost_of["cpt"]["bytes"] + cost_of["memory"]["bytes"] - cost_of["rag"]["bytes"]
+    )
+    datastore = open_artifact(f"{config.workdir}/datastore/train", "datastore")
+    base = saved.language_model_config(open_artifact(f"{config.workdir}/base", "base"))
+    sequences, length = datastore.arrays["next_tokens"].shape
+    forward = language_model.forward_flops(base, length, output_projection=False)
+    assert (
+        cost_of["knn_lm"]["construction_flops"]
+        == sequences * length * forward
+        < cost_of["memory"]["construction_flops"]
+    )
+    assert cost_of["base"]["construction_flops"] == cost_of["rag"]["construction_flops"] == 0
+
+
+def test_fine_tuning_of_the_base_and_a_model_of_keys_are_counted_once():
+    def artifact(**members):
+        return types.SimpleNamespace(**{"summary": {}, "config": {}, "inputs": {}, "path": "nowhere"} | members)
+
+    dimensions = {"vocab_size": 100, "context_length": 8, "width": 16, "blocks": 2, "heads": 2}
+    keys = {**dimensions, "width": 32, "blocks": 3}
+    base = artifact(summary={"model": dimensions, "parameter_count": 5, "training_flops": 1e9})
+    parts = {
+        "base": base,
+        "memory": artifact(summary={"parameter_count": 3, "training_flops": 2e9}),
+        "datastore": artifact(arrays={"next_tokens": np.zeros((10, 8))}),
+        "targets": artifact(config={"backend": "exact", "k": 4}),
+        "key_model": artifact(summary={"model": keys}),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs.provenance, "artifact_bytes", lambda artifact: 1)
+        actual = costs.cost(smoke.get_config(), parts, seconds=1.0)
+        assert costs.cost(smoke.get_config(), {"base": base}, seconds=1.0)["training_flops"] == 0
+    assert actual["training_flops"] == 2e9
+    assert (actual["parameters"], actual["bytes"]) == (8, 2)
+    models = [saved.language_model_config(artifact(summary={"model": of})) for of in (dimensions, keys)]
+    forward = sum(language_model.forward_flops(model, 8, output_projection=False) for model in models)
+    assert actual["construction_flops"] == 80 * forward + 2 * 32 * 80 * 80
 
 
 def test_an_adapted_model_has_the_parameters_of_the_memory(config, compared):

@@ -81,6 +81,7 @@ def test_construction_counts_forward_passes_and_the_search():
     cost = budgets.construction(base, None, 8, 1000, "exact", targets)
     forward = 2 * (2 * 12 * 16**2) + 2 * 8 * 2 * 16  # twice the blocks' weights, and attention
     assert cost == 1000 * forward + 2 * 16 * 1000 * 1000
+    assert budgets.construction(base, None, 8, 1000, "exact", targets, queries=0) == 1000 * forward
     with_keys = budgets.construction(base, keys, 8, 1000, "exact", targets)
     assert with_keys == cost - 2 * 16 * 1000**2 + 1000 * (2 * 3 * 12 * 32**2 + 2 * 8 * 3 * 32) + 2 * 32 * 1000**2
     many = 1_000_000

@@ -106,15 +106,24 @@ class Workdir:
     def parts(self, system: System) -> dict[str, Artifact]:
         """The artifacts that a system is built from, by role.
 
+        The roles are "base"; "model", another language model, trained for the system; "memory"; and "datastore",
+        "targets" and "key_model", of which a memory is made and in which kNN-LM searches.
+
         Raises:
           ArtifactError: one is not finished.
         """
-        artifacts = {"model": self.artifact(FOLDERS[system.model], "base")}
+        artifacts = {}
+        if system.model != SIDE_MODEL:
+            artifacts["model"] = self.artifact(FOLDERS[system.model], "base")
+        if system.side or system.model == SIDE_MODEL:
+            artifacts["base"] = self.artifact(FOLDERS[SIDE_MODEL], "base")
         if system.side == "memory":
             artifacts["memory"] = self.artifact("memory", "memory")
         if system.side:
             artifacts["datastore"] = self.artifact("datastore/train", "datastore")
             artifacts["targets"] = self.artifact("targets/train", "targets")
+            if "key_model" in artifacts["datastore"].inputs:
+                artifacts["key_model"] = self.artifact("key_model", "base")
         return artifacts
 
     @functools.cache  # noqa: B019  one working directory per command

@@ -92,6 +92,7 @@ def construction(
     positions: int,
     backend: str,
     targets: dict,
+    queries: int | None = None,
 ) -> float:
     """FLOPs of building inputs and targets of the training split.
 
@@ -99,17 +100,19 @@ def construction(
       base: dimensions of the base.
       key_model: dimensions of the key model; None if it is the base.
       length: positions per sequence.
-      positions: N, the number of keys and also of queries.
+      positions: N, the number of keys.
       backend: the search backend, as in config.targets.
       targets: the settings config.targets.
+      queries: the number of queries; None = one per key.
     """
     models = [base] if key_model is None else [base, key_model]
     forward = sum(language_model.forward_flops(model, length, output_projection=False) for model in models)
-    return float(positions) * forward + _search(models[-1].width, positions, backend, targets)
+    queries = positions if queries is None else queries
+    return float(positions) * forward + _search(models[-1].width, positions, queries, backend, targets)
 
 
-def _search(width: int, positions: int, backend: str, targets: dict) -> float:
-    """FLOPs of indexing N keys of the given width, and of querying each index once per key."""
+def _search(width: int, positions: int, queries: int, backend: str, targets: dict) -> float:
+    """FLOPs of indexing N keys of the given width, and of running all queries on each index."""
     shards = math.ceil(positions / targets["key_shard_rows"])
     search = Search.create(backends.planned(backend), targets)
-    return shards * search.flops(math.ceil(positions / shards), width, positions)
+    return shards * search.flops(math.ceil(positions / shards), width, queries)
