@@ -134,8 +134,8 @@ class Reference:
         """{row number: scores of the labels}, and how many words the longest list has."""
         file, prompt, domain, _ = FUZZY[name]
         rows = read_rows(self.data / "pmi" / file)
-        first = len(self.encode(""))
-        ids = [[self.encode(f" {word}")[first] for word in group] for group in words_of(self.data, name)]
+        first = len(self.encode("the"))
+        ids = [[self.encode(f"the {word}")[first] for word in group] for group in words_of(self.data, name)]
         in_domain_V = np.exp(self.next_tokens(self.encode(domain))[-1])
         actual = {}
         for number in numbers:

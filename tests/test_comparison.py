@@ -183,6 +183,24 @@ def test_fine_tuning_of_the_base_and_a_model_of_keys_are_counted_once():
     assert actual["construction_flops"] == 80 * forward + 2 * 32 * 80 * 80
 
 
+@pytest.mark.parametrize(
+    ("name", "scores_of", "parts"),
+    [
+        ("base", ("base", False), ["model"]),
+        ("memory", ("base", False), ["model", "memory"]),
+        ("knn_lm", ("base", False), ["model", "knn"]),
+        ("knn_lm", ("base", True), []),
+        ("rag", ("base", True), ["model"]),
+        ("cpt", ("base", False), []),
+        ("cpt+memory", ("base", False), ["model", "memory"]),
+        ("cpt+memory", ("continued", False), ["model"]),
+        ("lora", ("continued", False), []),
+    ],
+)
+def test_a_system_is_charged_for_what_it_computes(name, scores_of, parts):
+    assert compare._parts_of(systems.SYSTEMS[name], *scores_of) == parts
+
+
 def test_an_adapted_model_has_the_parameters_of_the_memory(config, compared):
     adapted = open_artifact(f"{config.workdir}/lora", "base").summary
     blocks = 16 * 64 * 2 + 64 + 3 * 16 + 2 * 16  # of the memory: two matrices, their biases, two norms

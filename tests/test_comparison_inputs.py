@@ -1,12 +1,15 @@
 """What tasks are read from: files, data sets of the hub by name, words; and what they refuse."""
 
 import csv
+import itertools
 import json
+import re
 import types
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from etils import epath
 from workdirs import write_datastore
 
@@ -22,8 +25,9 @@ NINE = ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte", "agn", "yahoo")
 
 def encode(texts):
     """A character is a token, but for some words that are one; a space in front of a word is part of its token."""
-    words = {" good": 900, " bad": 901, " awful": 902}
-    return [[1, words[text]] if text in words else [1, *map(ord, text)] for text in texts]
+    words = {" good": [900], " bad": [901], " awful": [902]}
+    parts = [re.split(f"({'|'.join(words)})", text) for text in texts]
+    return [[1, *itertools.chain(*(words.get(part) or map(ord, part) for part in of))] for of in parts]
 
 
 def words_task(**changes):
@@ -120,6 +124,23 @@ def test_words_of_several_tokens_count_by_their_first_one_or_not_at_all():
     model = [np.log([[0.3, 0.2, 0.1]]), np.log([[0.1, 0.1, 0.1]])]
     answer = scores.answer(encoded, 0, model, None, 0.0)
     np.testing.assert_allclose(metrics.choice_scores(answer), np.log([3, 2]), rtol=1e-6)
+
+
+def test_words_of_llama_2_are_not_the_space_before_them():
+    """Its tokenizer puts a space in front of every text, so that " good" alone begins with two."""
+    words = ["▁it", "▁is", "▁good", "▁bad"]
+    steps = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
+    pieces = ["<s>", *sorted({*"".join(words), *(a + b for a, b in steps)})]
+    model = tokenizers.models.BPE({piece: number for number, piece in enumerate(pieces)}, list(dict.fromkeys(steps)))
+    tokenizer = tokenizers.Tokenizer(model)
+    normalizers = tokenizers.normalizers
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    question = words_question((" good",), (" bad",))
+    for single_tokens in (False, True):
+        task = words_task(single_tokens=single_tokens)
+        encoded = scores.encode_questions(task, [question], None, scores.encoder(tokenizer), 99)
+        assert encoded.rows[0].ids_PxJ == [[pieces.index("▁good"), pieces.index("▁bad")]]
 
 
 def test_words_of_a_file_follow_those_of_the_task(tmp_path):
@@ -252,12 +273,14 @@ def test_the_index_of_another_encoder_in_the_same_folder_is_another(tmp_path, mo
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"{", b"[]", b"{}"])
 def test_damaged_results_are_computed_again(tmp_path, content):
-    values, texts = {"model": [np.array([[-1.0]])]}, ["a"]
-    for name, cached, computed in (("a.npz", scores.cached_scores, values), ("a.json", scores.cached_texts, texts)):
-        file = epath.Path(tmp_path / name)
+    values = {"model": [np.array([[-1.0]])], "knn": [np.array([[-2.0]])]}, {"model": 1.5, "knn": 2.5}
+    files = [epath.Path(tmp_path / name) for name in ("a.npz", "a.json")]
+    for file in files:
         file.write_bytes(content)
-        assert cached(file, "made of this", lambda computed=computed: computed)[0] is computed
-        assert cached(file, "made of this", lambda: None)[0] == computed
+    assert scores.cached_scores(files[0], "made of this", lambda: values) == values
+    assert scores.cached_texts(files[1], "made of this", lambda: ["a"])[0] == ["a"]
+    assert scores.cached_scores(files[0], "made of this", lambda: None) == values
+    assert scores.cached_texts(files[1], "made of this", lambda: None)[0] == ["a"]
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted():

@@ -45,7 +45,7 @@ def test_packed_texts_are_read_as_if_each_stood_alone(name, has_prefix):
         tokens_T[: len(row.tokens_T)] = row.tokens_T
     alone_BxTxV = scipy.special.log_softmax(np.asarray(language_model.logits(parameters, model, tokens_BxT)), axis=-1)
     sharding = Sharding(make_mesh(devices=jax.devices()[:2]))
-    actual = reading.read(reading.Model(parameters, model), rows, {}, sharding, "texts")["model"]
+    actual = reading.read(reading.Model(parameters, model), rows, {}, sharding, "texts")[0]["model"]
     mixed = reading.read_mixture(reading.Model(parameters, model), rows, None, 0.0, sharding, "texts")
     for number, row in enumerate(rows):
         log_PxV = alone_BxTxV[number, list(row.positions_P)]
@@ -72,3 +72,22 @@ def test_no_text_is_read_in_what_is_shared():
     rows = [Row.of_next(prompt, [token]) for token in (1, 2, 3)]
     assert packing.shared_prefix(rows) == prompt[:-1]
     assert packing.shared_prefix([Row.of_next([1, *prompt[index:]], [0]) for index in range(4)]) == []
+
+
+def test_the_time_of_a_side_is_not_the_language_models(monkeypatch):
+    now = [0.0]  # the clock moves in the side alone
+    monkeypatch.setattr(reading.time, "perf_counter", lambda: now[0])
+
+    class Slow:
+        block = 1
+
+        def log_probabilities(self, states_BxD, places_M, ids_M):
+            now[0] += 100.0
+            return np.zeros(len(ids_M))
+
+    model = MODELS["gpt2"]
+    of = reading.Model(language_model.init(model, jax.random.key(0)), model)
+    sharding = Sharding(make_mesh(devices=jax.devices()[:1]))
+    values, seconds = reading.read(of, made_rows(3, has_prefix=False), {"slow": Slow()}, sharding, "texts")
+    assert seconds["model"] == 0 < seconds["slow"]
+    assert values.keys() == seconds.keys() == {"model", "slow"}

@@ -188,22 +188,22 @@ class _TaskComparison:
         """Scores of a language model and of the sides that read its hidden states, computed or loaded once."""
         key = model, retrieves, split
         if key not in self._scored:
-            sides = sorted({SYSTEMS[name].side for name in self._chosen} - {""}) if model == SIDE_MODEL else []
+            mixed = {SYSTEMS[name].side for name in self._chosen if SYSTEMS[name].retrieves == retrieves} - {""}
+            sides = sorted(mixed) if model == SIDE_MODEL else []
             inputs = {f"{name} {role}": artifact.fingerprint for name in self._chosen for role, artifact
                        in self._artifacts[name].items()
                        if SYSTEMS[name].model == model or SYSTEMS[name].side in sides}  # fmt: skip
             inputs |= {"search": self._workdir.search_settings, "sides": ",".join(sides)}
             file = self._folder / "scores" / f"{self._file_name}-{split}-{model}{'-rag' if retrieves else ''}.npz"
 
-            def compute() -> dict[str, scores.Values]:
+            def compute() -> tuple[dict[str, scores.Values], dict[str, float]]:
                 read_sides = {side: self._workdir.side(side) for side in sides}
                 title = f"{self._name}/{split}, {model}{' with passages' if retrieves else ''}"
                 return read(self._workdir.model(model), encoded.rows, read_sides, self._workdir.sharding, title)
 
             self._scored[key], seconds = scores.cached_scores(file, scores.fingerprint(encoded, inputs), compute)
-            for name in self._chosen:  # each system that shares this forward pass is charged its whole time
-                if (SYSTEMS[name].model, SYSTEMS[name].retrieves) == (model, retrieves):
-                    self._seconds[name] += seconds
+            for name in self._chosen:
+                self._seconds[name] += sum(seconds[part] for part in _parts_of(SYSTEMS[name], model, retrieves))
         return self._scored[key]
 
     def _grid_values(self, system: System, encoded: scores.EncodedQuestions, split: str) -> np.ndarray:
@@ -307,6 +307,14 @@ class _TaskComparison:
             "truncated prompts": {("with passages" if key else "plain"): one.truncated for key, one in encoded.items()},
             "systems": of_systems,
         }
+
+
+def _parts_of(system: System, model: str, retrieves: bool) -> list[str]:
+    """The parts of a language model's scores that a system needs; every system that shares a part is charged for it."""
+    if system.retrieves != retrieves:
+        return []
+    reads = system.model == model or (system.side and model == SIDE_MODEL)
+    return [*(["model"] if reads else []), *([system.side] if system.side and model == SIDE_MODEL else [])]
 
 
 def paired_interval(differences_N: np.ndarray, confidence: float, seed: int) -> list[float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -37,8 +38,8 @@ class Model:
 
 def read(
     model: Model, rows: Sequence[Row], sides: dict[str, Side], sharding: Sharding, name: str
-) -> dict[str, list[np.ndarray]]:
-    """Log-probabilities, float [P, J] for each row: the language model's under "model", each side's under its name.
+) -> tuple[dict[str, list[np.ndarray]], dict[str, float]]:
+    """Log-probabilities of texts by the language model, and by the sides that read its hidden states.
 
     Args:
       model: the language model.
@@ -46,10 +47,16 @@ def read(
       sides: what else reads the model's hidden states, by name.
       sharding: the model's sharding.
       name: label for progress output.
+
+    Returns:
+      Log-probabilities, float [P, J] for each row, and the seconds that they took: the language model's under "model",
+      each side's, without the language model's, under its name.
     """
     input_blocks = tuple(sorted({side.block for side in sides.values()}))
     log_probabilities = {source: [np.zeros(0)] * len(rows) for source in ("model", *sides)}
+    seconds = dict.fromkeys(log_probabilities, 0.0)
     with progress(len(rows), name, "texts") as bar:
+        start = time.perf_counter()
         for batch, prefix in _batches(model, rows, sharding):
             log_BxM, block_inputs = _read(
                 model.parameters,
@@ -60,15 +67,15 @@ def read(
                 input_blocks=input_blocks,
                 sharding=sharding,
             )
-            computed = {"model": log_BxM}
-            for source, side in sides.items():
-                computed[source] = side.log_probabilities(block_inputs[side.block], *_flat(batch))
-            for source, values in computed.items():
+            for source in log_probabilities:
+                side = sides.get(source)
+                values = side.log_probabilities(block_inputs[side.block], *_flat(batch)) if side else log_BxM
                 values_BxM = np.asarray(values).reshape(batch.ids_BxM.shape)
                 for row, values_PxJ in _unpacked(batch, values_BxM, rows):
                     log_probabilities[source][row] = values_PxJ
+                start, seconds[source] = (end := time.perf_counter()), seconds[source] + end - start
             bar.advance(len(batch.parts))
-    return log_probabilities
+    return log_probabilities, seconds
 
 
 def read_mixture(

@@ -120,8 +120,10 @@ def _first_tokens(questions: Sequence[Question], encode, single: bool) -> dict[s
     words = list(dict.fromkeys(word for question in questions for group in question.words for word in group))
     if not words:
         return {}
-    begin = len(encode([""])[0])  # special tokens in front of every text
-    tokens = {word: ids[begin:] for word, ids in zip(words, encode(words), strict=True)}
+    # Within a text: at its beginning Llama 2's tokenizer has a token for the space alone, the same for every word.
+    before = "a"
+    begin = len(encode([before])[0])
+    tokens = {word: ids[begin:] for word, ids in zip(words, encode([before + word for word in words]), strict=True)}
     if lacking := [word for word, ids in tokens.items() if not ids]:
         raise ConfigError(f"the tokenizer has no token for the word {lacking[0]!r} of a label")
     return {word: ids[0] for word, ids in tokens.items() if not single or len(ids) == 1}
@@ -190,21 +192,20 @@ def fingerprint(encoded: EncodedQuestions, inputs: Mapping[str, str]) -> str:
 
 
 def cached_scores(
-    file: epath.Path, inputs: str, compute: Callable[[], dict[str, Values]]
-) -> tuple[dict[str, Values], float]:
-    """(result of `compute`, the seconds it took), loaded from the file if it is whole and its inputs are unchanged."""
+    file: epath.Path, inputs: str, compute: Callable[[], tuple[dict[str, Values], dict[str, float]]]
+) -> tuple[dict[str, Values], dict[str, float]]:
+    """Values and seconds of `compute`, by source; from the file if it is whole and its inputs are unchanged."""
     if file.exists():
         with contextlib.suppress(*_DAMAGED), np.load(io.BytesIO(file.read_bytes())) as kept:
             if str(kept["made_of"]) == inputs:
                 sources = json.loads(str(kept["sources"]))
-                return {source: _unpacked(kept, source) for source in sources}, float(kept["seconds"])
-    start = time.perf_counter()
-    computed = compute()
-    seconds = time.perf_counter() - start
+                values = {source: _unpacked(kept, source) for source in sources}
+                return values, dict(zip(sources, kept["seconds"].tolist(), strict=True))
+    computed, seconds = compute()
     arrays = {
         "made_of": np.array(inputs),
         "sources": np.array(json.dumps(list(computed))),
-        "seconds": np.array(seconds),
+        "seconds": np.array([seconds[source] for source in computed]),
     }
     for source, values in computed.items():
         arrays[f"{source}_values"] = np.concatenate([array.ravel() for array in values]).astype(np.float64)

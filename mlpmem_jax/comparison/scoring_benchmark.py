@@ -37,7 +37,7 @@ def rows(config: ml_collections.ConfigDict) -> list[dict]:
     choices = [Row.of_continuation(prompt, prompt + answer) for prompt, answer in pairs]
 
     def ours() -> list[float]:
-        return [float(of.sum()) for of in reading.read(model, choices, {}, workdir.sharding, "scoring")["model"]]
+        return [float(of.sum()) for of in reading.read(model, choices, {}, workdir.sharding, "scoring")[0]["model"]]
 
     ours()
     start = time.perf_counter()
