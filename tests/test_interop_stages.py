@@ -20,12 +20,13 @@ from interop_data import (
     write_workdir,
 )
 
-from mlpmem_jax.core.errors import ConfigError
+from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.evaluation import evaluate
 from mlpmem_jax.interop import arrow_import, base_model, export_model, import_model
 from mlpmem_jax.models import memory, saved
-from mlpmem_jax.training import controls, train_memory
+from mlpmem_jax.training import continued, controls, train_memory
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +75,23 @@ def test_training_starts_from_an_imported_memory(imported):
     actual, _, _ = saved.load_memory(artifact.path, Sharding.of(config))
     jax.tree.map(np.testing.assert_array_equal, actual, parameters)  # the learning rate is 0
     assert artifact.inputs["start"]
+    base = open_artifact(epath.Path(config.workdir) / "base", "base")
+    with pytest.raises(UserError, match="trained_on: was started from an imported one, so its training cost"):
+        continued.flops_of_memory(artifact, base)
+    with pytest.raises(ConfigError, match=r"training\.start: controls/ce_only would start from .*memory"):
+        controls.ce_only(config)
     config.memory.width = 32
     with pytest.raises(ConfigError, match=r"config\.training\.start: .* has width 24, the config asks for 32"):
         train_memory.train(config, "wider")
+
+
+def test_training_from_another_memory_costs_what_both_did(imported):
+    config = imported[0].copy_and_resolve_references()
+    config.training.update({"steps": 2, "warmup_steps": 0})
+    first = train_memory.train(config, "first")
+    config.training.update({"steps": 3, "start": first.path})
+    second = train_memory.train(config, "second")
+    assert second.summary["training_flops"] == pytest.approx(2.5 * first.summary["training_flops"])
 
 
 def test_the_control_of_an_imported_base_takes_the_settings_of_the_memory(imported, tmp_path):

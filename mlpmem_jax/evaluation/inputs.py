@@ -153,6 +153,8 @@ def _other_settings(control: Artifact, memory: Artifact) -> str | None:
     """Why a memory trained without targets is not a valid control of the memory; None if it is."""
     if memory.is_imported:
         return "the memory's training settings are unknown"
+    if "start" in memory.inputs:
+        return "starts from a memory that may have been trained on the targets, as the memory does"
     training = {**memory.config["training"], "alpha": 0.0}
     if control.config != {**memory.config, "training": training} or control.inputs != memory.inputs:
         return "was trained with different settings or inputs than the memory"

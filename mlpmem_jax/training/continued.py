@@ -103,11 +103,12 @@ def flops_of_memory(memory: Artifact, base: Artifact) -> float:
 
     Raises:
       ArtifactError: the memory was made from another base.
-      UserError: the memory was imported, so that its training cost is unknown.
+      UserError: the memory, or the one that it was started from, was imported, so that its training cost is unknown.
     """
     memory.check_made_from({"base": base})
     if "training_flops" not in memory.summary:
-        raise UserError(f"{memory.path}: was imported, so its training cost, which the comparison needs, is unknown")
+        how = "started from an imported one" if "start" in memory.inputs else "imported"
+        raise UserError(f"{memory.path}: was {how}, so its training cost, which the comparison needs, is unknown")
     return memory.summary["training_flops"]
 
 

@@ -11,6 +11,7 @@ from etils import epath
 
 from mlpmem_jax.core import stage_costs
 from mlpmem_jax.core.artifacts import Artifact, open_artifact
+from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.models import saved
 from mlpmem_jax.training import continued as continued_training
@@ -46,19 +47,31 @@ def continued(config: ml_collections.ConfigDict) -> Artifact:
 
 
 def ce_only(config: ml_collections.ConfigDict) -> Artifact:
-    """Trains the config's memory again, from the same initialization, without the target distributions."""
+    """Trains the config's memory again, from the same initialization, without the target distributions.
+
+    Raises:
+      ConfigError: the initialization is another memory, which may have been trained on such distributions.
+    """
+    if config.training.start:
+        raise ConfigError(
+            f"config.training.start: {CE_ONLY} would start from {config.training.start}, which may have learned "
+            "the retriever's targets already; no such control exists"
+        )
     config = config.copy_and_resolve_references()
     config.training.alpha = 0.0
     return train_memory.train(config, CE_ONLY)
 
 
 def run(config: ml_collections.ConfigDict) -> None:
-    """Trains both controls; `mlpmem evaluate` reports them next to the memory.
+    """Trains both controls, the second unless the memory started from another one; `mlpmem evaluate` reports them.
 
     Raises:
       UserError: the memory is not finished.
     """
     for name, control in ((CONTINUED, continued), (CE_ONLY, ce_only)):
+        if config.training.start and control is ce_only:
+            say(f"{name}: left out, because the memory of config.training.start may have been trained on the targets")
+            continue
         say(f"== {name}")
         with stage_costs.measured(config.workdir, name):
             control(config)

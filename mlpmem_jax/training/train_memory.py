@@ -91,7 +91,9 @@ def train(config: ml_collections.ConfigDict, folder: str) -> Artifact:
 
     summary["input_block"] = block  # fixes the block that the memory reads, whatever a later config says
     summary["positions"] = int(summary["steps"] * config.training.batch_sequences * config.base.context_length)
-    summary["training_flops"] = float(np.float64(summary["positions"]) * task.flops_per_position)
+    before = inputs.start.summary.get("training_flops") if inputs.start else 0.0
+    if before is not None:  # the cost of an imported memory is unknown, and so is that of what starts from it
+        summary["training_flops"] = before + float(np.float64(summary["positions"]) * task.flops_per_position)
     return saved.seal(writer, start.model, parameters, summary)
 
 
