@@ -158,7 +158,7 @@ def train_on(
     tokens = open_artifact(workdir / "tokens", "tokens")
 
     def perplexities(parameters) -> dict[str, float]:
-        return held_out_perplexities(parameters, model, tokens, length, sharding)
+        return held_out_perplexities(config, parameters, model, tokens, sharding)
 
     def load() -> tuple:
         return saved.load_language_model(artifact.path, sharding)[:1]
@@ -236,20 +236,26 @@ def remove_short_runs(path: str) -> None:
 
 
 def held_out_perplexities(
-    parameters: dict, model: language_model.Config, tokens: Artifact, length: int, sharding: Sharding
+    config: ml_collections.ConfigDict,
+    parameters: dict,
+    model: language_model.Config,
+    tokens: Artifact,
+    sharding: Sharding,
 ) -> dict[str, float]:
-    """Perplexity of a language model on the validation and test splits, in sequences of `length` positions."""
+    """Perplexity on the validation and test splits, computed in the dtype in which base and memory are scored."""
     return {
-        split: _perplexity(parameters, model, TokenStream(tokens, split), length, sharding)
+        split: _perplexity(config, parameters, model, TokenStream(tokens, split), sharding)
         for split in ("validation", "test")
     }
 
 
-def _perplexity(parameters, model, stream: TokenStream, length: int, sharding) -> float:
+def _perplexity(config, parameters, model, stream: TokenStream, sharding: Sharding) -> float:
     """Perplexity over all whole sequences of a split."""
-    count, scores = num_sequences(stream, length), []
+    length, scores = config.base.context_length, []
+    computed = {"sharding": sharding, "compute_dtype": config.datastore.compute_dtype}
+    count = num_sequences(stream, length)
     for first in range(0, count, _SEQUENCES_AT_ONCE):
         tokens_SxT, next_SxT, _ = read_sequences(stream, first, min(_SEQUENCES_AT_ONCE, count - first), length)
-        scores_SxT = language_model_log_probabilities(parameters, model, tokens_SxT, next_SxT, sharding=sharding)
+        scores_SxT = language_model_log_probabilities(parameters, model, tokens_SxT, next_SxT, **computed)
         scores.append(np.ravel(scores_SxT))
     return float(perplexity(np.concatenate(scores)))
