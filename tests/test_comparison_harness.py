@@ -6,6 +6,7 @@ import re
 import lm_eval.models.huggingface
 import numpy as np
 import pytest
+import tokenizers
 from comparison_data import small_run
 from lm_eval.api.instance import Instance
 
@@ -65,6 +66,33 @@ def test_rolling_log_likelihoods(ours, theirs):
     asked = requests("loglikelihood_rolling", *[(text,) for text in TEXTS])
     expected, actual = (model.loglikelihood_rolling(asked, disable_tqdm=True) for model in (theirs, ours))
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_tokens_before_a_text_are_asked_for_as_its_own_model_does(workdir, theirs, monkeypatch):
+    """Of a tokenizer such as Llama's, which puts one before every text."""
+    answering, pairs = harness.Answering(workdir, "memory", 0.5), {"ours": [], "theirs": []}
+    begin = workdir.tokens.summary["end_of_text_id"] + 1
+    name = answering._tokenizer.id_to_token(begin)
+    processor = tokenizers.processors.TemplateProcessing(f"{name} $A", special_tokens=[(name, begin)])
+    answering._begin, answering.prefix = [begin], begin
+    monkeypatch.setattr(theirs.tokenizer._tokenizer, "post_processor", processor)
+    monkeypatch.setattr(theirs, "custom_prefix_token_id", begin)
+
+    def record(who):
+        def score(requests, *arguments, **options):
+            pairs[who] += [tuple(map(list, request[-2:])) for request in requests]
+            return [(0.0, True)] * len(requests)
+
+        return score
+
+    monkeypatch.setattr(theirs, "_loglikelihood_tokens", record("theirs"))
+    monkeypatch.setattr(answering, "score", record("ours"))
+    for model in (theirs, harness._harness_model(answering)):
+        model.loglikelihood(requests("loglikelihood", ("", "Aldford"), ("Its 7", " mills")), disable_tqdm=True)
+        model.loglikelihood_rolling(requests("loglikelihood_rolling", *[(text,) for text in TEXTS]), disable_tqdm=True)
+    assert pairs["ours"] == pairs["theirs"]
+    assert pairs["ours"][0][0] == [begin]
+    assert begin not in pairs["ours"][0][1]
 
 
 def test_greedy_texts(ours, theirs):

@@ -21,7 +21,8 @@ from mlpmem_jax.comparison.reading import read_mixture
 from mlpmem_jax.comparison.systems import SIDE_MODEL, SYSTEMS, Workdir
 from mlpmem_jax.core.errors import ConfigError, UserError, require
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.corpus.tokens import encode_prompts, read_tokenizer
+from mlpmem_jax.corpus import tokenizer
+from mlpmem_jax.corpus.tokens import read_tokenizer
 from mlpmem_jax.inference.weight import find_weight, read_report
 
 PREFIX = "lm_eval:"
@@ -38,11 +39,13 @@ class Answering:
         self._side = workdir.side(system.side) if system.side else None
         self._tokenizer = read_tokenizer(workdir.tokens)
         self.end = workdir.tokens.summary["end_of_text_id"]
+        self._begin = tokenizer.begin_ids(self._tokenizer)
+        self.prefix = next(iter(self._begin), self.end)  # of a text without a context; the exported model's "bos_token"
         self.context_length = self._model.config.context_length
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, including any special tokens that the tokenizer puts in front."""
-        return encode_prompts(self._workdir.tokens, [text])[0] if text else []
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Token ids; if it `begins` a text, including any special tokens that the tokenizer puts in front."""
+        return [*(self._begin if begins else []), *tokenizer.encode(self._tokenizer, [text])[0].tolist()]
 
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy decoding would produce it) for each (context, continuation) of token ids."""
@@ -57,7 +60,7 @@ class Answering:
         """Greedy continuations of texts, up to but not including the first of `stops`."""
         ending = greedy.Ending(self._tokenizer, self.end, stops)
         decoder = greedy.Decoder(self._model, self._side, self._workdir.sharding)
-        ids = [(self.encode(prompt) or [self.end])[-(self.context_length - count) :] for prompt in prompts]
+        ids = [(self.encode(prompt) or [self.prefix])[-(self.context_length - count) :] for prompt in prompts]
         side = decoder if self._side and self._weight else None
         generated = greedy.generate(decoder, side, self._weight, ids, count, ending.is_reached, self.name)
         return [ending.text(new) for new in generated]
@@ -74,11 +77,15 @@ def _harness_model(answering: Answering):
             return answering.end
 
         @property
+        def prefix_token_id(self) -> int:
+            return answering.prefix
+
+        @property
         def tokenizer_name(self) -> str:
             return "mlpmem"
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options) -> list[int]:
-            return answering.encode(string)
+            return answering.encode(string, begins=add_special_tokens is not False)
 
         def _loglikelihood_tokens(self, requests, **options) -> list[tuple[float, bool]]:
             return answering.score([(context, continuation) for _, context, continuation in requests])
@@ -88,7 +95,7 @@ def _harness_model(answering: Answering):
             for request in requests:
                 windows = utils.get_rolling_token_windows(
                     token_list=answering.encode(request.args[0]),
-                    prefix_token=answering.end,
+                    prefix_token=answering.prefix,
                     max_seq_len=answering.context_length,
                     context_len=1,
                 )
