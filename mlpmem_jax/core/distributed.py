@@ -87,8 +87,7 @@ def join_job() -> None:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         native_output.silence_standard_output()
-    if address is not None:
-        _bypass_proxy(address.rpartition(":")[0])
+    _bypass_proxy()
     with process_exit.explained_abort(
         f"the processes of the job did not all find each other within {seconds} s (MLPMEM_JOIN_SECONDS), at "
         f"{address or 'the address that the cluster gives'}: is process 0 running, and can the others reach it there?"
@@ -108,14 +107,13 @@ def join_job() -> None:
             ) from error
 
 
-def _bypass_proxy(host: str) -> None:
-    """Makes gRPC connect to a host directly if the environment names an HTTP proxy, which cannot reach the job.
+def _bypass_proxy() -> None:
+    """Makes gRPC connect to the job directly if the environment names an HTTP proxy, which cannot reach it.
 
-    This also makes JAX's warning about such variables unnecessary.
+    gRPC reads the first of grpc_proxy, https_proxy and http_proxy that is set, and an empty one means none; other
+    libraries, which may need the proxy for data, do not read grpc_proxy. JAX's warning is then unnecessary.
     """
-    name = "no_grpc_proxy"
-    hosts = os.environ.get(name) or os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    os.environ[name] = ",".join([*filter(None, hosts.split(",")), host])
+    os.environ["grpc_proxy"] = ""  # noqa: SIM112  its name in gRPC
     jax.config.update("jax_check_proxy_envs", False)
 
 
