@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 
@@ -58,6 +58,13 @@ def add_tpu_options(result: argparse.ArgumentParser) -> None:
     )
     result.add_argument("--image", required=True, help="container image built from launch/Dockerfile")
     result.add_argument("--service_account", help="service account that may read and write config.workdir")
+    result.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="environment variable of the container, e.g. MLPMEM_JOIN_SECONDS=1800; may be repeated",
+    )
     result.add_argument("--spot", action="store_true", help="use cheaper capacity that may be reclaimed")
     result.add_argument("--max_restarts", type=int, default=10, help="maximum restarts after failures (default 10)")
 
@@ -84,6 +91,29 @@ def check_words(options: argparse.Namespace, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and not re.fullmatch(r"\S+", value):
             raise UserError(f"--{name}={value}: expected a word without spaces")
+
+
+def environment(own: Mapping[str, str], given: Sequence[str]) -> dict[str, str]:
+    """The environment variables of a container.
+
+    Args:
+      own: those that the launcher sets.
+      given: values of --env, NAME=VALUE.
+
+    Raises:
+      UserError: a value of --env is not of that form, or names a variable that the launcher sets.
+    """
+    variables = dict(own)
+    for text in given:
+        name, _, value = text.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", text) or not value.isprintable():
+            raise UserError(
+                f"--env={text!a}: expected NAME=VALUE, a name of letters, digits and '_', and a single line"
+            )
+        if name in own:
+            raise UserError(f"--env={text}: this launcher sets {name}={own[name]} itself")
+        variables[name] = value
+    return variables
 
 
 def read_config(

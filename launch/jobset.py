@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 import yaml
@@ -20,6 +21,13 @@ _COMMAND = ["kubectl", "apply", "-f", "-"]
 _CONFIG_FOLDER = "/etc/mlpmem"
 _GRACE_SECONDS = 300  # from SIGTERM to SIGKILL: time for a checkpoint of all hosts together
 _COORDINATOR_PORT = 8482  # for jax.distributed, set in its environment
+_ENVIRONMENT = {
+    # Hosts, ids and the coordinator come from GKE's variables (TPU_WORKER_*, MEGASCALE_*).
+    "MLPMEM_DISTRIBUTED": "1",
+    "JAX_COORDINATOR_PORT": str(_COORDINATOR_PORT),
+    # A host whose chips cannot be opened must fail, not train on its CPU.
+    "JAX_PLATFORMS": "tpu,cpu",
+}
 _PORTS = (8471, _COORDINATOR_PORT, 8080)  # TPU runtime, coordinator, transfers between slices
 _LONGEST_POD_SUFFIX = len("-slice-999-9999-abcde")  # a pod's name must fit the 63 characters of a host name
 
@@ -70,6 +78,7 @@ def _pod_failure_policy() -> dict:
 def _pod(options: argparse.Namespace, tpu: accelerators.Slice) -> dict:
     """The pod template: one process per host, with all its chips."""
     chips = {"google.com/tpu": tpu.chips_per_host}
+    environment = job.environment(_ENVIRONMENT, options.env)
     spec = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": _GRACE_SECONDS,
@@ -82,13 +91,9 @@ def _pod(options: argparse.Namespace, tpu: accelerators.Slice) -> dict:
                 "name": "mlpmem",
                 "image": options.image,
                 "args": [options.stage, f"--config={_CONFIG_FOLDER}/config.py"],
-                "env": [
-                    # Hosts, ids and the coordinator come from GKE's variables (TPU_WORKER_*, MEGASCALE_*).
-                    {"name": "MLPMEM_DISTRIBUTED", "value": "1"},
-                    {"name": "JAX_COORDINATOR_PORT", "value": str(_COORDINATOR_PORT)},
-                    # A host whose chips cannot be opened must fail, not train on its CPU.
-                    {"name": "JAX_PLATFORMS", "value": "tpu,cpu"},
-                ],
+                # Kubernetes replaces $(NAME) in a value, and $$ by $.
+                "env": [{"name": name, "value": value.replace("$", "$$")} for name, value in environment.items()],
+                "envFrom": [{"secretRef": {"name": name}} for name in options.secret],
                 "ports": [{"containerPort": port} for port in _PORTS],
                 "resources": {"requests": chips, "limits": dict(chips)},
                 "volumeMounts": [{"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True}],
@@ -159,6 +164,9 @@ _Dumper.add_representer(str, _text)
 
 def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     job.check_words(options, "namespace")
+    for name in options.secret:
+        if not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", name):
+            raise UserError(f"--secret={name}: expected the name of a Secret: lowercase letters, digits, '-' and '.'")
     tpu, config = job.read_tpu_job(options, overrides, longest_name=63 - _LONGEST_POD_SUFFIX)
     if options.slices > 1 and tpu.hosts == 1:
         raise UserError(
@@ -178,6 +186,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m launch.jobset`."""
     parser = job.parser("jobset", __doc__, _EXAMPLE)
     job.add_tpu_options(parser)
+    parser.add_argument(
+        "--secret",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Secret of the namespace whose entries become environment variables, e.g. HF_TOKEN; may be repeated",
+    )
     parser.add_argument("--namespace", default="default", help="Kubernetes namespace (default: default)")
     job.run(parser, _launch, arguments)
 

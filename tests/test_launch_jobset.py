@@ -23,7 +23,7 @@ CASES = {
     "one slice": ["--accelerator=v5litepod-256", "--namespace=research", "--max_restarts=3"],
     "two slices": [
         *("--accelerator=v5p:4x4x8", "--slices=2", "--spot", "--service_account=writer", "--stage=train"),
-        "--config.mesh.slice=2",
+        *("--config.mesh.slice=2", "--env=TMPDIR=/scratch", "--secret=huggingface"),
     ],
 }
 
@@ -126,6 +126,25 @@ def test_slices_are_replicas_on_the_hosts_network(manifests):
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert pod["serviceAccountName"] == "writer"
     assert pod["containers"][0]["args"] == ["train", "--config=/etc/mlpmem/config.py"]
+
+
+def test_variables_and_secrets_reach_the_container(manifests):
+    """Kubernetes replaces $(NAME) in a value; $$ stands for $."""
+    given = ["--env=XLA_FLAGS=--a=$(HOME) --b: 'c' #d", "--env=MLPMEM_JOIN_SECONDS=1800"]
+    _, job_set = manifests(*CASES["one slice"], *given, "--secret=huggingface", "--secret=others")
+    [container] = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert environment["XLA_FLAGS"] == "--a=$$(HOME) --b: 'c' #d"
+    assert environment["MLPMEM_JOIN_SECONDS"] == "1800"
+    assert [source["secretRef"]["name"] for source in container["envFrom"]] == ["huggingface", "others"]
+
+
+@pytest.mark.parametrize("wrong", ["--secret=HF_TOKEN=x", "--env=MLPMEM_DISTRIBUTED=0"])
+def test_secrets_and_variables_that_cannot_be_are_refused(capsys, wrong):
+    arguments = ["--name=a", "--image=I", f"--config={ROOT}/configs/default.py", "--config.workdir=gs://b/r"]
+    with pytest.raises(SystemExit, match="2"):
+        jobset.main([*arguments, "--accelerator=v6e-8", wrong, "--dry_run"])
+    assert f"error: {wrong}: " in capsys.readouterr().err
 
 
 def test_one_host_slices_are_not_joined(capsys):

@@ -86,6 +86,12 @@ def test_the_startup_script_starts_the_container_with_the_checked_config(capsys,
     assert words <= set(started.split())
 
 
+def test_variables_reach_the_container_as_they_are(capsys):
+    _, script = printed(capsys, "--accelerator=v5e-16", "--image=I", "--env=XLA_FLAGS=--a=1 --b='$HOME'", "--env=A=")
+    words = shlex.split(script.partition("docker run")[2])
+    assert {"--env=XLA_FLAGS=--a=1 --b='$HOME'", "--env=A=", "--env=JAX_PLATFORMS=tpu,cpu"} <= set(words)
+
+
 def test_without_restarts_docker_does_not_restart(capsys):
     _, script = printed(capsys, "--accelerator=v5e-16", "--image=I", "--max_restarts=0")
     assert "--restart=no " in script
