@@ -46,6 +46,15 @@ def test_an_accelerator_that_is_not_here_is_one_clear_error():
     assert "Traceback" not in done.stderr
 
 
+def test_a_slice_of_several_hosts_is_refused_by_a_process_that_has_joined_no_job(monkeypatch, tmp_path):
+    with distributed.job(str(tmp_path)):
+        pass
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 16)
+    message = r"of 16 hosts, .* launch.jobset or launch.tpu_vm .* MLPMEM_DISTRIBUTED=1"
+    with pytest.raises(UserError, match=message), distributed.job(str(tmp_path)):
+        pytest.fail("it went on")
+
+
 def raised_from(error, cause):
     error.__cause__ = cause
     return error

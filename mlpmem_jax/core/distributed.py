@@ -23,6 +23,8 @@ _COMPILED_FOLDER = "compiled"
 def job(workdir: str, writes: bool = True) -> Iterator[None]:
     """Context of this process's work in a job, for a run in `workdir`; if it `writes`, no other job may write there.
 
+    Raises UserError if this process works alone with accelerators that it shares with other hosts.
+
     In a multi-process job, a failing process prints the reason and exits immediately, because the others may be waiting
     for it. A process that loses another one exits with the code of `Stopped`; it detects a closed connection (a killed
     process) immediately, and otherwise missing heartbeats. If one process is preempted by SIGTERM, all exit with that
@@ -32,6 +34,7 @@ def job(workdir: str, writes: bool = True) -> Iterator[None]:
     join_job()
     if not jax.distributed.is_initialized():
         _open_devices()
+        _check_alone()
         with _alone(workdir, writes):
             yield
         return
@@ -133,6 +136,21 @@ def _open_devices() -> None:
             f"the environment variable JAX_PLATFORMS={wanted}: JAX finds no such accelerator here ({reason}); unset "
             "it, or install what it names, e.g. jax[cuda13] or jax[tpu]"
         ) from error
+
+
+def _check_alone() -> None:
+    """Checks that this process, which has joined no job, has no devices on other hosts.
+
+    A TPU slice of several hosts is opened by all of them together, whether or not their processes have joined a job.
+
+    Raises:
+      UserError: it has.
+    """
+    if (hosts := jax.process_count()) > 1:
+        raise UserError(
+            f"the devices are those of {hosts} hosts, whose processes have not joined a job: use launch.jobset or "
+            "launch.tpu_vm (docs/launch.md), or set the environment variable MLPMEM_DISTRIBUTED=1 on every host"
+        )
 
 
 def _whole_number(name: str, default: int | None = None) -> int:
