@@ -24,6 +24,9 @@ USER_ERROR = UserError.exit_code
 STOPPED = Stopped.exit_code
 """Exit code of `mlpmem` if it was preempted or lost another process of the job."""
 
+GRACE_SECONDS = 300
+"""From SIGTERM to SIGKILL: time for a checkpoint of all hosts together."""
+
 
 def parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
     """The options that all launchers share. `run` handles overrides (--config.key=value)."""

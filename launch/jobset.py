@@ -19,7 +19,6 @@ _EXAMPLE = (
 )
 _COMMAND = ["kubectl", "apply", "-f", "-"]
 _CONFIG_FOLDER = "/etc/mlpmem"
-_GRACE_SECONDS = 300  # from SIGTERM to SIGKILL: time for a checkpoint of all hosts together
 _COORDINATOR_PORT = 8482  # for jax.distributed, set in its environment
 _ENVIRONMENT = {
     # Hosts, ids and the coordinator come from GKE's variables (TPU_WORKER_*, MEGASCALE_*).
@@ -81,7 +80,7 @@ def _pod(options: argparse.Namespace, tpu: accelerators.Slice) -> dict:
     environment = job.environment(_ENVIRONMENT, options.env)
     spec = {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": _GRACE_SECONDS,
+        "terminationGracePeriodSeconds": job.GRACE_SECONDS,
         "nodeSelector": {
             "cloud.google.com/gke-tpu-accelerator": tpu.generation.gke_accelerator,
             "cloud.google.com/gke-tpu-topology": tpu.topology,

@@ -24,10 +24,15 @@ mkdir -p /etc/mlpmem
 cat > /etc/mlpmem/config.py <<'END_OF_CONFIG'
 {config_file}END_OF_CONFIG
 {login}docker rm --force mlpmem 2> /dev/null || true
-docker run --detach --name=mlpmem --init --restart={restart} --privileged --network=host \\
+docker run --detach --name=mlpmem --restart={restart} --stop-timeout={grace} --privileged --network=host \\
     --volume=/etc/mlpmem:/etc/mlpmem:ro {environment} \\
-    {image} {stage} --config=/etc/mlpmem/config.py
+    --entrypoint=tini {image} -g -- sh -c {wrapper} sh {stage} --config=/etc/mlpmem/config.py
 """
+# Docker restarts a container that exits with any code but 0. `tini -g` sends SIGTERM to the shell and to mlpmem.
+_WRAPPER = (
+    f'trap : TERM; mlpmem "$@"; code=$?; [ "$code" -ne {job.USER_ERROR} ] || '
+    f'{{ echo "exit code {job.USER_ERROR}, a user error: not restarted" >&2; code=0; }}; exit "$code"'
+)
 
 
 def startup_script(options: argparse.Namespace, config_file: str) -> str:
@@ -40,6 +45,8 @@ def startup_script(options: argparse.Namespace, config_file: str) -> str:
         login=f"gcloud auth configure-docker {shlex.quote(registry)} --quiet\n" if is_google else "",
         restart=f"on-failure:{options.max_restarts}" if options.max_restarts else "no",
         environment=shlex.join(f"--env={name}={value}" for name, value in environment.items()),
+        grace=job.GRACE_SECONDS,
+        wrapper=shlex.quote(_WRAPPER),
         image=shlex.quote(options.image),
         stage=options.stage,
     )
