@@ -15,7 +15,7 @@ import ml_collections
 
 from mlpmem_jax import stages
 from mlpmem_jax.core import accelerators, config_files, failures, preflight
-from mlpmem_jax.core.config import INPUTS, as_config_file, value_of
+from mlpmem_jax.core.config import INPUTS, LOCAL, as_config_file, value_of
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 
 USER_ERROR = UserError.exit_code
@@ -44,7 +44,7 @@ def parser(name: str, description: str, example: str) -> argparse.ArgumentParser
         metavar="FILE",
         help="a config; --config.key=value overrides it",
     )
-    choices = ["run", "controls", "continued", *stages.STAGES]
+    choices = ["run", "controls", "continued", "compare", *stages.STAGES]
     result.add_argument("--stage", default="run", choices=choices, metavar="STAGE", help="verb of mlpmem (default run)")
     result.add_argument(
         "--dry_run", action="store_true", help="print exactly what would be submitted, and submit nothing"
@@ -173,7 +173,7 @@ def read_tpu_job(
             f"config.workdir: {config.workdir!r} would be lost with the machines that wrote it; use a place that all "
             "hosts share and that outlives them, e.g. --config.workdir=gs://BUCKET/RUN"
         )
-    for key in INPUTS:
+    for key in (*INPUTS, *LOCAL) if options.stage == "compare" else INPUTS:
         place = value_of(config, key)
         if place.startswith(("/", ".")) or ("://" not in place and os.path.exists(place)):
             print(f"warning: config.{key}: {place} is a local path; the hosts need it in their image", file=sys.stderr)

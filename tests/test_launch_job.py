@@ -135,8 +135,14 @@ def test_what_only_this_machine_has_is_pointed_out(tmp_path, capsys):
     words = [f"--config.{name}" for name in ("workdir=gs://b/r", "corpus.source=files", f"corpus.path={tmp_path}")]
     job.read_tpu_job(options(), words, longest_name=40)
     assert f"warning: config.corpus.path: {tmp_path} is a local path" in capsys.readouterr().err
-    job.read_tpu_job(options(), [*words[:2], "--config.corpus.path=gs://b/text"], longest_name=40)
+    words[2] = "--config.corpus.path=gs://b/text"
+    job.read_tpu_job(options(), words, longest_name=40)
     assert capsys.readouterr().err == ""
+    words += ["--config.comparison.systems=rag", f"--config.comparison.retriever={tmp_path}"]
+    job.read_tpu_job(options(), words, longest_name=40)
+    assert capsys.readouterr().err == ""
+    job.read_tpu_job(options(stage="compare"), words, longest_name=40)
+    assert f"warning: config.comparison.retriever: {tmp_path} is a local path" in capsys.readouterr().err
 
 
 @settings(deadline=None, max_examples=30)

@@ -20,6 +20,7 @@ BATCH = [f"--config.{name}.batch_sequences=256" for name in ("datastore", "train
 BATCH += ["--config.mesh.rules.embed="]  # parameters of these widths are not divided by so many devices
 CASES = {
     "one host": ["--accelerator=v6e-8"],
+    "comparison": ["--accelerator=v6e-8", "--stage=compare"],
     "one slice": ["--accelerator=v5litepod-256", "--namespace=research", "--max_restarts=3"],
     "two slices": [
         *("--accelerator=v5p:4x4x8", "--slices=2", "--spot", "--service_account=writer", "--stage=train"),
