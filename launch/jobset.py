@@ -77,6 +77,7 @@ def _pod_failure_policy() -> dict:
 def _pod(options: argparse.Namespace, tpu: accelerators.Slice) -> dict:
     """The pod template: one process per host, with all its chips."""
     chips = {"google.com/tpu": tpu.chips_per_host}
+    disk = {} if options.disk is None else {"ephemeral-storage": f"{options.disk}Gi"}
     environment = job.environment(_ENVIRONMENT, options.env)
     spec = {
         "restartPolicy": "Never",
@@ -94,7 +95,7 @@ def _pod(options: argparse.Namespace, tpu: accelerators.Slice) -> dict:
                 "env": [{"name": name, "value": value.replace("$", "$$")} for name, value in environment.items()],
                 "envFrom": [{"secretRef": {"name": name}} for name in options.secret],
                 "ports": [{"containerPort": port} for port in _PORTS],
-                "resources": {"requests": chips, "limits": dict(chips)},
+                "resources": {"requests": chips | disk, "limits": chips},
                 "volumeMounts": [{"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True}],
             }
         ],
@@ -163,6 +164,8 @@ _Dumper.add_representer(str, _text)
 
 def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     job.check_words(options, "namespace")
+    if options.disk is not None and options.disk < 1:
+        raise UserError(f"--disk={options.disk}: expected 1 or more")
     for name in options.secret:
         if not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", name):
             raise UserError(f"--secret={name}: expected the name of a Secret: lowercase letters, digits, '-' and '.'")
@@ -191,6 +194,9 @@ def main(arguments: list[str] | None = None) -> None:
         default=[],
         metavar="NAME",
         help="Secret of the namespace whose entries become environment variables, e.g. HF_TOKEN; may be repeated",
+    )
+    parser.add_argument(
+        "--disk", type=int, metavar="GIB", help="disk of the node that a pod requests, e.g. for indices (default: none)"
     )
     parser.add_argument("--namespace", default="default", help="Kubernetes namespace (default: default)")
     job.run(parser, _launch, arguments)

@@ -24,7 +24,7 @@ CASES = {
     "one slice": ["--accelerator=v5litepod-256", "--namespace=research", "--max_restarts=3"],
     "two slices": [
         *("--accelerator=v5p:4x4x8", "--slices=2", "--spot", "--service_account=writer", "--stage=train"),
-        *("--config.mesh.slice=2", "--env=TMPDIR=/scratch", "--secret=huggingface"),
+        *("--config.mesh.slice=2", "--env=TMPDIR=/scratch", "--secret=huggingface", "--disk=90"),
     ],
 }
 
@@ -127,6 +127,8 @@ def test_slices_are_replicas_on_the_hosts_network(manifests):
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert pod["serviceAccountName"] == "writer"
     assert pod["containers"][0]["args"] == ["train", "--config=/etc/mlpmem/config.py"]
+    requested = {"google.com/tpu": 4, "ephemeral-storage": "90Gi"}
+    assert pod["containers"][0]["resources"] == {"requests": requested, "limits": {"google.com/tpu": 4}}
 
 
 def test_variables_and_secrets_reach_the_container(manifests):
@@ -140,8 +142,8 @@ def test_variables_and_secrets_reach_the_container(manifests):
     assert [source["secretRef"]["name"] for source in container["envFrom"]] == ["huggingface", "others"]
 
 
-@pytest.mark.parametrize("wrong", ["--secret=HF_TOKEN=x", "--env=MLPMEM_DISTRIBUTED=0"])
-def test_secrets_and_variables_that_cannot_be_are_refused(capsys, wrong):
+@pytest.mark.parametrize("wrong", ["--secret=HF_TOKEN=x", "--env=MLPMEM_DISTRIBUTED=0", "--disk=0"])
+def test_what_no_pod_can_have_is_refused(capsys, wrong):
     arguments = ["--name=a", "--image=I", f"--config={ROOT}/configs/default.py", "--config.workdir=gs://b/r"]
     with pytest.raises(SystemExit, match="2"):
         jobset.main([*arguments, "--accelerator=v6e-8", wrong, "--dry_run"])
