@@ -192,6 +192,21 @@ def send(command: list[str], document: str) -> int:
     Raises:
       UserError: the command is not installed.
     """
-    if shutil.which(command[0]) is None:
-        raise UserError(f"the command {command[0]!r} is not installed; --dry_run prints what it would receive")
+    _check_installed(command[0])
     return subprocess.run(command, input=document, text=True, check=False).returncode
+
+
+def ask(command: list[str]) -> str:
+    """Runs the command and returns its standard output.
+
+    Raises:
+      UserError: the command is not installed.
+    """
+    _check_installed(command[0])
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
+    return done.stdout
+
+
+def _check_installed(name: str) -> None:
+    if shutil.which(name) is None:
+        raise UserError(f"the command {name!r} is not installed; --dry_run prints what it would receive")

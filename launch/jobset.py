@@ -181,7 +181,22 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.dry_run:
         print(text, end="")
         return 0
+    if code := _delete_failed(options.name, options.namespace):
+        return code
     return job.send(_COMMAND, text)
+
+
+def _delete_failed(name: str, namespace: str) -> int:
+    """Deletes a failed JobSet of that name, which `kubectl apply` would leave as it is, and its config.
+
+    Returns:
+      kubectl's exit code, 0 if there was none.
+    """
+    which = [name, f"--namespace={namespace}", "--ignore-not-found"]
+    if job.ask(["kubectl", "get", "jobset", *which, "--output=jsonpath={.status.terminalState}"]) != "Failed":
+        return 0
+    print(f"the failed JobSet {name} is replaced", file=sys.stderr)
+    return job.send(["kubectl", "delete", "jobset,configmap", *which, "--cascade=foreground"], "")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -234,15 +234,47 @@ def test_the_pods_find_the_config_that_was_checked(manifests, tmp_path):
     assert config_files.read(str(file), []).targets.k == 77
 
 
-def test_without_dry_run_the_manifests_go_to_kubectl(monkeypatch, tmp_path, capsys):
-    fake = tmp_path / "kubectl"
-    fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\n/bin/cat > {tmp_path}/sent\nexit 3\n')
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    arguments = ["--name=a", "--image=I", "--accelerator=v5e-16", f"--config={ROOT}/configs/default.py"]
-    for extra, code in (["--dry_run"], 0), ([], 3):
+@pytest.fixture
+def kubectl(monkeypatch, tmp_path):
+    """Makes a stand-in that knows one JobSet, in a state that `get` prints; returns what it was called with."""
+
+    def make(state: str, delete: int = 0):
+        fake = tmp_path / "kubectl"
+        fake.write_text(
+            f'#!/bin/sh\necho "$@" >> {tmp_path}/words\n'
+            f"case $1 in get) printf '{state}';; delete) exit {delete};; "
+            f"apply) /bin/cat > {tmp_path}/sent; exit 3;; esac\n"
+        )
+        fake.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(SystemExit) as end:
-            jobset.main([*arguments, "--config.workdir=gs://b/r", *extra])
-        assert end.value.code == code
-    assert (tmp_path / "words").read_text() == "apply -f -\n"
+            jobset.main([*SENT, "--namespace=n"])
+        return end.value.code, [line.split() for line in (tmp_path / "words").read_text().splitlines()]
+
+    return make
+
+
+SENT = ["--name=a", "--image=I", "--accelerator=v5e-16", f"--config={ROOT}/configs/default.py"]
+SENT += ["--config.workdir=gs://b/r"]
+
+
+@pytest.mark.parametrize("state", ["", "Completed"])
+def test_without_dry_run_the_manifests_go_to_kubectl(kubectl, tmp_path, capsys, state):
+    with pytest.raises(SystemExit, match="0"):
+        jobset.main([*SENT, "--namespace=n", "--dry_run"])
+    code, [_, applied] = kubectl(state)
+    assert (code, applied) == (3, ["apply", "-f", "-"])
     assert (tmp_path / "sent").read_text() == capsys.readouterr().out
+
+
+def test_a_failed_job_set_is_replaced(kubectl):
+    """`kubectl apply` would leave it as it is."""
+    code, [asked, deleted, applied] = kubectl("Failed")
+    assert asked[:4] == ["get", "jobset", "a", "--namespace=n"]
+    assert deleted[:4] == ["delete", "jobset,configmap", "a", "--namespace=n"]
+    assert (code, applied[0]) == (3, "apply")
+
+
+def test_nothing_is_sent_if_a_failed_job_set_cannot_be_deleted(kubectl):
+    code, calls = kubectl("Failed", delete=4)
+    assert (code, [words[0] for words in calls]) == (4, ["get", "delete"])
