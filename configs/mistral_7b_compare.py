@@ -8,6 +8,8 @@ trained on both. For Wikipedia alone: --config.corpus.name=wikimedia/wikipedia -
     mlpmem run --config=configs/mistral_7b_compare.py
     mlpmem compare --config=configs/mistral_7b_compare.py
 
+On many hosts these are `--stage=run` and `--stage=compare` of a launcher (docs/launch.md).
+
 HaluEval's instructions, MR, CR, HYP and AG News are files of github.com/RUCAIBox/HaluEval and
 github.com/GSYfate/knnlm-limits, which belong in `config.comparison.data`; everything else comes from the hub.
 """

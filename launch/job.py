@@ -9,13 +9,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 
 from mlpmem_jax import stages
 from mlpmem_jax.core import accelerators, config_files, failures, preflight
-from mlpmem_jax.core.config import INPUTS, as_config_file, value_of
+from mlpmem_jax.core.config import INPUTS, LOCAL, as_config_file, value_of
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 
 USER_ERROR = UserError.exit_code
@@ -23,6 +23,9 @@ USER_ERROR = UserError.exit_code
 
 STOPPED = Stopped.exit_code
 """Exit code of `mlpmem` if it was preempted or lost another process of the job."""
+
+GRACE_SECONDS = 300
+"""From SIGTERM to SIGKILL: time for a checkpoint of all hosts together."""
 
 
 def parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -41,7 +44,7 @@ def parser(name: str, description: str, example: str) -> argparse.ArgumentParser
         metavar="FILE",
         help="a config; --config.key=value overrides it",
     )
-    choices = ["run", "controls", "continued", *stages.STAGES]
+    choices = ["run", "controls", "continued", "compare", *stages.STAGES]
     result.add_argument("--stage", default="run", choices=choices, metavar="STAGE", help="verb of mlpmem (default run)")
     result.add_argument(
         "--dry_run", action="store_true", help="print exactly what would be submitted, and submit nothing"
@@ -58,6 +61,13 @@ def add_tpu_options(result: argparse.ArgumentParser) -> None:
     )
     result.add_argument("--image", required=True, help="container image built from launch/Dockerfile")
     result.add_argument("--service_account", help="service account that may read and write config.workdir")
+    result.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="environment variable of the container, e.g. MLPMEM_JOIN_SECONDS=1800; may be repeated",
+    )
     result.add_argument("--spot", action="store_true", help="use cheaper capacity that may be reclaimed")
     result.add_argument("--max_restarts", type=int, default=10, help="maximum restarts after failures (default 10)")
 
@@ -84,6 +94,29 @@ def check_words(options: argparse.Namespace, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and not re.fullmatch(r"\S+", value):
             raise UserError(f"--{name}={value}: expected a word without spaces")
+
+
+def environment(own: Mapping[str, str], given: Sequence[str]) -> dict[str, str]:
+    """The environment variables of a container.
+
+    Args:
+      own: those that the launcher sets.
+      given: values of --env, NAME=VALUE.
+
+    Raises:
+      UserError: a value of --env is not of that form, or names a variable that the launcher sets.
+    """
+    variables = dict(own)
+    for text in given:
+        name, _, value = text.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", text) or not value.isprintable():
+            raise UserError(
+                f"--env={text!a}: expected NAME=VALUE, a name of letters, digits and '_', and a single line"
+            )
+        if name in own:
+            raise UserError(f"--env={text}: this launcher sets {name}={own[name]} itself")
+        variables[name] = value
+    return variables
 
 
 def read_config(
@@ -140,7 +173,7 @@ def read_tpu_job(
             f"config.workdir: {config.workdir!r} would be lost with the machines that wrote it; use a place that all "
             "hosts share and that outlives them, e.g. --config.workdir=gs://BUCKET/RUN"
         )
-    for key in INPUTS:
+    for key in (*INPUTS, *LOCAL) if options.stage == "compare" else INPUTS:
         place = value_of(config, key)
         if place.startswith(("/", ".")) or ("://" not in place and os.path.exists(place)):
             print(f"warning: config.{key}: {place} is a local path; the hosts need it in their image", file=sys.stderr)
@@ -159,6 +192,21 @@ def send(command: list[str], document: str) -> int:
     Raises:
       UserError: the command is not installed.
     """
-    if shutil.which(command[0]) is None:
-        raise UserError(f"the command {command[0]!r} is not installed; --dry_run prints what it would receive")
+    _check_installed(command[0])
     return subprocess.run(command, input=document, text=True, check=False).returncode
+
+
+def ask(command: list[str]) -> str:
+    """Runs the command and returns its standard output.
+
+    Raises:
+      UserError: the command is not installed.
+    """
+    _check_installed(command[0])
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
+    return done.stdout
+
+
+def _check_installed(name: str) -> None:
+    if shutil.which(name) is None:
+        raise UserError(f"the command {name!r} is not installed; --dry_run prints what it would receive")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 import yaml
@@ -18,8 +19,14 @@ _EXAMPLE = (
 )
 _COMMAND = ["kubectl", "apply", "-f", "-"]
 _CONFIG_FOLDER = "/etc/mlpmem"
-_GRACE_SECONDS = 300  # from SIGTERM to SIGKILL: time for a checkpoint of all hosts together
 _COORDINATOR_PORT = 8482  # for jax.distributed, set in its environment
+_ENVIRONMENT = {
+    # Hosts, ids and the coordinator come from GKE's variables (TPU_WORKER_*, MEGASCALE_*).
+    "MLPMEM_DISTRIBUTED": "1",
+    "JAX_COORDINATOR_PORT": str(_COORDINATOR_PORT),
+    # A host whose chips cannot be opened must fail, not train on its CPU.
+    "JAX_PLATFORMS": "tpu,cpu",
+}
 _PORTS = (8471, _COORDINATOR_PORT, 8080)  # TPU runtime, coordinator, transfers between slices
 _LONGEST_POD_SUFFIX = len("-slice-999-9999-abcde")  # a pod's name must fit the 63 characters of a host name
 
@@ -70,9 +77,11 @@ def _pod_failure_policy() -> dict:
 def _pod(options: argparse.Namespace, tpu: accelerators.Slice) -> dict:
     """The pod template: one process per host, with all its chips."""
     chips = {"google.com/tpu": tpu.chips_per_host}
+    disk = {} if options.disk is None else {"ephemeral-storage": f"{options.disk}Gi"}
+    environment = job.environment(_ENVIRONMENT, options.env)
     spec = {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": _GRACE_SECONDS,
+        "terminationGracePeriodSeconds": job.GRACE_SECONDS,
         "nodeSelector": {
             "cloud.google.com/gke-tpu-accelerator": tpu.generation.gke_accelerator,
             "cloud.google.com/gke-tpu-topology": tpu.topology,
@@ -82,15 +91,11 @@ def _pod(options: argparse.Namespace, tpu: accelerators.Slice) -> dict:
                 "name": "mlpmem",
                 "image": options.image,
                 "args": [options.stage, f"--config={_CONFIG_FOLDER}/config.py"],
-                "env": [
-                    # Hosts, ids and the coordinator come from GKE's variables (TPU_WORKER_*, MEGASCALE_*).
-                    {"name": "MLPMEM_DISTRIBUTED", "value": "1"},
-                    {"name": "JAX_COORDINATOR_PORT", "value": str(_COORDINATOR_PORT)},
-                    # A host whose chips cannot be opened must fail, not train on its CPU.
-                    {"name": "JAX_PLATFORMS", "value": "tpu,cpu"},
-                ],
+                # Kubernetes replaces $(NAME) in a value, and $$ by $.
+                "env": [{"name": name, "value": value.replace("$", "$$")} for name, value in environment.items()],
+                "envFrom": [{"secretRef": {"name": name}} for name in options.secret],
                 "ports": [{"containerPort": port} for port in _PORTS],
-                "resources": {"requests": chips, "limits": dict(chips)},
+                "resources": {"requests": chips | disk, "limits": chips},
                 "volumeMounts": [{"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True}],
             }
         ],
@@ -159,6 +164,11 @@ _Dumper.add_representer(str, _text)
 
 def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     job.check_words(options, "namespace")
+    if options.disk is not None and options.disk < 1:
+        raise UserError(f"--disk={options.disk}: expected 1 or more")
+    for name in options.secret:
+        if not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", name):
+            raise UserError(f"--secret={name}: expected the name of a Secret: lowercase letters, digits, '-' and '.'")
     tpu, config = job.read_tpu_job(options, overrides, longest_name=63 - _LONGEST_POD_SUFFIX)
     if options.slices > 1 and tpu.hosts == 1:
         raise UserError(
@@ -171,13 +181,38 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.dry_run:
         print(text, end="")
         return 0
+    if code := _delete_failed(options.name, options.namespace):
+        return code
     return job.send(_COMMAND, text)
+
+
+def _delete_failed(name: str, namespace: str) -> int:
+    """Deletes a failed JobSet of that name, which `kubectl apply` would leave as it is, and its config.
+
+    Returns:
+      kubectl's exit code, 0 if there was none.
+    """
+    which = [name, f"--namespace={namespace}", "--ignore-not-found"]
+    if job.ask(["kubectl", "get", "jobset", *which, "--output=jsonpath={.status.terminalState}"]) != "Failed":
+        return 0
+    print(f"the failed JobSet {name} is replaced", file=sys.stderr)
+    return job.send(["kubectl", "delete", "jobset,configmap", *which, "--cascade=foreground"], "")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m launch.jobset`."""
     parser = job.parser("jobset", __doc__, _EXAMPLE)
     job.add_tpu_options(parser)
+    parser.add_argument(
+        "--secret",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Secret of the namespace whose entries become environment variables, e.g. HF_TOKEN; may be repeated",
+    )
+    parser.add_argument(
+        "--disk", type=int, metavar="GIB", help="disk of the node that a pod requests, e.g. for indices (default: none)"
+    )
     parser.add_argument("--namespace", default="default", help="Kubernetes namespace (default: default)")
     job.run(parser, _launch, arguments)
 

@@ -14,6 +14,7 @@ _EXAMPLE = (
     "      --config=configs/wikitext103_gpt2_large.py --config.workdir=gs://BUCKET/memory --dry_run"
 )
 _LONGEST_NAME = 40
+_ENVIRONMENT = {"MLPMEM_DISTRIBUTED": "1", "JAX_PLATFORMS": "tpu,cpu"}
 _STARTUP_SCRIPT = """\
 #!/bin/bash
 # Runs as root at every boot of every VM, so also after maintenance; finished stages are skipped.
@@ -23,20 +24,29 @@ mkdir -p /etc/mlpmem
 cat > /etc/mlpmem/config.py <<'END_OF_CONFIG'
 {config_file}END_OF_CONFIG
 {login}docker rm --force mlpmem 2> /dev/null || true
-docker run --detach --name=mlpmem --init --restart={restart} --privileged --network=host \\
-    --volume=/etc/mlpmem:/etc/mlpmem:ro --env=MLPMEM_DISTRIBUTED=1 --env=JAX_PLATFORMS=tpu,cpu \\
-    {image} {stage} --config=/etc/mlpmem/config.py
+docker run --detach --name=mlpmem --restart={restart} --stop-timeout={grace} --privileged --network=host \\
+    --volume=/etc/mlpmem:/etc/mlpmem:ro {environment} \\
+    --entrypoint=tini {image} -g -- sh -c {wrapper} sh {stage} --config=/etc/mlpmem/config.py
 """
+# Docker restarts a container that exits with any code but 0. `tini -g` sends SIGTERM to the shell and to mlpmem.
+_WRAPPER = (
+    f'trap : TERM; mlpmem "$@"; code=$?; [ "$code" -ne {job.USER_ERROR} ] || '
+    f'{{ echo "exit code {job.USER_ERROR}, a user error: not restarted" >&2; code=0; }}; exit "$code"'
+)
 
 
 def startup_script(options: argparse.Namespace, config_file: str) -> str:
     """The script that every VM runs at boot: starts the container, which Docker restarts when it fails."""
     registry = options.image.split("/")[0]
+    environment = job.environment(_ENVIRONMENT, options.env)
     is_google = registry.endswith((".pkg.dev", "gcr.io"))
     return _STARTUP_SCRIPT.format(
         config_file=config_file,
         login=f"gcloud auth configure-docker {shlex.quote(registry)} --quiet\n" if is_google else "",
         restart=f"on-failure:{options.max_restarts}" if options.max_restarts else "no",
+        environment=shlex.join(f"--env={name}={value}" for name, value in environment.items()),
+        grace=job.GRACE_SECONDS,
+        wrapper=shlex.quote(_WRAPPER),
         image=shlex.quote(options.image),
         stage=options.stage,
     )

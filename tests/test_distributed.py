@@ -19,7 +19,7 @@ from mlpmem_jax.core.errors import UserError
     ],
 )
 def test_what_the_environment_says_of_the_job_is_one_clear_error(monkeypatch, variables, message):
-    for name, value in variables.items():
+    for name, value in {"grpc_proxy": "", **variables}.items():  # joining sets the first, for good
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed.jax.distributed, "initialize", _no_cluster)
     with pytest.raises(UserError, match=message):
@@ -44,6 +44,15 @@ def test_an_accelerator_that_is_not_here_is_one_clear_error():
     last = done.stderr.splitlines()[-1]
     assert last.startswith("x: error: the environment variable JAX_PLATFORMS=cuda: JAX finds no such accelerator here")
     assert "Traceback" not in done.stderr
+
+
+def test_a_slice_of_several_hosts_is_refused_by_a_process_that_has_joined_no_job(monkeypatch, tmp_path):
+    with distributed.job(str(tmp_path)):
+        pass
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 16)
+    message = r"of 16 hosts, .* launch.jobset or launch.tpu_vm .* MLPMEM_DISTRIBUTED=1"
+    with pytest.raises(UserError, match=message), distributed.job(str(tmp_path)):
+        pytest.fail("it went on")
 
 
 def raised_from(error, cause):

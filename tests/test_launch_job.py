@@ -109,12 +109,40 @@ def test_jobs_that_cannot_work_on_tpu_slices_are_refused(changes, overrides, mes
         job.read_tpu_job(options(**changes), overrides, longest_name=40)
 
 
+def test_variables_are_added_to_those_of_the_launcher():
+    given = ["XLA_FLAGS=--a=1 --b='$c'", "EMPTY=", "_2="]
+    own = {"JAX_PLATFORMS": "tpu"}
+    assert job.environment(own, given) == {**own, "XLA_FLAGS": "--a=1 --b='$c'", "EMPTY": "", "_2": ""}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("TMPDIR", "--env='TMPDIR': expected NAME=VALUE"),
+        ("=/tmp", "expected NAME=VALUE"),
+        ("2=x", "expected NAME=VALUE"),
+        ("A-B=x", "expected NAME=VALUE"),
+        ("A=1\nB=2", r"--env='A=1.nB=2': expected .* a single line"),
+        ("JAX_PLATFORMS=cpu", "--env=JAX_PLATFORMS=cpu: this launcher sets JAX_PLATFORMS=tpu itself"),
+    ],
+)
+def test_variables_that_cannot_be_set_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        job.environment({"JAX_PLATFORMS": "tpu"}, [given])
+
+
 def test_what_only_this_machine_has_is_pointed_out(tmp_path, capsys):
     words = [f"--config.{name}" for name in ("workdir=gs://b/r", "corpus.source=files", f"corpus.path={tmp_path}")]
     job.read_tpu_job(options(), words, longest_name=40)
     assert f"warning: config.corpus.path: {tmp_path} is a local path" in capsys.readouterr().err
-    job.read_tpu_job(options(), [*words[:2], "--config.corpus.path=gs://b/text"], longest_name=40)
+    words[2] = "--config.corpus.path=gs://b/text"
+    job.read_tpu_job(options(), words, longest_name=40)
     assert capsys.readouterr().err == ""
+    words += ["--config.comparison.systems=rag", f"--config.comparison.retriever={tmp_path}"]
+    job.read_tpu_job(options(), words, longest_name=40)
+    assert capsys.readouterr().err == ""
+    job.read_tpu_job(options(stage="compare"), words, longest_name=40)
+    assert f"warning: config.comparison.retriever: {tmp_path} is a local path" in capsys.readouterr().err
 
 
 @settings(deadline=None, max_examples=30)

@@ -20,10 +20,11 @@ BATCH = [f"--config.{name}.batch_sequences=256" for name in ("datastore", "train
 BATCH += ["--config.mesh.rules.embed="]  # parameters of these widths are not divided by so many devices
 CASES = {
     "one host": ["--accelerator=v6e-8"],
+    "comparison": ["--accelerator=v6e-8", "--stage=compare"],
     "one slice": ["--accelerator=v5litepod-256", "--namespace=research", "--max_restarts=3"],
     "two slices": [
         *("--accelerator=v5p:4x4x8", "--slices=2", "--spot", "--service_account=writer", "--stage=train"),
-        "--config.mesh.slice=2",
+        *("--config.mesh.slice=2", "--env=TMPDIR=/scratch", "--secret=huggingface", "--disk=90"),
     ],
 }
 
@@ -126,6 +127,27 @@ def test_slices_are_replicas_on_the_hosts_network(manifests):
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert pod["serviceAccountName"] == "writer"
     assert pod["containers"][0]["args"] == ["train", "--config=/etc/mlpmem/config.py"]
+    requested = {"google.com/tpu": 4, "ephemeral-storage": "90Gi"}
+    assert pod["containers"][0]["resources"] == {"requests": requested, "limits": {"google.com/tpu": 4}}
+
+
+def test_variables_and_secrets_reach_the_container(manifests):
+    """Kubernetes replaces $(NAME) in a value; $$ stands for $."""
+    given = ["--env=XLA_FLAGS=--a=$(HOME) --b: 'c' #d", "--env=MLPMEM_JOIN_SECONDS=1800"]
+    _, job_set = manifests(*CASES["one slice"], *given, "--secret=huggingface", "--secret=others")
+    [container] = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert environment["XLA_FLAGS"] == "--a=$$(HOME) --b: 'c' #d"
+    assert environment["MLPMEM_JOIN_SECONDS"] == "1800"
+    assert [source["secretRef"]["name"] for source in container["envFrom"]] == ["huggingface", "others"]
+
+
+@pytest.mark.parametrize("wrong", ["--secret=HF_TOKEN=x", "--env=MLPMEM_DISTRIBUTED=0", "--disk=0"])
+def test_what_no_pod_can_have_is_refused(capsys, wrong):
+    arguments = ["--name=a", "--image=I", f"--config={ROOT}/configs/default.py", "--config.workdir=gs://b/r"]
+    with pytest.raises(SystemExit, match="2"):
+        jobset.main([*arguments, "--accelerator=v6e-8", wrong, "--dry_run"])
+    assert f"error: {wrong}: " in capsys.readouterr().err
 
 
 def test_one_host_slices_are_not_joined(capsys):
@@ -212,15 +234,47 @@ def test_the_pods_find_the_config_that_was_checked(manifests, tmp_path):
     assert config_files.read(str(file), []).targets.k == 77
 
 
-def test_without_dry_run_the_manifests_go_to_kubectl(monkeypatch, tmp_path, capsys):
-    fake = tmp_path / "kubectl"
-    fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\n/bin/cat > {tmp_path}/sent\nexit 3\n')
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    arguments = ["--name=a", "--image=I", "--accelerator=v5e-16", f"--config={ROOT}/configs/default.py"]
-    for extra, code in (["--dry_run"], 0), ([], 3):
+@pytest.fixture
+def kubectl(monkeypatch, tmp_path):
+    """Makes a stand-in that knows one JobSet, in a state that `get` prints; returns what it was called with."""
+
+    def make(state: str, delete: int = 0):
+        fake = tmp_path / "kubectl"
+        fake.write_text(
+            f'#!/bin/sh\necho "$@" >> {tmp_path}/words\n'
+            f"case $1 in get) printf '{state}';; delete) exit {delete};; "
+            f"apply) /bin/cat > {tmp_path}/sent; exit 3;; esac\n"
+        )
+        fake.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(SystemExit) as end:
-            jobset.main([*arguments, "--config.workdir=gs://b/r", *extra])
-        assert end.value.code == code
-    assert (tmp_path / "words").read_text() == "apply -f -\n"
+            jobset.main([*SENT, "--namespace=n"])
+        return end.value.code, [line.split() for line in (tmp_path / "words").read_text().splitlines()]
+
+    return make
+
+
+SENT = ["--name=a", "--image=I", "--accelerator=v5e-16", f"--config={ROOT}/configs/default.py"]
+SENT += ["--config.workdir=gs://b/r"]
+
+
+@pytest.mark.parametrize("state", ["", "Completed"])
+def test_without_dry_run_the_manifests_go_to_kubectl(kubectl, tmp_path, capsys, state):
+    with pytest.raises(SystemExit, match="0"):
+        jobset.main([*SENT, "--namespace=n", "--dry_run"])
+    code, [_, applied] = kubectl(state)
+    assert (code, applied) == (3, ["apply", "-f", "-"])
     assert (tmp_path / "sent").read_text() == capsys.readouterr().out
+
+
+def test_a_failed_job_set_is_replaced(kubectl):
+    """`kubectl apply` would leave it as it is."""
+    code, [asked, deleted, applied] = kubectl("Failed")
+    assert asked[:4] == ["get", "jobset", "a", "--namespace=n"]
+    assert deleted[:4] == ["delete", "jobset,configmap", "a", "--namespace=n"]
+    assert (code, applied[0]) == (3, "apply")
+
+
+def test_nothing_is_sent_if_a_failed_job_set_cannot_be_deleted(kubectl):
+    code, calls = kubectl("Failed", delete=4)
+    assert (code, [words[0] for words in calls]) == (4, ["get", "delete"])

@@ -31,12 +31,30 @@ def python(script: str) -> list[str]:
     ]
 
 
-def test_processes_join_one_job_with_their_virtual_devices(capfd, monkeypatch):
-    for name in ("http_proxy", "https_proxy"):  # nothing listens there
+def by_address() -> list[dict[str, str]]:
+    return local.environments(2, 3, local.free_port())
+
+
+def by_slurm() -> list[dict[str, str]]:
+    """What launch.slurm and srun set, for two processes on one node of CPUs."""
+    shared = {
+        "MLPMEM_DISTRIBUTED": "1",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=3",
+        "JAX_COORDINATOR_PORT": str(local.free_port()),
+        "SLURM_JOB_ID": "17",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+    }
+    return [shared | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)} for index in range(2)]
+
+
+@pytest.mark.parametrize("environments", [by_address, by_slurm])
+def test_processes_join_one_job_with_their_virtual_devices(capfd, monkeypatch, environments):
+    for name in ("grpc_proxy", "http_proxy", "https_proxy"):  # nothing listens there
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-        monkeypatch.setenv("no_proxy", "example.org")
-    command = [sys.executable, "-c", JOINED]
-    assert local.run_processes(command, local.environments(2, 3, local.free_port())) == 0
+    monkeypatch.setenv("MLPMEM_JOIN_SECONDS", "30")
+    assert local.run_processes([sys.executable, "-c", JOINED], environments()) == 0
     lines = capfd.readouterr().out.splitlines()
     for index in (0, 1):
         assert f"[{index}] devices 3 6" in lines

@@ -1,7 +1,9 @@
 """The gcloud command and the startup script, run with stand-ins for gcloud and docker."""
 
+import os
 import pathlib
 import shlex
+import signal
 import subprocess
 
 import pytest
@@ -81,9 +83,52 @@ def test_the_startup_script_starts_the_container_with_the_checked_config(capsys,
     assert (tmp_path / "gcloud.words").read_text().splitlines()[0] == "auth configure-docker us-docker.pkg.dev --quiet"
     removed, started = (tmp_path / "docker.words").read_text().splitlines()[:2]
     assert removed == "rm --force mlpmem"
-    assert started.endswith(f"{image} run --config={tmp_path}/etc/config.py")
-    words = {"--restart=on-failure:3", "--privileged", "--network=host", "--env=MLPMEM_DISTRIBUTED=1"}
-    assert words <= set(started.split())
+    assert started.endswith(f"sh run --config={tmp_path}/etc/config.py")
+    words = {"--restart=on-failure:3", "--privileged", "--network=host", "--env=MLPMEM_DISTRIBUTED=1", image}
+    assert words | {"--stop-timeout=300"} <= set(started.split())
+
+
+@pytest.fixture
+def container(capsys, tmp_path):
+    """Makes the container's process, in a group of its own as under tini, with a stand-in for mlpmem."""
+    _, script = printed(capsys, "--accelerator=v5e-16", "--image=I", "--stage=train")
+    words = shlex.split(script.partition("docker run")[2])
+    tini = words.index("--entrypoint=tini")
+    assert words[tini + 1 : tini + 4] == ["I", "-g", "--"]
+
+    def make(body: str) -> subprocess.Popen:
+        (tmp_path / "mlpmem").write_text(f'#!/bin/sh\necho "$@"\n{body}\n')
+        (tmp_path / "mlpmem").chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(words[tini + 4 :], env=environment, start_new_session=True, **pipes)
+
+    return make
+
+
+@pytest.mark.parametrize(("code", "of_container"), [(0, 0), (1, 1), (75, 75), (137, 137), (2, 0)])
+def test_user_errors_are_not_restarted(container, code, of_container):
+    process = container(f"exit {code}")
+    output, errors = process.communicate()
+    assert (process.returncode, output) == (of_container, "train --config=/etc/mlpmem/config.py\n")
+    assert errors == ("exit code 2, a user error: not restarted\n" if code == 2 else "")
+
+
+def test_mlpmem_ends_by_itself_after_sigterm(container):
+    """The shell waits for it."""
+    process = container("trap 'echo checkpoint; exit 75' TERM; echo started; while :; do sleep 0.01; done")
+    for line in process.stdout:
+        if line == "started\n":
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    output, _ = process.communicate()
+    assert (process.returncode, output) == (75, "checkpoint\n")
+
+
+def test_variables_reach_the_container_as_they_are(capsys):
+    _, script = printed(capsys, "--accelerator=v5e-16", "--image=I", "--env=XLA_FLAGS=--a=1 --b='$HOME'", "--env=A=")
+    words = shlex.split(script.partition("docker run")[2])
+    assert {"--env=XLA_FLAGS=--a=1 --b='$HOME'", "--env=A=", "--env=JAX_PLATFORMS=tpu,cpu"} <= set(words)
 
 
 def test_without_restarts_docker_does_not_restart(capsys):

@@ -50,6 +50,16 @@ def test_indices_of_a_bucket_need_room_for_temporary_files(monkeypatch):
         needs.check(NEEDS, 900, epath.Path("gs://bucket/runs"))
 
 
+def test_pods_leave_a_part_of_their_nodes_disk_free(monkeypatch):
+    monkeypatch.setattr(host, "memory_bytes", lambda: 16 * GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=4 * GIB, total=10 * GIB))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    needs.check(NEEDS, 900, epath.Path("gs://bucket/runs"))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with pytest.raises(ConfigError, match=r"has 2\.5 GiB free; lower it to 750 or"):
+        needs.check(NEEDS, 900, epath.Path("gs://bucket/runs"))
+
+
 def test_the_stage_refuses_before_it_writes(tmp_path, monkeypatch):
     write_workdir(tmp_path)
     monkeypatch.setattr(host, "memory_bytes", lambda: 30_000)

@@ -1,5 +1,6 @@
 """What config, devices and finished artifacts contradict is told before any compute, by `run` and by launchers."""
 
+import contextlib
 import functools
 import importlib
 import subprocess
@@ -118,6 +119,42 @@ def test_dimensions_and_rules_that_the_mesh_contradicts(changes, message):
         preflight.check_devices(config, 8, 2)
     if not any(key.startswith("mesh.rules") for key in changes):
         preflight.check_devices(config, 8, 2, stage="tokens")  # which has no memory
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "groups"),
+    [
+        ("run", {}, ["datastore", "training", "base.training"]),
+        ("run", {"base.source": "huggingface"}, ["datastore", "training"]),
+        ("tokens", {}, []),
+        ("base", {}, ["base.training"]),
+        ("base", {"base.source": "huggingface"}, []),
+        ("base", {"base.source": "huggingface", "base.finetune_steps": 10}, ["base.training"]),
+        ("datastore", {}, ["datastore"]),
+        ("targets", {}, []),
+        ("train", {}, ["training"]),
+        ("evaluate", {}, []),
+        ("continued", {}, ["training"]),
+        ("controls", {}, ["training", "base.training"]),
+        ("controls", {"base.source": "huggingface", "base.finetune_steps": 10}, ["training"]),
+        ("compare", {"comparison.systems": "base,memory,knn_lm"}, []),
+        ("compare", {"comparison.systems": "base,lora"}, ["training"]),
+        ("compare", {"comparison.systems": "base,cpt+memory"}, ["base.training"]),
+        ("compare", {"comparison.systems": "base,cpt", "base.source": "huggingface"}, ["training"]),
+    ],
+)
+def test_only_the_batches_of_the_stage_are_checked(stage, changes, groups):
+    config = smoke.get_config()
+    for name in ("datastore", "training", "base.training"):
+        config.update_from_flattened_dict({f"{name}.batch_sequences": 12})
+    config.update_from_flattened_dict(changes)
+    refused = contextlib.nullcontext()
+    if groups:
+        refused = pytest.raises(
+            ConfigError, match="^" + "".join(f"config.{name}.batch_sequences: [^;]*; " for name in groups) + "an acc"
+        )
+    with refused:
+        preflight.check_devices(config, 8, 2, stage)
 
 
 def test_an_empty_workdir_contradicts_nothing(tmp_path):

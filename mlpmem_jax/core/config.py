@@ -220,8 +220,9 @@ SCHEMA: dict[str, Any] = {
 
 INPUTS = ("corpus.path", "tokenizer.path", "base.path", "datastore.key_model", "training.start")
 """Keys of what the stages read from outside the working directory: a path, or a name that may be one."""
-_LOCAL = ("comparison.data", "comparison.retriever")
-PATHS = ("workdir", *INPUTS, *_LOCAL)
+LOCAL = ("comparison.data", "comparison.retriever")
+"""Keys of what `mlpmem compare` also reads, which are always local paths."""
+PATHS = ("workdir", *INPUTS, *LOCAL)
 """Keys whose value is a path, or a name that may be one."""
 
 _FILES, _HUB, _RETRIEVING = ("files",), ("hub",), ("rag", "memory+rag")
@@ -371,7 +372,7 @@ def settle(config: ml_collections.ConfigDict, before: ml_collections.ConfigDict,
             _set(config, key, "")
     for key in PATHS:
         path = expand_home(value_of(config, key))
-        check = storage.check_local if key in _LOCAL else storage.check_url
+        check = storage.check_local if key in LOCAL else storage.check_url
         check(path, f"config.{key}: ")
         _set(config, key, path)
 

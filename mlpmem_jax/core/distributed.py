@@ -23,6 +23,8 @@ _COMPILED_FOLDER = "compiled"
 def job(workdir: str, writes: bool = True) -> Iterator[None]:
     """Context of this process's work in a job, for a run in `workdir`; if it `writes`, no other job may write there.
 
+    Raises UserError if this process works alone with accelerators that it shares with other hosts.
+
     In a multi-process job, a failing process prints the reason and exits immediately, because the others may be waiting
     for it. A process that loses another one exits with the code of `Stopped`; it detects a closed connection (a killed
     process) immediately, and otherwise missing heartbeats. If one process is preempted by SIGTERM, all exit with that
@@ -32,6 +34,7 @@ def job(workdir: str, writes: bool = True) -> Iterator[None]:
     join_job()
     if not jax.distributed.is_initialized():
         _open_devices()
+        _check_alone()
         with _alone(workdir, writes):
             yield
         return
@@ -87,8 +90,7 @@ def join_job() -> None:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         native_output.silence_standard_output()
-    if address is not None:
-        _bypass_proxy(address.rpartition(":")[0])
+    _bypass_proxy()
     with process_exit.explained_abort(
         f"the processes of the job did not all find each other within {seconds} s (MLPMEM_JOIN_SECONDS), at "
         f"{address or 'the address that the cluster gives'}: is process 0 running, and can the others reach it there?"
@@ -108,14 +110,13 @@ def join_job() -> None:
             ) from error
 
 
-def _bypass_proxy(host: str) -> None:
-    """Makes gRPC connect to a host directly if the environment names an HTTP proxy, which cannot reach the job.
+def _bypass_proxy() -> None:
+    """Makes gRPC connect to the job directly if the environment names an HTTP proxy, which cannot reach it.
 
-    This also makes JAX's warning about such variables unnecessary.
+    gRPC reads the first of grpc_proxy, https_proxy and http_proxy that is set, and an empty one means none; other
+    libraries, which may need the proxy for data, do not read grpc_proxy. JAX's warning is then unnecessary.
     """
-    name = "no_grpc_proxy"
-    hosts = os.environ.get(name) or os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    os.environ[name] = ",".join([*filter(None, hosts.split(",")), host])
+    os.environ["grpc_proxy"] = ""  # noqa: SIM112  its name in gRPC
     jax.config.update("jax_check_proxy_envs", False)
 
 
@@ -135,6 +136,21 @@ def _open_devices() -> None:
             f"the environment variable JAX_PLATFORMS={wanted}: JAX finds no such accelerator here ({reason}); unset "
             "it, or install what it names, e.g. jax[cuda13] or jax[tpu]"
         ) from error
+
+
+def _check_alone() -> None:
+    """Checks that this process, which has joined no job, has no devices on other hosts.
+
+    A TPU slice of several hosts is opened by all of them together, whether or not their processes have joined a job.
+
+    Raises:
+      UserError: it has.
+    """
+    if (hosts := jax.process_count()) > 1:
+        raise UserError(
+            f"the devices are those of {hosts} hosts, whose processes have not joined a job: use launch.jobset or "
+            "launch.tpu_vm (docs/launch.md), or set the environment variable MLPMEM_DISTRIBUTED=1 on every host"
+        )
 
 
 def _whole_number(name: str, default: int | None = None) -> int:

@@ -5,6 +5,7 @@ stage, and launchers before they submit a job. Imports no accelerator runtime.
 from __future__ import annotations
 
 import math
+import re
 
 import ml_collections
 
@@ -32,7 +33,8 @@ def mesh_sizes(config: ml_collections.ConfigDict, devices: int) -> dict[str, int
 
 
 def check_devices(config: ml_collections.ConfigDict, devices: int, processes: int, stage: str = "run") -> None:
-    """Checks that batches, and the memory if `stage` trains it, are divisible by the devices and processes of the job.
+    """Checks that the batches of `stage`, and the memory if it trains one, are divisible by the job's devices and
+    processes.
 
     Raises:
       ConfigError: names every batch or dimension that is not, or sharding rules that training does not support.
@@ -41,11 +43,8 @@ def check_devices(config: ml_collections.ConfigDict, devices: int, processes: in
     axes = {name: as_axes(rule) for name, rule in rules.items()}
     shards = {name: math.prod(sizes[axis] for axis in mesh_axes) for name, mesh_axes in axes.items()}
     _check_rules(axes, devices)
-    groups = {"datastore": config.datastore, "training": config.training}
-    if config.base.source == "train" or config.base.finetune_steps:
-        groups["base.training"] = config.base.training
     wrong = []
-    for name, group in groups.items():
+    for name, group in _batches(config, stage).items():
         multiple = math.lcm(shards["batch"] * group.get("accumulation_steps", 1), processes)
         if group.batch_sequences % multiple:
             wrong.append(
@@ -64,6 +63,21 @@ def check_devices(config: ml_collections.ConfigDict, devices: int, processes: in
                 f"{'+'.join(axes[axis])} of config.mesh.rules.{axis}; use a multiple, other sizes of config.mesh, or "
                 f"another rule"
             )
+
+
+def _batches(config: ml_collections.ConfigDict, stage: str) -> dict[str, ml_collections.ConfigDict]:
+    """The groups, by name, whose batches `stage` divides over the mesh."""
+    trains_base = config.base.source == "train"  # then with its own settings, also where it is continued
+    compared = re.split("[,+]", config.comparison.systems) if stage == "compare" else []
+    continues_base = stage == "controls" or "cpt" in compared
+    groups = {}
+    if stage in ("run", "datastore"):
+        groups["datastore"] = config.datastore
+    if stage in ("run", "train", "controls", "continued") or "lora" in compared or (continues_base and not trains_base):
+        groups["training"] = config.training
+    if (stage in ("run", "base") and (trains_base or config.base.finetune_steps)) or (continues_base and trains_base):
+        groups["base.training"] = config.base.training
+    return groups
 
 
 def _check_rules(axes: dict[str, tuple[str, ...]], devices: int) -> None:

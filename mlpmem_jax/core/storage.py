@@ -28,6 +28,7 @@ _HASHED_BYTES = 2**28
 """Files up to this total size are compared by content, larger ones by size, time, and both ends."""
 _END_BYTES = 2**16
 _COPIED_BYTES = 2**24
+_EVICTION_SHARE = 0.15  # of a node's disk: the higher of kubelet's defaults, imagefs.available and nodefs.available
 
 
 def check_url(place: str, prefix: str = "") -> None:
@@ -159,6 +160,16 @@ def _ends(file, length: int) -> str:
     return digest.hexdigest()
 
 
+def temporary_room() -> int:
+    """Bytes that may be written to the folder for temporary files, TMPDIR.
+
+    Kubernetes evicts the pods of a node whose disk is nearly full, so a pod leaves a part of it free.
+    """
+    usage = shutil.disk_usage(tempfile.gettempdir())
+    is_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+    return max(0, usage.free - int(_EVICTION_SHARE * usage.total)) if is_pod else usage.free
+
+
 @contextlib.contextmanager
 def local_copies(files: Mapping) -> Iterator[pathlib.Path]:
     """A local folder with copies of files in a bucket, for libraries that memory-map files.
@@ -171,7 +182,7 @@ def local_copies(files: Mapping) -> Iterator[pathlib.Path]:
     Raises:
       UserError: the disk has not enough space for them.
     """
-    needed, room = sum(state_of(file).length for file in files.values()), shutil.disk_usage(tempfile.gettempdir()).free
+    needed, room = sum(state_of(file).length for file in files.values()), temporary_room()
     if needed > room:
         raise UserError(
             f"{next(iter(files.values())).parent}: {needed / 1e9:.1f} GB are copied to {tempfile.gettempdir()}, which "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import socket
 import tempfile
 import zlib
@@ -16,7 +15,7 @@ from jax.experimental import multihost_utils
 from mlpmem_jax.core import host
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.core.storage import is_remote
+from mlpmem_jax.core.storage import is_remote, temporary_room
 from mlpmem_jax.retrieval import tiles
 from mlpmem_jax.retrieval.key_shards import Search
 
@@ -105,8 +104,7 @@ def check(needs: ProcessNeeds, rows: int, scratch: epath.Path) -> None:
             f"but this machine has {_gib(memory)}; {remedy}"
         )
     if needs.disk and is_remote(scratch):
-        folder = tempfile.gettempdir()
-        free = shutil.disk_usage(folder).free
+        folder, free = tempfile.gettempdir(), temporary_room()
         if processes * needs.disk > free:
             raise ConfigError(
                 f"config.targets.key_shard_rows: {scratch} is not a local folder, so the index of a shard of {rows:,} "
