@@ -242,13 +242,14 @@ def test_an_imported_base_is_fine_tuned_before_its_keys_are_taken(config, base, 
     assert (actual["learning_rate"], actual["steps"]) == (0.003, 8)
     stream = TokenStream(tokens, "validation")
     before, after = (
-        continued._perplexity(own, parameters, MISTRAL, stream, sharding)
+        continued._perplexity(own, parameters, MISTRAL, stream, sharding, "base")
         for sharding in [Sharding(make_mesh(1, 1, 1, jax.devices()[:1]))]
         for parameters in (base, saved.load_language_model(artifact.path, sharding)[0])
     )
     assert actual["perplexity"]["validation"] == pytest.approx(after)
     own.datastore.compute_dtype = "bfloat16"  # in which base and memory are then scored
-    rounded = continued._perplexity(own, base, MISTRAL, stream, Sharding(make_mesh(1, 1, 1, jax.devices()[:1])))
+    one_device = Sharding(make_mesh(1, 1, 1, jax.devices()[:1]))
+    rounded = continued._perplexity(own, base, MISTRAL, stream, one_device, "base")
     assert rounded != before == pytest.approx(rounded, rel=0.01)
     own.datastore.compute_dtype = "float32"
     assert after < 0.9 * before

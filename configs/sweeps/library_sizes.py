@@ -40,6 +40,7 @@ def of_sizes(sizes: dict, positions: int) -> dict:
     config.tokenizer.source, config.tokenizer.path = "train", ""
     config.tokenizer.vocab_size = VOCABULARY
     config.base.source, config.base.path = "train", ""
+    config.datastore.input_depth = 0.7  # the paper's
     config.memory.family = "gpt2"
     config.memory.feed_forward_width = 0
     config.memory.output_from_base = False

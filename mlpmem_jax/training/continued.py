@@ -13,12 +13,12 @@ from etils import epath
 
 from mlpmem_jax.core.artifacts import Artifact, ArtifactWriter, find_finished, open_artifact
 from mlpmem_jax.core.errors import UserError
-from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.progress import progress, say
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.interpolation import perplexity
-from mlpmem_jax.models.scoring import language_model_log_probabilities
+from mlpmem_jax.models.scoring import chunk_positions, language_model_log_probabilities
 from mlpmem_jax.training import loop, train_base
 
 FOLDER = "continued"
@@ -27,7 +27,7 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 
 _SHORT_RUN = 1 / 8  # of the steps, per rate
 _SHORT_RUNS = "rates"  # folder within the artifact's folder, deleted when it is finished
-_SEQUENCES_AT_ONCE = 1024
+_CHUNKS_AT_ONCE = 4  # of `scoring`, per step of the progress
 
 
 def run(config: ml_collections.ConfigDict) -> Artifact:
@@ -157,8 +157,8 @@ def train_on(
     writer = ArtifactWriter.create(workdir / name, "base", kept, inputs, {})
     tokens = open_artifact(workdir / "tokens", "tokens")
 
-    def perplexities(parameters) -> dict[str, float]:
-        return held_out_perplexities(config, parameters, model, tokens, sharding)
+    def perplexities(parameters, what: str) -> dict[str, float]:
+        return held_out_perplexities(config, parameters, model, tokens, sharding, f"{name}: {what}")
 
     def load() -> tuple:
         return saved.load_language_model(artifact.path, sharding)[:1]
@@ -175,14 +175,15 @@ def train_on(
             start=load,
         )
 
-    before = perplexities(*load())  # measured first, so that two sets of parameters are never in memory together
+    # Measured first, so that two sets of parameters are never in memory together.
+    before = perplexities(*load(), source)
     per_step, search = flops_per_step(model, length, settings), {}
     if rates:
         settings, search = at_best_rate(settings, name, writer.path, rates, per_step, train)
     best, summary = train(settings, name, writer.path)
     summary |= search
     summary["training_flops"] = float(per_step) * summary["steps"]
-    summary["perplexity"] = perplexities(best)
+    summary["perplexity"] = perplexities(best, "trained")
     # More training may only harm a base that was trained on better text; then the base itself is the result.
     if before["validation"] <= summary["perplexity"]["validation"]:
         say(f"{name}: no step improved on the base's validation perplexity, so the base is kept")
@@ -241,21 +242,25 @@ def held_out_perplexities(
     model: language_model.Config,
     tokens: Artifact,
     sharding: Sharding,
+    name: str,
 ) -> dict[str, float]:
     """Perplexity on the validation and test splits, computed in the dtype in which base and memory are scored."""
     return {
-        split: _perplexity(config, parameters, model, TokenStream(tokens, split), sharding)
+        split: _perplexity(config, parameters, model, TokenStream(tokens, split), sharding, f"{name} on {split}")
         for split in ("validation", "test")
     }
 
 
-def _perplexity(config, parameters, model, stream: TokenStream, sharding: Sharding) -> float:
+def _perplexity(config, parameters, model, stream: TokenStream, sharding: Sharding, name: str) -> float:
     """Perplexity over all whole sequences of a split."""
     length, scores = config.base.context_length, []
     computed = {"sharding": sharding, "compute_dtype": config.datastore.compute_dtype}
     count = num_sequences(stream, length)
-    for first in range(0, count, _SEQUENCES_AT_ONCE):
-        tokens_SxT, next_SxT, _ = read_sequences(stream, first, min(_SEQUENCES_AT_ONCE, count - first), length)
-        scores_SxT = language_model_log_probabilities(parameters, model, tokens_SxT, next_SxT, **computed)
-        scores.append(np.ravel(scores_SxT))
+    at_once = _CHUNKS_AT_ONCE * max(1, chunk_positions(model.vocab_size, sharding) // length)
+    with progress(count * length, name, "positions") as bar:
+        for first in range(0, count, at_once):
+            tokens_SxT, next_SxT, _ = read_sequences(stream, first, min(at_once, count - first), length)
+            scores_SxT = language_model_log_probabilities(parameters, model, tokens_SxT, next_SxT, **computed)
+            scores.append(np.ravel(scores_SxT))
+            bar.advance(tokens_SxT.size)
     return float(perplexity(np.concatenate(scores)))

@@ -141,11 +141,11 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
             adapters=over_base,
         )
 
-    before = continued.held_out_perplexities(config, frozen, model, tokens, sharding)
+    before = continued.held_out_perplexities(config, frozen, model, tokens, sharding, f"{FOLDER}: base")
     settings, search = continued.at_best_rate(settings, FOLDER, writer.path, _RATES, per_step, train)
     adapters, metrics = train(settings, FOLDER, writer.path)
     merged = jax.jit(merge)(frozen, adapters)
-    after = continued.held_out_perplexities(config, merged, model, tokens, sharding)
+    after = continued.held_out_perplexities(config, merged, model, tokens, sharding, f"{FOLDER}: adapted")
     if before["validation"] <= after["validation"]:
         say(f"{FOLDER}: no step improved on the base's validation perplexity, so the base is kept")
         adapters, merged, metrics["step"], after = jax.tree.map(jnp.zeros_like, adapters), frozen, 0, before
