@@ -24,17 +24,22 @@ _TRAINED_BYTES = 4.0 + 2 * 12.0
 
 @dataclasses.dataclass(frozen=True)
 class ArtifactCost:
-    """Bytes of an artifact in storage, and of its stage's largest arrays in the memory of one host."""
+    """Bytes of an artifact in storage, and of its stage's largest arrays in the memory of one host.
+
+    Attributes:
+      is_kept: whether it is still there when its stage is finished.
+    """
 
     name: str
     storage: float
     host: float
     note: str
+    is_kept: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class RunCost:
-    """The cost of a whole run: chip-hours at an assumed utilization, and bytes of storage."""
+    """The cost of a whole run: chip-hours at an assumed utilization, and bytes of storage when it is finished."""
 
     chip_hours: float
     storage: float
@@ -57,11 +62,7 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
     parameters = flops.memory_parameters(models.memory)
     local_batch = max(1, config.training.batch_sequences // hosts)
     sequence = length * (2 * models.base.width + 8 * most + 4)
-    rows = min(positions, config.targets.key_shard_rows)
-    backend = backends.planned(config.targets.backend)
-    load = needs.Workload(settings.sequences_per_shard * length, config.targets.k, most)
-    search = Search.create(backend, config.targets)
-    key_bytes = np.dtype(settings.dtype).itemsize
+    targets = total * (4 + 4 + (token + 2) * entries)
     return [
         ArtifactCost("tokens", total * token, 0, f"{token} bytes per token"),
         ArtifactCost("base", 4.0 * (base + keys), 4.0 * (base + keys) / hosts, "float32, including the key model"),
@@ -71,12 +72,8 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
             2.0 * settings.sequences_per_shard * length * position,
             f"{widths} numbers of {settings.dtype} per position; two shards in memory",
         ),
-        ArtifactCost(
-            "targets",
-            total * (4 + 4 + (token + 2) * entries),
-            needs.of_process(search, rows, models.keys.width, key_bytes, load, hosts).memory,
-            f"about {entries:.0f} entries per position, at most {most}; in memory one shard of keys with its index",
-        ),
+        _targets_while_built(config, models, positions, total, targets, hosts),
+        ArtifactCost("targets", targets, 0, f"about {entries:.0f} entries per position, at most {most}"),
         ArtifactCost(
             "memory",
             _TRAINED_BYTES * parameters,
@@ -84,6 +81,33 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
             "parameters, and two checkpoints with the optimizer's moments; two batches and 32 sequences read ahead",
         ),
     ]
+
+
+def _targets_while_built(
+    config: ml_collections.ConfigDict,
+    models: programs.ModelDimensions,
+    positions: int,
+    queries: float,
+    targets: float,
+    hosts: int,
+) -> ArtifactCost:
+    """The folder of the targets at its largest: indices, and neighbors that targets replace one by one."""
+    settings, length, width = config.targets, config.base.context_length, models.keys.width
+    search = Search.create(backends.planned(settings.backend), settings)
+    key_bytes = np.dtype(config.datastore.dtype).itemsize
+    rows = min(positions, settings.key_shard_rows)
+    entries = programs.most_entries(config, models)
+    load = needs.Workload(config.datastore.sequences_per_shard * length, settings.k, entries)
+    sequences, most_rows = max(1, positions // length), settings.key_shard_rows
+    scratch = needs.of_scratch(search, sequences, length, round(queries), most_rows, width, key_bytes, settings.k)
+    return ArtifactCost(
+        "targets, while built",
+        scratch.indices + max(scratch.neighbors, targets),
+        needs.of_process(search, rows, width, key_bytes, load, hosts).memory,
+        f"at most: {scratch.indices / 1e9:,.1f} GB of indices, {scratch.neighbors / 1e9:,.1f} GB of neighbors between "
+        "shards of keys; in memory one shard of keys with its index",
+        is_kept=False,
+    )
 
 
 def estimate(
@@ -109,7 +133,8 @@ def estimate(
     """
     tpu = resolve(topology, "--topology")
     models, length = programs.models_of(config, 1), config.base.context_length
-    stored = {artifact.name: artifact.storage for artifact in artifacts(config, positions, tpu.hosts * slices)}
+    costs = artifacts(config, positions, tpu.hosts * slices)
+    stored = {artifact.name: artifact.storage for artifact in costs if artifact.is_kept}
     if arm == "continued":
         settings = continued.settings_of(config)
         per_position = 3 * language_model.forward_flops(models.base, length)

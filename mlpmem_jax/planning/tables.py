@@ -48,8 +48,20 @@ def show(plan: Plan) -> None:
     if plan.slices > 1 and not _crosses_the_network(plan):
         console.print(UNREAD_NETWORK)
     hours = sum(planned.chip_hours(plan.chips) for planned in plan.planned)
-    storage = sum(artifact.storage for artifact in plan.artifacts)
-    console.print(f"Together: {hours:,.1f} chip-hours in the programs above, {storage / 1e9:,.1f} GB stored")
+    kept, most = _storage(plan.artifacts)
+    console.print(
+        f"Together: {hours:,.1f} chip-hours in the programs above, {kept / 1e9:,.1f} GB stored in the end, "
+        f"{most / 1e9:,.1f} GB at most"
+    )
+
+
+def _storage(artifacts: list[ArtifactCost]) -> tuple[float, float]:
+    """(bytes of all artifacts, the most bytes at any time): artifacts are in the order in which they are made."""
+    kept = most = 0.0
+    for artifact in artifacts:
+        most = max(most, kept + artifact.storage)
+        kept += artifact.storage * artifact.is_kept
+    return kept, most
 
 
 def _crosses_the_network(plan: Plan) -> bool:

@@ -70,6 +70,11 @@ def candidates(k: int, dimensions: int) -> int:
     return reduction.candidates(k) if dimensions else k
 
 
+def shard_count(sequences: int, length: int, rows: int) -> int:
+    """The smallest number of shards of at most `rows` keys (and at least one sequence) each."""
+    return min(sequences, -(-sequences * length // rows))
+
+
 @dataclasses.dataclass(frozen=True)
 class KeyShard:
     """One searchable shard of the training split's keys.
@@ -148,7 +153,7 @@ class KeyShards:
         """Divides the sequences evenly into the fewest shards of at most `rows` keys (and at least one sequence), and
         fits the projection if the search needs one. All processes must call it together."""
         sequences, length = datastore.arrays["next_tokens"].shape
-        count = min(sequences, -(-sequences * length // rows))
+        count = shard_count(sequences, length, rows)
         bounds = [sequences * shard // count for shard in range(count + 1)]
         shared = mesh if search.backend.is_collective else None
         key_shards = cls(datastore, bounds, search, scratch, shared)

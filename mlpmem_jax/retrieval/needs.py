@@ -18,7 +18,7 @@ from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.storage import is_remote
 from mlpmem_jax.retrieval import tiles
-from mlpmem_jax.retrieval.key_shards import Search
+from mlpmem_jax.retrieval.key_shards import Search, shard_count
 
 _RUNTIME_BYTES = 512 << 20  # Python, JAX, ScaNN and compiled programs
 _PROJECTION_BYTES = 40  # bytes per pair of dimensions, while the rotation is generated
@@ -79,6 +79,38 @@ def of_process(
     pieces = _PIECE_BYTES * tiles.NEIGHBORS_PER_THREAD * host.cpu_count()
     projection = _PROJECTION_BYTES * width**2 if search.is_projected else 0
     return ProcessNeeds(_RUNTIME_BYTES + projection + queries + pieces, index.memory + whole, index.disk)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScratchNeeds:
+    """What the scratch folder contains, in bytes; all of it is deleted when the stage is finished.
+
+    Attributes:
+      indices: the indices of all shards of keys, kept to the end.
+      neighbors: the nearest neighbors so far of every position, at most; while the last shard of keys is searched they
+        are replaced by targets.
+    """
+
+    indices: int
+    neighbors: int
+
+
+def of_scratch(
+    search: Search, sequences: int, length: int, queries: int, rows: int, width: int, key_bytes: int, k: int
+) -> ScratchNeeds:
+    """The largest size of the scratch folder.
+
+    Args:
+      search: how shards are searched.
+      sequences, length: dimensions of the training split, whose positions are the keys.
+      queries: positions of all splits.
+      rows: maximum keys per shard.
+      width, key_bytes: as in `of_process`.
+      k: neighbors per position.
+    """
+    shards = shard_count(sequences, length, rows)
+    index = search.backend.needs(-(-sequences * length // shards), search.dimensions or width, key_bytes, 1)
+    return ScratchNeeds(shards * index.stored, tiles.NEIGHBOR_BYTES * queries * k if shards > 1 else 0)
 
 
 def check(needs: ProcessNeeds, rows: int, scratch: epath.Path) -> None:
