@@ -103,6 +103,27 @@ def test_costs_of_the_papers_runs():
     assert run.chip_hours > run.training_flops / 0.5 / 197e12 / 3600
 
 
+@pytest.mark.parametrize(("mode", "vocab_size"), [("offline", 512), ("offline", 70_000), ("online", 512)])
+def test_a_host_holds_the_batches_that_training_reads_ahead(mode, vocab_size):
+    config = small_config()
+    config.training.mode, config.tokenizer.vocab_size = mode, vocab_size
+    config.training.evaluation_sequences, config.targets.k, config.targets.keep = 4, 1024, 0
+    [memory] = [item for item in cost.artifacts(config, 100_000, 4) if item.name == "memory"]
+    entry = (4 if vocab_size > 2**16 else 2) + 2  # a token id and a float16
+    entries = min(vocab_size, 1024)
+    position = entries * entry + 4 + (4 if mode == "online" else 2 * 32)
+    batch = 16 // 4 * 16 * position  # four sequences of 16 positions for each of four hosts
+    validated = 4 * 16 * (2 * 32 + 8)
+    assert memory.host == (1 + data.read_ahead(batch)) * batch + validated
+
+
+def test_the_validation_is_planned_in_the_precision_of_the_base_s_scores():
+    config = small_config()
+    config.datastore.compute_dtype = "bfloat16"
+    _, validation = programs.build(config, "train", Sharding.of(config), 100_000)
+    assert validation.static["compute_dtype"] == "bfloat16"
+
+
 def test_storage_includes_what_is_deleted_when_the_targets_are_finished():
     config = wikitext103_gpt2_small.get_config()  # indices of the 1,600 numbers of GPT-2 xl's keys
     total = 117e6 * (1 + config.corpus.validation_fraction + config.corpus.test_fraction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import ml_collections
 import numpy as np
@@ -13,7 +14,7 @@ from mlpmem_jax.models import flops, language_model
 from mlpmem_jax.planning import programs
 from mlpmem_jax.retrieval import backends, needs
 from mlpmem_jax.retrieval.key_shards import Search
-from mlpmem_jax.training import continued, loop
+from mlpmem_jax.training import continued, data, loop
 
 MEAN_ENTRIES = 251
 """Mean number of tokens in a kNN distribution at k = 1024, for GPT-2 large on WikiText-103 (the paper)."""
@@ -60,8 +61,10 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
     base = language_model.parameter_count(models.base)
     keys = language_model.parameter_count(models.keys) if settings.key_model else 0
     parameters = flops.memory_parameters(models.memory)
-    local_batch = max(1, config.training.batch_sequences // hosts)
-    sequence = length * (2 * models.base.width + 8 * most + 4)
+    batch = programs.batch_of_memory(config, models, max(1, config.training.batch_sequences // hosts))
+    batch_bytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in batch.values())
+    ahead = data.read_ahead(batch_bytes)
+    validated = programs.validated_positions(config, positions) * (2 * models.base.width + 4 + 4)
     targets = total * (4 + 4 + (token + 2) * entries)
     return [
         ArtifactCost("tokens", total * token, 0, f"{token} bytes per token"),
@@ -77,8 +80,9 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
         ArtifactCost(
             "memory",
             _TRAINED_BYTES * parameters,
-            local_batch * sequence * 2 + 32 * sequence,
-            "parameters, and two checkpoints with the optimizer's moments; two batches and 32 sequences read ahead",
+            (1 + ahead) * batch_bytes + validated,
+            "parameters, and two checkpoints with the optimizer's moments; in memory a batch, "
+            f"{ahead} more read ahead, and the validation split's inputs",
         ),
     ]
 
