@@ -18,7 +18,18 @@ from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import published
 from mlpmem_jax.models import language_model
-from mlpmem_jax.planning import changes, compilation, cost, hlo, mesh_choice, planned, programs, tables
+from mlpmem_jax.planning import (
+    changes,
+    compilation,
+    cost,
+    hlo,
+    host_search,
+    mesh_choice,
+    plan,
+    planned,
+    programs,
+    tables,
+)
 from mlpmem_jax.planning.roofline import Roofline
 from mlpmem_jax.training import continued, data, train_benchmark
 
@@ -173,11 +184,40 @@ def test_the_price_of_a_run_holds_the_fine_tuning_of_its_base_and_the_choice_of_
 
 def test_the_search_is_planned_with_the_candidates_that_it_asks_for():
     config = small_config()
+    config.targets.backend = "exact"
     for dimensions, candidates in ((0, 8), (4, 12)):
         config.targets.search_dimensions = dimensions
         [search] = programs.build(config, "neighbors", Sharding.of(config), 10_000)
         actual = jax.eval_shape(search.function, *search.arguments)
         assert {leaf.shape[-1] for leaf in jax.tree.leaves(actual) if leaf.ndim > 1} == {candidates}
+
+
+@pytest.mark.parametrize("backend", ["auto", "scann"])
+def test_a_search_on_the_hosts_is_priced_by_their_cores(backend, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(plan.compilation, "devices", lambda tpu, slices: jax.devices())
+    config = wikitext103_gpt2_small.get_config()
+    config.targets.backend = backend
+    given = {"stage": "neighbors", "positions": 117_000_000, "json_file": f"{tmp_path / 'plan.json'}"}
+    plan.run(config, "v5e:4x4", **given)
+    actual = json.loads((tmp_path / "plan.json").read_text())
+    assert actual["programs"] == []
+    search = actual["host_search"]
+    # 15 shards of 7.8 million keys of width 1,600: 27 of 2,793 leaves, 1,311 candidates.
+    rows = 117_000_000 // 15
+    seconds = 1600 * (27 * rows / 2793 * 58.8e-12 + 1311 * 1.15e-9)
+    assert search["core_hours"] == pytest.approx(117e6 * 15 * seconds / 3600)
+    assert search["chip_hours"] == pytest.approx(search["core_hours"] / (4 * 112) * 16)
+    printed = capsys.readouterr().out
+    assert "Memory of one chip" not in printed
+    assert f"{search['core_hours']:,.0f} core-hours" in printed
+    assert f"{search['chip_hours']:,.1f} held during the search" in printed
+    # The overrides that it names are for the ring.
+    for word in printed.partition("To search on the chips: ")[2].split("\n")[0].split():
+        key, value = word.removeprefix("--config.").split("=")
+        config.update_from_flattened_dict({key: float(value) if value[0] == "0" else value})
+    assert host_search.plan(config, 117_000_000, resolve("v5e:4x4"), 1) is None
+    [ring] = programs.build(config, "neighbors", Sharding.of(config), 100_000)
+    assert ring.name == "exact search"
 
 
 def test_dimensions_of_published_models(tmp_path):

@@ -14,7 +14,7 @@ from mlpmem_jax.core.sharding import Sharding, placed_shapes
 from mlpmem_jax.interop import published
 from mlpmem_jax.models import flops, language_model, scoring
 from mlpmem_jax.models.memory import MemoryConfig
-from mlpmem_jax.retrieval import datastore, key_shards, ring
+from mlpmem_jax.retrieval import backends, datastore, exact_backend, key_shards, ring
 from mlpmem_jax.training import continued, data, loop, memory_task, train_base
 
 STAGES = ("train", "datastore", "neighbors")
@@ -90,7 +90,7 @@ def base_positions(config: ml_collections.ConfigDict, positions: int) -> int:
 
 
 def build(config: ml_collections.ConfigDict, stage: str, sharding: Sharding, positions: int) -> list:
-    """The programs of a stage, as a list of `StageProgram`.
+    """The programs of a stage, as a list of `StageProgram`; none if it computes on the hosts.
 
     Args:
       config: the whole config.
@@ -187,6 +187,8 @@ def _datastore(config, models: ModelDimensions, sharding: Sharding, positions: i
 
 
 def _neighbors(config, models: ModelDimensions, sharding: Sharding, positions: int) -> list[StageProgram]:
+    if backends.planned(config.targets.backend) is not exact_backend.Backend:
+        return []  # `host_search` has the hours of ScaNN
     keys = min(positions, config.targets.key_shard_rows)
     queries = ring.QUERIES_PER_DEVICE * sharding.mesh.size
     width = config.targets.search_dimensions or models.keys.width

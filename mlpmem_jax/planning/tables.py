@@ -10,6 +10,7 @@ import rich.table
 from mlpmem_jax.core.accelerators import Slice
 from mlpmem_jax.core.chips import CHIPS
 from mlpmem_jax.planning.cost import ArtifactCost
+from mlpmem_jax.planning.host_search import HostSearch
 from mlpmem_jax.planning.planned import Planned
 
 NOTHING_FITS = "No change of remat, loss_chunk, accumulation_steps, batch or mesh.tensor makes it fit; use more chips."
@@ -22,7 +23,10 @@ _MIB, _GIB = 2**20, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The contents of the tables. `mesh` maps axes to sizes, `positions` are those of the training split."""
+    """The contents of the tables. `mesh` maps axes to sizes, `positions` are those of the training split.
+
+    `host_search` is None if the neighbors are not planned, or are searched on the chips.
+    """
 
     tpu: Slice
     slices: int
@@ -31,6 +35,7 @@ class Plan:
     positions_from: str
     planned: list[Planned]
     artifacts: list[ArtifactCost]
+    host_search: HostSearch | None = None
 
     @property
     def chips(self) -> int:
@@ -44,13 +49,17 @@ def show(plan: Plan) -> None:
     console.print(f"{plan.slices} x {plan.tpu}; mesh: {mesh}")
     console.print(f"{plan.positions:,} training positions ({plan.positions_from})")
     for table in (_memory(plan), _times(plan), _collectives(plan), _artifacts(plan)):
-        console.print(table)
+        if table.row_count:
+            console.print(table)
+    if plan.host_search:
+        console.print(str(plan.host_search))
     if plan.slices > 1 and not _crosses_the_network(plan):
         console.print(UNREAD_NETWORK)
     hours = sum(planned.chip_hours(plan.chips) for planned in plan.planned)
     kept, most = _storage(plan.artifacts)
+    held = f"{plan.host_search.chip_hours:,.1f} held during the search, " if plan.host_search else ""
     console.print(
-        f"Together: {hours:,.1f} chip-hours in the programs above, {kept / 1e9:,.1f} GB stored in the end, "
+        f"Together: {hours:,.1f} chip-hours in the programs above, {held}{kept / 1e9:,.1f} GB stored in the end, "
         f"{most / 1e9:,.1f} GB at most"
     )
 
@@ -177,7 +186,12 @@ def to_json(plan: Plan, changes: dict) -> dict:
         "mesh": plan.mesh,
         "positions": plan.positions,
         "programs": rows,
+        "host_search": _host_search_to_json(plan.host_search),
         "artifacts": [dataclasses.asdict(artifact) for artifact in plan.artifacts],
         "network_is_read": plan.slices == 1 or _crosses_the_network(plan),
         "changes_that_fit": changes,
     }
+
+
+def _host_search_to_json(search: HostSearch | None) -> dict | None:
+    return search and {**dataclasses.asdict(search), "hours": search.hours, "chip_hours": search.chip_hours}
