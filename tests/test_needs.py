@@ -15,8 +15,9 @@ from retrieval_data import LENGTH, WIDTH, config_for, write_tokens, write_workdi
 from workdirs import write_datastore
 
 from configs import llama2_7b, mistral_7b, wikitext103_gpt2_large, wikitext103_gpt2_small
-from mlpmem_jax.core import host
-from mlpmem_jax.core.artifacts import open_artifact
+from mlpmem_jax import cli, stages
+from mlpmem_jax.core import host, preflight
+from mlpmem_jax.core.artifacts import ArraySpec, ArtifactWriter, open_artifact
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.planning import cost, programs
 from mlpmem_jax.retrieval import backends, needs, scann_backend, targets, tiles
@@ -57,6 +58,65 @@ def test_the_stage_refuses_before_it_writes(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="a shard of 640 keys takes"):
         targets.run(config_for(tmp_path, backend="exact", search_dimensions=4, key_shard_rows=10**6))
     assert not (tmp_path / "targets").exists()
+
+
+def rows_checked(monkeypatch, config):
+    """(keys per shard and bytes of memory that `check_run` compares with the host's, or None; what it returns)."""
+    checked = []
+    monkeypatch.setattr(needs, "check", lambda needed, rows, scratch: checked.append((rows, needed.memory)))
+    is_known = needs.check_run(config)
+    return (checked[0] if checked else None), is_known
+
+
+def test_a_run_is_checked_with_what_is_known_at_its_start(tmp_path, monkeypatch):
+    config = wikitext103_gpt2_small.get_config()
+    config.workdir = str(tmp_path)
+    config.targets.backend = "exact"  # of one process: two copies of the keys
+    (rows, memory), is_known = rows_checked(monkeypatch, config)
+    assert is_known
+    assert rows == config.targets.key_shard_rows
+    assert memory > rows * 4 * 1600  # GPT-2 xl's, whose width is published
+    config.corpus.max_bytes = 1_000_000
+    assert rows_checked(monkeypatch, config)[0][0] == 1_000_000
+    config.base.context_length = 16
+    spec = ArraySpec((1, 8192), "uint16", 1, (1, 4096))
+    writer = ArtifactWriter.create(tmp_path / "tokens", "tokens", {}, {}, {"train": spec})
+    writer.write_shard(0, {"train": np.zeros((1, 6411), np.uint16)})
+    assert rows_checked(monkeypatch, config)[0][0] == 1_000_000  # not finished
+    writer.seal({"vocab_size": 1000})
+    assert rows_checked(monkeypatch, config)[0][0] == 6400  # whole sequences, and the next token of the last
+    config.datastore.key_model = "someone/unheard-of"
+    assert rows_checked(monkeypatch, config) == (None, False)
+    ArtifactWriter.create(tmp_path / "key_model", "base", {}, {}, {}).seal({"model": {"width": 64}})
+    assert rows_checked(monkeypatch, config)[0][1] < memory
+    for split in ("train", "validation", "test"):
+        ArtifactWriter.create(tmp_path / "targets" / split, "targets", {}, {}, {}).seal({"max_entries": 3})
+    assert rows_checked(monkeypatch, config) == (None, True)
+
+
+@pytest.mark.parametrize(("key_model", "before"), [("openai-community/gpt2-xl", []), ("own", ["tokens", "base"])])
+def test_a_run_is_refused_before_its_stages_are_paid_for(tmp_path, monkeypatch, key_model, before):
+    """With the real number of processes of the host: 8 for 8 GPUs."""
+    started = []
+
+    def run(name, config):
+        started.append(name)
+        if name == "base":
+            ArtifactWriter.create(tmp_path / "key_model", "base", {}, {}, {}).seal({"model": {"width": 1600}})
+
+    monkeypatch.setattr(stages, "run", run)
+    monkeypatch.setattr(preflight, "check_devices", lambda *_: None)
+    monkeypatch.setattr(host, "memory_bytes", lambda: 512 * GIB)
+    config = wikitext103_gpt2_small.get_config()
+    config.workdir, config.datastore.key_model = str(tmp_path), key_model
+    cli._dispatch(types.SimpleNamespace(verb="run"), config)
+    assert started == list(stages.STAGES)
+    started.clear()
+    shutil.rmtree(tmp_path / "key_model", ignore_errors=True)
+    monkeypatch.setattr(needs, "processes_of_host", lambda: 8)
+    with pytest.raises(ConfigError, match=r"a shard of 8,000,000 keys takes 69\.\d GiB .* in each of 8 processes"):
+        cli._dispatch(types.SimpleNamespace(verb="run"), config)
+    assert started == before
 
 
 @pytest.mark.parametrize("key_shard_rows", [10**6, 200])

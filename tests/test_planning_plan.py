@@ -211,6 +211,11 @@ def test_a_search_on_the_hosts_is_priced_by_their_cores(backend, monkeypatch, tm
     assert "Memory of one chip" not in printed
     assert f"{search['core_hours']:,.0f} core-hours" in printed
     assert f"{search['chip_hours']:,.1f} held during the search" in printed
+    assert "69.2 GiB of memory in each process, 553.9 GiB together" in printed  # docs/neighbors.md
+    assert 8 * actual["gpu_node"]["memory_of_process"] / 2**30 == pytest.approx(553.9, abs=0.05)
+    # A TPU's host has more CPUs, and a process for all of them.
+    [at_once] = [item for item in actual["artifacts"] if not item["is_kept"]]
+    assert at_once["host"] - actual["gpu_node"]["memory_of_process"] == (112 - 8) * 48 * 2**18
     # The overrides that it names are for the ring.
     for word in printed.partition("To search on the chips: ")[2].split("\n")[0].split():
         key, value = word.removeprefix("--config.").split("=")

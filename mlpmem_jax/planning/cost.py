@@ -48,8 +48,17 @@ class RunCost:
     steps: int
 
 
-def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> list[ArtifactCost]:
-    """Storage and memory of every stage; `positions` are those of the training split, `hosts` run one process each."""
+def artifacts(
+    config: ml_collections.ConfigDict, positions: int, hosts: int, cpus: int | None = None
+) -> list[ArtifactCost]:
+    """Storage and memory of every stage.
+
+    Args:
+      config: the whole config.
+      positions: positions of the training split.
+      hosts: number of hosts, which run one process each.
+      cpus: CPUs of a host; None for those of this one.
+    """
     models = programs.models_of(config, 1)
     length, settings = config.base.context_length, config.datastore
     total = positions * (1 + config.corpus.validation_fraction + config.corpus.test_fraction)
@@ -75,7 +84,9 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
             2.0 * settings.sequences_per_shard * length * position,
             f"{widths} numbers of {settings.dtype} per position; two shards in memory",
         ),
-        _targets_while_built(config, models, positions, total, targets, hosts),
+        _targets_while_built(
+            config, models, positions, total, targets, targets_memory(config, models, positions, hosts, cpus)
+        ),
         ArtifactCost("targets", targets, 0, f"about {entries:.0f} entries per position, at most {most}"),
         ArtifactCost(
             "memory",
@@ -93,25 +104,38 @@ def _targets_while_built(
     positions: int,
     queries: float,
     targets: float,
-    hosts: int,
+    memory: int,
 ) -> ArtifactCost:
     """The folder of the targets at its largest: indices, and neighbors that targets replace one by one."""
     settings, length, width = config.targets, config.base.context_length, models.keys.width
     search = Search.create(backends.planned(settings.backend), settings)
     key_bytes = np.dtype(config.datastore.dtype).itemsize
-    rows = min(positions, settings.key_shard_rows)
-    entries = programs.most_entries(config, models)
-    load = needs.Workload(config.datastore.sequences_per_shard * length, settings.k, entries)
     sequences, most_rows = max(1, positions // length), settings.key_shard_rows
     scratch = needs.of_scratch(search, sequences, length, round(queries), most_rows, width, key_bytes, settings.k)
     return ArtifactCost(
         "targets, while built",
         scratch.indices + max(scratch.neighbors, targets),
-        needs.of_process(search, rows, width, key_bytes, load, hosts).memory,
+        memory,
         f"at most: {scratch.indices / 1e9:,.1f} GB of indices, {scratch.neighbors / 1e9:,.1f} GB of neighbors between "
         "shards of keys; in memory one shard of keys with its index",
         is_kept=False,
     )
+
+
+def targets_memory(
+    config: ml_collections.ConfigDict,
+    models: programs.ModelDimensions,
+    positions: int,
+    processes: int,
+    cpus: int | None = None,
+) -> int:
+    """Bytes of memory that stage `targets` takes at most in each process of a job, which has `cpus` CPUs."""
+    settings = config.targets
+    search = Search.create(backends.planned(settings.backend), settings)
+    rows, key_bytes = min(positions, settings.key_shard_rows), np.dtype(config.datastore.dtype).itemsize
+    entries = programs.most_entries(config, models)
+    load = needs.Workload(config.datastore.sequences_per_shard * config.base.context_length, settings.k, entries)
+    return needs.of_process(search, rows, models.keys.width, key_bytes, load, processes, cpus).memory
 
 
 def estimate(

@@ -49,7 +49,8 @@ def run(
         positions=positions,
         positions_from=source,
         planned=planned,
-        artifacts=cost.artifacts(config, positions, tpu.hosts * slices),
+        artifacts=cost.artifacts(config, positions, tpu.hosts * slices, tpu.cpus_per_host),
+        gpu_process=cost.targets_memory(config, programs.models_of(config, 1), positions, *tables.GPU_NODE),
         host_search=host_search.plan(config, positions, tpu, slices) if "neighbors" in stages else None,
     )
     tables.show(plan)

@@ -18,14 +18,20 @@ UNREAD_NETWORK = (
     "No collective between slices was found in the programs' text: communication over the data-center network is not "
     "included in these times and chip-hours."
 )
+GPU_NODE = 8, 8
+"""Processes of a node, one per GPU, and CPUs of each, the default of launch.slurm."""
 _MIB, _GIB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The contents of the tables. `mesh` maps axes to sizes, `positions` are those of the training split.
+    """The contents of the tables.
 
-    `host_search` is None if the neighbors are not planned, or are searched on the chips.
+    Attributes:
+      mesh: size of each axis.
+      positions: positions of the training split.
+      gpu_process: memory of stage `targets` in a process of a `GPU_NODE`.
+      host_search: None if the neighbors are not planned, or are searched on the chips.
     """
 
     tpu: Slice
@@ -35,6 +41,7 @@ class Plan:
     positions_from: str
     planned: list[Planned]
     artifacts: list[ArtifactCost]
+    gpu_process: int
     host_search: HostSearch | None = None
 
     @property
@@ -51,6 +58,12 @@ def show(plan: Plan) -> None:
     for table in (_memory(plan), _times(plan), _collectives(plan), _artifacts(plan)):
         if table.row_count:
             console.print(table)
+    processes, cpus = GPU_NODE
+    console.print(
+        f"On a node of {processes} GPUs, with a process of {cpus} CPUs for each: stage targets takes "
+        f"{plan.gpu_process / _GIB:,.1f} GiB of memory in each process, {processes * plan.gpu_process / _GIB:,.1f} GiB "
+        "together"
+    )
     if plan.host_search:
         console.print(str(plan.host_search))
     if plan.slices > 1 and not _crosses_the_network(plan):
@@ -186,6 +199,7 @@ def to_json(plan: Plan, changes: dict) -> dict:
         "mesh": plan.mesh,
         "positions": plan.positions,
         "programs": rows,
+        "gpu_node": {"processes": GPU_NODE[0], "memory_of_process": plan.gpu_process},
         "host_search": _host_search_to_json(plan.host_search),
         "artifacts": [dataclasses.asdict(artifact) for artifact in plan.artifacts],
         "network_is_read": plan.slices == 1 or _crosses_the_network(plan),
