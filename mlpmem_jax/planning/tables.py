@@ -60,7 +60,7 @@ def show(plan: Plan) -> None:
             console.print(table)
     processes, cpus = GPU_NODE
     console.print(
-        f"On a node of {processes} GPUs, with a process of {cpus} CPUs for each: stage targets takes "
+        f"On one node of {processes} GPUs instead, with a process of {cpus} CPUs for each, stage targets takes "
         f"{plan.gpu_process / _GIB:,.1f} GiB of memory in each process, {processes * plan.gpu_process / _GIB:,.1f} GiB "
         "together"
     )
