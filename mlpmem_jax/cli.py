@@ -227,10 +227,14 @@ def _dispatch(options: argparse.Namespace, config: ml_collections.ConfigDict) ->
     logging.set_verbosity(logging.FATAL)  # libraries also log what they raise, which is reported once by us
     host.keep_freed_memory()
     if options.verb == "run":
+        from mlpmem_jax.retrieval import needs
+
         preflight.check_devices(config, jax.device_count(), jax.process_count())
         preflight.check_models(config, jax.device_count())
+        is_checked = False
         for name in stages.STAGES:
             preflight.check_artifacts(config)
+            is_checked = is_checked or needs.check_run(config)
             stages.run(name, config)
     elif options.verb in stages.STAGES:
         stages.run(options.verb, config)

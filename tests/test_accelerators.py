@@ -47,6 +47,13 @@ def test_names_resolve_to_the_documented_slices(name, topology, chips, hosts, ma
     assert actual.has_default_topology
 
 
+def test_every_machine_has_a_number_of_cpus():
+    for generation in accelerators.GENERATIONS.values():
+        assert generation.cpus.keys() == generation.machine_types.keys()
+    assert accelerators.resolve("v5e:4x4").cpus_per_host == 112
+    assert accelerators.resolve("v5e:2x4").cpus_per_host == 224
+
+
 def test_generation_and_topology_name_the_same_slice():
     assert accelerators.resolve("v5e:16x16") == accelerators.resolve("v5e-256") == accelerators.resolve("v5litepod-256")
     long = accelerators.resolve("v5p:4x4x16")

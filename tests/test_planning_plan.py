@@ -10,7 +10,7 @@ import jax
 import pytest
 from etils import epath
 
-from configs import mistral_7b, quickstart, wikitext103_gpt2_large
+from configs import mistral_7b, quickstart, wikitext103_gpt2_large, wikitext103_gpt2_small
 from mlpmem_jax import cli
 from mlpmem_jax.core.accelerators import resolve
 from mlpmem_jax.core.errors import ConfigError, UserError
@@ -18,9 +18,20 @@ from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.interop import published
 from mlpmem_jax.models import language_model
-from mlpmem_jax.planning import changes, compilation, cost, hlo, mesh_choice, planned, programs
+from mlpmem_jax.planning import (
+    changes,
+    compilation,
+    cost,
+    hlo,
+    host_search,
+    mesh_choice,
+    plan,
+    planned,
+    programs,
+    tables,
+)
 from mlpmem_jax.planning.roofline import Roofline
-from mlpmem_jax.training import data, train_benchmark
+from mlpmem_jax.training import continued, data, train_benchmark
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -93,7 +104,7 @@ def test_costs_of_the_papers_runs():
     for backend, of_key in (("auto", 5.5 * width + 96), ("exact", 4 * width / 64)):
         large.targets.backend, hosts = backend, []
         for large.targets.key_shard_rows in (rows, rows - 10**6):
-            hosts += [item.host for item in cost.artifacts(large, 100_000_000, 64) if item.name == "targets"]
+            hosts += [item.host for item in cost.artifacts(large, 100_000_000, 64) if not item.is_kept]
         assert hosts[0] - hosts[1] == pytest.approx(10**6 * of_key)
     memory = mistral_7b.get_config()
     run = cost.estimate(memory, 5_000_000_000, "v5e:16x16", utilization=0.5)
@@ -103,6 +114,49 @@ def test_costs_of_the_papers_runs():
     assert run.chip_hours > run.training_flops / 0.5 / 197e12 / 3600
 
 
+@pytest.mark.parametrize(("mode", "vocab_size"), [("offline", 512), ("offline", 70_000), ("online", 512)])
+def test_a_host_holds_the_batches_that_training_reads_ahead(mode, vocab_size):
+    config = small_config()
+    config.training.mode, config.tokenizer.vocab_size = mode, vocab_size
+    config.training.evaluation_sequences, config.targets.k, config.targets.keep = 4, 1024, 0
+    [memory] = [item for item in cost.artifacts(config, 100_000, 4) if item.name == "memory"]
+    entry = (4 if vocab_size > 2**16 else 2) + 2  # a token id and a float16
+    entries = min(vocab_size, 1024)
+    position = entries * entry + 4 + (4 if mode == "online" else 2 * 32)
+    batch = 16 // 4 * 16 * position  # four sequences of 16 positions for each of four hosts
+    validated = 4 * 16 * (2 * 32 + 8)
+    assert memory.host == (1 + data.read_ahead(batch)) * batch + validated
+
+
+def test_the_validation_is_planned_in_the_precision_of_the_base_s_scores():
+    config = small_config()
+    config.datastore.compute_dtype = "bfloat16"
+    _, validation = programs.build(config, "train", Sharding.of(config), 100_000)
+    assert validation.static["compute_dtype"] == "bfloat16"
+
+
+def test_storage_includes_what_is_deleted_when_the_targets_are_finished():
+    config = wikitext103_gpt2_small.get_config()  # indices of the 1,600 numbers of GPT-2 xl's keys
+    total = 117e6 * (1 + config.corpus.validation_fraction + config.corpus.test_fraction)
+    indices, neighbors = 117e6 * (5 * 1600 + 4), total * 8 * 1024
+    costs = cost.artifacts(config, 117_000_000, 16)
+    by_name = {item.name: item.storage for item in costs}
+    assert by_name["targets, while built"] == pytest.approx(indices + neighbors, rel=1e-4)
+    kept, most = tables._storage(costs)
+    assert kept == pytest.approx(sum(by_name.values()) - by_name["targets, while built"])
+    before = by_name["tokens"] + by_name["base"] + by_name["datastore"]
+    assert most == pytest.approx(before + indices + neighbors, rel=1e-4)
+    # One shard of keys: nothing is stored between two, and the index stands beside the targets.
+    config.targets.key_shard_rows = 117_000_000
+    by_name = {item.name: item.storage for item in cost.artifacts(config, 117_000_000, 16)}
+    assert by_name["targets, while built"] == pytest.approx(indices + by_name["targets"], rel=1e-4)
+    run = cost.estimate(config, 117_000_000, "v5e:4x4")
+    assert run.storage == pytest.approx(sum(by_name.values()) - by_name["targets, while built"])
+    config = mistral_7b.get_config()  # no indices: 34.6 TB of neighbors for the training split alone
+    by_name = {item.name: item.storage for item in cost.artifacts(config, 4_224_000_000, 64)}
+    assert by_name["targets, while built"] == pytest.approx(4.224e9 * 1.002 * 8 * 1024, rel=1e-4)
+
+
 def test_a_base_that_is_trained_on_needs_no_datastore():
     config = wikitext103_gpt2_large.get_config()
     config.training.epochs, config.datastore.key_model = 2.0, ""
@@ -110,7 +164,8 @@ def test_a_base_that_is_trained_on_needs_no_datastore():
     run = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5, arm="continued")
     sequence = language_model.forward_flops(published.dimensions(config.base.path), 1024) * 1024
     assert run.training_flops == pytest.approx(3 * sequence * run.steps * config.training.batch_sequences)
-    assert run.chip_hours == pytest.approx(run.training_flops / 0.5 / 197e12 / 3600)
+    searched = continued.steps_with_rate_search(run.steps) / run.steps  # the best rate for an imported base
+    assert run.chip_hours == pytest.approx(searched * run.training_flops / 0.5 / 197e12 / 3600)
     tokens = 2 * 100e6 * (1 + config.corpus.validation_fraction + config.corpus.test_fraction)
     assert run.storage == pytest.approx(tokens + 774e6 * (4 + 4 + 24), rel=0.01)
     assert run.storage < memory_config.storage / 5
@@ -129,11 +184,45 @@ def test_the_price_of_a_run_holds_the_fine_tuning_of_its_base_and_the_choice_of_
 
 def test_the_search_is_planned_with_the_candidates_that_it_asks_for():
     config = small_config()
+    config.targets.backend = "exact"
     for dimensions, candidates in ((0, 8), (4, 12)):
         config.targets.search_dimensions = dimensions
         [search] = programs.build(config, "neighbors", Sharding.of(config), 10_000)
         actual = jax.eval_shape(search.function, *search.arguments)
         assert {leaf.shape[-1] for leaf in jax.tree.leaves(actual) if leaf.ndim > 1} == {candidates}
+
+
+@pytest.mark.parametrize("backend", ["auto", "scann"])
+def test_a_search_on_the_hosts_is_priced_by_their_cores(backend, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(plan.compilation, "devices", lambda tpu, slices: jax.devices())
+    config = wikitext103_gpt2_small.get_config()
+    config.targets.backend = backend
+    given = {"stage": "neighbors", "positions": 117_000_000, "json_file": f"{tmp_path / 'plan.json'}"}
+    plan.run(config, "v5e:4x4", **given)
+    actual = json.loads((tmp_path / "plan.json").read_text())
+    assert actual["programs"] == []
+    search = actual["host_search"]
+    # 15 shards of 7.8 million keys of width 1,600: 27 of 2,793 leaves, 1,311 candidates.
+    rows = 117_000_000 // 15
+    seconds = 1600 * (27 * rows / 2793 * 58.8e-12 + 1311 * 1.15e-9)
+    assert search["core_hours"] == pytest.approx(117e6 * 15 * seconds / 3600)
+    assert search["chip_hours"] == pytest.approx(search["core_hours"] / (4 * 112) * 16)
+    printed = capsys.readouterr().out
+    assert "Memory of one chip" not in printed
+    assert f"{search['core_hours']:,.0f} core-hours" in printed
+    assert f"{search['chip_hours']:,.1f} held during the search" in printed
+    assert "69.2 GiB of memory in each process, 553.9 GiB together" in printed  # docs/neighbors.md
+    assert 8 * actual["gpu_node"]["memory_of_process"] / 2**30 == pytest.approx(553.9, abs=0.05)
+    # A TPU's host has more CPUs, and a process for all of them.
+    [at_once] = [item for item in actual["artifacts"] if not item["is_kept"]]
+    assert at_once["host"] - actual["gpu_node"]["memory_of_process"] == (112 - 8) * 48 * 2**18
+    # The overrides that it names are for the ring.
+    for word in printed.partition("To search on the chips: ")[2].split("\n")[0].split():
+        key, value = word.removeprefix("--config.").split("=")
+        config.update_from_flattened_dict({key: float(value) if value[0] == "0" else value})
+    assert host_search.plan(config, 117_000_000, resolve("v5e:4x4"), 1) is None
+    [ring] = programs.build(config, "neighbors", Sharding.of(config), 100_000)
+    assert ring.name == "exact search"
 
 
 def test_dimensions_of_published_models(tmp_path):

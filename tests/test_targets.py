@@ -23,7 +23,7 @@ from workdirs import bytes_by_file
 
 from mlpmem_jax.core.artifacts import ArtifactWriter
 from mlpmem_jax.core.errors import ArtifactError, ConfigError, UserError
-from mlpmem_jax.retrieval import backends, scann_backend, scann_index, targets, temperature
+from mlpmem_jax.retrieval import backends, scann_backend, scann_index, scratch, targets, temperature
 from mlpmem_jax.retrieval.tiles import Split
 
 BACKENDS = ["exact", *([] if scann_backend.unavailable() else ["scann"])]
@@ -219,10 +219,12 @@ class Interruption(Exception):
     """Stands for a kill, within the process."""
 
 
-@pytest.mark.parametrize("key_shard_rows", [10**6, 250])
-def test_interrupted_between_any_two_steps_it_ends_with_the_same_bytes(workdir, key_shard_rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("key_shard_rows", "changes"), [(10**6, {}), (250, {}), (400, {"backend": "exact", "recall_target": 0.9})]
+)
+def test_interrupted_between_any_two_steps_it_ends_with_the_same_bytes(workdir, key_shard_rows, changes, monkeypatch):
     folder, _ = workdir
-    config = config_for(folder, key_shard_rows=key_shard_rows, temperature=0.0, quality_positions=32)
+    config = config_for(folder, key_shard_rows=key_shard_rows, temperature=0.0, quality_positions=32, **changes)
     targets.run(config)
     expected = bytes_by_file(folder / "targets")
     shutil.rmtree(folder / "targets")
@@ -239,6 +241,7 @@ def test_interrupted_between_any_two_steps_it_ends_with_the_same_bytes(workdir, 
     interrupted_after(ArtifactWriter, "write_shard")
     interrupted_after(ArtifactWriter, "seal")
     interrupted_after(Split, "write_tile")
+    interrupted_after(scratch, "save_array")  # of measurements
     interruptions, finished = 0, False
     while not finished:
         try:

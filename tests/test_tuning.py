@@ -8,11 +8,12 @@ from workdirs import write_datastore
 
 from mlpmem_jax.core.artifacts import open_artifact
 from mlpmem_jax.core.errors import UserError
-from mlpmem_jax.retrieval import quality, scann_backend, tuning
+from mlpmem_jax.retrieval import quality, scann_backend, scratch, tuning
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search
 from mlpmem_jax.retrieval.queries import sample_queries
 from mlpmem_jax.retrieval.scann_backend import ScannIndex
 from mlpmem_jax.retrieval.scann_index import Options
+from mlpmem_jax.retrieval.scratch import Measurements
 
 pytestmark = pytest.mark.skipif(bool(scann_backend.unavailable()), reason="ScaNN has no wheel for this machine")
 
@@ -79,6 +80,78 @@ def test_the_prepared_search_reaches_the_recall_at_the_least_cost(datastore, tmp
 )
 def test_efforts_are_searched_up_or_down(recalls, first, expected):
     assert tuning._cheapest(lambda place: recalls[place], len(recalls), first, 0.95) == expected
+
+
+def test_the_true_neighbors_are_found_without_an_index(datastore, tmp_path, monkeypatch):
+    search = Search.create(scann_backend.Backend, {"k": K})
+    key_shards = KeyShards.prepare(datastore, 3200, epath.Path(tmp_path), search)
+    monkeypatch.setattr(KeyShards, "_index", lambda self, shard: pytest.fail("opened"))
+    queries = sample_queries(datastore, 300)
+    sample = quality.Sample.draw(key_shards, queries, "self", K)
+    keys = datastore.read("keys", 0, 400).reshape(-1, WIDTH).astype(np.float64)
+    distances = ((keys[None] - queries.keys_QxD[:, None]) ** 2).sum(axis=2)
+    distances[np.arange(300), queries.positions_Q] = np.inf
+    actual = np.concatenate([ids + 3200 * shard for shard, (_, ids) in enumerate(sample.true_neighbors)], axis=1)
+    np.testing.assert_allclose(
+        np.sort(np.take_along_axis(distances, actual, axis=1), axis=1)[:, :K],
+        np.sort(distances, axis=1)[:, :K],
+        rtol=1e-4,
+        atol=2e-3,
+    )
+
+
+def test_what_was_measured_before_an_interruption_is_not_measured_again(datastore, tmp_path, monkeypatch):
+    search = Search.create(scann_backend.Backend, {"k": K})
+    searched = []
+
+    def count(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments: (searched.append(name), original(*arguments))[1])
+
+    count(KeyShards, "exact_neighbors")
+    count(ScannIndex, "search")
+
+    def measured(folder, recall):
+        searched.clear()
+        key_shards = KeyShards.prepare(datastore, 3200, epath.Path(tmp_path), search)
+        sample = quality.Sample.draw(
+            key_shards, sample_queries(datastore, 300), "self", K, Measurements(folder and epath.Path(folder))
+        )
+        trials, place = tuning.reach(key_shards, sample, recall)
+        return [(str(trial), trial.packed_QxK.tobytes()) for trial in trials], place, sample.packed_QxK.tobytes()
+
+    folder = tmp_path / "measured"
+    expected = measured(None, 0.97)
+    assert measured(folder, 0.97) == expected
+    assert searched.count("exact_neighbors") == 2
+    searches = searched.count("search")
+    assert measured(folder, 0.97) == expected
+    assert searched == []
+    folder.joinpath("exact.0001.npy").unlink()
+    lost = sorted(folder.glob("search,*.0001.npy"))[0]
+    lost.unlink()
+    assert measured(folder, 0.97) == expected
+    assert searched == ["exact_neighbors", "search"]
+    assert searches == len(list(folder.glob("search,*")))  # the trial of the first shard alone was not repeated either
+    measured(folder, 0.5)  # as after a recall that was out of reach
+    assert searched.count("exact_neighbors") == 0
+
+
+def test_processes_of_a_collective_search_reuse_what_all_of_them_see(tmp_path, monkeypatch):
+    folder = epath.Path(tmp_path)
+    Measurements(folder, is_collective=True)
+    list(Measurements(folder, is_collective=True).of_shards("exact", range(2), lambda shard: np.full(3, shard)))
+    monkeypatch.setattr(scratch.jax, "process_count", lambda: 2)
+    for others, measured in ((0, []), (1, [0, 1])):  # the other process sees the same files, or fewer
+        monkeypatch.setattr(
+            scratch.multihost_utils, "process_allgather", lambda own, others=others: np.array([own, own - others])
+        )
+        asked = []
+        arrays = Measurements(folder, is_collective=True).of_shards(
+            "exact", range(2), lambda shard, asked=asked: (asked.append(shard), np.full(3, shard))[1]
+        )
+        assert [array.tolist() for array in arrays] == [[0] * 3, [1] * 3]
+        assert asked == measured
 
 
 def test_total_variation_falls_as_the_search_looks_harder(datastore, tmp_path):

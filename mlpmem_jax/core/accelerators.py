@@ -5,6 +5,7 @@ Sources, all Google Cloud documentation:
   cloud.google.com/tpu/docs/types-topologies: shapes of whole cubes, AxBxC with A <= B <= C, all multiples of 4
   cloud.google.com/tpu/docs/runtimes: software versions of TPU VMs
   cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: node labels
+  gcloud compute machine-types list: virtual CPUs
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Generation:
     shapes: tuple[Topology, ...]  # all shapes, or if max_chips is set those below one cube
     max_chips: int | None  # size of the largest slice of whole cubes; None = no cubes
     machine_types: Mapping[int, str]  # chips of one host -> machine type
+    cpus: Mapping[int, int]  # chips of one host -> its virtual CPUs
     gke_accelerator: str  # value of the node label cloud.google.com/gke-tpu-accelerator
     runtime_version: str  # software of a TPU VM
 
@@ -45,6 +47,7 @@ GENERATIONS = {
         shapes=_BELOW_ONE_CUBE,
         max_chips=4096,
         machine_types={4: "ct4p-hightpu-4t"},
+        cpus={4: 240},
         gke_accelerator="tpu-v4-podslice",
         runtime_version="tpu-ubuntu2204-base",
     ),
@@ -54,6 +57,7 @@ GENERATIONS = {
         shapes=_SQUARES,
         max_chips=None,
         machine_types={1: "ct5lp-hightpu-1t", 4: "ct5lp-hightpu-4t", 8: "ct5lp-hightpu-8t"},
+        cpus={1: 24, 4: 112, 8: 224},
         gke_accelerator="tpu-v5-lite-podslice",
         runtime_version="v2-alpha-tpuv5-lite",
     ),
@@ -63,6 +67,7 @@ GENERATIONS = {
         shapes=_BELOW_ONE_CUBE,
         max_chips=6144,
         machine_types={4: "ct5p-hightpu-4t"},
+        cpus={4: 208},
         gke_accelerator="tpu-v5p-slice",
         runtime_version="v2-alpha-tpuv5",
     ),
@@ -72,6 +77,7 @@ GENERATIONS = {
         shapes=_SQUARES,
         max_chips=None,
         machine_types={1: "ct6e-standard-1t", 4: "ct6e-standard-4t", 8: "ct6e-standard-8t"},
+        cpus={1: 44, 4: 180, 8: 360},
         gke_accelerator="tpu-v6e-slice",
         runtime_version="v2-alpha-tpuv6e",
     ),
@@ -110,6 +116,11 @@ class Slice:
     @property
     def machine_type(self) -> str:
         return self.generation.machine_types[self.chips_per_host]
+
+    @property
+    def cpus_per_host(self) -> int:
+        """Virtual CPUs."""
+        return self.generation.cpus[self.chips_per_host]
 
     @property
     def accelerator_type(self) -> str:

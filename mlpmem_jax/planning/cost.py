@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import ml_collections
 import numpy as np
@@ -13,7 +14,7 @@ from mlpmem_jax.models import flops, language_model
 from mlpmem_jax.planning import programs
 from mlpmem_jax.retrieval import backends, needs
 from mlpmem_jax.retrieval.key_shards import Search
-from mlpmem_jax.training import continued, loop
+from mlpmem_jax.training import continued, data, loop
 
 MEAN_ENTRIES = 251
 """Mean number of tokens in a kNN distribution at k = 1024, for GPT-2 large on WikiText-103 (the paper)."""
@@ -24,17 +25,22 @@ _TRAINED_BYTES = 4.0 + 2 * 12.0
 
 @dataclasses.dataclass(frozen=True)
 class ArtifactCost:
-    """Bytes of an artifact in storage, and of its stage's largest arrays in the memory of one host."""
+    """Bytes of an artifact in storage, and of its stage's largest arrays in the memory of one host.
+
+    Attributes:
+      is_kept: whether it is still there when its stage is finished.
+    """
 
     name: str
     storage: float
     host: float
     note: str
+    is_kept: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class RunCost:
-    """The cost of a whole run: chip-hours at an assumed utilization, and bytes of storage."""
+    """The cost of a whole run: chip-hours at an assumed utilization, and bytes of storage when it is finished."""
 
     chip_hours: float
     storage: float
@@ -42,8 +48,17 @@ class RunCost:
     steps: int
 
 
-def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> list[ArtifactCost]:
-    """Storage and memory of every stage; `positions` are those of the training split, `hosts` run one process each."""
+def artifacts(
+    config: ml_collections.ConfigDict, positions: int, hosts: int, cpus: int | None = None
+) -> list[ArtifactCost]:
+    """Storage and memory of every stage.
+
+    Args:
+      config: the whole config.
+      positions: positions of the training split.
+      hosts: number of hosts, which run one process each.
+      cpus: CPUs of a host; None for those of this one.
+    """
     models = programs.models_of(config, 1)
     length, settings = config.base.context_length, config.datastore
     total = positions * (1 + config.corpus.validation_fraction + config.corpus.test_fraction)
@@ -55,13 +70,11 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
     base = language_model.parameter_count(models.base)
     keys = language_model.parameter_count(models.keys) if settings.key_model else 0
     parameters = flops.memory_parameters(models.memory)
-    local_batch = max(1, config.training.batch_sequences // hosts)
-    sequence = length * (2 * models.base.width + 8 * most + 4)
-    rows = min(positions, config.targets.key_shard_rows)
-    backend = backends.planned(config.targets.backend)
-    load = needs.Workload(settings.sequences_per_shard * length, config.targets.k, most)
-    search = Search.create(backend, config.targets)
-    key_bytes = np.dtype(settings.dtype).itemsize
+    batch = programs.batch_of_memory(config, models, max(1, config.training.batch_sequences // hosts))
+    batch_bytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in batch.values())
+    ahead = data.read_ahead(batch_bytes)
+    validated = programs.validated_positions(config, positions) * (2 * models.base.width + 4 + 4)
+    targets = total * (4 + 4 + (token + 2) * entries)
     return [
         ArtifactCost("tokens", total * token, 0, f"{token} bytes per token"),
         ArtifactCost("base", 4.0 * (base + keys), 4.0 * (base + keys) / hosts, "float32, including the key model"),
@@ -71,19 +84,58 @@ def artifacts(config: ml_collections.ConfigDict, positions: int, hosts: int) -> 
             2.0 * settings.sequences_per_shard * length * position,
             f"{widths} numbers of {settings.dtype} per position; two shards in memory",
         ),
-        ArtifactCost(
-            "targets",
-            total * (4 + 4 + (token + 2) * entries),
-            needs.of_process(search, rows, models.keys.width, key_bytes, load, hosts).memory,
-            f"about {entries:.0f} entries per position, at most {most}; in memory one shard of keys with its index",
+        _targets_while_built(
+            config, models, positions, total, targets, targets_memory(config, models, positions, hosts, cpus)
         ),
+        ArtifactCost("targets", targets, 0, f"about {entries:.0f} entries per position, at most {most}"),
         ArtifactCost(
             "memory",
             _TRAINED_BYTES * parameters,
-            local_batch * sequence * 2 + 32 * sequence,
-            "parameters, and two checkpoints with the optimizer's moments; two batches and 32 sequences read ahead",
+            (1 + ahead) * batch_bytes + validated,
+            "parameters, and two checkpoints with the optimizer's moments; in memory a batch, "
+            f"{ahead} more read ahead, and the validation split's inputs",
         ),
     ]
+
+
+def _targets_while_built(
+    config: ml_collections.ConfigDict,
+    models: programs.ModelDimensions,
+    positions: int,
+    queries: float,
+    targets: float,
+    memory: int,
+) -> ArtifactCost:
+    """The folder of the targets at its largest: indices, and neighbors that targets replace one by one."""
+    settings, length, width = config.targets, config.base.context_length, models.keys.width
+    search = Search.create(backends.planned(settings.backend), settings)
+    key_bytes = np.dtype(config.datastore.dtype).itemsize
+    sequences, most_rows = max(1, positions // length), settings.key_shard_rows
+    scratch = needs.of_scratch(search, sequences, length, round(queries), most_rows, width, key_bytes, settings.k)
+    return ArtifactCost(
+        "targets, while built",
+        scratch.indices + max(scratch.neighbors, targets),
+        memory,
+        f"at most: {scratch.indices / 1e9:,.1f} GB of indices, {scratch.neighbors / 1e9:,.1f} GB of neighbors between "
+        "shards of keys; in memory one shard of keys with its index",
+        is_kept=False,
+    )
+
+
+def targets_memory(
+    config: ml_collections.ConfigDict,
+    models: programs.ModelDimensions,
+    positions: int,
+    processes: int,
+    cpus: int | None = None,
+) -> int:
+    """Bytes of memory that stage `targets` takes at most in each process of a job, which has `cpus` CPUs."""
+    settings = config.targets
+    search = Search.create(backends.planned(settings.backend), settings)
+    rows, key_bytes = min(positions, settings.key_shard_rows), np.dtype(config.datastore.dtype).itemsize
+    entries = programs.most_entries(config, models)
+    load = needs.Workload(config.datastore.sequences_per_shard * config.base.context_length, settings.k, entries)
+    return needs.of_process(search, rows, models.keys.width, key_bytes, load, processes, cpus).memory
 
 
 def estimate(
@@ -109,7 +161,8 @@ def estimate(
     """
     tpu = resolve(topology, "--topology")
     models, length = programs.models_of(config, 1), config.base.context_length
-    stored = {artifact.name: artifact.storage for artifact in artifacts(config, positions, tpu.hosts * slices)}
+    costs = artifacts(config, positions, tpu.hosts * slices)
+    stored = {artifact.name: artifact.storage for artifact in costs if artifact.is_kept}
     if arm == "continued":
         settings = continued.settings_of(config)
         per_position = 3 * language_model.forward_flops(models.base, length)

@@ -10,7 +10,7 @@ from etils import epath
 
 from mlpmem_jax.core.accelerators import resolve
 from mlpmem_jax.core.sharding import Sharding
-from mlpmem_jax.planning import compilation, cost, programs, tables
+from mlpmem_jax.planning import compilation, cost, host_search, programs, tables
 from mlpmem_jax.planning.changes import smallest_change
 from mlpmem_jax.planning.planned import plan_stage, training_positions
 
@@ -49,7 +49,9 @@ def run(
         positions=positions,
         positions_from=source,
         planned=planned,
-        artifacts=cost.artifacts(config, positions, tpu.hosts * slices),
+        artifacts=cost.artifacts(config, positions, tpu.hosts * slices, tpu.cpus_per_host),
+        gpu_process=cost.targets_memory(config, programs.models_of(config, 1), positions, *tables.GPU_NODE),
+        host_search=host_search.plan(config, positions, tpu, slices) if "neighbors" in stages else None,
     )
     tables.show(plan)
     misfits = [program for program in planned if program.roofline is None]

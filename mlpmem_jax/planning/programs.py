@@ -14,7 +14,7 @@ from mlpmem_jax.core.sharding import Sharding, placed_shapes
 from mlpmem_jax.interop import published
 from mlpmem_jax.models import flops, language_model, scoring
 from mlpmem_jax.models.memory import MemoryConfig
-from mlpmem_jax.retrieval import datastore, key_shards, ring
+from mlpmem_jax.retrieval import backends, datastore, exact_backend, key_shards, ring
 from mlpmem_jax.training import continued, data, loop, memory_task, train_base
 
 STAGES = ("train", "datastore", "neighbors")
@@ -90,7 +90,7 @@ def base_positions(config: ml_collections.ConfigDict, positions: int) -> int:
 
 
 def build(config: ml_collections.ConfigDict, stage: str, sharding: Sharding, positions: int) -> list:
-    """The programs of a stage, as a list of `StageProgram`.
+    """The programs of a stage, as a list of `StageProgram`; none if it computes on the hosts.
 
     Args:
       config: the whole config.
@@ -114,9 +114,7 @@ def _train(config, models: ModelDimensions, sharding: Sharding, positions: int) 
     length = config.base.context_length
     steps = loop.total_steps(config.training, positions // length)
     program = loop.step_program(task, sharding, steps)
-    entries = data.padded_entries(most_entries(config, models))
-    inputs = None if online else (models.base.width, config.datastore.dtype)
-    batch = data.abstract_batch(config.training.batch_sequences, length, entries, models.memory.vocab_size, inputs)
+    batch = batch_of_memory(config, models, config.training.batch_sequences)
     per_step = config.training.batch_sequences * length
     step = StageProgram(
         name="train step",
@@ -132,16 +130,20 @@ def _train(config, models: ModelDimensions, sharding: Sharding, positions: int) 
     scored = (((models.base.width,), config.datastore.dtype), ((), "int32"))
     rows = [jax.ShapeDtypeStruct((chunk, *shape), dtype) for shape, dtype in scored]
     validations = steps / config.training.evaluate_every
-    held_out = config.training.evaluation_sequences * length or positions * config.corpus.validation_fraction
     validation = StageProgram(
         name="validation",
         stage="train",
         function=scoring.memory_chunk,
         arguments=(program.abstract_state["parameters"], *_sharded(rows, sharding)),
-        static={"config": models.memory, "compute_dtype": jnp.dtype("float32"), "sharding": sharding},
+        # As the scores of the base, which they are mixed with.
+        static={
+            "config": models.memory,
+            "compute_dtype": jnp.dtype(config.datastore.compute_dtype),
+            "sharding": sharding,
+        },
         flops=flops.memory_forward(models.memory) * chunk,
         positions=chunk,
-        calls=validations * held_out / chunk,
+        calls=validations * validated_positions(config, positions) / chunk,
     )
     return [step, validation]
 
@@ -185,6 +187,8 @@ def _datastore(config, models: ModelDimensions, sharding: Sharding, positions: i
 
 
 def _neighbors(config, models: ModelDimensions, sharding: Sharding, positions: int) -> list[StageProgram]:
+    if backends.planned(config.targets.backend) is not exact_backend.Backend:
+        return []  # `host_search` has the hours of ScaNN
     keys = min(positions, config.targets.key_shard_rows)
     queries = ring.QUERIES_PER_DEVICE * sharding.mesh.size
     width = config.targets.search_dimensions or models.keys.width
@@ -203,6 +207,19 @@ def _neighbors(config, models: ModelDimensions, sharding: Sharding, positions: i
         calls=positions / queries * -(-positions // keys),
     )
     return [search]
+
+
+def batch_of_memory(config: ml_collections.ConfigDict, models: ModelDimensions, sequences: int) -> dict:
+    """Shapes and dtypes of a batch on which the memory is trained, with as many entries as there can be."""
+    inputs = None if config.training.mode == "online" else (models.base.width, config.datastore.dtype)
+    entries = data.padded_entries(most_entries(config, models))
+    return data.abstract_batch(sequences, config.base.context_length, entries, models.memory.vocab_size, inputs)
+
+
+def validated_positions(config: ml_collections.ConfigDict, positions: int) -> float:
+    """Positions of the validation split on which the memory is validated, for a training split of `positions`."""
+    held_out = positions * config.corpus.validation_fraction
+    return min(config.training.evaluation_sequences * config.base.context_length or held_out, held_out)
 
 
 def most_entries(config: ml_collections.ConfigDict, models: ModelDimensions) -> int:

@@ -10,6 +10,7 @@ import rich.table
 from mlpmem_jax.core.accelerators import Slice
 from mlpmem_jax.core.chips import CHIPS
 from mlpmem_jax.planning.cost import ArtifactCost
+from mlpmem_jax.planning.host_search import HostSearch
 from mlpmem_jax.planning.planned import Planned
 
 NOTHING_FITS = "No change of remat, loss_chunk, accumulation_steps, batch or mesh.tensor makes it fit; use more chips."
@@ -17,12 +18,21 @@ UNREAD_NETWORK = (
     "No collective between slices was found in the programs' text: communication over the data-center network is not "
     "included in these times and chip-hours."
 )
+GPU_NODE = 8, 8
+"""Processes of a node, one per GPU, and CPUs of each, the default of launch.slurm."""
 _MIB, _GIB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The contents of the tables. `mesh` maps axes to sizes, `positions` are those of the training split."""
+    """The contents of the tables.
+
+    Attributes:
+      mesh: size of each axis.
+      positions: positions of the training split.
+      gpu_process: memory of stage `targets` in a process of a `GPU_NODE`.
+      host_search: None if the neighbors are not planned, or are searched on the chips.
+    """
 
     tpu: Slice
     slices: int
@@ -31,6 +41,8 @@ class Plan:
     positions_from: str
     planned: list[Planned]
     artifacts: list[ArtifactCost]
+    gpu_process: int
+    host_search: HostSearch | None = None
 
     @property
     def chips(self) -> int:
@@ -44,12 +56,34 @@ def show(plan: Plan) -> None:
     console.print(f"{plan.slices} x {plan.tpu}; mesh: {mesh}")
     console.print(f"{plan.positions:,} training positions ({plan.positions_from})")
     for table in (_memory(plan), _times(plan), _collectives(plan), _artifacts(plan)):
-        console.print(table)
+        if table.row_count:
+            console.print(table)
+    processes, cpus = GPU_NODE
+    console.print(
+        f"On one node of {processes} GPUs instead, with a process of {cpus} CPUs for each, stage targets takes "
+        f"{plan.gpu_process / _GIB:,.1f} GiB of memory in each process, {processes * plan.gpu_process / _GIB:,.1f} GiB "
+        "together"
+    )
+    if plan.host_search:
+        console.print(str(plan.host_search))
     if plan.slices > 1 and not _crosses_the_network(plan):
         console.print(UNREAD_NETWORK)
     hours = sum(planned.chip_hours(plan.chips) for planned in plan.planned)
-    storage = sum(artifact.storage for artifact in plan.artifacts)
-    console.print(f"Together: {hours:,.1f} chip-hours in the programs above, {storage / 1e9:,.1f} GB stored")
+    kept, most = _storage(plan.artifacts)
+    held = f"{plan.host_search.chip_hours:,.1f} held during the search, " if plan.host_search else ""
+    console.print(
+        f"Together: {hours:,.1f} chip-hours in the programs above, {held}{kept / 1e9:,.1f} GB stored in the end, "
+        f"{most / 1e9:,.1f} GB at most"
+    )
+
+
+def _storage(artifacts: list[ArtifactCost]) -> tuple[float, float]:
+    """(bytes of all artifacts, the most bytes at any time): artifacts are in the order in which they are made."""
+    kept = most = 0.0
+    for artifact in artifacts:
+        most = max(most, kept + artifact.storage)
+        kept += artifact.storage * artifact.is_kept
+    return kept, most
 
 
 def _crosses_the_network(plan: Plan) -> bool:
@@ -165,7 +199,13 @@ def to_json(plan: Plan, changes: dict) -> dict:
         "mesh": plan.mesh,
         "positions": plan.positions,
         "programs": rows,
+        "gpu_node": {"processes": GPU_NODE[0], "memory_of_process": plan.gpu_process},
+        "host_search": _host_search_to_json(plan.host_search),
         "artifacts": [dataclasses.asdict(artifact) for artifact in plan.artifacts],
         "network_is_read": plan.slices == 1 or _crosses_the_network(plan),
         "changes_that_fit": changes,
     }
+
+
+def _host_search_to_json(search: HostSearch | None) -> dict | None:
+    return search and {**dataclasses.asdict(search), "hours": search.hours, "chip_hours": search.chip_hours}

@@ -43,11 +43,14 @@ class Needs:
 
     Attributes:
       memory: peak memory while its index is built or searched.
-      disk: size of its index in the scratch folder, or in the folder for temporary files if scratch is remote.
+      disk: peak size of its index while it is built or loaded, in the scratch folder, or in the folder for temporary
+        files if scratch is remote.
+      stored: size of its finished index, which stays in the scratch folder until the stage is finished.
     """
 
     memory: int
     disk: int = 0
+    stored: int = 0
 
 
 class Effort(Protocol):

@@ -70,18 +70,21 @@ def candidates(k: int, dimensions: int) -> int:
     return reduction.candidates(k) if dimensions else k
 
 
+def shard_count(sequences: int, length: int, rows: int) -> int:
+    """The smallest number of shards of at most `rows` keys (and at least one sequence) each."""
+    return min(sequences, -(-sequences * length // rows))
+
+
 @dataclasses.dataclass(frozen=True)
-class KeyShard:
-    """One searchable shard of the training split's keys.
+class KeyPositions:
+    """The positions of the training split whose keys are in one shard; their ids count from 0.
 
     Attributes:
-      index: the index of this shard's keys; its ids count from 0.
       first_position: position of the first key within the split.
       next_tokens_N: int32 [N], the token that follows each key.
       documents_N: int32 [N], the document of each key, ascending.
     """
 
-    index: Index
     first_position: int
     next_tokens_N: np.ndarray
     documents_N: np.ndarray
@@ -99,6 +102,17 @@ class KeyShard:
             own_Q = queries.positions_Q - self.first_position
             ranges = [np.clip(own_Q + end, 0, len(self.next_tokens_N)) for end in (0, 1)]
         return np.stack(ranges, axis=1).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyShard(KeyPositions):
+    """One searchable shard of the training split's keys.
+
+    Attributes:
+      index: the index of this shard's keys.
+    """
+
+    index: Index
 
     def search(
         self, queries: Queries, k: int, exclude: str | None, effort: Effort | None = None
@@ -148,7 +162,7 @@ class KeyShards:
         """Divides the sequences evenly into the fewest shards of at most `rows` keys (and at least one sequence), and
         fits the projection if the search needs one. All processes must call it together."""
         sequences, length = datastore.arrays["next_tokens"].shape
-        count = min(sequences, -(-sequences * length // rows))
+        count = shard_count(sequences, length, rows)
         bounds = [sequences * shard // count for shard in range(count + 1)]
         shared = mesh if search.backend.is_collective else None
         key_shards = cls(datastore, bounds, search, scratch, shared)
@@ -196,14 +210,17 @@ class KeyShards:
         """Opens a shard with its index, which is loaded if it exists, else built and saved."""
         if shard not in self._opened:
             self._opened.clear()  # frees the memory of the previous shard
-            first, stop = self.bounds[shard : shard + 2]
-            self._opened[shard] = KeyShard(
-                index=self._index(shard),
-                first_position=first * self._length,
-                next_tokens_N=self.datastore.read("next_tokens", first, stop).ravel(),
-                documents_N=self.datastore.read("documents", first, stop).ravel(),
-            )
+            self._opened[shard] = KeyShard(**vars(self.positions(shard)), index=self._index(shard))
         return self._opened[shard]
+
+    def positions(self, shard: int) -> KeyPositions:
+        """The positions of a shard's keys, without its index."""
+        first, stop = self.bounds[shard : shard + 2]
+        return KeyPositions(
+            first_position=first * self._length,
+            next_tokens_N=self.datastore.read("next_tokens", first, stop).ravel(),
+            documents_N=self.datastore.read("documents", first, stop).ravel(),
+        )
 
     def exact_neighbors(
         self, shard: int, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray

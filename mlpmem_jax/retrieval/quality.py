@@ -11,6 +11,9 @@ from mlpmem_jax.retrieval.backends import Effort
 from mlpmem_jax.retrieval.distribution import sparse_distributions, total_variation
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.queries import Queries
+from mlpmem_jax.retrieval.scratch import Measurements
+
+_NOT_KEPT = Measurements()
 
 
 def contains(ids_QxK: np.ndarray, wanted_QxK: np.ndarray) -> np.ndarray:
@@ -19,6 +22,11 @@ def contains(ids_QxK: np.ndarray, wanted_QxK: np.ndarray) -> np.ndarray:
     offsets_Qx1 = np.arange(len(ids_QxK))[:, None] * stride
     is_there_QxK = np.isin(wanted_QxK + offsets_Qx1, (ids_QxK + offsets_Qx1)[ids_QxK != neighbors.MISSING])
     return is_there_QxK & (wanted_QxK != neighbors.MISSING)
+
+
+def named(effort: Effort | None) -> str:
+    """A name of the effort for files of measurements."""
+    return ",".join(f"{name}={value}" for name, value in effort.summary().items()) if effort else "one effort"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Sample:
       exclude, k: as for the targets.
       true_neighbors: (squared distances float32 [Q, k], ids int32 [Q, k]) in each key shard.
       packed_QxK: the k nearest over all shards with their next tokens, packed by `neighbors.pack`.
+      measurements: what is kept of this and of searches.
     """
 
     key_shards: KeyShards
@@ -39,19 +48,26 @@ class Sample:
     k: int
     true_neighbors: list[tuple[np.ndarray, np.ndarray]]
     packed_QxK: np.ndarray
+    measurements: Measurements = _NOT_KEPT
 
     @classmethod
-    def draw(cls, key_shards: KeyShards, queries: Queries, exclude: str, k: int) -> Sample:
-        """Searches all key shards exactly, in all dimensions, for the true neighbors."""
-        true_neighbors, packed_QxK = [], None
-        for number in range(len(key_shards)):
-            shard = key_shards.open(number)
-            excluded_Qx2 = shard.excluded(queries, exclude)
+    def draw(
+        cls, key_shards: KeyShards, queries: Queries, exclude: str, k: int, measurements: Measurements = _NOT_KEPT
+    ) -> Sample:
+        """Searches all key shards exactly, in all dimensions, for the true neighbors; opens no index."""
+
+        def measure(number: int) -> np.ndarray:
+            positions = key_shards.positions(number)
+            excluded_Qx2 = positions.excluded(queries, exclude)
             distances_QxK, ids_QxK = key_shards.exact_neighbors(number, queries.keys_QxD, k, excluded_Qx2)
-            true_neighbors.append((distances_QxK, ids_QxK))
-            nearest_QxK = neighbors.pack(distances_QxK, shard.next_tokens_N[ids_QxK])
+            values = ids_QxK, positions.next_tokens_N[ids_QxK]
+            return np.stack([neighbors.pack(distances_QxK, values_QxK) for values_QxK in values])
+
+        true_neighbors, packed_QxK = [], None
+        for ids_QxK, nearest_QxK in measurements.of_shards("exact", range(len(key_shards)), measure):
+            true_neighbors.append(neighbors.unpack(ids_QxK))
             packed_QxK = neighbors.merge(packed_QxK, nearest_QxK)
-        return cls(key_shards, queries, exclude, k, true_neighbors, packed_QxK)
+        return cls(key_shards, queries, exclude, k, true_neighbors, packed_QxK, measurements)
 
     def search(self, effort: Effort | None = None, shards: range | None = None) -> tuple[float, np.ndarray]:
         """Searches key shards (all, unless given) with their indices.
@@ -60,14 +76,19 @@ class Sample:
           (recall: the share of these shards' k nearest that the search returns, averaged over the queries;
           the neighbors packed with their next tokens, uint64 [Q, k]).
         """
-        truth_QxK, packed_QxK = None, None
-        for number in range(len(self.key_shards)) if shards is None else shards:
+
+        def measure(number: int) -> np.ndarray:
             shard = self.key_shards.open(number)
             distances_QxK, ids_QxK = shard.search(self.queries, self.k, self.exclude, effort)
             true_distances_QxK, true_ids_QxK = self.true_neighbors[number]
             is_returned_QxK = contains(ids_QxK, true_ids_QxK).astype(np.int32)
-            truth_QxK = neighbors.merge(truth_QxK, neighbors.pack(true_distances_QxK, is_returned_QxK))
             nearest_QxK = neighbors.pack(distances_QxK, shard.next_tokens_N[ids_QxK])
+            return np.stack([neighbors.pack(true_distances_QxK, is_returned_QxK), nearest_QxK])
+
+        truth_QxK, packed_QxK = None, None
+        shards = range(len(self.key_shards)) if shards is None else shards
+        for in_shard_QxK, nearest_QxK in self.measurements.of_shards(f"search,{named(effort)}", shards, measure):
+            truth_QxK = neighbors.merge(truth_QxK, in_shard_QxK)
             packed_QxK = neighbors.merge(packed_QxK, nearest_QxK)
         distances_QxK, is_returned_QxK = neighbors.unpack(truth_QxK)
         return float(is_returned_QxK[np.isfinite(distances_QxK)].mean()), packed_QxK

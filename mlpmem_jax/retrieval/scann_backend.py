@@ -74,9 +74,11 @@ class Backend:
         hashed = min(sample, scann_index.HASHING_SAMPLE)
         trained = sample * (18 * width + 1200) + 27 * hashed * width
         loaded = int(rows * (5.5 * width + 96))
+        stored = rows * (5 * width + 4)  # float32 keys, a byte of hash per number, a cluster
         return Needs(
             max(trained, loaded + exact_backend.search_bytes(rows, width, key_bytes)),
-            disk=rows * (5 * width + 4) + 5 * sample * width,
+            disk=stored + 5 * sample * width,
+            stored=stored,
         )
 
     def flops(self, rows: int, width: int, queries: int) -> float:

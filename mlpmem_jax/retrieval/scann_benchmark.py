@@ -53,25 +53,30 @@ class Rates:
     whole: float
 
 
-def core_hours(positions: int, width: int, shard_rows: int, dimensions: int, rates: Rates) -> tuple[float, str]:
+MEASURED = Rates(scanned=58.8e-12, reordered=1.15e-9, whole=1.29e-9)
+"""Of a core of a virtual AMD EPYC (Zen 4), at width 128; docs/neighbors.md has the measurement."""
+
+
+def core_hours(
+    search: Search, positions: int, width: int, shard_rows: int, rates: Rates = MEASURED
+) -> tuple[float, str]:
     """Core hours for the neighbors of all positions, and a description of what they consist of.
 
     Args:
+      search: a search with ScaNN; its first effort is assumed.
       positions: N, each of them a key and a query.
       width: dimensions of a key.
       shard_rows: maximum keys per index.
-      dimensions: number of searched principal components; 0 for all dimensions.
-      rates: the machine's rates.
+      rates: a machine's rates.
     """
     shards = -(-positions // shard_rows)
     rows = positions // shards
-    searched = dimensions or width
-    wanted = reduction.candidates(NEIGHBORS) if dimensions else NEIGHBORS
-    options = Options.derive(rows, wanted)
+    searched, wanted = search.dimensions or width, search.backend.k
+    options = search.backend.options(rows)
     reordered = round(options.reorder * wanted)
     scan = options.leaves_to_search * rows / options.leaves * searched * rates.scanned
     reorder = reordered * searched * rates.reordered
-    whole = wanted * width * rates.whole if dimensions else 0.0
+    whole = wanted * width * rates.whole if search.dimensions else 0.0
     detail = (
         f"{shards} shards; a query in each: {1e3 * scan:.2f} ms for {options.leaves_to_search} of {options.leaves} "
         f"leaves, {1e3 * reorder:.2f} ms for {reordered} candidates, {1e3 * whole:.2f} ms for whole distances"
@@ -161,9 +166,9 @@ def _large_rows(rates: Rates) -> list[dict]:
     """Extrapolations from the rates to searches too large for this machine."""
     computed = []
     for positions, width, shard_rows, dimensions in _LARGE:
-        hours, detail = core_hours(positions, width, shard_rows, dimensions, rates)
-        rows_of_shard = positions // -(-positions // shard_rows)
         search = Search.create(scann_backend.Backend, {"k": NEIGHBORS, "search_dimensions": dimensions})
+        hours, detail = core_hours(search, positions, width, shard_rows, rates)
+        rows_of_shard = positions // -(-positions // shard_rows)
         memory = needs.of_process(search, rows_of_shard, width, 2, needs.Workload(1 << 17, NEIGHBORS, 256)).memory
         where = f"in {dimensions} of {width:,}" if dimensions else f"in {width:,}"
         name = f"computed: {positions:,} positions, k {NEIGHBORS}, {where} dimensions"

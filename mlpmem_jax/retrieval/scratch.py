@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from mlpmem_jax.core.errors import ArtifactError
+from mlpmem_jax.core.mesh import barrier
 
 
 @contextlib.contextmanager
@@ -47,3 +51,56 @@ def save_array(path: epath.Path, array: np.ndarray) -> None:
 def load_array(path: epath.Path) -> np.ndarray:
     """Reads what `save_array` wrote."""
     return np.load(io.BytesIO(path.read_bytes()))
+
+
+class Measurements:
+    """Arrays measured on each shard of keys, kept in a folder so that a resumed run measures only the remaining ones.
+
+    All processes must ask for the same arrays in the same order. They divide the shards among them, or measure each
+    together if the search is collective.
+    """
+
+    def __init__(self, folder: epath.Path | None = None, is_collective: bool = False):
+        """Reuses what an interrupted run left in `folder`. None keeps nothing: every process measures by itself."""
+        self._folder, self._is_collective, self._found = folder, is_collective, set()
+        if folder is not None and is_collective and folder.exists():
+            self._found = _agreed({file.name for file in folder.iterdir() if file.suffix == ".npy"})
+
+    def of_shards(self, name: str, shards: range, measure: Callable[[int], np.ndarray]) -> Iterator[np.ndarray]:
+        """`measure(shard)` for each shard, in order.
+
+        Args:
+          name: identifies what is measured.
+          shards: numbers of the shards.
+          measure: a function of the number, with the same result in every process.
+
+        Raises:
+          ArtifactError: the folder cannot be written.
+        """
+        if self._folder is None:
+            yield from map(measure, shards)
+            return
+        files = {shard: self._folder / f"{name}.{shard:04d}.npy" for shard in shards}
+        if self._is_collective:
+            for shard, file in files.items():
+                if file.name in self._found:
+                    yield load_array(file)
+                    continue
+                array = measure(shard)
+                if jax.process_index() == 0:
+                    save_array(file, array)
+                yield array
+            return
+        for shard, file in files.items():
+            if shard % jax.process_count() == jax.process_index() and not file.exists():
+                save_array(file, measure(shard))
+        barrier(f"targets {name} measured")
+        yield from map(load_array, files.values())
+
+
+def _agreed(names: set[str]) -> set[str]:
+    """The names if every process found the same ones, else none: they must take part in the same searches."""
+    if jax.process_count() == 1:
+        return names
+    own = zlib.crc32("\n".join(sorted(names)).encode())
+    return names if (multihost_utils.process_allgather(np.uint32(own)) == own).all() else set()

@@ -1,8 +1,8 @@
 """Stage `targets`: the next-token distribution p_kNN of every position of every split.
 
 The keys of the training split are divided into shards, each with an index; queries use the shards of their datastore;
-`tiles` processes all pairs. Indices, partial neighbors and measurements are stored in a scratch folder until the stage
-is finished: a killed stage resumes where it stopped and produces the same bytes.
+`tiles` processes all pairs. Indices, measurements on each shard and partial neighbors are stored in a scratch folder
+until the stage is finished: a killed stage resumes where it stopped and produces the same bytes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mlpmem_jax.core.sharding import Sharding
 from mlpmem_jax.corpus.documents import SPLITS
 from mlpmem_jax.retrieval import backends, needs, neighbors, temperature, tuning
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search
-from mlpmem_jax.retrieval.quality import Sample
+from mlpmem_jax.retrieval.quality import Sample, named
 from mlpmem_jax.retrieval.queries import sample_queries
-from mlpmem_jax.retrieval.scratch import write_whole
+from mlpmem_jax.retrieval.scratch import Measurements, write_whole
 from mlpmem_jax.retrieval.targets_artifact import KIND, TargetsWriter, array_specs, folder_of
 from mlpmem_jax.retrieval.tiles import Split, TargetSettings, make_tiles
 
@@ -95,11 +95,11 @@ def _build(
     if not search.backend.is_collective:  # each process builds a share of the indices
         for number in range(jax.process_index(), len(key_shards), jax.process_count()):
             key_shards.open(number)
+    measurements = Measurements(scratch / "measured", search.backend.is_collective)
     barrier("targets indices built")
     measured = _measured_once(
         scratch / f"measured_{settings['recall']:g}.json",
-        lambda: _measure(settings, datastores, key_shards),
-        collective=search.backend.is_collective,
+        lambda: _measure(settings, datastores, key_shards, measurements),
     )
     target_settings = TargetSettings(
         k=k,
@@ -121,18 +121,19 @@ def _build(
     barrier("targets sealed")
 
 
-def _measured_once(file: epath.Path, measure: Callable[[], dict], collective: bool) -> dict:
-    """The result of `measure()`, run by the first process or by all together, cached in a file."""
-    is_first = jax.process_index() == 0
-    if (is_first or collective) and not file.exists():
+def _measured_once(file: epath.Path, measure: Callable[[], dict]) -> dict:
+    """The result of `measure()`, run by all processes together, cached in a file."""
+    if not file.exists():
         measured = measure()
-        if is_first:
+        if jax.process_index() == 0:
             write_whole(file, json.dumps(measured).encode())
     barrier("targets measured")
     return json.loads(file.read_text())
 
 
-def _measure(settings: dict, datastores: dict[str, Artifact], key_shards: KeyShards) -> dict:
+def _measure(
+    settings: dict, datastores: dict[str, Artifact], key_shards: KeyShards, measurements: Measurements
+) -> dict:
     """The search effort, the temperature, and the quality of the search; for the manifest."""
     k, measured = settings["k"], {"backend": settings["backend"], "k": settings["k"]}
     if key_shards.search.dimensions:
@@ -140,10 +141,10 @@ def _measure(settings: dict, datastores: dict[str, Artifact], key_shards: KeySha
     trials, place = [], 0
     if not key_shards.search.is_exact:
         queries = sample_queries(datastores["train"], settings["quality_positions"])
-        sample = Sample.draw(key_shards, queries, settings["exclude"], k)
+        sample = Sample.draw(key_shards, queries, settings["exclude"], k, measurements)
         trials, place = tuning.reach(key_shards, sample, settings["recall"])
     effort = trials[place].effort if trials else None
-    measured |= _temperature(settings, datastores["validation"], key_shards, effort)
+    measured |= _temperature(settings, datastores["validation"], key_shards, effort, measurements)
     curve = [trial.summary(measured["temperature"], sample) for trial in trials]
     reached = curve[place] if trials else {"recall": 1.0, "total_variation": 0.0}
     measured |= {"recall_at_k": reached["recall"], "total_variation": reached["total_variation"]}
@@ -164,12 +165,19 @@ def _effort(key_shards: KeyShards, fields: dict | None) -> backends.Effort | Non
 
 
 def _temperature(
-    settings: dict, datastore: Artifact, key_shards: KeyShards, effort: backends.Effort | None
+    settings: dict,
+    datastore: Artifact,
+    key_shards: KeyShards,
+    effort: backends.Effort | None,
+    measurements: Measurements,
 ) -> dict[str, float]:
     """The temperature from the config, or else the best one on a sample of the validation split."""
     queries, packed_QxK = sample_queries(datastore, settings["quality_positions"]), None
-    for number in range(len(key_shards)):
-        nearest_QxK = key_shards.open(number).nearest(queries, settings["k"], None, effort)
+    for nearest_QxK in measurements.of_shards(
+        f"validation,{named(effort)}",
+        range(len(key_shards)),
+        lambda number: key_shards.open(number).nearest(queries, settings["k"], None, effort),
+    ):
         packed_QxK = neighbors.merge(packed_QxK, nearest_QxK)
     distances_QxK, tokens_QxK = neighbors.unpack(packed_QxK)
     is_label_QxK = tokens_QxK == queries.next_tokens_Q[:, None]

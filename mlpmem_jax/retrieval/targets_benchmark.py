@@ -75,7 +75,7 @@ def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: in
     projection = reduction.fit(keys_NxD[:: max(1, len(keys_NxD) // derived.training_sample)], keys_NxD.shape[1])
     index = reduction.RotatedIndex(ScannIndex.build(projection(keys_NxD), derived), projection)
     built = time.perf_counter() - start
-    shard = KeyShard(index, 0, next_tokens_N, np.zeros(len(next_tokens_N), np.int32))
+    shard = KeyShard(0, next_tokens_N, np.zeros(len(next_tokens_N), np.int32), index)
     cpu = time.process_time()
     distances_QxK, ids_QxK = index.search(queries.keys_QxD[chosen], k, shard.excluded(queries, "self")[chosen])
     searching = (time.process_time() - cpu) / len(chosen)

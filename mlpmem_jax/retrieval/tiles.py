@@ -27,6 +27,7 @@ from mlpmem_jax.retrieval.scratch import load_array, save_array
 from mlpmem_jax.retrieval.targets_artifact import SMALLEST_PROBABILITY, TargetsWriter
 
 NEIGHBORS_PER_THREAD = 1 << 18  # per chunk of work, so that what a thread sorts fits in its core's cache
+NEIGHBOR_BYTES = 8  # of a neighbor that is stored between two shards of keys, packed
 
 T = TypeVar("T")
 

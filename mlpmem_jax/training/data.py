@@ -83,6 +83,11 @@ def abstract_batch(sequences: int, length: int, entries: int, vocab_size: int, i
     return {name: jax.ShapeDtypeStruct((sequences, length, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
+def read_ahead(bytes_of_batch: int) -> int:
+    """Number of batches that are read ahead of the one in use, by one thread each; a batch is one process's part."""
+    return int(np.clip(_READ_AHEAD_BYTES // bytes_of_batch, *_READERS))
+
+
 def batches(source, batch_sequences: int, seed: int, part: int = 0, parts: int = 1) -> grain.DatasetIterator:
     """An endless, restorable iterator over one part of the rows of each global batch.
 
@@ -98,7 +103,6 @@ def batches(source, batch_sequences: int, seed: int, part: int = 0, parts: int =
     """
     count = batch_sequences // parts
     mine = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat(None)[part::parts]
-    bytes_of_batch = count * sum(array.nbytes for array in source[np.zeros(1, np.int64)].values())
-    readers = int(np.clip(_READ_AHEAD_BYTES // bytes_of_batch, *_READERS))
-    options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=readers)
+    ahead = read_ahead(count * sum(array.nbytes for array in source[np.zeros(1, np.int64)].values()))
+    options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
     return iter(mine.batch(count, drop_remainder=True).map(source.__getitem__).to_iter_dataset(options))
