@@ -206,6 +206,23 @@ def test_a_preempted_run_resumes_on_another_mesh(tmp_path):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), whole, parts)
 
 
+def test_a_run_that_is_preempted_in_its_last_validation_stops_too(tmp_path):
+    """And not the next training, or stage, of the same command hours later."""
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+    def validate(parameters):
+        if not (tmp_path / "asked").exists():
+            (tmp_path / "asked").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"perplexity": 1.0}
+
+    settings = task(steps=3, warmup_steps=0, evaluate_every=5)
+    with pytest.raises(Stopped, match="preempted after its last step, 3; run again"):
+        fit(tmp_path / "run", mesh, task=settings, validate=validate)
+    _, summary = fit(tmp_path / "run", mesh, task=settings, validate=validate)
+    assert summary["step"] == 3
+
+
 def test_the_first_ctrl_c_asks_and_the_second_ends_at_once():
     before = signal.getsignal(signal.SIGINT)
     with loop._stop_requests() as must_stop:

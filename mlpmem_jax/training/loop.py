@@ -314,6 +314,8 @@ def fit(task: TrainingTask, run: Run, sharding: Sharding) -> tuple[Any, dict[str
         checkpoints.wait()
         watch.lap("checkpoint")
         writer.write(steps, watch.record())
+        if must_stop(steps + 1):  # during the last validation or checkpoint; what follows may take hours
+            raise Stopped(f"{run.name}: preempted after its last step, {steps}; run again to resume")
     if jax.process_index() == 0:
         say(f"{run.name}: {goodput.table(goodput.summary(writer.records()))}")
     best = checkpoints.best_step()
