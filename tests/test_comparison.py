@@ -226,16 +226,20 @@ def test_every_system_is_timed_at_every_size_that_fits(config, compared, monkeyp
     monkeypatch.setattr(speed, "BATCHES", (2,))
     monkeypatch.setattr(searching, "EXACT", 2000)
     monkeypatch.setattr(speed, "EXACT", 2000)
-    check_memory = speed._check_memory
+    check_room = speed._check_room
 
-    def check(workdir, positions, keys_NxD):
+    def check(workdir, positions, *arguments):
         with monkeypatch.context() as patch:
             if positions == 90_000:
                 patch.setattr(speed.host, "memory_bytes", lambda: 1000)
-            check_memory(workdir, positions, keys_NxD)
+            check_room(workdir, positions, *arguments)
 
-    monkeypatch.setattr(speed, "_check_memory", check)
+    monkeypatch.setattr(speed, "_check_room", check)
+    folder = pathlib.Path(config.workdir, "comparison/index")
+    kept_files = sorted(folder.rglob("*"))
     actual = speed.run(other)
+    synthesized = [file for file in folder.glob("speed_*") if file not in kept_files]
+    assert len(synthesized) == 1  # the real keys' index; that of noisy copies is deleted
     timed = {(one["system"], one["positions"], one["batch"]): one for one in actual["measured"]}
     fits = {"base": 3, "memory": 3, "knn_lm": 2, "rag": 3}
     assert len(timed) == len(actual["measured"]) == sum(fits.values()) * len(speed.BATCHES)

@@ -327,6 +327,22 @@ def test_many_vectors_are_searched_to_the_recall_that_is_asked_for(tmp_path, mon
         np.testing.assert_array_equal(ids_QxK, expected)
 
 
+@pytest.mark.parametrize("backend", ["scann", "exact"])
+def test_many_vectors_are_searched_in_fewer_dimensions(tmp_path, monkeypatch, backend):
+    monkeypatch.setattr(searching, "EXACT", 5000)
+    vectors_NxD, queries_QxD = (vectors * 0.7 ** np.arange(16) for vectors in made_vectors(40))
+    vectors_NxD = vectors_NxD.astype(np.float32)
+    settings = {"backend": backend, "recall": 0.9, "training_sample": 6000, "search_dimensions": 8}
+    mesh, stored = make_mesh(devices=jax.devices()[:1]), epath.Path(tmp_path) / "index"
+    index = searching.open_index(searching.source_of(vectors_NxD), settings, 5, mesh, stored, queries_QxD)
+    distances_QxK, ids_QxK = index.search(queries_QxD, 5)
+    true_QxN = ((queries_QxD[:, None] - vectors_NxD) ** 2).sum(-1)
+    assert contains(ids_QxK, np.argsort(true_QxN, axis=1)[:, :5].astype(np.int32)).mean() >= 0.9
+    np.testing.assert_allclose(distances_QxK, np.take_along_axis(true_QxN, ids_QxK, 1), rtol=1e-4)
+    if backend == "scann":
+        assert np.load(tmp_path / "index" / "index" / "dataset.npy", mmap_mode="r").shape[1] == 8
+
+
 @pytest.mark.parametrize("sooner", ["exact", "index"])
 def test_single_queries_are_timed_with_the_search_that_answers_sooner(tmp_path, monkeypatch, sooner):
     vectors_NxD, queries_QxD = made_vectors(40)

@@ -1,5 +1,6 @@
 """The train loop: the same losses on every mesh, exact resumption, clean stops."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -7,6 +8,8 @@ import json
 import os
 import re
 import signal
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +17,13 @@ import numpy as np
 import pytest
 
 from configs import default
+from mlpmem_jax.core import stage_costs
 from mlpmem_jax.core.errors import ConfigError, Stopped, UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.sharding import RULES, Sharding
 from mlpmem_jax.models import memory
 from mlpmem_jax.models.interpolation import perplexity
-from mlpmem_jax.training import data, loop, state
+from mlpmem_jax.training import data, goodput, loop, state
 from mlpmem_jax.training.loss import sparse_cross_entropy
 
 LENGTH, WIDTH, VOCABULARY, ENTRIES = 8, 16, 50, 4
@@ -221,6 +225,34 @@ def test_a_run_that_is_preempted_in_its_last_validation_stops_too(tmp_path):
         fit(tmp_path / "run", mesh, task=settings, validate=validate)
     _, summary = fit(tmp_path / "run", mesh, task=settings, validate=validate)
     assert summary["step"] == 3
+
+
+def test_progress_advances_by_the_step(tmp_path, monkeypatch):
+    """Steps of a large model on a CPU take seconds, so it cannot wait for the records of every 20th."""
+    advances = []
+
+    @contextlib.contextmanager
+    def progress(total, description, unit, initial):
+        yield types.SimpleNamespace(advance=lambda amount, note: advances.append(amount))
+
+    monkeypatch.setattr(loop, "progress", progress)
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    fit(tmp_path, mesh, task=task(steps=23, evaluate_every=50, checkpoint_every=50))
+    assert sum(advances) == 23
+    assert len(advances) > 15
+    assert max(advances) <= 1 + loop._AHEAD
+
+
+def test_a_second_training_of_a_stage_does_not_count_the_first(tmp_path):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    settings = task(steps=2, warmup_steps=0)
+    with stage_costs.measured(str(tmp_path), "controls"):
+        fit(tmp_path / "first", mesh, task=settings, validate=lambda parameters: time.sleep(2) or {"perplexity": 1.0})
+        began = time.time()
+        fit(tmp_path / "second", mesh, task=settings)
+        wall = time.time() - began
+    lines = [json.loads(line) for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()]
+    assert goodput.summary(lines)["wall"] <= wall + 0.1
 
 
 def test_the_first_ctrl_c_asks_and_the_second_ends_at_once():

@@ -9,6 +9,8 @@ A sweep is a dictionary:
     points    a list of dictionaries from `point`
 """
 
+import ml_collections
+
 from mlpmem_jax.models import flops
 from mlpmem_jax.models.memory import MemoryConfig
 
@@ -46,3 +48,40 @@ def point(
         "variant": variant,
         "overrides": dict(overrides or {}),
     }
+
+
+def variant_point(
+    memory: ml_collections.ConfigDict,
+    vocabulary: int,
+    positions: int,
+    passes: int,
+    reference: dict,
+    change: dict,
+    seed: int = 0,
+) -> dict:
+    """A point whose memory is trained for some passes, with one choice of a reference changed.
+
+    Args:
+      memory: the sweep's config.memory.
+      vocabulary: as in `memory_flops`.
+      positions: positions of the training split, about.
+      passes: passes over them, for which the budget pays.
+      reference: overrides of the reference, with "memory.blocks".
+      change: those that differ in this point; {} for the reference itself.
+      seed: as in `point`; seeds share a variant.
+    """
+    what = [f"{key.rpartition('.')[2].replace('_', ' ')} {value:g}" for key, value in change.items()]
+    variant = ", ".join([f"{passes} passes", *(what or ["reference"])])
+    name = f"of-{variant}" + (f"-seed-{seed}" if seed else "")
+    overrides = reference | change
+    per_position = memory_flops(
+        memory.family, vocabulary, memory.width, overrides["memory.blocks"], memory.feed_forward_width
+    )
+    return point(
+        name.replace(", ", "-").replace(" ", "-").replace(".", ""),
+        "augmented",
+        passes * positions * per_position,
+        seed=seed,
+        variant=variant,
+        overrides=overrides,
+    )

@@ -8,8 +8,10 @@ trained on this text for one pass, that what a memory gains afterwards is not me
 tenth of the text each. A point of three passes takes 45 TFLOPs: five minutes at 150 GFLOP/s.
 """
 
+import functools
+
 from configs import smollm2
-from configs.sweeps import memory_flops, point
+from configs.sweeps import point, variant_point
 
 VOCABULARY = 49_152
 POSITIONS = 64_000  # of the training split, about
@@ -36,34 +38,10 @@ def get_sweep():
     base.evaluate_every = base.checkpoint_every = 1 + config.base.finetune_steps // 2
     config.training.warmup_steps = 10
     config.training.evaluate_every = config.training.checkpoint_every = 31  # a pass
-    memory = config.memory
-
-    def budget(passes: int, blocks: int) -> float:
-        """Training FLOPs of a memory of so many blocks for so many passes over the text."""
-        return (
-            passes
-            * POSITIONS
-            * memory_flops(memory.family, VOCABULARY, memory.width, blocks, memory.feed_forward_width)
-        )
-
-    def variant_point(passes: int, change: dict, seed: int = 0) -> dict:
-        """The reference with one choice changed; seeds share a variant."""
-        what = [f"{key.rpartition('.')[2].replace('_', ' ')} {value:g}" for key, value in change.items()]
-        variant = ", ".join([f"{passes} passes", *(what or ["reference"])])
-        name = f"of-{variant}" + (f"-seed-{seed}" if seed else "")
-        overrides = REFERENCE | change
-        return point(
-            name.replace(", ", "-").replace(" ", "-").replace(".", ""),
-            "augmented",
-            budget(passes, overrides["memory.blocks"]),
-            seed=seed,
-            variant=variant,
-            overrides=overrides,
-        )
-
-    points = [variant_point(PASSES, change, seed) for seed in SEEDS for change in ({}, WITHOUT_TARGETS)]
-    points += [variant_point(PASSES, {key: value}) for key, values in OTHERS.items() for value in values]
-    points += [variant_point(LONGER_PASSES, change) for change in ({}, WITHOUT_TARGETS)]
-    compute = budget(PASSES, REFERENCE["memory.blocks"])
+    make = functools.partial(variant_point, config.memory, VOCABULARY, POSITIONS)
+    points = [make(PASSES, REFERENCE, change, seed) for seed in SEEDS for change in ({}, WITHOUT_TARGETS)]
+    points += [make(PASSES, REFERENCE, {key: value}) for key, values in OTHERS.items() for value in values]
+    points += [make(LONGER_PASSES, REFERENCE, change) for change in ({}, WITHOUT_TARGETS)]
+    compute = make(PASSES, REFERENCE, {})["flops"]
     points.append(point(f"of-{PASSES}-passes-continued", "continued", compute))
     return {"config": config, "counted": "training", "positions": 0, "points": points}

@@ -97,6 +97,7 @@ class Dense:
         except (OSError, ValueError) as error:
             raise UserError(f"config.comparison.retriever: {folder} holds no sentence encoder: {error}") from error
         self._passages, vectors_NxD = passages, self._encoded(passages, "passages")
+        settings = {**settings, "search_dimensions": 0}  # those of keys
         kept = index_folder / f"passages_{fingerprint(vectors_NxD.tobytes(), settings)}"
         self._open = functools.partial(open_index, source_of(vectors_NxD), settings, mesh=mesh, folder=kept)
         self._index = None

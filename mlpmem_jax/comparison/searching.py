@@ -6,7 +6,6 @@ neighbors.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
 from collections.abc import Mapping
@@ -116,16 +115,19 @@ def _seconds_per_query(index: TunedIndex, k: int, queries_QxD: np.ndarray) -> fl
 def _open_approximate(
     source: KeySource, settings: Mapping, k: int, mesh: Mesh, folder: epath.Path, queries_QxD: np.ndarray
 ) -> TunedIndex:
-    backend = backends.chosen(settings["backend"])[1].create(settings, k, mesh)
+    search = Search.create(backends.chosen(settings["backend"])[1], {**settings, "k": k}, mesh)
+    backend, width = search.backend, search.dimensions or source.width
     folder.mkdir(parents=True, exist_ok=True)
     searched, projection = source, None
-    if backend.is_rotated:
-        projection = reduction.fit(source.read(0, min(source.size, settings["training_sample"])), source.width)
-        searched = dataclasses.replace(source, read=lambda start, stop: projection(source.read(start, stop)))
+    if search.is_projected:
+        projection = reduction.fit(source.read(0, min(source.size, settings["training_sample"])), width)
+        searched = KeySource(source.size, width, source.dtype, lambda start, stop: projection(source.read(start, stop)))
     index = _build_first(lambda: backend.open(searched, folder / "index"), backend.is_collective)
-    if projection:
+    if search.dimensions:
+        index = reduction.ReducedIndex(index, projection, source.read(0, source.size))
+    elif projection:
         index = reduction.RotatedIndex(index, projection)
-    efforts, place = backend.efforts(source.size, source.width)
+    efforts, place = backend.efforts(source.size, width)
     if not efforts:
         return TunedIndex(index, None)
     queries_QxD = np.asarray(queries_QxD[:_SAMPLE], np.float32)

@@ -9,9 +9,11 @@ All timings are in WORKDIR/comparison/speed.json, which the page shows.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -20,22 +22,25 @@ import ml_collections
 import numpy as np
 import rich.console
 import rich.table
+from etils import epath
 
 from mlpmem_jax.comparison import greedy, page, speed_page, systems
 from mlpmem_jax.comparison.passages import Retriever, documents, make_retriever, split
-from mlpmem_jax.comparison.searching import EXACT, fingerprint, open_fastest
+from mlpmem_jax.comparison.searching import EXACT, fingerprint, open_fastest, source_of
 from mlpmem_jax.comparison.systems import SIDE_MODEL, SYSTEMS, Workdir
 from mlpmem_jax.core import host
 from mlpmem_jax.core.errors import ArtifactError, UserError
-from mlpmem_jax.core.progress import say
+from mlpmem_jax.core.mesh import barrier
+from mlpmem_jax.core.progress import progress, say
+from mlpmem_jax.core.storage import temporary_room
 from mlpmem_jax.corpus.tokens import TokenStream, encode_prompts, read_tokenizer
 from mlpmem_jax.retrieval import backends, exact_backend
-from mlpmem_jax.retrieval.backends import KeySource
+from mlpmem_jax.retrieval.key_shards import Search
 
 BATCHES = (1, 8)
 WEIGHT = 0.5  # lambda; any value other than 0 costs the same
 _NOISE = 0.1  # noise of a synthetic key, in standard deviations of the real keys
-_KEYS_AT_ONCE = 65_536
+_KEYS_AT_ONCE = 16_384
 
 
 def run(config: ml_collections.ConfigDict) -> dict:
@@ -65,14 +70,15 @@ def run(config: ml_collections.ConfigDict) -> dict:
     for positions in sorted({int(one) for one in settings.positions.split(",")}):
         say(f"== a corpus of {positions:,} positions")
         systems_timed = {}
-        for name in chosen:
-            try:
-                systems_timed[name] = _Timed.open(workdir, name, positions, prompts, settings.new_tokens)
-            except _TooLargeError as error:
-                skipped.append({"system": name, "positions": positions, "reason": str(error)})
-                say(f"{name}: skipped, {error}")
-        for batch in BATCHES:
-            report["measured"] += _rounds(systems_timed, positions, batch, settings.rounds)
+        with contextlib.ExitStack() as files:
+            for name in chosen:
+                try:
+                    systems_timed[name] = _Timed.open(workdir, name, positions, prompts, settings.new_tokens, files)
+                except _TooLargeError as error:
+                    skipped.append({"system": name, "positions": positions, "reason": str(error)})
+                    say(f"{name}: skipped, {error}")
+            for batch in BATCHES:
+                report["measured"] += _rounds(systems_timed, positions, batch, settings.rounds)
         if jax.process_index() == 0:
             workdir.results.mkdir(parents=True, exist_ok=True)
             (workdir.results / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -108,7 +114,7 @@ def _rounds(systems_timed: dict[str, _Timed], positions: int, batch: int, rounds
 
 
 class _TooLargeError(Exception):
-    """The corpus does not fit into this machine's memory."""
+    """The corpus does not fit into this machine's memory or disk."""
 
 
 def _usable(workdir: Workdir) -> tuple[list[str], list[dict]]:
@@ -165,16 +171,24 @@ class _Timed:
     prompt_tokens: int
 
     @classmethod
-    def open(cls, workdir: Workdir, name: str, positions: int, prompts: list[list[int]], count: int) -> _Timed:
-        """Opens a system over a corpus of `positions` positions.
+    def open(
+        cls,
+        workdir: Workdir,
+        name: str,
+        positions: int,
+        prompts: list[list[int]],
+        count: int,
+        files: contextlib.ExitStack,
+    ) -> _Timed:
+        """Opens a system over a corpus of `positions` positions; `files` as in `_neighbors_over`.
 
         Raises:
-          _TooLargeError: the corpus does not fit into this machine's memory.
+          _TooLargeError: the corpus does not fit into this machine's memory or disk.
         """
         system = SYSTEMS[name]
         side = None
         if system.side:
-            side = _neighbors_over(workdir, positions) if system.side == "knn" else workdir.side(system.side)
+            side = _neighbors_over(workdir, positions, files) if system.side == "knn" else workdir.side(system.side)
         mixture = greedy.Mixture(*workdir.decoders(system, side), WEIGHT)
         retrieve = _with_passages(workdir, positions, count) if system.retrieves else None
         read = max(map(len, retrieve(prompts) if retrieve else prompts))
@@ -219,54 +233,73 @@ def _more_passages(real: list[str], count: int) -> list[str]:
     return passages
 
 
-def _neighbors_over(workdir: Workdir, positions: int):
+def _neighbors_over(workdir: Workdir, positions: int, files: contextlib.ExitStack):
     """kNN search over `positions` keys: the real ones, followed by noisy copies.
 
+    Args:
+      workdir: has the datastore.
+      positions: number of keys.
+      files: when closed, deletes keys that are not real, and their index.
+
     Raises:
-      _TooLargeError: the keys do not fit into this machine's memory.
+      _TooLargeError: the keys or their index do not fit into this machine's memory or disk.
     """
     datastore = workdir.artifact("datastore/train", "datastore")
-    keys_NxD = datastore.read("keys", 0, datastore.arrays["keys"].shape[0])
-    keys_NxD = keys_NxD.reshape(-1, keys_NxD.shape[-1])[:positions]
-    next_tokens_N = datastore.read("next_tokens", 0, datastore.arrays["keys"].shape[0]).reshape(-1).astype(np.int32)
-    _check_memory(workdir, positions, keys_NxD)
-    source = _more_keys(keys_NxD, positions)
+    sequences, length, width = datastore.arrays["keys"].shape
+    next_tokens_N = datastore.read("next_tokens", 0, sequences).reshape(-1).astype(np.int32)
     settings, k = workdir.config.targets, min(workdir.k, positions)
     folder = workdir.indices / f"speed_{fingerprint(datastore.fingerprint, positions, settings)}"
+    _check_room(workdir, positions, width, datastore.arrays["keys"].dtype)
+    keys_NxD = datastore.read("keys", 0, -(-min(positions, sequences * length) // length)).reshape(-1, width)
+    if positions > len(keys_NxD):
+        temporary = files.enter_context(tempfile.TemporaryDirectory(prefix="mlpmem_"))
+        keys_NxD = _with_noisy_copies(keys_NxD, positions, f"{temporary}/keys")
+        files.callback(_delete, folder)
+    source = source_of(keys_NxD[:positions])
     index = open_fastest(source, settings, k, workdir.sharding.mesh, folder, source.read(0, min(positions, 256)))
     return workdir.neighbors(index, np.resize(next_tokens_N, positions))
 
 
-def _more_keys(keys_NxD: np.ndarray, count: int) -> KeySource:
-    """`count` keys: the real ones repeated, with noise from the second copy on; every read returns the same values."""
+def _with_noisy_copies(keys_NxD: np.ndarray, count: int, file: str) -> np.ndarray:
+    """`count` keys in a new memory-mapped file: the real ones repeated, with noise from the second copy on."""
     deviations_D = _NOISE * keys_NxD.astype(np.float32).std(axis=0)
-
-    def block(number: int) -> np.ndarray:
-        places = np.arange(number * _KEYS_AT_ONCE, min(count, (number + 1) * _KEYS_AT_ONCE))
-        keys_BxD = keys_NxD[places % len(keys_NxD)].astype(np.float32)
-        is_new_B = places >= len(keys_NxD)
-        noise = np.random.default_rng(number).standard_normal((is_new_B.sum(), len(deviations_D)), np.float32)
-        keys_BxD[is_new_B] += noise * deviations_D
-        return keys_BxD.astype(keys_NxD.dtype)
-
-    def read(start: int, stop: int) -> np.ndarray:
-        first, last = start // _KEYS_AT_ONCE, -(-stop // _KEYS_AT_ONCE)
-        blocks = np.concatenate([block(number) for number in range(first, last)])
-        return blocks[start - first * _KEYS_AT_ONCE : stop - first * _KEYS_AT_ONCE]
-
-    return KeySource(count, keys_NxD.shape[1], keys_NxD.dtype, read)
+    written_NxD = np.memmap(file, keys_NxD.dtype, "w+", shape=(count, keys_NxD.shape[1]))
+    written_NxD[: len(keys_NxD)] = keys_NxD
+    random = np.random.default_rng(0)
+    with progress(count - len(keys_NxD), "noisy copies of keys", "keys") as bar:
+        for start in range(len(keys_NxD), count, _KEYS_AT_ONCE):
+            places = np.arange(start, min(start + _KEYS_AT_ONCE, count))
+            noise_BxD = random.standard_normal((len(places), len(deviations_D)), np.float32) * deviations_D
+            written_NxD[places[0] : places[-1] + 1] = keys_NxD[places % len(keys_NxD)] + noise_BxD
+            bar.advance(len(places))
+    return written_NxD
 
 
-def _check_memory(workdir: Workdir, positions: int, keys_NxD: np.ndarray) -> None:
-    settings = workdir.config.targets
-    compared = [backends.chosen(settings.backend)[1], *([exact_backend.Backend] if positions <= EXACT else [])]
-    shape = positions, keys_NxD.shape[1], keys_NxD.dtype.itemsize
-    searches = [backend.create(settings, workdir.k, workdir.sharding.mesh) for backend in compared]
-    needed = keys_NxD.nbytes + sum(search.needs(*shape, processes=1).memory for search in searches)
-    if needed > host.memory_bytes():
-        raise _TooLargeError(
-            f"its index needs {needed / 2**30:.1f} GiB of memory, this machine has {host.memory_bytes() / 2**30:.1f}"
-        )
+def _delete(folder: epath.Path) -> None:
+    barrier("an index of noisy copies searched")
+    if jax.process_index() == 0 and folder.exists():
+        folder.rmtree()
+
+
+def _check_room(workdir: Workdir, positions: int, width: int, dtype) -> None:
+    settings, key_bytes = workdir.config.targets, np.dtype(dtype).itemsize
+    backend = backends.chosen(settings.backend)[1]
+    searches = [Search.create(backend, {**settings, "k": workdir.k}, workdir.sharding.mesh)]
+    if positions <= EXACT:
+        searches.append(Search(exact_backend.Backend.create(settings, workdir.k, workdir.sharding.mesh)))
+    needs = [search.backend.needs(positions, search.dimensions or width, key_bytes, 1) for search in searches]
+    real, whole = _real_positions(workdir), positions * width * key_bytes
+    memory = min(positions, real) * width * key_bytes + sum(of.memory for of in needs)
+    disk = sum(of.disk for of in needs) + (whole if positions > real else 0)
+    for what, needed, available in (
+        ("memory", memory, host.memory_bytes()),
+        ("disk", disk, temporary_room()),
+    ):
+        if needed > available:
+            raise _TooLargeError(
+                f"its keys and index need {needed / 2**30:.1f} GiB of {what}, this machine has "
+                f"{available / 2**30:.1f}; config.targets.search_dimensions makes the index smaller"
+            )
 
 
 def _show(report: dict) -> None:

@@ -13,12 +13,18 @@ from etils import epath
 from mlpmem_jax.core import host, json_lines
 
 _FILE = "stages.jsonl"
-_start_times: list[float] = []  # Unix times at which the stages of this process began
+_start_times: list[float] = []  # Unix times at which the stages of this process began, and since which trainings count
 
 
 def start_time() -> float:
-    """Unix time at which the current stage began; the first stage begins with the process."""
+    """Unix time at which the current stage, or what follows the last `restart`, began; the first stage begins with
+    the process."""
     return _start_times[-1] if _start_times else time.time()
+
+
+def restart() -> None:
+    """Makes `start_time` now: what the stage did so far has been accounted for."""
+    _start_times.append(time.time())
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ from mlpmem_jax.training.optimizer import (
 from mlpmem_jax.training.state import METRIC, Checkpoints, initial_state, state_shardings
 
 _LOG_EVERY = 20  # steps between records of the training loss
+_AHEAD = 2  # steps that are queued on the device while one runs; more would delay stopping and the progress display
 _NOT_IN_ORIGIN = (
     "accumulation_steps",
     "remat",
@@ -258,6 +259,7 @@ def fit(task: TrainingTask, run: Run, sharding: Sharding) -> tuple[Any, dict[str
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
     watch.lap("start-up")
     logged, training, waiting = start, 0.0, 0.0  # step of the last record, and seconds until then
+    shown, note = start, ""
 
     with (
         _stop_requests() as must_stop,
@@ -273,6 +275,11 @@ def fit(task: TrainingTask, run: Run, sharding: Sharding) -> tuple[Any, dict[str
                 state, measured = program.step(state, run.frozen, batch)
             profiler.finish(step, state)
             unchecked.append((step, measured))
+            if len(unchecked) > _AHEAD:
+                finished, of_finished = unchecked[-1 - _AHEAD]
+                jax.block_until_ready(of_finished)
+                bar.advance(finished - shown, note)
+                shown = finished
             watch.lap("steps" if step > start + 1 else "compile")
 
             stopping = must_stop(step)
@@ -292,8 +299,10 @@ def fit(task: TrainingTask, run: Run, sharding: Sharding) -> tuple[Any, dict[str
                     "input_wait": (watch.spent("input wait") - waiting) / seconds,
                 }
                 writer.write(step, values)
-                bar.advance(step - logged, note=f"loss {values['loss']:.3f}")
-                logged, training, waiting = step, training + seconds, watch.spent("input wait")
+                note = f"loss {values['loss']:.3f}"
+                bar.advance(step - shown, note)
+                shown = logged = step
+                training, waiting = training + seconds, watch.spent("input wait")
 
             if saves and not _all_finite(state):
                 raise _diverged(run.name, "the parameters are not finite", step, checkpoints)
@@ -314,6 +323,7 @@ def fit(task: TrainingTask, run: Run, sharding: Sharding) -> tuple[Any, dict[str
         checkpoints.wait()
         watch.lap("checkpoint")
         writer.write(steps, watch.record())
+        stage_costs.restart()
         if must_stop(steps + 1):  # during the last validation or checkpoint; what follows may take hours
             raise Stopped(f"{run.name}: preempted after its last step, {steps}; run again to resume")
     if jax.process_index() == 0:
