@@ -17,10 +17,9 @@ import re
 import jax
 import ml_collections
 import numpy as np
-import scipy.stats
 from etils import epath
 
-from mlpmem_jax.comparison import greedy, hub, metrics, page, scores, systems, tasks, weights
+from mlpmem_jax.comparison import differences, greedy, hub, metrics, page, scores, systems, tasks, weights
 from mlpmem_jax.comparison.costs import cost
 from mlpmem_jax.comparison.passages import check_retriever, documents
 from mlpmem_jax.comparison.question import Question, Task
@@ -289,7 +288,9 @@ class _TaskComparison:
             of_systems[name] = {
                 "measures": {measure: float(np.mean(values)) for measure, values in of["measures"].items()},
                 "over base": {
-                    measure: paired_interval(np.subtract(values, base[measure]), confidence, self._settings.seed)
+                    measure: differences.paired_interval(
+                        np.subtract(values, base[measure]), confidence, self._settings.seed
+                    )
                     for measure, values in of["measures"].items()
                     if name != "base"
                 },
@@ -306,6 +307,12 @@ class _TaskComparison:
             "weights from": "the validation split" if has_validation else "the other half of the questions",
             "truncated prompts": {("with passages" if key else "plain"): one.truncated for key, one in encoded.items()},
             "systems": of_systems,
+            "differences": {
+                measure: differences.of_pairs(
+                    {name: of["measures"][measure] for name, of in results.items()}, confidence, self._settings.seed
+                )
+                for measure in dict.fromkeys((self._task.headline, self._task.tuned_on))
+            },
         }
 
 
@@ -315,18 +322,6 @@ def _parts_of(system: System, model: str, retrieves: bool) -> list[str]:
         return []
     reads = system.model == model or (system.side and model == SIDE_MODEL)
     return [*(["model"] if reads else []), *([system.side] if system.side and model == SIDE_MODEL else [])]
-
-
-def paired_interval(differences_N: np.ndarray, confidence: float, seed: int) -> list[float]:
-    """Bootstrap interval [low, high] over questions of the mean difference between two systems."""
-    differences_N = np.asarray(differences_N, np.float64)
-    if len(differences_N) < 2 or np.ptp(differences_N) == 0:
-        return [float(differences_N.mean())] * 2
-    interval = scipy.stats.bootstrap(
-        (differences_N,), np.mean, confidence_level=confidence, method="percentile", n_resamples=5000,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return [float(interval.low), float(interval.high)]
 
 
 def _write(folder: epath.Path, comparison: dict, answers: list[dict]) -> None:

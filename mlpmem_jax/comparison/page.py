@@ -14,7 +14,11 @@ from mlpmem_jax.comparison import markup, speed_page
 from mlpmem_jax.comparison.published import PUBLISHED
 from mlpmem_jax.evaluation.page import document
 
-_STYLE = ".texts td, .texts th { text-align: left; white-space: normal; }"
+_STYLE = """.texts td, .texts th { text-align: left; white-space: normal; }
+th { white-space: pre-line; }
+td { white-space: pre; }
+"""
+_MARKS = {1: "\N{BLACK UP-POINTING TRIANGLE}", -1: "\N{BLACK DOWN-POINTING TRIANGLE}", 0: "\N{FIGURE SPACE}"}
 DISAGREEMENTS = 10  # questions shown
 FEWEST = 10  # fewest questions for which a bootstrap interval is shown
 
@@ -47,23 +51,31 @@ def page(comparison: dict | None, answers: Sequence[dict], speed: dict | None = 
 
 
 def verdict(comparison: dict) -> str:
-    """Which differences from the base LM the data support, in a sentence or two."""
-    better, worse, count = [], [], 0
-    for task in comparison["tasks"].values():
-        for name, of in task["systems"].items():
-            if name == "base":
-                continue
-            for measure in dict.fromkeys((task["headline"], task["tuned on"])):
-                count += 1
-                low, high = of["over base"][measure]
-                words = f"{comparison['systems'][name]['title']} on {task['title']}, {measure}"
-                is_enough = task["questions"] >= FEWEST
-                better += [words] if low > 0 and is_enough else []
-                worse += [words] if high < 0 and is_enough else []
-    text = f"Of {count} differences to the base LM, {len(better)} are gains that the data support"
-    text += f" ({'; '.join(better)})" if better else ""
-    text += f", {len(worse)} are losses" + (f" ({'; '.join(worse)})" if worse else "")
-    return text + f"; the other {count - len(better) - len(worse)} may be chance."
+    """How many differences from the base LM the data support, in a sentence."""
+    signs = [
+        _sign(task, name, measure)
+        for task in comparison["tasks"].values()
+        for name in task["systems"]
+        if name != "base"
+        for measure in _main_measures(task)
+    ]
+    gains, losses = signs.count(1), signs.count(-1)
+    return (
+        f"Of {len(signs)} differences to the base LM, {gains} are gains that the data support, {losses} are losses; "
+        f"the other {len(signs) - gains - losses} may be chance."
+    )
+
+
+def _main_measures(task: dict) -> list[str]:
+    return list(dict.fromkeys((task["headline"], task["tuned on"])))
+
+
+def _sign(task: dict, system: str, measure: str) -> int:
+    """1 for a gain over the base LM that the data support, -1 for a loss, else 0."""
+    if system == "base" or task["questions"] < FEWEST:
+        return 0
+    low, high = task["systems"][system]["over base"][measure]
+    return int(low > 0) - int(high < 0)
 
 
 def _shown(measure: str, value: float) -> str:
@@ -72,17 +84,19 @@ def _shown(measure: str, value: float) -> str:
 
 
 def _scores(comparison: dict) -> str:
-    shown = [
-        (name, task, measure)
-        for name, task in comparison["tasks"].items()
-        for measure in dict.fromkeys((task["headline"], task["tuned on"]))
-    ]
+    shown = [(task, measure) for task in comparison["tasks"].values() for measure in _main_measures(task)]
     rows = []
     for name, system in comparison["systems"].items():
-        cells = [_shown(measure, task["systems"][name]["measures"][measure]) for _, task, measure in shown]
+        cells = [
+            f"{_shown(measure, task['systems'][name]['measures'][measure])} {_MARKS[_sign(task, name, measure)]}"
+            for task, measure in shown
+        ]
         rows.append([system["title"], *cells])
-    heads = ["system", *(f"{task['title']} ({measure})" for _, task, measure in shown)]
-    note = "Shares in percent, log-probabilities in nats."
+    heads = ["system", *(f"{task['title']}\n{measure}" for task, measure in shown)]
+    note = (
+        f"Shares in percent, log-probabilities in nats. {_MARKS[1]} better than the base LM, {_MARKS[-1]} worse: the "
+        f"{100 * comparison['confidence']:g} % interval of the paired difference does not contain 0."
+    )
     return f"<h2>Scores</h2>{markup.table(heads, rows)}<p>{note}</p>{_published(comparison)}"
 
 
@@ -115,16 +129,16 @@ def _task(comparison: dict, name: str) -> str:
     for system, of in task["systems"].items():
         cells = []
         for measure in measures:
-            cells.append(_shown(measure, of["measures"][measure]))
-            if system == "base":
-                cells.append("")
-            else:
+            interval = "\n"
+            if system != "base":
                 low, high = of["over base"][measure]
-                cells.append(f"{_shown(measure, low)} to {_shown(measure, high)}")
+                interval = f"\n{_shown(measure, low)} to {_shown(measure, high)}"
+            cells.append(_shown(measure, of["measures"][measure]) + interval)
         weights = ", ".join(f"{weight:.2f}" for weight in of["weights"])
         rows.append([comparison["systems"][system]["title"], *cells, weights])
-    heads = ["system", *(text for measure in measures for text in (measure, f"over base, {level}")), "λ"]
+    heads = ["system", *measures, "λ"]
     notes = [
+        f"Below each value, the {level} interval of its difference to the base LM.",
         f"{task['questions']:,} questions; {task['source']}.",
         f"λ from {task['weights from']}, by {task['tuned on']}.",
     ]
@@ -137,7 +151,9 @@ def _task(comparison: dict, name: str) -> str:
                 f"{_shown(task['tuned on'], own)} with the λ that is best on the reported questions themselves."
             )
     text = " ".join(html.escape(note) for note in notes)
-    return f"<h2>{html.escape(task['title'])}</h2>{markup.table(heads, rows)}<p>{text}</p>{_curves(comparison, name)}"
+    return f"<h2>{html.escape(task['title'])}</h2>{markup.table(heads, rows)}<p>{text}</p>" + (
+        _curves(comparison, name) + _differences(comparison, name)
+    )
 
 
 def _curves(comparison: dict, name: str) -> str:
@@ -157,6 +173,37 @@ def _curves(comparison: dict, name: str) -> str:
     axes.legend(frameon=False, fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     return markup.picture(figure, f"{task['title']}: {task['tuned on']} by λ, over all reported questions")
+
+
+def _differences(comparison: dict, name: str) -> str:
+    """The differences of all pairs of systems, with their intervals."""
+    task, pictures = comparison["tasks"][name], []
+    if task["questions"] < FEWEST or len(task["systems"]) < 3:
+        return ""
+    titles = {system: of["title"] for system, of in comparison["systems"].items()}
+    for measure, records in task["differences"].items():
+        scale = 1.0 if "log-probability" in measure else 100.0
+        supported = [record["interval"][0] > 0 for record in records]
+        figure = matplotlib.figure.Figure(figsize=(7.5, 0.7 + 0.22 * len(records)), layout="constrained")
+        axes = figure.subplots()
+        for place, record in enumerate(records):
+            color = "C0" if supported[place] else "0.6"
+            axes.plot([scale * end for end in record["interval"]], [place, place], color=color, linewidth=2)
+            axes.plot([scale * record["mean"]], [place], "o", color=color, markersize=5)
+        labels = [f"{titles[record['better']]} over {titles[record['worse']]}" for record in records]
+        axes.set_yticks(range(len(records)), labels, fontsize="small")
+        axes.invert_yaxis()
+        axes.axvline(0, color="0.4", linewidth=0.8)
+        axes.set_xlabel(f"difference in {measure}" + (", nats" if scale == 1.0 else ", points"))
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        caption = (
+            f"{task['title']}: {measure} of every two systems. Gray: the {100 * comparison['confidence']:g} % interval "
+            f"contains 0 ({supported.count(False)} of {len(records)})"
+        )
+        pictures.append(markup.picture(figure, caption, "48rem"))
+    is_open = " open" if len(comparison["tasks"]) == 1 else ""
+    return f"<details{is_open}><summary>Differences between systems</summary>{''.join(pictures)}</details>"
 
 
 def _costs(comparison: dict) -> str:
