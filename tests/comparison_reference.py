@@ -6,6 +6,7 @@ by domain-conditional PMI (knnlm-limits' eval_fuzzy.py; kNN-Prompt's wordings), 
 """
 
 import csv
+import functools
 import gzip
 import json
 import math
@@ -118,17 +119,18 @@ class Reference:
     def encode(self, text):
         return self.tokenizer.encode(text).ids
 
+    @functools.lru_cache(maxsize=1)  # noqa: B019  answers of one token follow the same prompt
     @torch.no_grad()
-    def next_tokens(self, ids):
-        """log p of the token after each position, [T, V]."""
-        logits = self.model(torch.tensor([ids])).logits[0]
+    def next_tokens(self, ids, count=1):
+        """log p of the token after each of the last `count` positions of a tuple of ids, [count, V]."""
+        logits = self.model(torch.tensor([ids]), logits_to_keep=count).logits[0]
         return torch.log_softmax(logits.double(), dim=-1).numpy()
 
     def continuation(self, prompt, text):
         """Summed log p of the tokens of prompt + text after as many as the prompt has."""
         first, ids = len(self.encode(prompt)), self.encode(prompt + text)
-        log_TxV = self.next_tokens(ids[:-1])
-        return sum(log_TxV[place - 1, ids[place]] for place in range(first, len(ids)))
+        log_AxV = self.next_tokens(tuple(ids[:-1]), len(ids) - first)
+        return sum(log_V[id] for log_V, id in zip(log_AxV, ids[first:], strict=True))
 
     def fuzzy(self, name, numbers):
         """{row number: scores of the labels}, and how many words the longest list has."""
@@ -136,13 +138,13 @@ class Reference:
         rows = read_rows(self.data / "pmi" / file)
         first = len(self.encode("the"))
         ids = [[self.encode(f"the {word}")[first] for word in group] for group in words_of(self.data, name)]
-        in_domain_V = np.exp(self.next_tokens(self.encode(domain))[-1])
+        in_domain_V = np.exp(self.next_tokens(tuple(self.encode(domain)))[0])
         actual = {}
         for number in numbers:
             row = dict(rows[number])
             if name == "hyp":
                 row["text"] = row["text"].strip()
-            given_V = np.exp(self.next_tokens(self.encode(prompt.format(**row)))[-1])
+            given_V = np.exp(self.next_tokens(tuple(self.encode(prompt.format(**row))))[0])
             actual[number] = [
                 sum(math.log(given_V[id] + 1e-10) - math.log(in_domain_V[id] + 1e-10) for id in group) for group in ids
             ]
