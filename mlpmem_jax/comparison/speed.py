@@ -306,7 +306,8 @@ def _show(report: dict) -> None:
     table = rich.table.Table(
         "system", "positions", "batch", "prompt", "first token, ms", "/ base", "tokens/s", "/ base",
         title=f"prompts of {report['prompt_tokens']} tokens, {report['new_tokens']} new, {report['rounds']} rounds",
+        caption="medians; ranges are on the page",
     )  # fmt: skip
     for row in speed_page.rows(report):
-        table.add_row(*row)
+        table.add_row(*(cell.partition(" (")[0] for cell in row))
     rich.console.Console().print(table)
