@@ -177,7 +177,7 @@ def test_the_price_of_a_run_holds_the_fine_tuning_of_its_base_and_the_choice_of_
     config.base.finetune_steps = 800
     run = cost.estimate(config, 100_000_000, "v5e:16x16", utilization=0.5)
     sequence = language_model.forward_flops(published.dimensions(config.base.path), 1024) * 1024
-    steps = 800 + 4 * 100  # four rates for an eighth of the steps each
+    steps = 2 * 800 + 4 * 100  # two rates in full, and before that four for an eighth of the steps each
     more = 3 * sequence * steps * config.base.training.batch_sequences
     assert run.chip_hours - as_published.chip_hours == pytest.approx(more / 0.5 / 197e12 / 3600)
 

@@ -118,7 +118,7 @@ def test_what_finding_a_learning_rate_cost_is_said(plain_page):
         "continued": {"learning_rate": 3e-5, "rate_search_flops": 3.75e11, "training_flops": 1e12},
         "ce_only": {"training_flops": 1e12},
     }
-    said = "the learning rate 3e-05 was found by short runs that took 3.8e+11 FLOPs, on top of 1e+12 for the"
+    said = "the learning rate 3e-05 was found by other runs that took 3.8e+11 FLOPs, on top of 1e+12 for the"
     text = page(metrics)
     assert said in text
     assert text.count("short runs") == 1

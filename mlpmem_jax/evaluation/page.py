@@ -195,7 +195,7 @@ def _controls_table(metrics: dict) -> str:
 def _rate_searches(metrics: dict) -> str:
     """The compute spent on searching a learning rate, where one was searched; no other number includes it."""
     return "".join(
-        f"<p>{html.escape(wording.label(name))}: the learning rate {run['learning_rate']:g} was found by short runs "
+        f"<p>{html.escape(wording.label(name))}: the learning rate {run['learning_rate']:g} was found by other runs "
         f"that took {run['rate_search_flops']:.2g} FLOPs, on top of {run['training_flops']:.2g} for the training.</p>"
         for name, run in {**metrics["training_runs"], **metrics["control_runs"]}.items()
         if "rate_search_flops" in run

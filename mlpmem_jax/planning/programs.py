@@ -79,7 +79,7 @@ def models_of(config: ml_collections.ConfigDict, tensor_shards: int) -> ModelDim
 def base_positions(config: ml_collections.ConfigDict, positions: int) -> int:
     """Positions on which the base is trained or fine-tuned, for a split of `positions` positions.
 
-    Fine-tuning includes the short runs that choose its learning rate.
+    Fine-tuning includes the other runs that choose its learning rate.
     """
     settings, length = config.base.training, config.base.context_length
     if config.base.source == "train":

@@ -6,7 +6,6 @@ fine-tuned the same way before anything else is built from it.
 
 from __future__ import annotations
 
-import jax
 import ml_collections
 import numpy as np
 from etils import epath
@@ -19,14 +18,12 @@ from mlpmem_jax.corpus.tokens import TokenStream, num_sequences, read_sequences
 from mlpmem_jax.models import language_model, saved
 from mlpmem_jax.models.interpolation import perplexity
 from mlpmem_jax.models.scoring import chunk_positions, language_model_log_probabilities
-from mlpmem_jax.training import loop, train_base
+from mlpmem_jax.training import loop, rate_search, train_base
 
 FOLDER = "continued"
 RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 """Peak learning rates to try for a base that was trained elsewhere."""
 
-_SHORT_RUN = 1 / 8  # of the steps, per rate
-_SHORT_RUNS = "rates"  # folder within the artifact's folder, deleted when it is finished
 _CHUNKS_AT_ONCE = 4  # of `scoring`, per step of the progress
 
 
@@ -90,12 +87,8 @@ def finetune(config: ml_collections.ConfigDict, source: str) -> Artifact:
 
 
 def steps_with_rate_search(steps: int) -> int:
-    """Total optimizer steps of a training of `steps`, including the short runs that choose its learning rate."""
-    return steps + len(RATES) * _short_steps(steps) if steps else 0
-
-
-def _short_steps(steps: int) -> int:
-    return max(1, round(_SHORT_RUN * steps))
+    """Total optimizer steps of a training of `steps`, including those that choose its learning rate."""
+    return rate_search.total_steps(steps, RATES)
 
 
 def flops_of_memory(memory: Artifact, base: Artifact) -> float:
@@ -138,12 +131,11 @@ def train_on(
       inputs: fingerprints of artifacts that the settings depend on.
       group: the config's name for `settings`.
       source: folder of `config.workdir` with the finished base.
-      rates: peak learning rates to choose from by short runs, instead of the one in `settings`.
+      rates: peak learning rates to choose from, instead of the one in `settings`.
 
     Returns:
       An artifact of kind "base" whose summary also has training_flops, and perplexity by held-out split; if a rate
-      was chosen, also learning_rate, rate_search (rate -> validation perplexity of its short run), and
-      rate_search_flops, which training_flops does not include.
+      was chosen, also what `rate_search.best_of` adds. training_flops does not include rate_search_flops.
     """
     workdir = epath.Path(config.workdir)
     sharding = Sharding.of(config)
@@ -151,7 +143,7 @@ def train_on(
     model, length = saved.language_model_config(artifact), config.base.context_length
     kept, inputs = origin(config, settings, rates), {source: artifact.fingerprint, **inputs}
     if finished := find_finished(workdir / name, "base", kept, inputs):
-        remove_short_runs(finished.path)
+        rate_search.remove_runs(finished.path)
         say(f"{name}: already finished")
         return finished
     writer = ArtifactWriter.create(workdir / name, "base", kept, inputs, {})
@@ -177,11 +169,13 @@ def train_on(
 
     # Measured first, so that two sets of parameters are never in memory together.
     before = perplexities(*load(), source)
-    per_step, search = flops_per_step(model, length, settings), {}
+    per_step = flops_per_step(model, length, settings)
     if rates:
-        settings, search = at_best_rate(settings, name, writer.path, rates, per_step, train)
-    best, summary = train(settings, name, writer.path)
-    summary |= search
+        best, summary = rate_search.best_of(
+            rates, settings, train, name=name, folder=writer.path, flops_per_step=per_step
+        )
+    else:
+        best, summary = train(settings, name, writer.path)
     summary["training_flops"] = float(per_step) * summary["steps"]
     summary["perplexity"] = perplexities(best, "trained")
     # More training may only harm a base that was trained on better text; then the base itself is the result.
@@ -190,50 +184,8 @@ def train_on(
         best, summary["step"], summary["perplexity"] = None, 0, before
         (best,) = load()
     sealed = saved.seal(writer, model, best, summary)
-    remove_short_runs(writer.path)
+    rate_search.remove_runs(writer.path)
     return sealed
-
-
-def at_best_rate(
-    settings: ml_collections.ConfigDict, name: str, folder: str, rates: tuple[float, ...], per_step: int, train
-) -> tuple[ml_collections.ConfigDict, dict]:
-    """Finds the learning rate whose short run reaches the lowest validation perplexity.
-
-    Args:
-      settings: settings of the whole run.
-      name: label for progress output.
-      folder: the artifact's folder; short runs go into a subfolder, until `remove_short_runs`.
-      rates: the learning rates to choose from.
-      per_step: FLOPs of a step.
-      train: (settings, name, folder) -> (parameters, summary).
-
-    Returns:
-      The settings with that rate, and learning_rate, rate_search and rate_search_flops, as in `train_on`.
-    """
-    settings, perplexity_at = ml_collections.ConfigDict(settings), {}
-    short = ml_collections.ConfigDict(settings)
-    short.steps = _short_steps(settings.steps)
-    short.warmup_steps = min(settings.warmup_steps, short.steps // 10)
-    short.profile_steps = ""
-    for rate in rates:
-        short.learning_rate = rate
-        _, summary = train(short, f"{name} at rate {rate:g}", f"{folder}/{_SHORT_RUNS}/{rate:g}")
-        perplexity_at[rate] = summary["validation"]["perplexity"]
-    settings.learning_rate = min(perplexity_at, key=perplexity_at.get)
-    tries = ", ".join(f"{rate:g}: {perplexity:.2f}" for rate, perplexity in perplexity_at.items())
-    say(f"{name}: learning rate {settings.learning_rate:g}; validation perplexity of short runs by rate: {tries}")
-    return settings, {
-        "learning_rate": settings.learning_rate,
-        "rate_search": {f"{rate:g}": perplexity for rate, perplexity in perplexity_at.items()},
-        "rate_search_flops": float(per_step) * (short.steps * len(rates)),
-    }
-
-
-def remove_short_runs(path: str) -> None:
-    """Deletes the short runs; called when the artifact is sealed, after all processes have read what they need."""
-    folder = epath.Path(path) / _SHORT_RUNS
-    if jax.process_index() == 0 and folder.exists():
-        folder.rmtree()
 
 
 def held_out_perplexities(

@@ -25,7 +25,7 @@ from mlpmem_jax.core.progress import say
 from mlpmem_jax.core.sharding import Sharding, is_axes
 from mlpmem_jax.models import flops, language_model, saved
 from mlpmem_jax.models.memory import MemoryConfig
-from mlpmem_jax.training import continued, train_base
+from mlpmem_jax.training import continued, rate_search, train_base
 
 FOLDER = "lora"
 ADAPTERS = "adapters"
@@ -119,7 +119,7 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
     kept = {**continued.origin(config, settings, _RATES), "rank": rank, "scale": SCALE}
     inputs = {"base": artifact.fingerprint, "memory": memory.fingerprint}
     if finished := find_finished(workdir / FOLDER, "base", kept, inputs):
-        continued.remove_short_runs(finished.path)
+        rate_search.remove_runs(finished.path)
         say(f"{FOLDER}: already finished")
         return finished
     say(f"{FOLDER}: rank {rank}, {rank * per_rank:,} parameters; the memory's blocks have {wanted:,}")
@@ -142,19 +142,19 @@ def run(config: ml_collections.ConfigDict) -> Artifact:
         )
 
     before = continued.held_out_perplexities(config, frozen, model, tokens, sharding, f"{FOLDER}: base")
-    settings, search = continued.at_best_rate(settings, FOLDER, writer.path, _RATES, per_step, train)
-    adapters, metrics = train(settings, FOLDER, writer.path)
+    adapters, metrics = rate_search.best_of(
+        _RATES, settings, train, name=FOLDER, folder=writer.path, flops_per_step=per_step
+    )
     merged = jax.jit(merge)(frozen, adapters)
     after = continued.held_out_perplexities(config, merged, model, tokens, sharding, f"{FOLDER}: adapted")
     if before["validation"] <= after["validation"]:
         say(f"{FOLDER}: no step improved on the base's validation perplexity, so the base is kept")
         adapters, merged, metrics["step"], after = jax.tree.map(jnp.zeros_like, adapters), frozen, 0, before
-    metrics |= search
     metrics["training_flops"], metrics["perplexity"] = float(per_step) * metrics["steps"], after
     metrics["rank"], metrics["adapter_parameters"] = rank, rank * per_rank
     _seal_adapters(writer, adapters, kept, inputs)
     sealed = saved.seal(writer, model, merged, metrics)
-    continued.remove_short_runs(writer.path)
+    rate_search.remove_runs(writer.path)
     return sealed
 
 

@@ -15,6 +15,7 @@ from etils import epath
 from mlpmem_jax.core import json_lines, storage
 
 FILE = "metrics.jsonl"
+BOARD = "tensorboard"  # folder of its event files
 
 
 class MetricsWriter:
@@ -40,7 +41,7 @@ class MetricsWriter:
                 os.truncate(self._file, len(kept))
             import tensorboardX
 
-            self._board = tensorboardX.SummaryWriter(str(epath.Path(folder) / "tensorboard"), purge_step=first_step)
+            self._board = tensorboardX.SummaryWriter(str(epath.Path(folder) / BOARD), purge_step=first_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values` (name to number) at `step`.
