@@ -113,7 +113,7 @@ def test_test_text_that_repeats_training_text_is_named():
 
 def test_what_finding_a_learning_rate_cost_is_said(plain_page):
     metrics = metrics_of(0.1)
-    assert "short runs" not in plain_page
+    assert "found by other runs" not in plain_page
     metrics["control_runs"] = {
         "continued": {"learning_rate": 3e-5, "rate_search_flops": 3.75e11, "training_flops": 1e12},
         "ce_only": {"training_flops": 1e12},
@@ -121,7 +121,7 @@ def test_what_finding_a_learning_rate_cost_is_said(plain_page):
     said = "the learning rate 3e-05 was found by other runs that took 3.8e+11 FLOPs, on top of 1e+12 for the"
     text = page(metrics)
     assert said in text
-    assert text.count("short runs") == 1
+    assert text.count("found by other runs") == 1
 
 
 def test_few_documents_are_said_to_say_little():
