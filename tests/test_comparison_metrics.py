@@ -1,14 +1,12 @@
 """How answers are judged, against the definitions written out, and passages against a plain reading of the text."""
 
-import types
-
 import numpy as np
 import pytest
 import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmem_jax.comparison import greedy, metrics, passages
+from mlpmem_jax.comparison import metrics, passages
 from mlpmem_jax.comparison.question import Answer, Question
 from mlpmem_jax.core.mesh import make_mesh
 
@@ -114,22 +112,3 @@ def test_a_sentence_encoder_finds_its_own_nearest_texts(tmp_path):
     vectors = encoder.encode([*texts, "a b"], normalize_embeddings=True)
     expected = [texts[index] for index in np.argsort(-(vectors[:3] @ vectors[3]))]
     assert passages.Dense(texts, str(tmp_path), {}, make_mesh(), tmp_path).retrieve(["a b"], 3) == [expected]
-
-
-@pytest.mark.parametrize(
-    ("text", "skips_space", "expected", "is_complete"),
-    [
-        ("\n\nthe mill\nQ", True, "the mill", True),
-        ("\n\nthe mill", True, "the mill", False),
-        ("\n", True, "", False),
-        ("\n\nthe mill\nQ", False, "", True),
-        (" the mill\nQ", False, " the mill", True),
-    ],
-)
-def test_texts_end_at_a_stop_after_their_first_word(text, skips_space, expected, is_complete):
-    tokenizer = types.SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
-    ending = greedy.Ending(tokenizer, 0, ("\n",), skips_space)
-    ids = [ord(character) for character in text]
-    assert ending.is_reached(ids) == is_complete
-    assert ending.text(ids) == expected
-    assert ending.is_reached([*ids, 0])

@@ -251,7 +251,7 @@ class _TaskComparison:
     def _texts(self, name: str, encoded: scores.EncodedQuestions, chosen_N: np.ndarray) -> list[str]:
         system = SYSTEMS[name]
         end_token = self._workdir.tokens.summary["end_of_text_id"]
-        ending = greedy.Ending(self._tokenizer, end_token, self._task.stop, skips_space=True)
+        ending = greedy.Ending(self._tokenizer, end_token, self._task.stop)
 
         def compute() -> list[str]:
             side = self._workdir.side(system.side) if system.side else None
@@ -275,7 +275,7 @@ class _TaskComparison:
 
         inputs = {role: artifact.fingerprint for role, artifact in self._artifacts[name].items()}
         inputs |= {"weights": ",".join(map(str, chosen_N)), "search": self._workdir.search_settings}
-        inputs |= {"ending": repr((self._task.max_new_tokens, end_token, self._task.stop, ending.skips_space))}
+        inputs |= {"ending": repr((self._task.max_new_tokens, end_token, self._task.stop))}
         file = self._folder / "texts" / f"{self._file_name}-{name}.json"
         texts, seconds = scores.cached_texts(file, scores.fingerprint(encoded, inputs), compute)
         self._seconds[name] += seconds

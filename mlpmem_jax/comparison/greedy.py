@@ -58,29 +58,20 @@ def _step(models, parameters, cache, tokens_B, sharding):
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """Where a generated text ends: at the end-of-text token, or before the first of the strings `stops`.
-
-    Attributes:
-      skips_space: whether space and line breaks before the first word are dropped, rather than end the text.
-    """
+    """Where a generated text ends: at the end-of-text token, or before the first of the strings `stops`."""
 
     tokenizer: tokenizers.Tokenizer
     end_token: int
     stops: Sequence[str]
-    skips_space: bool
 
     def is_reached(self, ids: list[int]) -> bool:
         """Whether generated token ids, at least one, are a complete text."""
-        return ids[-1] == self.end_token or any(stop in self._decoded(ids) for stop in self.stops)
+        return ids[-1] == self.end_token or any(stop in self.tokenizer.decode(ids) for stop in self.stops)
 
     def text(self, ids: list[int]) -> str:
         """The text of generated token ids, up to its end."""
-        text = self._decoded([token for token in ids if token != self.end_token])
+        text = self.tokenizer.decode([token for token in ids if token != self.end_token])
         return text[: min((text.index(stop) for stop in self.stops if stop in text), default=len(text))]
-
-    def _decoded(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(ids)
-        return text.lstrip() if self.skips_space else text
 
 
 def generate(

@@ -58,7 +58,7 @@ class Answering:
 
     def write(self, prompts: Sequence[str], stops: Sequence[str], count: int) -> list[str]:
         """Greedy continuations of texts, up to but not including the first of `stops`."""
-        ending = greedy.Ending(self._tokenizer, self.end, stops, skips_space=False)
+        ending = greedy.Ending(self._tokenizer, self.end, stops)
         decoder = greedy.Decoder(self._model, self._side, self._workdir.sharding)
         ids = [(self.encode(prompt) or [self.prefix])[-(self.context_length - count) :] for prompt in prompts]
         side = decoder if self._side and self._weight else None

@@ -79,11 +79,11 @@ def _picture(speed: dict) -> str:
                 axes.set_xscale("log")
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
-            axes.yaxis.set_minor_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
             axes.set_title(f"{name}, batch {batch}", fontsize="medium")
             axes.spines[["top", "right"]].set_visible(False)
     for axes in panels:
         axes.set_xlabel("positions of the corpus")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
-    caption = "A memory's time does not depend on the size of its corpus; the time of a search grows with it"
+    caption = "Time to the first token and tokens per second, by the size of the corpus: a memory's cannot depend on it"
     return markup.picture(figure, caption, "60rem")
