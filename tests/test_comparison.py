@@ -117,6 +117,18 @@ def test_texts_are_the_likeliest_tokens_of_the_mixture(config, side, weight):
         assert len(text) == 5
 
 
+def test_at_lambda_0_a_system_writes_what_its_language_model_writes(answers):
+    alone = {"memory": "base", "knn_lm": "base", "memory+rag": "rag", "cpt+memory": "cpt"}
+    texts = [
+        (of["text"], line["systems"][alone[name]]["text"])
+        for line in answers
+        for name, of in line["systems"].items()
+        if of["weight"] == 0 and line["task"] == "passages"
+    ]
+    assert texts
+    assert all(mixed == unmixed for mixed, unmixed in texts)
+
+
 def test_every_system_answers_every_task(config, compared, answers):
     assert list(compared["tasks"]) == ["passages", "rt", "truthfulqa"]
     assert [of["questions"] for of in compared["tasks"].values()] == [6, 6, 4]

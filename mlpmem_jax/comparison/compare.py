@@ -137,6 +137,7 @@ class _TaskComparison:
         self._tokenizer = read_tokenizer(workdir.tokens)
         self._file_name = re.sub(r"[^\w.+-]", "_", name)  # the name may be the path of a file
         self._scored: dict[tuple, dict[str, scores.Values]] = {}
+        self._unmixed: dict[tuple, tuple[list[str], float]] = {}  # texts and seconds of systems without a side
 
     def run(self, questions: list[Question], tuning: list[Question]) -> tuple[dict, list[dict]]:
         """(results of the task, one record per question)."""
@@ -252,14 +253,18 @@ class _TaskComparison:
         system = SYSTEMS[name]
         end_token = self._workdir.tokens.summary["end_of_text_id"]
         ending = greedy.Ending(self._tokenizer, end_token, self._task.stop)
+        # At lambda 0 a system writes what its language model writes.
+        unmixed, its_seconds = self._unmixed.get((system.model, system.retrieves), (None, 0.0))
 
         def compute() -> list[str]:
             side = self._workdir.side(system.side) if system.side else None
             decoder, side_decoder = self._workdir.decoders(system, side)
-            ids: list[list[int]] = [[]] * len(encoded.questions)
+            texts = list(unmixed or [""] * len(encoded.questions))
             for index in np.unique(chosen_N):
                 numbers = np.flatnonzero(chosen_N == index)
                 weight = float(weights.GRID[index])
+                if unmixed and not weight:
+                    continue
                 generated = greedy.generate(
                     decoder,
                     side_decoder if weight else None,
@@ -269,16 +274,18 @@ class _TaskComparison:
                     ending.is_reached,
                     f"{self._name}, {name}" + (f" (lambda {weight:.2f})" if side else ""),
                 )
-                for number, one in zip(numbers, generated, strict=True):
-                    ids[number] = one
-            return [ending.text(one).strip() for one in ids]
+                for number, ids in zip(numbers, generated, strict=True):
+                    texts[number] = ending.text(ids).strip()
+            return texts
 
         inputs = {role: artifact.fingerprint for role, artifact in self._artifacts[name].items()}
         inputs |= {"weights": ",".join(map(str, chosen_N)), "search": self._workdir.search_settings}
         inputs |= {"ending": repr((self._task.max_new_tokens, end_token, self._task.stop))}
         file = self._folder / "texts" / f"{self._file_name}-{name}.json"
         texts, seconds = scores.cached_texts(file, scores.fingerprint(encoded, inputs), compute)
-        self._seconds[name] += seconds
+        if not system.side:
+            self._unmixed[system.model, system.retrieves] = texts, seconds
+        self._seconds[name] += seconds + its_seconds * float(np.mean(weights.GRID[chosen_N] == 0))
         return texts
 
     def _summary(self, results: dict, encoded: dict, has_validation: bool) -> dict:
