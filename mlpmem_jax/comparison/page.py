@@ -84,15 +84,15 @@ def _shown(measure: str, value: float) -> str:
 
 
 def _scores(comparison: dict) -> str:
-    shown = [(task, measure) for task in comparison["tasks"].values() for measure in _main_measures(task)]
     rows = []
-    for name, system in comparison["systems"].items():
-        cells = [
-            f"{_shown(measure, task['systems'][name]['measures'][measure])} {_MARKS[_sign(task, name, measure)]}"
-            for task, measure in shown
-        ]
-        rows.append([system["title"], *cells])
-    heads = ["system", *(f"{task['title']}\n{measure}" for task, measure in shown)]
+    for task in comparison["tasks"].values():
+        for measure in _main_measures(task):
+            cells = [
+                f"{_shown(measure, of['measures'][measure])} {_MARKS[_sign(task, name, measure)]}"
+                for name, of in task["systems"].items()
+            ]
+            rows.append([f"{task['title']}, {measure}", *cells])
+    heads = ["task", *(system["title"] for system in comparison["systems"].values())]
     note = (
         f"Shares in percent, log-probabilities in nats. {_MARKS[1]} better than the base LM, {_MARKS[-1]} worse: the "
         f"{100 * comparison['confidence']:g} % interval of the paired difference does not contain 0."
@@ -105,15 +105,19 @@ def _published(comparison: dict) -> str:
     names = [name for name in comparison["tasks"] if (name, "base") in PUBLISHED]
     if not names:
         return ""
-    rows = [
-        [
-            system["title"],
-            *(f"{PUBLISHED[task, name]:.2f}" if (task, name) in PUBLISHED else "" for task in names),
-        ]
+    titles = {
+        name: system["title"]
         for name, system in comparison["systems"].items()
         if any((task, name) in PUBLISHED for task in names)
+    }
+    rows = [
+        [
+            comparison["tasks"][task]["title"],
+            *(f"{PUBLISHED[task, name]:.2f}" if (task, name) in PUBLISHED else "" for name in titles),
+        ]
+        for task in names
     ]
-    heads = ["published, Mistral-7B-v0.3", *(comparison["tasks"][name]["title"] for name in names)]
+    heads = ["task", *titles.values()]
     note = (
         "For reference only: the paper's results in percent (arXiv 2508.01832), on other text, with λ tuned on the "
         "reported questions; exact match on open questions, the mean of MC1, MC2 and MC3 on TruthfulQA."
