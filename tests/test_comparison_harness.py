@@ -1,6 +1,8 @@
 """lm-evaluation-harness over our systems, against its own `hf` model on the folder that we export."""
 
 import json
+import os
+import pathlib
 import re
 
 import lm_eval.models.huggingface
@@ -10,11 +12,16 @@ import tokenizers
 from comparison_data import small_run
 from lm_eval.api.instance import Instance
 
-from mlpmem_jax.comparison import harness, scoring_benchmark, systems
+from configs import smollm2_nq
+from mlpmem_jax.comparison import harness, scoring_benchmark, systems, tasks
 from mlpmem_jax.core.errors import ConfigError
 from mlpmem_jax.inference.weight import find_weight
 from mlpmem_jax.interop import export_model
 
+ROOT = pathlib.Path(__file__).parents[1]
+WORKDIR = pathlib.Path(os.environ.get("MLPMEM_WORKDIR", ROOT / "runs" / "smollm2_nq"))
+DATA = pathlib.Path(os.environ.get("MLPMEM_EVALUATION_DATA", ROOT / "data" / "evaluation"))
+REQUESTS = 100
 TEXTS = [
     "Aldford is a town on the river Arrow.",
     "Its 7 mills were built long ago. Brenham is",
@@ -98,6 +105,39 @@ def test_tokens_before_a_text_are_asked_for_as_its_own_model_does(workdir, their
 def test_greedy_texts(ours, theirs):
     options = {"until": ["\n", "."], "max_gen_toks": 12, "do_sample": False}
     asked = requests("generate_until", *[(text, options) for text in TEXTS])
+    expected, actual = (model.generate_until(asked, disable_tqdm=True) for model in (theirs, ours))
+    assert actual == expected
+
+
+@pytest.fixture(scope="module")
+def real():
+    """SmolLM2-135M with a memory, as `make smollm2-nq` leaves it, and the questions of its passages."""
+    if not (WORKDIR.exists() and DATA.exists()):
+        pytest.skip("needs MLPMEM_WORKDIR, a finished `make smollm2-nq`, and MLPMEM_EVALUATION_DATA")
+    config = smollm2_nq.get_config()
+    config.workdir = str(WORKDIR)
+    return config, tasks.find("passages").load(DATA)["test"][:REQUESTS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["base", "memory"])
+def test_requests_to_a_real_model(real, name, tmp_path):
+    config, questions = real
+    workdir = systems.Workdir(config)
+    weight = find_weight(workdir.path, workdir.artifact("memory", "memory")).value if name == "memory" else 0.0
+    export_model.transformers_folder(config, str(tmp_path / "model"))
+    theirs = lm_eval.models.huggingface.HFLM(
+        pretrained=str(tmp_path / "model"), trust_remote_code=True, device="cpu", dtype="float32", batch_size=1
+    )
+    theirs.model.config.interpolation_weight = weight
+    ours = harness._harness_model(harness.Answering(workdir, name, weight))
+    prompts = [tasks.find("passages").prompt(question) for question in questions]
+    asked = requests("loglikelihood", *[(p, q.continuations[0]) for p, q in zip(prompts, questions, strict=True)])
+    expected, actual = (model.loglikelihood(asked, disable_tqdm=True) for model in (theirs, ours))
+    np.testing.assert_allclose([value for value, _ in actual], [value for value, _ in expected], rtol=0, atol=1e-3)
+    assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
+    options = {"until": ["\n"], "max_gen_toks": 15, "do_sample": False}
+    asked = requests("generate_until", *[(prompt, options) for prompt in prompts])
     expected, actual = (model.generate_until(asked, disable_tqdm=True) for model in (theirs, ours))
     assert actual == expected
 
