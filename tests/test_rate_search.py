@@ -57,6 +57,12 @@ def test_the_two_best_rates_of_short_runs_train_in_full(tmp_path, whole, best):
         "rate_search_flops": 3.0 * (3 * 10 + 80),
     }
     assert rate_search.total_steps(80, tuple(SHORT)) == 3 * 10 + 2 * 80
+    kept = ["0.0001-whole", "0.0001.json", "0.001-whole", "0.001.json", "1e-05.json"]
+    assert sorted(file.name for file in (tmp_path / "rates").iterdir()) == kept
+    train.runs.clear()
+    train.held.clear()
+    rate_search.best_of(tuple(SHORT), SETTINGS, train, name="continued", folder=str(tmp_path), flops_per_step=3)
+    assert {steps for _, steps, *_ in train.runs} == {80}
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"rate": best}
     assert (tmp_path / "tensorboard" / "events").read_text() == f"{tmp_path}/rates/{best:g}-whole"
     rate_search.remove_runs(str(tmp_path))

@@ -1,11 +1,13 @@
 """The learning rate of a training that starts from finished parameters, found by trying several.
 
 Short runs at all rates choose the two best, and these train in full, because short runs prefer rates that are too high
-for long ones. All runs are kept, in a subfolder, until `remove_runs`, so that an interrupted search resumes.
+for long ones. The results of short runs, and whole runs, are kept in a subfolder until `remove_runs`, so that an
+interrupted search resumes.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +15,9 @@ import jax
 import ml_collections
 from etils import epath
 
+from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.core.progress import say
+from mlpmem_jax.retrieval.scratch import write_whole
 from mlpmem_jax.training import metrics
 
 _SHORT_RUN = 1 / 8  # of the steps, per rate
@@ -60,9 +64,7 @@ def best_of(
     tried = {}
     for rate in rates:
         short.learning_rate = rate
-        tried[rate] = train(short, f"{name} at rate {rate:g}", f"{folder}/{_FOLDER}/{rate:g}")[1]["validation"][
-            "perplexity"
-        ]
+        tried[rate] = _perplexity_of_short_run(short, train, name, epath.Path(folder) / _FOLDER / f"{rate:g}")
     say(f"{name}: validation perplexity of short runs by rate: {_list(tried)}")
 
     def train_whole(rate: float) -> tuple[Any, dict]:
@@ -89,6 +91,21 @@ def best_of(
         "rate_finals": {f"{rate:g}": perplexity for rate, perplexity in finals.items()},
         "rate_search_flops": float(flops_per_step) * searched,
     }
+
+
+def _perplexity_of_short_run(settings: ml_collections.ConfigDict, train, name: str, folder: epath.Path) -> float:
+    """The validation perplexity of a run, whose checkpoints are not kept: those of a large model fill a disk."""
+    result = folder.parent / f"{folder.name}.json"
+    if result.exists():
+        return json.loads(result.read_text())
+    perplexity = train(settings, f"{name} at rate {settings.learning_rate:g}", str(folder))[1]["validation"][
+        "perplexity"
+    ]
+    barrier("short run finished")
+    if jax.process_index() == 0:
+        write_whole(result, json.dumps(perplexity).encode())
+        folder.rmtree()
+    return perplexity
 
 
 def _whole_folder(folder: str, rate: float) -> str:
