@@ -104,7 +104,8 @@ def test_tokens_before_a_text_are_asked_for_as_its_own_model_does(workdir, their
 
 def test_greedy_texts(ours, theirs):
     options = {"until": ["\n", "."], "max_gen_toks": 12, "do_sample": False}
-    asked = requests("generate_until", *[(text, options) for text in TEXTS])
+    others = options | {"until": "a", "max_gen_toks": 5}
+    asked = requests("generate_until", *[(text, (options, others)[place % 2]) for place, text in enumerate(TEXTS)])
     expected, actual = (model.generate_until(asked, disable_tqdm=True) for model in (theirs, ours))
     assert actual == expected
 

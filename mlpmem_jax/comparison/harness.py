@@ -104,14 +104,19 @@ def _harness_model(answering: Answering):
             return sums
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-            texts = []
-            for request in requests:
-                context, options = request.args
+            texts, numbers_with = [""] * len(requests), {}  # those with equal options are written together
+            for number, request in enumerate(requests):
+                _, options = request.args
                 if options.get("do_sample"):
                     raise UserError(f"{answering.name}: the task wants sampled text; only greedy decoding is supported")
                 stops = options.get("until") or []
+                stops = (stops,) if isinstance(stops, str) else tuple(stops)
                 count = options.get("max_gen_toks", _MOST_NEW_TOKENS)
-                texts += answering.write([context], [stops] if isinstance(stops, str) else stops, count)
+                numbers_with.setdefault((stops, count), []).append(number)
+            for (stops, count), numbers in numbers_with.items():
+                written = answering.write([requests[number].args[0] for number in numbers], stops, count)
+                for number, text in zip(numbers, written, strict=True):
+                    texts[number] = text
             return texts
 
     return Model()
