@@ -10,7 +10,13 @@ from mlpmem_jax.comparison import page
 
 def comparison(questions, low, high):
     of = {"over base": {"accuracy": [low, high]}}
-    task = {"title": "RT", "headline": "accuracy", "tuned on": "accuracy", "questions": questions}
+    task = {
+        "title": "RT",
+        "headline": "accuracy",
+        "tuned on": "accuracy",
+        "questions": questions,
+        "differences": {"accuracy": []},
+    }
     return {
         "tasks": {"rt": task | {"systems": {"base": {}, "memory": of}}},
         "systems": {"base": {"title": "base LM"}, "memory": {"title": "base LM + memory"}},

@@ -57,17 +57,13 @@ def verdict(comparison: dict) -> str:
         for task in comparison["tasks"].values()
         for name in task["systems"]
         if name != "base"
-        for measure in _main_measures(task)
+        for measure in task["differences"]
     ]
     gains, losses = signs.count(1), signs.count(-1)
     return (
         f"Of {len(signs)} differences to the base LM, {gains} are gains that the data support, {losses} are losses; "
         f"the other {len(signs) - gains - losses} may be chance."
     )
-
-
-def _main_measures(task: dict) -> list[str]:
-    return list(dict.fromkeys((task["headline"], task["tuned on"])))
 
 
 def _sign(task: dict, system: str, measure: str) -> int:
@@ -79,14 +75,19 @@ def _sign(task: dict, system: str, measure: str) -> int:
 
 
 def _shown(measure: str, value: float) -> str:
-    """Shares as percentages, log-probabilities in nats."""
-    return f"{value:.2f}" if "log-probability" in measure else f"{100 * value:.1f}"
+    scale, _ = _unit(measure)
+    return f"{value:.2f}" if scale == 1 else f"{scale * value:.1f}"
+
+
+def _unit(measure: str) -> tuple[float, str]:
+    """(what values are multiplied by when shown, their unit): log-probabilities in nats, shares in percent."""
+    return (1.0, "nats") if "log-probability" in measure else (100.0, "%")
 
 
 def _scores(comparison: dict) -> str:
     rows = []
     for task in comparison["tasks"].values():
-        for measure in _main_measures(task):
+        for measure in task["differences"]:
             cells = [
                 f"{_shown(measure, of['measures'][measure])} {_MARKS[_sign(task, name, measure)]}"
                 for name, of in task["systems"].items()
@@ -168,12 +169,12 @@ def _curves(comparison: dict, name: str) -> str:
         return ""
     figure = matplotlib.figure.Figure(figsize=(6.0, 2.8), layout="constrained")
     axes = figure.subplots()
-    scale = 1.0 if "log-probability" in task["tuned on"] else 100.0
+    scale, unit = _unit(task["tuned on"])
     for system, curve in curves.items():
         values = [scale * value for value in curve]
         axes.plot(comparison["grid"], values, marker=".", label=comparison["systems"][system]["title"])
     axes.set_xlabel("interpolation weight λ")
-    axes.set_ylabel(task["tuned on"] + (", nats" if scale == 1.0 else ", %"))
+    axes.set_ylabel(f"{task['tuned on']}, {unit}")
     axes.legend(frameon=False, fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     return markup.picture(figure, f"{task['title']}: {task['tuned on']} by λ, over all reported questions")
@@ -186,7 +187,7 @@ def _differences(comparison: dict, name: str) -> str:
         return ""
     titles = {system: of["title"] for system, of in comparison["systems"].items()}
     for measure, records in task["differences"].items():
-        scale = 1.0 if "log-probability" in measure else 100.0
+        scale, unit = _unit(measure)
         supported = [record["interval"][0] > 0 for record in records]
         figure = matplotlib.figure.Figure(figsize=(7.5, 0.7 + 0.22 * len(records)), layout="constrained")
         axes = figure.subplots()
@@ -198,7 +199,7 @@ def _differences(comparison: dict, name: str) -> str:
         axes.set_yticks(range(len(records)), labels, fontsize="small")
         axes.invert_yaxis()
         axes.axvline(0, color="0.4", linewidth=0.8)
-        axes.set_xlabel(f"difference in {measure}" + (", nats" if scale == 1.0 else ", points"))
+        axes.set_xlabel(f"difference in {measure}, {'points' if unit == '%' else unit}")
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
         caption = (

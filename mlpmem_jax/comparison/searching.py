@@ -123,10 +123,7 @@ def _open_approximate(
         projection = reduction.fit(source.read(0, min(source.size, settings["training_sample"])), width)
         searched = KeySource(source.size, width, source.dtype, lambda start, stop: projection(source.read(start, stop)))
     index = _build_first(lambda: backend.open(searched, folder / "index"), backend.is_collective)
-    if search.dimensions:
-        index = reduction.ReducedIndex(index, projection, source.read(0, source.size))
-    elif projection:
-        index = reduction.RotatedIndex(index, projection)
+    index = search.over_whole_keys(index, projection, source)
     efforts, place = backend.efforts(source.size, width)
     if not efforts:
         return TunedIndex(index, None)

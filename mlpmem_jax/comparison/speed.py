@@ -287,7 +287,7 @@ def _check_room(workdir: Workdir, positions: int, width: int, dtype) -> None:
     searches = [Search.create(backend, {**settings, "k": workdir.k}, workdir.sharding.mesh)]
     if positions <= EXACT:
         searches.append(Search(exact_backend.Backend.create(settings, workdir.k, workdir.sharding.mesh)))
-    needs = [search.backend.needs(positions, search.dimensions or width, key_bytes, 1) for search in searches]
+    needs = [search.needs(positions, width, key_bytes, 1) for search in searches]
     real, whole = _real_positions(workdir), positions * width * key_bytes
     memory = min(positions, real) * width * key_bytes + sum(of.memory for of in needs)
     disk = sum(of.disk for of in needs) + (whole if positions > real else 0)

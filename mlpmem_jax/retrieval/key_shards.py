@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.retrieval import exact_backend, neighbors, reduction
-from mlpmem_jax.retrieval.backends import Backend, Effort, Index, KeySource
+from mlpmem_jax.retrieval.backends import Backend, Effort, Index, KeySource, Needs
 from mlpmem_jax.retrieval.queries import Queries, sample_keys
 from mlpmem_jax.retrieval.reduction import Projection, ReducedIndex, RotatedIndex
 
@@ -53,6 +53,18 @@ class Search:
         project = (rows + queries) * 2.0 * width * self.dimensions
         whole_distances = queries * 2.0 * width * self.backend.k
         return project + self.backend.flops(rows, self.dimensions, queries) + whole_distances
+
+    def needs(self, rows: int, width: int, key_bytes: int, processes: int) -> Needs:
+        """The needs of a process for the index of a shard of keys, as `Backend.needs`; without whole keys."""
+        return self.backend.needs(rows, self.dimensions or width, key_bytes, processes)
+
+    def over_whole_keys(self, index: Index, projection: Projection | None, keys: KeySource) -> Index:
+        """The index with whole keys as queries, even if it searches a projection of `keys`."""
+        if projection is None:
+            return index
+        if self.dimensions:
+            return ReducedIndex(index, projection, keys.read(0, keys.size))
+        return RotatedIndex(index, projection)
 
     @property
     def is_projected(self) -> bool:
@@ -232,11 +244,7 @@ class KeyShards:
         """The index, which takes whole keys as queries even if it searches a projection."""
         source = self._source(shard, self.searched_width, self.projection)
         index = self.search.backend.open(source, self.scratch / f"index_{shard:04d}")
-        if self.projection is None:
-            return index
-        if self.search.dimensions:
-            return ReducedIndex(index, self.projection, self.keys(shard).read(0, self.rows(shard)))
-        return RotatedIndex(index, self.projection)
+        return self.search.over_whole_keys(index, self.projection, self.keys(shard))
 
     def _source(self, shard: int, width: int, convert: Callable[[np.ndarray], np.ndarray] | None) -> KeySource:
         dtype = np.dtype(self.datastore.arrays["keys"].dtype)

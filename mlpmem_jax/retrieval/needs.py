@@ -85,7 +85,7 @@ def of_process(
       processes: number of processes of the job.
       cpus: number of CPUs of the process; None for those of this one.
     """
-    index = search.backend.needs(rows, search.dimensions or width, key_bytes, processes)
+    index = search.needs(rows, width, key_bytes, processes)
     whole = rows * width * key_bytes if search.dimensions else 0
     queries = load.positions * (width * (key_bytes + 4) + _ENTRY_BYTES * load.entries)
     pieces = _PIECE_BYTES * tiles.NEIGHBORS_PER_THREAD * (cpus or host.cpu_count())
@@ -121,7 +121,7 @@ def of_scratch(
       k: neighbors per position.
     """
     shards = shard_count(sequences, length, rows)
-    index = search.backend.needs(-(-sequences * length // shards), search.dimensions or width, key_bytes, 1)
+    index = search.needs(-(-sequences * length // shards), width, key_bytes, 1)
     return ScratchNeeds(shards * index.stored, tiles.NEIGHBOR_BYTES * queries * k if shards > 1 else 0)
 
 
