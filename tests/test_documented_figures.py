@@ -34,12 +34,19 @@ def row(text, name):
 
 def test_the_table_of_the_quickstart():
     text = section("docs/results.md", "The quickstart")
-    perplexity, intervals = RECORDED["perplexity"], RECORDED["interval"]["test"]
+    controls = {name: control["perplexity"] for name, control in RECORDED["controls"].items()}
+    perplexity = {
+        split: measured | {name: control[split] for name, control in controls.items()}
+        for split, measured in RECORDED["perplexity"].items()
+    }
+    intervals = RECORDED["interval"]["test"]
     for name, system in (
         ("base", "base"),
         ("base + memory", "augmented"),
         ("base + kNN (kNN-LM)", "knn_lm"),
         ("memory alone", "memory"),
+        ("the base trained on for the memory's training FLOPs, 1.4 times its own", "continued"),
+        ("base + memory, trained without the targets", "ce_only"),
     ):
         validation, test, ratio, interval, *_ = row(text, name)
         check(*validation, perplexity["validation"][system])

@@ -17,7 +17,7 @@ import test_gguf
 import transformers
 import zstandard
 
-from configs import library_h100, mistral_7b_compare, smollm2, smollm2_nq
+from configs import library_h100, mistral_7b_compare, smollm2, smollm2_nq, smollm2_wikitext2
 from launch import local
 from mlpmem_jax.core import config_files
 from mlpmem_jax.core.config import as_config_file, check_config
@@ -132,6 +132,9 @@ def write_data(folder):
         for title, paragraphs in text:
             for paragraph in paragraphs:
                 file.write(json.dumps({"ctxs": [{"title": title, "text": paragraph}]}) + "\n")
+    held_out = folder / smollm2_wikitext2.get_config().corpus.path
+    held_out.mkdir(parents=True)
+    (held_out / "test.txt").write_text("\n".join(row["text"].removesuffix("\n") for rows in wikitext for row in rows))
     library = folder / library_h100.get_config().corpus.path
     library.parent.mkdir(parents=True)
     rows = [

@@ -29,6 +29,8 @@ def get_sweep():
     config = quickstart.get_config()
     config.workdir = "runs/quickstart_sizes"
     config.corpus.max_bytes = 2_000_000
+    config.targets.leaves_to_search = 24  # one search for widths of 16 to 128
+    config.training.alpha = 0.4
     config.training.evaluate_every = 100
     config.training.checkpoint_every = 200
     config.evaluation.sharpness_positions = 500

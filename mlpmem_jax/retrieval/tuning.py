@@ -40,7 +40,7 @@ class Trial:
         return point if self.effort is None else {**self.effort.summary(), "bytes_read": self.bytes_read, **point}
 
     def __str__(self) -> str:
-        return f"{self.recall:.3f}" + (f" with {self.effort}" if self.effort else "")
+        return f"{self.recall:.4f}" + (f" with {self.effort}" if self.effort else "")
 
 
 def reach(key_shards: KeyShards, sample: Sample, recall: float) -> tuple[list[Trial], int]:
