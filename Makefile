@@ -3,7 +3,7 @@
 # make test-fast    those that need no whole stage and no training, under 90 s on two cores
 # make test-slow    the tests that take minutes each: every ready config on several processes, fuzzing
 # make controls     the quickstart's controls, reported beside it
-# make smollm2      a memory for SmolLM2-135M on installed documentation, about an hour on two CPU cores
+# make smollm2      a memory for SmolLM2-135M on installed documentation, 30 to 60 minutes on two CPU cores
 # make smollm2-nq   the same on passages of NQ-open (NQ=FILE), see configs/smollm2_nq.py
 # make desk         the whole embedded corpus, up to 90 minutes on two CPU cores
 # make sweep        five sizes, two arms, two seeds, and the scaling laws through them

@@ -1,7 +1,7 @@
 """A memory for a real language model at a desk: SmolLM2-135M on the documentation installed with Python.
 
-`make smollm2` fetches the model (93 MB, Apache-2.0) and runs this in about an hour on two CPU cores and 8 GiB. Text of
-your own: --config.corpus.source=files --config.corpus.path=DIR --config.workdir=runs/mine.
+`make smollm2` fetches the model (93 MB, Apache-2.0) and runs this in 30 to 60 minutes on two CPU cores and 8 GiB. Text
+of your own: --config.corpus.source=files --config.corpus.path=DIR --config.workdir=runs/mine.
 """
 
 from configs import default

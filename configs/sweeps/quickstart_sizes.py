@@ -9,7 +9,7 @@ largest) to 13 (the smallest) passes over the corpus, keeping the best on valida
 base's compute.
 
 Learning rates are the same at every width: Muon's update of a matrix has a scale that does not depend on its size, and
-the embeddings' Adam rate served widths of 32 and 256 in the quickstart.
+the embeddings' Adam rate served widths of 32 to 256 in the quickstart.
 """
 
 from configs import quickstart
@@ -30,7 +30,7 @@ def get_sweep():
     config.workdir = "runs/quickstart_sizes"
     config.corpus.max_bytes = 2_000_000
     config.targets.leaves_to_search = 24  # one search for widths of 16 to 128
-    config.training.alpha = 0.4
+    config.training.alpha = 0.4  # the paper's
     config.training.evaluate_every = 100
     config.training.checkpoint_every = 200
     config.evaluation.sharpness_positions = 500
