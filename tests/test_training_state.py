@@ -67,10 +67,16 @@ def test_numbers_that_were_exchanged_are_found(tmp_path, monkeypatch):
         restored(tmp_path / "one")
 
 
-@pytest.mark.parametrize(("item", "old", "new"), [("metrics", "3.0", "2.0"), ("data", "112", "113")])
-def test_a_figure_that_was_changed_is_told(tmp_path, item, old, new):
-    [file] = [file for file in saved(tmp_path) if file.parent.name == item and old in file.read_text()]
-    file.write_text(file.read_text().replace(old, new))
+@pytest.mark.parametrize(
+    ("item", "file", "old", "new"),
+    [("metrics", "metrics", '"perplexity": 3.0', '"perplexity": 2.0'), ("data", "metadata", ": 112,", ": 113,")],
+)
+def test_a_figure_that_was_changed_is_told(tmp_path, item, file, old, new):
+    saved(tmp_path)
+    path = tmp_path / "checkpoints/7" / item / file
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
     checkpoints = Checkpoints(tmp_path)
     reads = {
         "metrics": checkpoints.best_step,
