@@ -40,6 +40,11 @@ def live(render: Callable[[], rich.console.RenderableType]) -> Iterator[bool]:
         yield True
 
 
+def _rate_text(rate: float) -> str:
+    """Rates per second; two digits where they are small, as of trainings whose steps take half a minute."""
+    return f"{rate:,.1f}" if rate >= 1 else f"{rate:.2g}"
+
+
 class _LogLines:
     """Progress in a log file: a line every few seconds and one at the end."""
 
@@ -57,15 +62,15 @@ class _LogLines:
         rate = (self._done - self._initial) / (now - self._start)
         left = (self._total - self._done) / rate if rate > 0 else float("inf")
         say(
-            f"{self._description}: {self._done:,.0f} of {self._total:,.0f} {self._unit}, {rate:,.1f} {self._unit}/s, "
-            f"{left:,.0f} s left {note}".rstrip()
+            f"{self._description}: {self._done:,.0f} of {self._total:,.0f} {self._unit}, "
+            f"{_rate_text(rate)} {self._unit}/s, {left:,.0f} s left {note}".rstrip()
         )
 
     def close(self) -> None:
         seconds = time.monotonic() - self._start
         done = self._done - self._initial
         rate = done / seconds if seconds > 0 else 0.0
-        say(f"{self._description}: {done:,.0f} {self._unit} in {seconds:,.1f} s ({rate:,.1f} {self._unit}/s)")
+        say(f"{self._description}: {done:,.0f} {self._unit} in {seconds:,.1f} s ({_rate_text(rate)} {self._unit}/s)")
 
 
 class _Bar:
@@ -78,7 +83,7 @@ class _Bar:
     def advance(self, amount: float = 1, note: str = "") -> None:
         self._done += amount
         rate = (self._done - self._initial) / max(time.monotonic() - self._start, 1e-9)
-        self._progress.update(self._task, advance=amount, rate=f"{rate:,.1f}", note=note)
+        self._progress.update(self._task, advance=amount, rate=_rate_text(rate), note=note)
 
 
 class _Silent:
