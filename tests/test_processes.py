@@ -61,7 +61,7 @@ def run_processes(command, environments, devices=1):
         running = []
         for log, environment in zip(logs, environments, strict=True):
             variables = {
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+                "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
                 "MLPMEM_LOST_SECONDS": "10",
                 "MLPMEM_QUIET": "0",
                 "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",

@@ -286,8 +286,7 @@ def run_in_two_processes(folder, settings):
         f"targets.run(config_for({str(folder)!r}, **{settings!r}))"
     )
     root = pathlib.Path(__file__).parents[1]
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags}
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
     processes = [
         subprocess.Popen([sys.executable, "-c", program, str(rank)], cwd=root, env=environment) for rank in range(2)
     ]

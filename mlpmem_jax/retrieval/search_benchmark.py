@@ -29,7 +29,7 @@ from mlpmem_jax.retrieval.quality import Sample, contains
 from mlpmem_jax.retrieval.queries import Queries, read_queries, sample_queries
 from mlpmem_jax.retrieval.targets_benchmark import reference_index
 
-KEYS = 131_072  # maximum number of keys, the first of the training split
+KEYS = 524_288  # maximum number of keys, the first of the training split
 RECALL_POSITIONS, TIMED_POSITIONS = 512, 2048
 _FEWER_DIMENSIONS = (2, 4)  # divisors of the keys' width
 _LONG_DOCUMENT = 10_000  # positions
