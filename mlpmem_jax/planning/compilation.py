@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import topologies
@@ -38,7 +40,7 @@ def devices(tpu: Slice, slices: int) -> list[jax.Device]:
     if slices > 1:
         options["num_slices"] = slices
     try:
-        with native_output.silenced_standard_error():
+        with _libtpu():
             devices = topologies.get_topology_desc(f"{tpu.family}:{tpu.topology}", "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"libtpu does not know the topology {tpu.family}:{tpu.topology}: {error}") from error
@@ -53,7 +55,7 @@ def compile_program(function, arguments: tuple, static: dict) -> tuple[str, jax.
     Raises:
       DoesNotFit: the program needs more memory than a chip has.
     """
-    with tempfile.TemporaryDirectory() as folder, native_output.silenced_standard_error():
+    with tempfile.TemporaryDirectory() as folder, _libtpu():
         try:
             compiled = function.lower(*arguments, **static).compile(
                 compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -65,6 +67,20 @@ def compile_program(function, arguments: tuple, static: dict) -> tuple[str, jax.
         (file,) = glob.glob(os.path.join(folder, "*.after_optimizations.txt"))
         with open(file, encoding="utf-8") as opened:
             return opened.read(), compiled
+
+
+@contextlib.contextmanager
+def _libtpu() -> Iterator[None]:
+    """Silences libtpu, which exits at flags it does not know, and hides those of CPUs and GPUs in XLA_FLAGS from it."""
+    given = os.environ.get("XLA_FLAGS")
+    try:
+        if given is not None:
+            os.environ["XLA_FLAGS"] = re.sub(r"--xla_(cpu|gpu)_\S*", "", given)
+        with native_output.silenced_standard_error():
+            yield
+    finally:
+        if given is not None:
+            os.environ["XLA_FLAGS"] = given
 
 
 def _shortened(message: str) -> str:
