@@ -1,8 +1,11 @@
+import itertools
+
 import numpy as np
 import pytest
+from numpy._core._multiarray_umath import __cpu_features__ as numpy_features
 from retrieval_data import brute_force, forbidden, mixture
 
-from mlpmem_jax.retrieval import neighbors, scann_backend
+from mlpmem_jax.retrieval import neighbors, scann_backend, scann_index
 from mlpmem_jax.retrieval.scann_backend import ScannIndex
 from mlpmem_jax.retrieval.scann_index import Options
 
@@ -29,6 +32,34 @@ def test_scann_finds_nearly_all_and_gives_true_distances(keys, index):
     assert not (ids == np.arange(100)[:, None]).any()
     np.testing.assert_allclose(distances, ((keys[ids] - queries[:, None]) ** 2).sum(axis=2), rtol=1e-4)
     assert (np.diff(distances, axis=1) >= 0).all()
+
+
+def test_instructions_are_those_that_numpy_sees():
+    expected = {
+        "avx2": numpy_features["AVX2"] and numpy_features["FMA3"],
+        "avx512": numpy_features["AVX512_SKX"],
+    }
+    assert scann_index.available_instructions() == {name for name, has in expected.items() if has}
+
+
+@pytest.mark.parametrize("width", [33, 300])  # sums of up to 256 hashes have 16 bits, of more 32
+def test_every_set_of_instructions_finds_as_much(width):
+    random = np.random.default_rng(1)
+    centers_UxD = random.normal(size=(60, width))
+    keys = (centers_UxD[random.integers(60, size=6000)] + 0.3 * random.normal(size=(6000, width))).astype(np.float32)
+    _, true_ids = brute_force(keys[:200], keys, 20)
+    library, available = scann_index.scann().scann_pybind.__file__, scann_index.available_instructions()
+    found = []
+    try:
+        for names in itertools.accumulate([set(), *({name} for name in sorted(available))], set.union):
+            scann_index.use_instructions(library, names)
+            index = ScannIndex.build(keys, Options.derive(len(keys), 20, leaves_to_search=20))
+            _, ids = index.search(keys[:200], 20)
+            found.append(np.mean([len(set(a) & set(b)) / 20 for a, b in zip(ids, true_ids, strict=True)]))
+    finally:
+        scann_index.use_instructions(library, available)
+    assert min(found) > 0.9
+    np.testing.assert_allclose(found, found[0], atol=0.005)
 
 
 def test_scann_asks_again_until_a_long_exclusion_is_passed(keys, index):

@@ -15,9 +15,12 @@ run, so training uses one thread. Searches may use any number.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
 import math
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable
 
@@ -34,13 +37,41 @@ _CAP = 2.0  # norms above this multiple of the sample's median are capped for cl
 _SMALLEST_LEAF = 4  # sample keys; ScaNN's 50 drops leaves if the sample has fewer than about 100 keys per leaf
 _KEYS_PER_BLOCK = 8192
 _REREAD_COST = 2  # cost of a random read relative to a sequential one
+# ScaNN's names for sets of instructions, and what each needs of a processor, in the words of /proc/cpuinfo.
+_INSTRUCTIONS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512dq", "avx512bw"}}
 
 
+@functools.cache
 def scann():
     """ScaNN's Python module; imported lazily, because it is not available on every platform."""
     from scann import scann_ops_pybind
 
+    use_instructions(scann_ops_pybind.scann_pybind.__file__, available_instructions())
     return scann_ops_pybind
+
+
+def available_instructions() -> set[str]:
+    """Those of ScaNN's sets of instructions, "avx2" and "avx512", that this processor has."""
+    flags = re.search(r"^flags\s*:(.*)$", pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    has = set(flags[1].split()) if flags else set()
+    return {name for name, needed in _INSTRUCTIONS.items() if needed <= has}
+
+
+def use_instructions(library: str, names: set[str]) -> None:
+    """Makes ScaNN use some of its sets of instructions, in indices that are built or loaded from now on.
+
+    The wheels on PyPI (1.4.2 and before) look for none: what looks for them is compiled only where macros of TensorFlow
+    are defined. So they search with SSE4 on every processor, at half the rate. Versions without these variables are
+    left as they are.
+    """
+    loaded = ctypes.CDLL(library)
+    for name in _INSTRUCTIONS:
+        variable = f"should_use_{name}"
+        try:
+            chosen = ctypes.c_bool.in_dll(loaded, f"_ZN14research_scann14flags_internal{len(variable)}{variable}E")
+        except ValueError:  # another version
+            return
+        chosen.value = name in names
 
 
 @dataclasses.dataclass(frozen=True)
