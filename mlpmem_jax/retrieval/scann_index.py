@@ -60,7 +60,7 @@ def available_instructions() -> set[str]:
 def use_instructions(library: str, names: set[str]) -> None:
     """Makes ScaNN use some of its sets of instructions, in indices that are built or loaded from now on.
 
-    The wheels on PyPI (1.4.2 and before) look for none: what looks for them is compiled only where macros of TensorFlow
+    The wheels on PyPI (1.4.2) look for none: what looks for them is compiled only where macros of TensorFlow
     are defined. So they search with SSE4 on every processor, at half the rate. Versions without these variables are
     left as they are.
     """
