@@ -46,7 +46,7 @@ def scann():
     """ScaNN's Python module; imported lazily, because it is not available on every platform."""
     from scann import scann_ops_pybind
 
-    use_instructions(scann_ops_pybind.scann_pybind.__file__, available_instructions())
+    use_instructions(available_instructions())
     return scann_ops_pybind
 
 
@@ -57,14 +57,16 @@ def available_instructions() -> set[str]:
     return {name for name, needed in _INSTRUCTIONS.items() if needed <= has}
 
 
-def use_instructions(library: str, names: set[str]) -> None:
+def use_instructions(names: set[str]) -> None:
     """Makes ScaNN use some of its sets of instructions, in indices that are built or loaded from now on.
 
-    The wheels on PyPI (1.4.2) look for none: what looks for them is compiled only where macros of TensorFlow
-    are defined. So they search with SSE4 on every processor, at half the rate. Versions without these variables are
-    left as they are.
+    The wheels on PyPI (1.4.2) look for none: what looks for them is compiled only where macros of TensorFlow are
+    defined. So they search with SSE4 on every processor, at half the rate. Versions without these variables are left as
+    they are.
     """
-    loaded = ctypes.CDLL(library)
+    from scann import scann_ops_pybind
+
+    loaded = ctypes.CDLL(scann_ops_pybind.scann_pybind.__file__)
     for name in _INSTRUCTIONS:
         variable = f"should_use_{name}"
         try:
