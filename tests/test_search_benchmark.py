@@ -7,7 +7,7 @@ from mlpmem_jax.retrieval import scann_backend, search_benchmark
 def test_rows_on_stored_keys(tmp_path, monkeypatch):
     monkeypatch.setattr(search_benchmark, "KEYS", 400)  # of 640
     monkeypatch.setattr(search_benchmark, "RECALL_POSITIONS", 64)
-    monkeypatch.setattr(search_benchmark, "_reference_row", lambda sample, timed: {"name": "reference"})
+    monkeypatch.setattr(search_benchmark, "_reference_row", lambda sample, timed, effort: {"name": "reference"})
     write_workdir(tmp_path)
     rows = search_benchmark.rows(config_for(tmp_path))
     assert rows.pop() == {"name": "reference"}
@@ -30,6 +30,7 @@ def test_the_reference_is_compared_on_the_same_neighbors(monkeypatch):
 
     from mlpmem_jax.retrieval.backends import KeySource
     from mlpmem_jax.retrieval.exact_backend import search_in_blocks
+    from mlpmem_jax.retrieval.key_shards import KeyShard
     from mlpmem_jax.retrieval.quality import Sample
     from mlpmem_jax.retrieval.queries import Queries
 
@@ -43,5 +44,17 @@ def test_the_reference_is_compared_on_the_same_neighbors(monkeypatch):
         def keys(self, shard):
             return source
 
-    row = search_benchmark._reference_row(Sample(Shards(), queries, "self", 5, [truth], None), queries)
+        def open(self, shard):
+            return KeyShard(0, np.zeros(500, np.int32), np.arange(500), Index())
+
+    searched = []
+
+    class Index:
+        def search(self, queries_QxD, k, excluded_Qx2, effort):
+            searched.append((k, effort, *excluded_Qx2[0]))
+
+    sample = Sample(Shards(), queries, "self", 5, [truth], None)
+    row = search_benchmark._reference_row(sample, queries, "an effort")
     assert row["detail"].startswith("recall@5 1.000 with brute force; 500 keys")
+    assert "times its rate, median of 7 rounds" in row["detail"]
+    assert searched == [(5, "an effort", 100, 101)] * 8  # one call warms up

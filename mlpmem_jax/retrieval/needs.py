@@ -27,7 +27,7 @@ from mlpmem_jax.retrieval.key_shards import Search, shard_count
 
 _RUNTIME_BYTES = 512 << 20  # Python, JAX, ScaNN and compiled programs
 _PROJECTION_BYTES = 40  # bytes per pair of dimensions, while the rotation is generated
-_PIECE_BYTES = 48  # bytes per neighbor that a thread is converting to a distribution
+_CHUNK_BYTES = 48  # bytes per neighbor that a thread is converting to a distribution
 _ENTRY_BYTES = 24  # bytes per entry of a distribution until its shard is written
 
 
@@ -88,9 +88,9 @@ def of_process(
     index = search.needs(rows, width, key_bytes, processes)
     whole = rows * width * key_bytes if search.dimensions else 0
     queries = load.positions * (width * (key_bytes + 4) + _ENTRY_BYTES * load.entries)
-    pieces = _PIECE_BYTES * tiles.NEIGHBORS_PER_THREAD * (cpus or host.cpu_count())
+    chunks = _CHUNK_BYTES * tiles.NEIGHBORS_PER_CHUNK * (cpus or host.cpu_count())
     projection = _PROJECTION_BYTES * width**2 if search.is_projected else 0
-    return ProcessNeeds(_RUNTIME_BYTES + projection + queries + pieces, index.memory + whole, index.disk)
+    return ProcessNeeds(_RUNTIME_BYTES + projection + queries + chunks, index.memory + whole, index.disk)
 
 
 @dataclasses.dataclass(frozen=True)

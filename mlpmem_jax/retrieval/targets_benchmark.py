@@ -88,7 +88,7 @@ def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: in
         return settings.distributions(settings.nearest(shard, queries[part], "train"), queries[part])
 
     start, cpu = time.perf_counter(), time.process_time()
-    parts = tiles.in_pieces(distributions, len(queries), k)
+    parts = tiles.in_chunks(distributions, len(queries), k)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     entries = sum(len(part.token_ids_M) for part in parts) / len(queries)
     return [

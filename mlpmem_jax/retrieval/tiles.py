@@ -26,7 +26,10 @@ from mlpmem_jax.retrieval.queries import Queries, read_queries
 from mlpmem_jax.retrieval.scratch import load_array, save_array
 from mlpmem_jax.retrieval.targets_artifact import SMALLEST_PROBABILITY, TargetsWriter
 
-NEIGHBORS_PER_THREAD = 1 << 18  # per chunk of work, so that what a thread sorts fits in its core's cache
+# A chunk of work has few positions, so that a shard keeps every core of a large host busy, and few neighbors, so that
+# what a thread sorts fits in its core's cache.
+POSITIONS_PER_CHUNK = 256
+NEIGHBORS_PER_CHUNK = 1 << 18
 NEIGHBOR_BYTES = 8  # of a neighbor that is stored between two shards of keys, packed
 
 T = TypeVar("T")
@@ -65,15 +68,15 @@ class TargetSettings:
         )
 
 
-def in_pieces(work: Callable[[slice], T], positions: int, k: int) -> list[T]:
+def in_chunks(work: Callable[[slice], T], positions: int, k: int) -> list[T]:
     """Calls `work` on chunks of positions, with as many threads as cores; results are in order.
 
     NumPy and the searches release the GIL.
     """
-    rows = max(1, NEIGHBORS_PER_THREAD // k)
-    pieces = [slice(start, min(start + rows, positions)) for start in range(0, positions, rows)]
+    rows = min(POSITIONS_PER_CHUNK, max(1, NEIGHBORS_PER_CHUNK // k))
+    chunks = [slice(start, min(start + rows, positions)) for start in range(0, positions, rows)]
     with concurrent.futures.ThreadPoolExecutor(host.cpu_count()) as threads:
-        return list(threads.map(work, pieces))
+        return list(threads.map(work, chunks))
 
 
 class Split:
@@ -169,8 +172,8 @@ def _make_tile(split: Split, shard: int, key_shards: KeyShards, number: int, set
         return settings.distributions(packed_QxK, queries[part]), lacking
 
     if number < len(key_shards) - 1:
-        split.write_tile(shard, number, np.concatenate(in_pieces(nearest, len(queries), settings.k)))
+        split.write_tile(shard, number, np.concatenate(in_chunks(nearest, len(queries), settings.k)))
         return
-    parts, lacking = zip(*in_pieces(distributions, len(queries), settings.k), strict=True)
+    parts, lacking = zip(*in_chunks(distributions, len(queries), settings.k), strict=True)
     split.writer.write_shard(shard, parts, sum(lacking))
     split.drop_tile(shard, number - 1)
