@@ -68,6 +68,7 @@ setuptools.setup(
         "safetensors>=0.6,<0.9",
         "etils[epath]>=1.13,<2",
         "numpy>=2.1,<3",
+        "threadpoolctl>=3.5,<4",
         "packaging>=24",
         "scipy>=1.15,<2",
         "matplotlib>=3.10,<4",

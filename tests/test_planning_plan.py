@@ -204,7 +204,7 @@ def test_a_search_on_the_hosts_is_priced_by_their_cores(backend, monkeypatch, tm
     search = actual["host_search"]
     # 15 shards of 7.8 million keys of width 1,600: 27 of 2,793 leaves, 1,311 candidates.
     rows = 117_000_000 // 15
-    seconds = 1600 * (27 * rows / 2793 * 58.8e-12 + 1311 * 1.15e-9)
+    seconds = 1600 * (27 * rows / 2793 * 42.5e-12 + 1311 * 1.17e-9)
     assert search["core_hours"] == pytest.approx(117e6 * 15 * seconds / 3600)
     assert search["chip_hours"] == pytest.approx(search["core_hours"] / (4 * 112) * 16)
     printed = capsys.readouterr().out

@@ -19,12 +19,13 @@ from retrieval_data import (
     knn_distribution,
     write_workdir,
 )
+from threadpoolctl import threadpool_info
 from workdirs import bytes_by_file
 
 from mlpmem_jax.core.artifacts import ArtifactWriter
 from mlpmem_jax.core.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.retrieval import backends, scann_backend, scann_index, scratch, targets, temperature
-from mlpmem_jax.retrieval.tiles import Split
+from mlpmem_jax.retrieval.tiles import Split, in_chunks
 
 BACKENDS = ["exact", *([] if scann_backend.unavailable() else ["scann"])]
 
@@ -315,6 +316,19 @@ def test_two_processes_search_one_mesh_of_devices(tmp_path):
             assert set(row) <= set(truth)
             for token, probability in truth.items():
                 assert row.get(token, 0) == pytest.approx(probability, rel=2e-3, abs=1e-4)
+
+
+def test_chunks_are_in_order_and_their_products_start_no_threads():
+    def blas_threads() -> set[int]:
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    def work(part: slice) -> tuple[int, set[int]]:
+        return part.stop - part.start, blas_threads()
+
+    before = blas_threads()
+    assert in_chunks(work, 300, 64) == [(256, {1}), (44, {1})]
+    assert in_chunks(work, 3, 1 << 20) == [(1, {1})] * 3
+    assert blas_threads() == before
 
 
 def test_searched_tiles_are_found_under_any_name(tmp_path):

@@ -14,6 +14,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 from etils import epath
+from threadpoolctl import threadpool_limits
 
 from mlpmem_jax.core import host
 from mlpmem_jax.core.artifacts import Artifact
@@ -71,11 +72,12 @@ class TargetSettings:
 def in_chunks(work: Callable[[slice], T], positions: int, k: int) -> list[T]:
     """Calls `work` on chunks of positions, with as many threads as cores; results are in order.
 
-    NumPy and the searches release the GIL.
+    NumPy and the searches release the GIL. A product within a chunk uses the chunk's thread alone: BLAS's own threads
+    would wait in loops on cores that other chunks need.
     """
     rows = min(POSITIONS_PER_CHUNK, max(1, NEIGHBORS_PER_CHUNK // k))
     chunks = [slice(start, min(start + rows, positions)) for start in range(0, positions, rows)]
-    with concurrent.futures.ThreadPoolExecutor(host.cpu_count()) as threads:
+    with threadpool_limits(1, "blas"), concurrent.futures.ThreadPoolExecutor(host.cpu_count()) as threads:
         return list(threads.map(work, chunks))
 
 
