@@ -25,7 +25,8 @@ from workdirs import bytes_by_file
 from mlpmem_jax.core.artifacts import ArtifactWriter
 from mlpmem_jax.core.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.retrieval import backends, scann_backend, scann_index, scratch, targets, temperature
-from mlpmem_jax.retrieval.tiles import Split, in_chunks
+from mlpmem_jax.retrieval.chunks import in_chunks
+from mlpmem_jax.retrieval.tiles import Split
 
 BACKENDS = ["exact", *([] if scann_backend.unavailable() else ["scann"])]
 

@@ -109,7 +109,7 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(datastor
         monkeypatch.setattr(owner, name, lambda *arguments: (searched.append(name), original(*arguments))[1])
 
     count(KeyShards, "exact_neighbors")
-    count(ScannIndex, "search")
+    count(KeyShards, "search_shard")
 
     def measured(folder, recall):
         searched.clear()
@@ -124,14 +124,14 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(datastor
     expected = measured(None, 0.97)
     assert measured(folder, 0.97) == expected
     assert searched.count("exact_neighbors") == 2
-    searches = searched.count("search")
+    searches = searched.count("search_shard")
     assert measured(folder, 0.97) == expected
     assert searched == []
     folder.joinpath("exact.0001.npy").unlink()
     lost = sorted(folder.glob("search,*.0001.npy"))[0]
     lost.unlink()
     assert measured(folder, 0.97) == expected
-    assert searched == ["exact_neighbors", "search"]
+    assert searched == ["exact_neighbors", "search_shard"]
     assert searches == len(list(folder.glob("search,*")))  # the trial of the first shard alone was not repeated either
     measured(folder, 0.5)  # as after a recall that was out of reach
     assert searched.count("exact_neighbors") == 0

@@ -18,6 +18,7 @@ from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.mesh import barrier
 from mlpmem_jax.retrieval import exact_backend, neighbors, reduction
 from mlpmem_jax.retrieval.backends import Backend, Effort, Index, KeySource, Needs
+from mlpmem_jax.retrieval.chunks import in_chunks
 from mlpmem_jax.retrieval.queries import Queries, sample_keys
 from mlpmem_jax.retrieval.reduction import Projection, ReducedIndex, RotatedIndex
 
@@ -233,6 +234,20 @@ class KeyShards:
             next_tokens_N=self.datastore.read("next_tokens", first, stop).ravel(),
             documents_N=self.datastore.read("documents", first, stop).ravel(),
         )
+
+    def search_shard(
+        self, shard: int, queries: Queries, k: int, exclude: str | None, effort: Effort | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `KeyShard.search`, on all cores.
+
+        A collective search runs in this thread, in lockstep with other processes.
+        """
+        key_shard = self.open(shard)
+        if self.search.backend.is_collective:
+            return key_shard.search(queries, k, exclude, effort)
+        parts = in_chunks(lambda part: key_shard.search(queries[part], k, exclude, effort), len(queries), k)
+        distances_QxK, ids_QxK = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return distances_QxK, ids_QxK
 
     def exact_neighbors(
         self, shard: int, queries_QxD: np.ndarray, k: int, excluded_Qx2: np.ndarray

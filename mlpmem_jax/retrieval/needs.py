@@ -22,7 +22,7 @@ from mlpmem_jax.core.storage import is_remote, temporary_room
 from mlpmem_jax.corpus.documents import SPLITS
 from mlpmem_jax.corpus.tokens import TokenStream, num_sequences
 from mlpmem_jax.interop import published
-from mlpmem_jax.retrieval import backends, tiles
+from mlpmem_jax.retrieval import backends, chunks, tiles
 from mlpmem_jax.retrieval.key_shards import Search, shard_count
 
 _RUNTIME_BYTES = 512 << 20  # Python, JAX, ScaNN and compiled programs
@@ -88,9 +88,9 @@ def of_process(
     index = search.needs(rows, width, key_bytes, processes)
     whole = rows * width * key_bytes if search.dimensions else 0
     queries = load.positions * (width * (key_bytes + 4) + _ENTRY_BYTES * load.entries)
-    chunks = _CHUNK_BYTES * tiles.NEIGHBORS_PER_CHUNK * (cpus or host.cpu_count())
+    in_work = _CHUNK_BYTES * chunks.NEIGHBORS_PER_CHUNK * (cpus or host.cpu_count())
     projection = _PROJECTION_BYTES * width**2 if search.is_projected else 0
-    return ProcessNeeds(_RUNTIME_BYTES + projection + queries + chunks, index.memory + whole, index.disk)
+    return ProcessNeeds(_RUNTIME_BYTES + projection + queries + in_work, index.memory + whole, index.disk)
 
 
 @dataclasses.dataclass(frozen=True)

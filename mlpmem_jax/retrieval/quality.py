@@ -78,11 +78,10 @@ class Sample:
         """
 
         def measure(number: int) -> np.ndarray:
-            shard = self.key_shards.open(number)
-            distances_QxK, ids_QxK = shard.search(self.queries, self.k, self.exclude, effort)
+            distances_QxK, ids_QxK = self.key_shards.search_shard(number, self.queries, self.k, self.exclude, effort)
             true_distances_QxK, true_ids_QxK = self.true_neighbors[number]
             is_returned_QxK = contains(ids_QxK, true_ids_QxK).astype(np.int32)
-            nearest_QxK = neighbors.pack(distances_QxK, shard.next_tokens_N[ids_QxK])
+            nearest_QxK = neighbors.pack(distances_QxK, self.key_shards.open(number).next_tokens_N[ids_QxK])
             return np.stack([neighbors.pack(true_distances_QxK, is_returned_QxK), nearest_QxK])
 
         truth_QxK, packed_QxK = None, None

@@ -11,20 +11,18 @@ candidates are lost.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import io
 
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.core import host
 from mlpmem_jax.retrieval import neighbors
 from mlpmem_jax.retrieval.backends import Effort, Index
+from mlpmem_jax.retrieval.chunks import in_chunks
 from mlpmem_jax.retrieval.scratch import write_whole
 
 _CANDIDATES = 1.5  # candidates per neighbor
-_QUERIES_PER_THREAD = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +146,9 @@ class ReducedIndex:
         """The k nearest of the candidates, as `backends.Index.search`."""
         _, ids_QxJ = self._index.search(self._projection(queries_QxD), candidates(k), excluded_Qx2, effort)
 
-        def nearest(start: int) -> np.ndarray:
-            part = slice(start, start + _QUERIES_PER_THREAD)
+        def nearest(part: slice) -> np.ndarray:
             distances_QxJ = squared_distances(queries_QxD[part], self._keys_NxD, ids_QxJ[part])
             return neighbors.smallest(neighbors.pack(distances_QxJ, ids_QxJ[part]), k)
 
-        starts = range(0, len(queries_QxD), _QUERIES_PER_THREAD)
-        with concurrent.futures.ThreadPoolExecutor(host.cpu_count()) as threads:
-            parts = list(threads.map(nearest, starts))
+        parts = in_chunks(nearest, len(queries_QxD), candidates(k))
         return neighbors.unpack(np.concatenate([np.empty((0, k), np.uint64), *parts]))

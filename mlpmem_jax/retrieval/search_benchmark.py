@@ -24,8 +24,9 @@ from mlpmem_jax.core.config import SEARCH_BACKENDS
 from mlpmem_jax.core.errors import ConfigError, UserError
 from mlpmem_jax.core.mesh import make_mesh
 from mlpmem_jax.core.progress import say
-from mlpmem_jax.retrieval import backends, ring, tiles, tuning
+from mlpmem_jax.retrieval import backends, ring, tuning
 from mlpmem_jax.retrieval.backends import Effort
+from mlpmem_jax.retrieval.chunks import in_chunks
 from mlpmem_jax.retrieval.key_shards import KeyShards, Search
 from mlpmem_jax.retrieval.quality import Sample, contains
 from mlpmem_jax.retrieval.queries import Queries, read_queries, sample_queries
@@ -142,7 +143,7 @@ def _reference_row(sample: Sample, timed: Queries, effort: Effort | None) -> dic
 
     def first_row() -> None:
         search = functools.partial(key_shard.search, k=sample.k, exclude="self", effort=effort)
-        tiles.in_chunks(lambda part: search(timed[part]), len(timed), sample.k)
+        in_chunks(lambda part: search(timed[part]), len(timed), sample.k)
 
     cpu = time.process_time()
     index.search(timed.keys_QxD, sample.k + 1)
@@ -165,5 +166,5 @@ def _timed(search: Callable[[Queries], object], queries: Queries, k: int) -> tup
     """(seconds, CPU seconds of all cores) of a search in chunks, as in the stage, without compilation."""
     search(queries[: ring.QUERIES_PER_DEVICE])
     start, cpu = time.perf_counter(), time.process_time()
-    tiles.in_chunks(lambda part: search(queries[part]), len(queries), k)
+    in_chunks(lambda part: search(queries[part]), len(queries), k)
     return time.perf_counter() - start, time.process_time() - cpu

@@ -173,11 +173,12 @@ def _temperature(
 ) -> dict[str, float]:
     """The temperature from the config, or else the best one on a sample of the validation split."""
     queries, packed_QxK = sample_queries(datastore, settings["quality_positions"]), None
-    for nearest_QxK in measurements.of_shards(
-        f"validation,{named(effort)}",
-        range(len(key_shards)),
-        lambda number: key_shards.open(number).nearest(queries, settings["k"], None, effort),
-    ):
+
+    def search(number: int) -> np.ndarray:
+        distances_QxK, ids_QxK = key_shards.search_shard(number, queries, settings["k"], None, effort)
+        return neighbors.pack(distances_QxK, key_shards.open(number).next_tokens_N[ids_QxK])
+
+    for nearest_QxK in measurements.of_shards(f"validation,{named(effort)}", range(len(key_shards)), search):
         packed_QxK = neighbors.merge(packed_QxK, nearest_QxK)
     distances_QxK, tokens_QxK = neighbors.unpack(packed_QxK)
     is_label_QxK = tokens_QxK == queries.next_tokens_Q[:, None]

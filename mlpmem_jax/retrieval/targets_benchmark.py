@@ -20,6 +20,7 @@ from mlpmem_jax.core.errors import UserError, require
 from mlpmem_jax.core.progress import say
 from mlpmem_jax.retrieval import exact_backend, quality, reduction, scann_backend, tiles
 from mlpmem_jax.retrieval.backends import KeySource
+from mlpmem_jax.retrieval.chunks import in_chunks
 from mlpmem_jax.retrieval.distribution import SparseDistributions
 from mlpmem_jax.retrieval.key_shards import KeyShard
 from mlpmem_jax.retrieval.queries import Queries
@@ -89,10 +90,10 @@ def _own_rows(name: str, keys_NxD, next_tokens_N, queries: Queries, truth, k: in
         return settings.distributions(nearest(part), queries[part])
 
     searching = time.process_time()
-    tiles.in_chunks(nearest, len(queries), k)
+    in_chunks(nearest, len(queries), k)
     searching = time.process_time() - searching
     start, cpu = time.perf_counter(), time.process_time()
-    parts = tiles.in_chunks(distributions, len(queries), k)
+    parts = in_chunks(distributions, len(queries), k)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     entries = sum(len(part.token_ids_M) for part in parts) / len(queries)
     return [

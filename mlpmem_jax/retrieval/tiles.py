@@ -6,34 +6,24 @@ shard of keys nothing is stored in between.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 import numpy as np
 from etils import epath
-from threadpoolctl import threadpool_limits
 
-from mlpmem_jax.core import host
 from mlpmem_jax.core.artifacts import Artifact
 from mlpmem_jax.core.progress import progress
 from mlpmem_jax.retrieval import exact_backend, neighbors
 from mlpmem_jax.retrieval.backends import Effort
+from mlpmem_jax.retrieval.chunks import in_chunks
 from mlpmem_jax.retrieval.distribution import SparseDistributions, sparse_distributions
 from mlpmem_jax.retrieval.key_shards import KeyShard, KeyShards
 from mlpmem_jax.retrieval.queries import Queries, read_queries
 from mlpmem_jax.retrieval.scratch import load_array, save_array
 from mlpmem_jax.retrieval.targets_artifact import SMALLEST_PROBABILITY, TargetsWriter
 
-# A chunk of work has few positions, so that a shard keeps every core of a large host busy, and few neighbors, so that
-# what a thread sorts fits in its core's cache.
-POSITIONS_PER_CHUNK = 256
-NEIGHBORS_PER_CHUNK = 1 << 18
 NEIGHBOR_BYTES = 8  # of a neighbor that is stored between two shards of keys, packed
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +57,6 @@ class TargetSettings:
         return sparse_distributions(
             distances_QxK, tokens_QxK, queries.next_tokens_Q, self.temperature, minimum, self.keep
         )
-
-
-def in_chunks(work: Callable[[slice], T], positions: int, k: int) -> list[T]:
-    """Calls `work` on chunks of positions, with as many threads as cores; results are in order.
-
-    NumPy and the searches release the GIL. A product within a chunk uses the chunk's thread alone: BLAS's own threads
-    would wait in loops on cores that other chunks need.
-    """
-    rows = min(POSITIONS_PER_CHUNK, max(1, NEIGHBORS_PER_CHUNK // k))
-    chunks = [slice(start, min(start + rows, positions)) for start in range(0, positions, rows)]
-    with threadpool_limits(1, "blas"), concurrent.futures.ThreadPoolExecutor(host.cpu_count()) as threads:
-        return list(threads.map(work, chunks))
 
 
 class Split:
