@@ -131,12 +131,25 @@ def test_few_documents_are_said_to_say_little():
     assert "only 3 documents, too few" in wording.verdict(metrics)[-1]
 
 
-def test_controls_that_are_not_beaten_are_said_not_to_be():
+@pytest.mark.parametrize(
+    ("interval", "words", "cell"),
+    [
+        ([0.8, 0.99], "better than", "yes"),
+        ([0.9, 1.1], "not shown to differ from", "not shown"),
+        ([1.01, 1.2], "worse than", "no"),
+    ],
+)
+def test_how_the_memory_compares_with_a_control_is_said(interval, words, cell):
     metrics = metrics_of(0.1, controls=True)
+    for control in metrics["controls"].values():
+        control["interval_of_augmented_over_it"] = [0.5, 0.6]
+    control = metrics["controls"]["ce_only"]
+    control["interval_of_augmented_over_it"] = interval
+    of_control = f"the same memory trained without kNN targets ({control['perplexity']['test']:.2f})"
     said = " ".join(wording.verdict(metrics))
-    reached = {name: f"({control['perplexity']['test']:.2f})" for name, control in metrics["controls"].items()}
-    assert f"is better than the base trained further with the memory's training compute {reached['continued']}" in said
-    assert f"not shown to be better than the same memory trained without kNN targets {reached['ce_only']}" in said
+    assert f"{'and than' if cell == 'yes' else f'The mixture is {words}'} {of_control}." in said
+    assert "The mixture is better than the base trained further with the memory's training compute" in said
+    assert re.search(rf"{interval[0]:.3f} to {interval[1]:.3f}</td><td[^>]*>{cell}</td>", page(metrics))
 
 
 @pytest.mark.parametrize(

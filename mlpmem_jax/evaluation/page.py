@@ -173,7 +173,7 @@ def _controls_table(metrics: dict) -> str:
             wording.number(control["perplexity"]["test"]),
             f"{of_memory / control['perplexity']['test']:.3f}",
             wording.interval(control["interval_of_augmented_over_it"]),
-            "yes" if wording.is_beaten(control) else "not shown",
+            {True: "yes", None: "not shown", False: "no"}[wording.beats(control)],
             wording.ABSENT
             if control["share_of_memory_gain"] is None
             else wording.percent(control["share_of_memory_gain"]),

@@ -59,14 +59,18 @@ def _compared(metrics: dict) -> list[str]:
             f"Searching the datastore (kNN-LM) reaches {number(of['knn_lm'])}; "
             f"the memory keeps {percent(kept)} of that gain."
         )
-    for is_better, words in ((True, "It is better than"), (False, "It is not shown to be better than")):
+    for is_better, words, conjunction in (
+        (True, "better than", "and than"),
+        (None, "not shown to differ from", "or from"),
+        (False, "worse than", "and than"),
+    ):
         named = [
             f"{_CONTROLS.get(name, name)} ({number(control['perplexity']['test'])})"
             for name, control in metrics["controls"].items()
-            if is_beaten(control) == is_better
+            if beats(control) is is_better
         ]
         if named:
-            sentences.append(f"{words} {(' and than ' if is_better else ' or than ').join(named)}.")
+            sentences.append(f"The mixture is {words} {f' {conjunction} '.join(named)}.")
     sentences += [
         _with_memory(name, control) for name, control in metrics["controls"].items() if "with_memory" in control
     ]
@@ -86,9 +90,10 @@ def _with_memory(name: str, control: dict) -> str:
     )
 
 
-def is_beaten(control: dict) -> bool:
-    """Whether base + memory is better than the control, the whole interval of their ratio below 1."""
-    return control["interval_of_augmented_over_it"][1] < 1.0
+def beats(control: dict) -> bool | None:
+    """Whether base + memory is better than the control; None if the interval of their ratio includes 1."""
+    low, high = control["interval_of_augmented_over_it"]
+    return None if low <= 1.0 <= high else high < 1.0
 
 
 def label(name: str) -> str:
