@@ -1,3 +1,5 @@
+import types
+
 import numpy as np
 from retrieval_data import config_for, write_workdir
 
@@ -30,7 +32,7 @@ def test_the_reference_is_compared_on_the_same_neighbors(monkeypatch):
 
     from mlpmem_jax.retrieval.backends import KeySource
     from mlpmem_jax.retrieval.exact_backend import search_in_blocks
-    from mlpmem_jax.retrieval.key_shards import KeyShard
+    from mlpmem_jax.retrieval.key_shards import KeyShard, KeyShards
     from mlpmem_jax.retrieval.quality import Sample
     from mlpmem_jax.retrieval.queries import Queries
 
@@ -41,6 +43,9 @@ def test_the_reference_is_compared_on_the_same_neighbors(monkeypatch):
     truth = search_in_blocks(source, None, queries.keys_QxD, 5, np.stack([positions, positions + 1], axis=1))
 
     class Shards:
+        search = types.SimpleNamespace(backend=types.SimpleNamespace(is_collective=False))
+        search_shard = KeyShards.search_shard
+
         def keys(self, shard):
             return source
 
@@ -52,6 +57,7 @@ def test_the_reference_is_compared_on_the_same_neighbors(monkeypatch):
     class Index:
         def search(self, queries_QxD, k, excluded_Qx2, effort):
             searched.append((k, effort, *excluded_Qx2[0]))
+            return np.zeros((len(queries_QxD), k), np.float32), np.zeros((len(queries_QxD), k), np.int32)
 
     sample = Sample(Shards(), queries, "self", 5, [truth], None)
     row = search_benchmark._reference_row(sample, queries, "an effort")

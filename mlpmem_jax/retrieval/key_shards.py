@@ -102,6 +102,10 @@ class KeyPositions:
     next_tokens_N: np.ndarray
     documents_N: np.ndarray
 
+    def packed(self, distances_QxK: np.ndarray, ids_QxK: np.ndarray) -> np.ndarray:
+        """Neighbors with their next tokens instead of their ids, packed as `neighbors.pack` does: uint64 [Q, k]."""
+        return neighbors.pack(distances_QxK, self.next_tokens_N[ids_QxK])
+
     def excluded(self, queries: Queries, exclude: str) -> np.ndarray:
         """Keys of this shard that queries of the *training* split must not retrieve: [start, stop) int32 [Q, 2].
 
@@ -144,7 +148,7 @@ class KeyShard(KeyPositions):
     def nearest(self, queries: Queries, k: int, exclude: str | None, effort: Effort | None = None) -> np.ndarray:
         """The k nearest keys, packed (distance, next token) as `neighbors.pack` does: uint64 [Q, k]."""
         distances_QxK, ids_QxK = self.search(queries, k, exclude, effort)
-        return neighbors.pack(distances_QxK, self.next_tokens_N[ids_QxK])
+        return self.packed(distances_QxK, ids_QxK)
 
 
 @dataclasses.dataclass

@@ -60,8 +60,7 @@ class Sample:
             positions = key_shards.positions(number)
             excluded_Qx2 = positions.excluded(queries, exclude)
             distances_QxK, ids_QxK = key_shards.exact_neighbors(number, queries.keys_QxD, k, excluded_Qx2)
-            values = ids_QxK, positions.next_tokens_N[ids_QxK]
-            return np.stack([neighbors.pack(distances_QxK, values_QxK) for values_QxK in values])
+            return np.stack([neighbors.pack(distances_QxK, ids_QxK), positions.packed(distances_QxK, ids_QxK)])
 
         true_neighbors, packed_QxK = [], None
         for ids_QxK, nearest_QxK in measurements.of_shards("exact", range(len(key_shards)), measure):
@@ -81,7 +80,7 @@ class Sample:
             distances_QxK, ids_QxK = self.key_shards.search_shard(number, self.queries, self.k, self.exclude, effort)
             true_distances_QxK, true_ids_QxK = self.true_neighbors[number]
             is_returned_QxK = contains(ids_QxK, true_ids_QxK).astype(np.int32)
-            nearest_QxK = neighbors.pack(distances_QxK, self.key_shards.open(number).next_tokens_N[ids_QxK])
+            nearest_QxK = self.key_shards.open(number).packed(distances_QxK, ids_QxK)
             return np.stack([neighbors.pack(true_distances_QxK, is_returned_QxK), nearest_QxK])
 
         truth_QxK, packed_QxK = None, None

@@ -7,7 +7,6 @@ effort that reaches `config.targets.recall`; and FAISS with the reference implem
 from __future__ import annotations
 
 import dataclasses
-import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -133,7 +132,7 @@ def _reference_row(sample: Sample, timed: Queries, effort: Effort | None) -> dic
       UserError: FAISS is not installed.
     """
     start = time.perf_counter()
-    keys, key_shard = sample.key_shards.keys(0), sample.key_shards.open(0)
+    keys = sample.key_shards.keys(0)
     index, described = reference_index(keys.read(0, keys.size).astype(np.float32))
     built = time.perf_counter() - start
     ids_QxK1 = index.search(sample.queries.keys_QxD, sample.k + 1)[1]
@@ -141,14 +140,13 @@ def _reference_row(sample: Sample, timed: Queries, effort: Effort | None) -> dic
     ids_QxK = np.stack([ids_K1[ids_K1 != own][: sample.k] for ids_K1, own in zip(ids_QxK1, own_Q, strict=True)])
     true_ids_QxK = sample.true_neighbors[0][1]
 
-    def first_row() -> None:
-        search = functools.partial(key_shard.search, k=sample.k, exclude="self", effort=effort)
-        in_chunks(lambda part: search(timed[part]), len(timed), sample.k)
-
     cpu = time.process_time()
     index.search(timed.keys_QxD, sample.k + 1)
     cpu = time.process_time() - cpu
-    calls = {"FAISS": lambda: index.search(timed.keys_QxD, sample.k + 1), "first row": first_row}
+    calls = {
+        "FAISS": lambda: index.search(timed.keys_QxD, sample.k + 1),
+        "first row": lambda: sample.key_shards.search_shard(0, timed, sample.k, "self", effort),
+    }
     seconds = seconds_by_round(calls, _ROUNDS)
     ratio = float(np.median(seconds["FAISS"] / seconds["first row"]))
     return row(

@@ -175,8 +175,8 @@ def _temperature(
     queries, packed_QxK = sample_queries(datastore, settings["quality_positions"]), None
 
     def search(number: int) -> np.ndarray:
-        distances_QxK, ids_QxK = key_shards.search_shard(number, queries, settings["k"], None, effort)
-        return neighbors.pack(distances_QxK, key_shards.open(number).next_tokens_N[ids_QxK])
+        found = key_shards.search_shard(number, queries, settings["k"], None, effort)
+        return key_shards.open(number).packed(*found)
 
     for nearest_QxK in measurements.of_shards(f"validation,{named(effort)}", range(len(key_shards)), search):
         packed_QxK = neighbors.merge(packed_QxK, nearest_QxK)
